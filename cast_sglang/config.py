@@ -1,0 +1,323 @@
+"""Every knob of the package: one frozen object, and the only reader of the environment.
+
+A value is taken from the first of these sources that sets it:
+
+    launch flag `--cast-c1`  >  environment `CAST_C1`  >  file named by `--cast-config` or
+    `CAST_CONFIG` (TOML or JSON, keys in lower case)  >  the default below
+
+The CPU platform reads its own variables (`CAST_CPU_*`), because SGLang activates platforms before
+this package is configured.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from cast_sglang.errors import ConfigError
+
+__all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_cache_dir"]
+
+POLICIES = ("fixed", "eagle")
+LOOKUPS = ("linear", "nearest")
+MAX_VERIFY_TOKENS = 4096
+
+_ENV_PREFIX = "CAST_"
+_CPU_PLATFORM_PREFIX = "CAST_CPU_"
+_CONFIG_KEY = "config"
+_MAX_FILE_BYTES = 1 << 20
+_TRUE_WORDS = ("1", "true", "yes", "on")
+_FALSE_WORDS = ("0", "false", "no", "off")
+
+
+class FlagSpec(NamedTuple):
+    """One launch flag, for the parser of the serving edge.
+
+    Flags carry plain text (argparse `default=None`, no `type`): `CastConfig.load` parses and
+    checks it, so that a bad value gives the same message whatever its source.
+    """
+
+    key: str  # name in a file and in `overrides`: "c1"
+    flag: str  # "--cast-c1"
+    dest: str  # "cast_c1"
+    help: str
+    metavar: str
+    choices: tuple[str, ...] | None
+    is_switch: bool  # takes no value: argparse action "store_true", default None
+
+
+class _Knob(NamedTuple):
+    """What one field accepts; stored as the metadata of the dataclass field."""
+
+    kind: str  # text | choice | number | count | switch | sizes
+    help: str
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        match self.kind:
+            case "choice":
+                return " | ".join(self.choices)
+            case "number":
+                return f"a finite number in [{self.low:g}, {self.high:g}]"
+            case "count":
+                return f"an integer in [{self.low:g}, {self.high:g}]"
+            case "switch":
+                return f"{' | '.join(_TRUE_WORDS)} or {' | '.join(_FALSE_WORDS)}"
+            case "sizes":
+                return f"ascending integers in [1, {MAX_VERIFY_TOKENS}] such as 2,4,8, or auto"
+            case _:
+                return "a non-empty text"
+
+
+_PATH = _Knob("text", "path of a configuration file")
+
+
+def _knob(default: Any, kind: str, help: str, **limits: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"knob": _Knob(kind, help, **limits)})
+
+
+def _price(default: float, role: str) -> Any:
+    help = f"{role}: accepted tokens asked per unit of plain-step time"
+    return _knob(default, "number", help, low=0, high=1e6)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CastConfig:
+    """Settings of one server; immutable and checked on construction.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of its range.
+    """
+
+    profile: str = _knob("auto", "text", "cost profile: a path, or auto to search for one")
+    policy: str = _knob("fixed", "choice", "how the draft tree is chosen", choices=POLICIES)
+    c1: float = _price(4.0, "C1, price of breadth")
+    c2: float = _price(3.0, "C2, price of one more layer")
+    c3: float = _price(2.5, "C3, price of a verified node")
+    # A step grows 5 to 8 layers, so 16 gains span 2 or 3 steps: enough to average the noise of
+    # single layers away, few enough to follow a change of load within a handful of steps.
+    r: int = _knob(16, "count", "R, layer gains averaged to predict the next", low=1, high=4096)
+    verify_sizes: tuple[int, ...] | None = _knob(
+        None,
+        "sizes",
+        "allowed numbers of verified tokens per request, root included; auto derives them",
+    )
+    lookup: str = _knob(
+        "linear",
+        "choice",
+        "cost between grid points: linear, or nearest (the paper's select)",
+        choices=LOOKUPS,
+    )
+    log_interval: int = _knob(
+        0, "count", "steps between two statistics lines in the log, 0 for none", low=0, high=10**9
+    )
+    allow_foreign_profile: bool = _knob(
+        False, "switch", "accept a profile of another device, model pair, dtype or TP size"
+    )
+
+    def __post_init__(self) -> None:
+        for key, knob in _knobs().items():
+            value = _checked(knob, getattr(self, key), source=key)
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def load(
+        cls,
+        overrides: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Merge flags, environment and file into one checked configuration.
+
+        Args:
+            overrides: values of launch flags by key ("c1", "config", ...); None means not given.
+            environ: the environment to read; None for that of the process.
+
+        Raises:
+            ConfigError: a key is unknown, a value is malformed or out of range, or the file cannot
+                be read. The message names the source, the value and what is allowed.
+        """
+        flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+        variables = _cast_variables(os.environ if environ is None else environ)
+        _refuse_unknown(flags, _flag_name)
+        _refuse_unknown(variables, _variable_name)
+
+        sources: dict[str, tuple[Any, str]] = {}
+        for key, value in variables.items():
+            sources[key] = (value, _variable_name(key))
+        for key, value in flags.items():
+            sources[key] = (value, _flag_name(key))
+        if _CONFIG_KEY in sources:
+            path = Path(_checked(_PATH, *sources.pop(_CONFIG_KEY))).expanduser()
+            entries = _read_file(path)
+            _refuse_unknown(entries, lambda key: f"{path}:{key}", known=_knobs())
+            for key, value in entries.items():
+                sources.setdefault(key, (value, f"{path}:{key}"))
+
+        knobs = _knobs()
+        return cls(**{key: _checked(knobs[key], *pair) for key, pair in sources.items()})
+
+
+def flag_specs() -> list[FlagSpec]:
+    """List every `--cast-*` flag, in the order of the fields, `--cast-config` first."""
+    config = FlagSpec(
+        key=_CONFIG_KEY,
+        flag="--cast-config",
+        dest="cast_config",
+        help="TOML or JSON file with CAST settings (keys in lower case)",
+        metavar="FILE",
+        choices=None,
+        is_switch=False,
+    )
+    return [config, *(_flag_spec(key, knob) for key, knob in _knobs().items())]
+
+
+def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the directory of the user's own profiles (`~/.cache/cast_sglang` by default)."""
+    environ = os.environ if environ is None else environ
+    root = environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path there is to be ignored.
+    base = Path(root) if os.path.isabs(root) else Path(os.path.expanduser("~")) / ".cache"
+    return base / "cast_sglang"
+
+
+def _knobs() -> dict[str, _Knob]:
+    return {field.name: field.metadata["knob"] for field in dataclasses.fields(CastConfig)}
+
+
+def _flag_spec(key: str, knob: _Knob) -> FlagSpec:
+    default = next(field.default for field in dataclasses.fields(CastConfig) if field.name == key)
+    shown = "auto" if default is None else "off" if default is False else default
+    return FlagSpec(
+        key=key,
+        flag=f"--cast-{key.replace('_', '-')}",
+        dest=f"cast_{key}",
+        help=f"{knob.help} (default: {shown})",
+        metavar="M,N,..." if knob.kind == "sizes" else key.upper(),
+        choices=knob.choices or None,
+        is_switch=knob.kind == "switch",
+    )
+
+
+def _flag_name(key: str) -> str:
+    return f"flag --cast-{key.replace('_', '-')}"
+
+
+def _variable_name(key: str) -> str:
+    return f"environment {_ENV_PREFIX}{key.upper()}"
+
+
+def _cast_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(_ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(_ENV_PREFIX) and not name.startswith(_CPU_PLATFORM_PREFIX)
+    }
+
+
+def _refuse_unknown(
+    entries: Mapping[str, Any], name: Any, known: Iterable[str] | None = None
+) -> None:
+    known = list(known) if known is not None else [_CONFIG_KEY, *_knobs()]
+    for key, value in entries.items():
+        if key in known:
+            continue
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{name(key)}={_shown(value)}: unknown setting; {hint}known: {', '.join(known)}"
+        )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            content: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            raise ConfigError(f"{path}: a configuration file ends in .toml or .json")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a table of settings, got {_shown(content)}")
+    return content
+
+
+def _checked(knob: _Knob, value: Any, source: str) -> Any:
+    """Return `value` in the type of the field, or raise a ConfigError that names `source`."""
+    try:
+        result = _parsed(knob, value)
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"{source}={_shown(value)}: must be {knob.allowed}"
+        raise ConfigError(message) from error
+    return result
+
+
+def _parsed(knob: _Knob, value: Any) -> Any:
+    """Convert text as in the environment; accept other values only in the field's own type."""
+    if isinstance(value, str):
+        value = value.strip()
+    match knob.kind:
+        case "choice":
+            _require(isinstance(value, str) and value in knob.choices)
+            return value
+        case "number":
+            _require(isinstance(value, int | float | str) and not isinstance(value, bool))
+            number = float(value)
+            _require(math.isfinite(number) and knob.low <= number <= knob.high)
+            return number
+        case "count":
+            count = _integer(value)
+            _require(knob.low <= count <= knob.high)
+            return count
+        case "switch":
+            word = value.lower() if isinstance(value, str) else value
+            _require(isinstance(word, bool) or word in _TRUE_WORDS + _FALSE_WORDS)
+            return word if isinstance(word, bool) else word in _TRUE_WORDS
+        case "sizes":
+            return _verify_sizes(value)
+        case _:
+            _require(isinstance(value, str) and value != "" and "\0" not in value)
+            return value
+
+
+def _verify_sizes(value: Any) -> tuple[int, ...] | None:
+    if value is None or value == "auto":
+        return None
+    _require(isinstance(value, str | list | tuple))
+    items = value.split(",") if isinstance(value, str) else value
+    sizes = tuple(_integer(item) for item in items)
+    _require(len(sizes) > 0 and sizes[0] >= 1 and sizes[-1] <= MAX_VERIFY_TOKENS)
+    _require(all(low < high for low, high in zip(sizes, sizes[1:], strict=False)))
+    return sizes
+
+
+def _integer(value: Any) -> int:
+    _require(isinstance(value, int | str) and not isinstance(value, bool))
+    return int(value)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,272 @@
+"""CostModel: S_T and S_D of a profile as arrays; lookup and interpolation only.
+
+Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2510.26577), the
+tables S_T(B), S_D(B) and the function `select`.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.config import LOOKUPS
+from cast_sglang.profile_schema import CostTable, CostTables
+
+__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts"]
+
+CONTEXT_BUCKET_TOKENS = 64
+MAX_CACHED_STEPS = 4096
+# Beyond the measured contexts the cost is continued with its last slope up to this multiple.
+MAX_CONTEXT_EXTRAPOLATION = 2
+
+logger = logging.getLogger(__name__)
+
+
+class StepCosts(NamedTuple):
+    """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
+
+    N is the largest number of verified rows, K the largest number of nodes in one draft layer.
+    """
+
+    verify: torch.Tensor  # [N] float32; index k - 1: one target pass over k rows per request
+    draft: torch.Tensor  # [K] float32; index k - 1: one draft layer over k nodes per request
+    draft_extend: torch.Tensor  # [N] float32; index k - 1: the draft's pass over k rows
+    unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
+    plain: float  # one plain decoding step; nan if the profile has none
+    overhead: float  # host time of a step that no pass covers; 0 if the profile has none
+
+
+class _Entry(NamedTuple):
+    costs: StepCosts
+    verify: np.ndarray  # host copies of the tensors, so that a prediction costs no device sync
+    draft: np.ndarray
+    draft_extend: np.ndarray
+
+
+class CostModel:
+    """Costs of a step at any batch size and context, from the tables of a tables.
+
+    Along tokens the cost is linear between measured counts and exact at them. Along batch size and
+    context it is linear between grid points, or, with lookup "nearest", that of the smallest grid
+    point that covers the value (the paper's `select`). Beyond the grid each axis goes on with its
+    last measured slope, never downwards; the context does so up to twice the last grid point, and
+    below the first grid point the first one holds.
+
+    Contexts are rounded up to buckets of `CONTEXT_BUCKET_TOKENS`, so that a growing context asks
+    for new costs every 64 tokens only; rounding up keeps `select` exact on grids of such multiples.
+
+    Attributes:
+        extrapolated: axes that the given limits exceed, such as "target.batch_sizes"; logged once.
+    """
+
+    def __init__(
+        self,
+        tables: CostTables,
+        *,
+        max_batch_size: int,
+        max_context: int,
+        max_verify_tokens: int,
+        max_width: int,
+        lookup: str = "linear",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Densify the tables of a profile that `load_profile` accepted.
+
+        Args:
+            max_batch_size: largest number of requests in a step.
+            max_context: longest context in tokens.
+            max_verify_tokens: N, largest number of verified rows per request, root included.
+            max_width: K, largest number of nodes per request in one draft layer.
+            lookup: "linear" or "nearest".
+            device: where the tensors of `step_costs` live.
+
+        Raises:
+            ValueError: a limit is below 1 or `lookup` is unknown.
+        """
+        if min(max_batch_size, max_context, max_verify_tokens, max_width) < 1:
+            raise ValueError("every limit of a CostModel must be at least 1")
+        if lookup not in LOOKUPS:
+            raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
+        nearest = lookup == "nearest"
+        self._verify = _Surface(tables.target, max_verify_tokens, nearest)
+        self._draft = _Surface(tables.draft, max_width, nearest)
+        self._draft_extend = _Surface(tables.draft_extend, max_verify_tokens, nearest)
+        self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
+        self._overhead_us = tables.step_overhead_us
+        self._overhead_batch_sizes = tables.target.batch_sizes
+        self._nearest = nearest
+        self._device = torch.device(device)
+        self._max_batch_size = max_batch_size
+        self._cache: dict[tuple[int, int], _Entry] = {}
+        self.extrapolated = _exceeded(
+            tables, max_batch_size, max_context, max_verify_tokens, max_width
+        )
+        if self.extrapolated:
+            logger.warning(
+                "Cost profile does not cover this server; extrapolating %s",
+                ", ".join(sorted(self.extrapolated)),
+            )
+
+    def step_costs(self, batch_size: int, context: float) -> StepCosts:
+        """Return the costs of a step.
+
+        Args:
+            batch_size: B, requests in the step; 1 <= B <= max_batch_size.
+            context: mean context length of the batch in tokens; finite, >= 0.
+
+        Returns:
+            The same object for every context of a bucket; its tensors must not be modified.
+
+        Raises:
+            ValueError: batch size or context out of range.
+
+        Effects: O(1), without allocation or device work, for a batch size and bucket seen before;
+            else one asynchronous copy to the device, no host sync.
+        """
+        return self._entry(batch_size, context).costs
+
+    def predict_us(
+        self,
+        batch_size: int,
+        context: float,
+        num_verify_rows: int,
+        draft_widths: Sequence[int],
+        num_extend_rows: int,
+    ) -> float:
+        """Predict the time of a step in microseconds; host arithmetic only.
+
+        Definition: unit_us * (verify[rows] + sum of draft[width] + draft_extend[rows] + overhead)
+
+        Args:
+            num_verify_rows: rows per request of the target pass, root included; in [1, N].
+            draft_widths: nodes per request of each draft layer that ran; each in [1, K].
+            num_extend_rows: rows per request of the draft's extend pass; in [0, N], 0 for none.
+        """
+        entry = self._entry(batch_size, context)
+        units = float(entry.verify[num_verify_rows - 1]) + entry.costs.overhead
+        for width in draft_widths:
+            units += float(entry.draft[width - 1])
+        if num_extend_rows:
+            units += float(entry.draft_extend[num_extend_rows - 1])
+        return units * entry.costs.unit_us
+
+    def _entry(self, batch_size: int, context: float) -> _Entry:
+        bucket = math.ceil(context / CONTEXT_BUCKET_TOKENS)
+        entry = self._cache.get((batch_size, bucket))
+        if entry is None:
+            if not 1 <= batch_size <= self._max_batch_size or bucket < 0:
+                limit = f"batch size in [1, {self._max_batch_size}] and context >= 0"
+                raise ValueError(f"no costs of {batch_size=}, {context=}: expected {limit}")
+            entry = self._compute(batch_size, bucket * CONTEXT_BUCKET_TOKENS)
+            if len(self._cache) >= MAX_CACHED_STEPS:
+                # Contexts only grow, so the oldest entry is the least likely to return.
+                del self._cache[next(iter(self._cache))]
+            self._cache[batch_size, bucket] = entry
+        return entry
+
+    def _compute(self, batch_size: int, context: int) -> _Entry:
+        verify_us = self._verify.at(batch_size, context)
+        unit_us = float(verify_us[0])
+        parts = [
+            verify_us / unit_us,
+            self._draft.at(batch_size, context) / unit_us,
+            self._draft_extend.at(batch_size, context) / unit_us,
+        ]
+        plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
+        bounds = np.cumsum([len(part) for part in parts])[:-1]
+        packed = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        on_device = packed
+        if self._device.type != "cpu":
+            # From pinned memory the copy is queued; from pageable memory it would wait.
+            on_device = packed.pin_memory().to(self._device, non_blocking=True)
+        verify, draft, draft_extend = torch.tensor_split(on_device, bounds.tolist())
+        costs = StepCosts(
+            verify=verify,
+            draft=draft,
+            draft_extend=draft_extend,
+            unit_us=unit_us,
+            plain=float(plain_us) / unit_us,
+            overhead=self._overhead(batch_size) / unit_us,
+        )
+        return _Entry(costs, *np.split(packed.numpy(), bounds))
+
+    def _overhead(self, batch_size: int) -> float:
+        if self._overhead_us is None:
+            return 0.0
+        low, high, weight = _locate(self._overhead_batch_sizes, batch_size, self._nearest)
+        values = np.asarray(self._overhead_us)
+        return float(_blend(values[low], values[high], weight))
+
+
+class _Surface:
+    """One cost table, dense along tokens: value at any batch size and context."""
+
+    def __init__(self, table: CostTable, num_counts: int, nearest: bool) -> None:
+        self._batch_sizes = table.batch_sizes
+        self._contexts = table.contexts
+        self._nearest = nearest
+        # [B grid, C grid, num_counts] float64, microseconds.
+        self._time_us = _densify(np.asarray(table.time_us), table.token_counts, num_counts)
+
+    def at(self, batch_size: int, context: int) -> np.ndarray:
+        """Return [num_counts] float64 microseconds."""
+        context = min(context, MAX_CONTEXT_EXTRAPOLATION * self._contexts[-1])
+        low, high, weight = _locate(self._contexts, context, self._nearest)
+        rows = _blend(self._time_us[:, low], self._time_us[:, high], weight)
+        low, high, weight = _locate(self._batch_sizes, batch_size, self._nearest)
+        return _blend(rows[low], rows[high], weight)
+
+
+def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> np.ndarray:
+    """Fill [..., len(token_counts)] to [..., num_counts]: linear, exact at the measured counts."""
+    counts = np.arange(1, num_counts + 1)
+    flat = time_us.reshape(-1, len(token_counts))
+    dense = np.stack([np.interp(counts, token_counts, row) for row in flat])
+    if len(token_counts) > 1:
+        # np.interp holds the last value; go on with the last slope instead, never downwards.
+        slope = (flat[:, -1] - flat[:, -2]) / (token_counts[-1] - token_counts[-2])
+        beyond = np.maximum(counts - token_counts[-1], 0)
+        dense += np.maximum(slope, 0.0)[:, None] * beyond
+    return dense.reshape(*time_us.shape[:-1], num_counts)
+
+
+def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, float]:
+    """Return (low, high, weight): the value lies at grid[low] + weight * (grid[high] - grid[low]).
+
+    A weight above 1 lies beyond the grid; a value below the grid is moved to its first point.
+    """
+    cover = int(np.searchsorted(grid, value))
+    if nearest or len(grid) == 1 or cover == 0:
+        cover = min(cover, len(grid) - 1)
+        return cover, cover, 0.0
+    high = min(cover, len(grid) - 1)
+    weight = (value - grid[high - 1]) / (grid[high] - grid[high - 1])
+    return high - 1, high, weight
+
+
+def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
+    step = high - low
+    return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)
+
+
+def _exceeded(
+    tables: CostTables, batch_size: int, context: int, verify_tokens: int, width: int
+) -> frozenset[str]:
+    limits = [
+        ("target", tables.target, verify_tokens),
+        ("draft", tables.draft, width),
+        ("draft_extend", tables.draft_extend, verify_tokens),
+    ]
+    return frozenset(
+        f"{name}.{axis}"
+        for name, table, num_counts in limits
+        for axis, limit in (
+            ("batch_sizes", batch_size),
+            ("contexts", context),
+            ("token_counts", num_counts),
+        )
+        if limit > getattr(table, axis)[-1]
+    )

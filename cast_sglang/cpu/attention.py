@@ -1,0 +1,224 @@
+"""Attention in plain torch: one gather and one fused attention call per layer, for the whole batch.
+
+Every forward that gives each request the same number of new tokens (decode, target verify, draft
+decode, draft extend) is described by a `BatchedRead`: which slots each request reads, padded to
+the longest, and which of them each new token sees. It is built once per forward and shared by all
+layers. Only prefill, whose requests differ in length, walks over requests.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
+from torch.nn.functional import scaled_dot_product_attention
+
+from cast_sglang.cpu.kv_pool import FusedRowKVPool
+from cast_sglang.cpu.reads import (
+    BatchedRead,
+    DraftPrefix,
+    PrefillRead,
+    causal_read,
+    decode_read,
+    prefill_reads,
+    tree_decode_read,
+    verify_read,
+)
+from cast_sglang.errors import HostError
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def attend_batched(
+    q: torch.Tensor, rows: torch.Tensor, read: BatchedRead, num_kv_heads: int, scaling: float
+) -> torch.Tensor:
+    """Attention of `read.width` new tokens per request over the slots the request reads.
+
+    Definition: out[b, i, h] = sum_l softmax_l(scaling * q[b, i, h] . k[b, l, h // group] + bias) v
+
+    Args:
+        q: [B * Q, heads, head_dim]
+        rows: [slots, 2 * num_kv_heads * head_dim] keys then values of one layer, see `FusedRowKVPool`.
+
+    Returns:
+        [B * Q, heads * head_dim]
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    batch, width, length = read.num_requests, read.width, read.length
+    group = num_heads // num_kv_heads
+    # kv: (B, L, 2, KV heads, D)
+    kv = rows.index_select(0, read.slots).view(batch, length, 2, num_kv_heads, head_dim)
+    k, v = kv.transpose(1, 3).unbind(2)  # (B, KV heads, L, D)
+    # The query heads that share a KV head become extra query rows, which reads each key once.
+    # folded: (B, KV heads, group * Q, D)
+    folded = q.view(batch, width, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, num_kv_heads, group * width, head_dim)
+    out = scaled_dot_product_attention(folded, k, v, read.bias_for(group, q.dtype), scale=scaling)
+    out = out.view(batch, num_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(num_tokens, num_heads * head_dim)
+
+
+def attend_prefill(
+    q: torch.Tensor, rows: torch.Tensor, reads: list[PrefillRead], num_kv_heads: int, scaling: float
+) -> torch.Tensor:
+    """Causal attention of each request's new tokens over its cached prefix and themselves.
+
+    Args and Returns: as `attend_batched`, with the requests' tokens one after the other.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    out = q.new_empty(num_heads, num_tokens, head_dim)
+    queries = q.transpose(0, 1)
+    for read in reads:
+        kv = rows.index_select(0, read.slots).view(-1, 2, num_kv_heads, head_dim)
+        k, v = kv.permute(1, 2, 0, 3).unbind(0)  # (KV heads, L, D)
+        for start, stop, visible in read.blocks:
+            seen = k.shape[1] if visible is None else visible.shape[1]
+            out[:, start:stop] = scaled_dot_product_attention(
+                queries[None, :, start:stop],
+                k[None, :, :seen],
+                v[None, :, :seen],
+                visible,
+                is_causal=visible is None,
+                scale=scaling,
+                enable_gqa=num_heads != num_kv_heads,
+            )[0]
+    return out.transpose(0, 1).reshape(num_tokens, num_heads * head_dim)
+
+
+class CastCpuAttnBackend(AttentionBackend):
+    """The `cast_cpu` attention backend: every forward mode of the target and of an EAGLE draft."""
+
+    def __init__(self, model_runner: "ModelRunner") -> None:
+        super().__init__()
+        if model_runner.use_mla_backend:
+            raise HostError(
+                "SGLANG_PLATFORM=cast_cpu supports multi-head and grouped-query attention, not MLA"
+            )
+        if not isinstance(model_runner.token_to_kv_pool, FusedRowKVPool):
+            raise HostError(
+                "SGLANG_PLATFORM=cast_cpu supports plain full attention only; got a "
+                f"{type(model_runner.token_to_kv_pool).__name__}"
+            )
+        self.pool: FusedRowKVPool = model_runner.token_to_kv_pool
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.max_context_len = model_runner.model_config.context_len
+        self.read: BatchedRead | list[PrefillRead] | None = None
+        # No buffer, so every verify allocates exactly the mask its own width needs.
+        self._verify_mask = VerifyMask(
+            buffer=torch.empty(0, dtype=torch.bool), mode=TreeMaskMode.QLEN_ONLY, max_bs=0
+        )
+
+    @property
+    def verify_mask(self) -> VerifyMask:
+        return self._verify_mask
+
+    def support_triton(self) -> bool:
+        return False
+
+    def init_forward_metadata(self, forward_batch: "ForwardBatch") -> None:
+        mode = forward_batch.forward_mode
+        if mode.is_idle():
+            self.read = None
+        elif mode.is_decode():
+            self.read = decode_read(
+                self.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens
+            )
+        elif mode.is_target_verify():
+            spec_info = forward_batch.spec_info
+            self.read = verify_read(
+                self.req_to_token,
+                forward_batch.req_pool_indices,
+                forward_batch.seq_lens,
+                spec_info.draft_token_num,
+                spec_info.custom_mask,
+            )
+        elif mode.is_draft_extend_v2():
+            width = forward_batch.input_ids.shape[0] // forward_batch.batch_size
+            self.read = causal_read(
+                self.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens, width
+            )
+        else:
+            self.read = prefill_reads(
+                self.req_to_token,
+                forward_batch.req_pool_indices,
+                forward_batch.extend_prefix_lens,
+                forward_batch.extend_seq_lens,
+                self.pool.dtype,
+            )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: "RadixAttention",
+        forward_batch: "ForwardBatch",
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        check_layer(layer, kwargs)
+        if save_kv_cache and k is not None:
+            self.pool.write(layer.layer_id, forward_batch.out_cache_loc, k, v)
+        attend = attend_batched if isinstance(self.read, BatchedRead) else attend_prefill
+        return attend(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            self.pool.layer_rows(layer.layer_id),
+            self.read,
+            layer.tp_k_head_num,
+            layer.scaling,
+        )
+
+    # The read describes what each token sees, so all modes run the same code.
+    forward_extend = forward_decode
+
+
+class CastCpuMultiStepDraftBackend:
+    """Draft decode of EAGLE's fixed tree: one child backend per draft step.
+
+    Branch k of a request owns `num_steps` slots, one per step, and at step i reads the committed
+    prefix and its own slots 0..i, exactly what SGLang's GPU backends let it read.
+    """
+
+    def __init__(self, model_runner: "ModelRunner", topk: int, speculative_num_steps: int) -> None:
+        self.topk = topk
+        self.num_steps = speculative_num_steps
+        self.attn_backends = [
+            CastCpuAttnBackend(model_runner) for _ in range(speculative_num_steps - 1)
+        ]
+
+    def init_forward_metadata(self, forward_batch: "ForwardBatch") -> None:
+        prefix = DraftPrefix.of(
+            self.attn_backends[0].req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+        )
+        slots = forward_batch.out_cache_loc.view(
+            forward_batch.batch_size, self.topk, self.num_steps
+        )
+        for step, backend in enumerate(self.attn_backends):
+            backend.read = tree_decode_read(prefix, slots[:, :, : step + 1])
+
+
+def check_layer(layer: "RadixAttention", extra: dict[str, Any]) -> None:
+    """Refuse what the torch attention does not compute, rather than compute something else.
+
+    Raises:
+        HostError: sliding window, logit cap, sinks, cross or bidirectional attention.
+    """
+    if (
+        layer.sliding_window_size > -1
+        or layer.logit_cap
+        or layer.is_cross_attention
+        or layer.attn_type is not AttentionType.DECODER
+        or any(value is not None for value in extra.values())
+    ):
+        raise HostError(
+            "SGLANG_PLATFORM=cast_cpu supports plain causal attention only, without sliding "
+            f"window, logit cap, sinks or cross attention (layer {layer.layer_id})"
+        )

@@ -1,0 +1,244 @@
+"""Torch counterparts of the Triton and CUDA helpers on the speculative path.
+
+Each keeps the signature SGLang calls it with, `retrive_*` spellings included, and works on the whole
+batch; the only loops walk a tree, one visited node or one level at a time.
+"""
+
+import torch
+from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+Tensor = torch.Tensor
+
+
+def build_tree(
+    parent_list: Tensor,
+    top_scores_index: Tensor,
+    seq_lens: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrieve_index: Tensor,
+    retrieve_next_token: Tensor,
+    retrieve_next_sibling: Tensor,
+    topk: int,
+    spec_steps: int,
+    num_verify_tokens: int,
+    tree_mask_mode: TreeMaskMode,
+) -> None:
+    """Link the selected candidates of each request into a tree below its bonus token.
+
+    Definition: candidate c was drafted under candidate parent_list[c // topk], or under the root if
+    c < topk. Node i > 0 is candidate top_scores_index[i - 1]. A node sees its ancestors and itself;
+    its position is seq_len + depth; next_token is its first child, next_sibling the next
+    node of the same parent.
+
+    Args:
+        parent_list: [B, P] int64; empty when only one step was drafted.
+        top_scores_index: [B, N - 1] int64, ascending.
+        spec_steps: depth no node exceeds.
+
+    Effects: writes tree_mask (QLEN_ONLY or FULL_MASK layout; prefix cells stay as they are),
+        positions [B * N] and the [B, N] retrieve_* links. A candidate whose parent was not selected
+        is left unlinked, so verification cannot reach it.
+
+    Raises:
+        NotImplementedError: bit-packed mask.
+    """
+    batch, width = seq_lens.shape[0], num_verify_tokens
+    nodes = torch.arange(width)
+    parent, linked = find_parents(parent_list, top_scores_index, topk)
+
+    # is_child: (B, parent, node)
+    is_child = (parent.unsqueeze(1) == nodes.unsqueeze(1)) & linked.unsqueeze(1)
+    first_child = torch.where(is_child, nodes, width).amin(dim=2)
+    same_parent = is_child.gather(1, parent.unsqueeze(2).expand(-1, -1, width))
+    later = nodes > nodes.unsqueeze(1)
+    next_sibling = torch.where(same_parent & later, nodes, width).amin(dim=2)
+    next_sibling.masked_fill_(~linked, width)
+    retrieve_next_token.copy_(first_child.masked_fill_(first_child == width, -1))
+    retrieve_next_sibling.copy_(next_sibling.masked_fill_(next_sibling == width, -1))
+    retrieve_index.copy_(torch.arange(batch * width).view(batch, width))
+
+    sees = torch.eye(width, dtype=torch.bool).repeat(batch, 1, 1)
+    sees[:, :, 0] = True
+    ancestor = parent
+    for _ in range(spec_steps - 1):
+        sees.scatter_(2, ancestor.unsqueeze(2), True)
+        ancestor = parent.gather(1, ancestor)
+    positions.copy_((seq_lens.unsqueeze(1) + sees.sum(dim=2) - 1).flatten())
+    write_tree_mask(tree_mask, sees, seq_lens, tree_mask_mode)
+
+
+def find_parents(
+    parent_list: Tensor, top_scores_index: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
+    """Parent node of each node and whether it has one: [B, N] int64 and [B, N] bool.
+
+    The root and nodes without a selected parent name node 0.
+    """
+    drafted_under = top_scores_index // topk
+    below_root = drafted_under == 0
+    if parent_list.shape[1]:
+        parent_candidate = parent_list.gather(1, drafted_under)
+    else:
+        parent_candidate = drafted_under
+    # matches: (B, child, candidate parent)
+    matches = parent_candidate.unsqueeze(2) == top_scores_index.unsqueeze(1)
+    found = matches.any(dim=2) & ~below_root
+    parent = torch.where(found, matches.to(torch.uint8).argmax(dim=2) + 1, 0)
+    pad = (1, 0)
+    return (
+        torch.nn.functional.pad(parent, pad),
+        torch.nn.functional.pad(found | below_root, pad),
+    )
+
+
+def write_tree_mask(tree_mask: Tensor, sees: Tensor, seq_lens: Tensor, mode: TreeMaskMode) -> None:
+    """Store [B, N, N] visibility in SGLang's flat layout; prefix columns are left untouched."""
+    batch, width, _ = sees.shape
+    if mode == TreeMaskMode.QLEN_ONLY:
+        tree_mask[: sees.numel()].copy_(sees.flatten())
+    elif mode == TreeMaskMode.FULL_MASK:
+        tree_mask[full_mask_cells(seq_lens, width)] = sees
+    else:
+        raise NotImplementedError(f"SGLANG_PLATFORM=cast_cpu has no {mode!r} tree mask")
+
+
+def full_mask_cells(seq_lens: Tensor, width: int) -> Tensor:
+    """[B, N, N] flat positions of the tree cells in a FULL_MASK of N rows of (seq_len + N) each."""
+    row_lens = seq_lens.long() + width
+    ends = torch.cumsum(row_lens * width, dim=0)
+    steps = torch.arange(width)
+    first_row = ends - row_lens * width + seq_lens
+    return (first_row.unsqueeze(1) + row_lens.unsqueeze(1) * steps).unsqueeze(2) + steps
+
+
+def verify_tree_greedy(
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrieve_index: Tensor,
+    retrieve_next_token: Tensor,
+    retrieve_next_sibling: Tensor,
+    target_predict: Tensor,
+    topk: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the target's argmax down each request's tree.
+
+    Definition: from the root, move to the first child whose token is the target's prediction at the
+    current node, until there is none.
+
+    Args:
+        predicts: [B * N] int32, written at accepted nodes: the token that follows the node.
+        accept_index: [B, S] int32, -1 filled; written with the accepted nodes' flat indexes.
+        accept_token_num: [B] int32, written: accepted drafts, the root not counted.
+        candidates: [B, N] int64, node tokens.
+        target_predict: [B, N] int64.
+        topk: unused here; the host's kernels specialise on it.
+
+    Returns:
+        predicts, accept_index, accept_token_num.
+    """
+    # Every iteration visits one node in each request, so a tree ends within N - 1 of them.
+    rows = torch.arange(candidates.shape[0])
+    max_accepted = accept_index.shape[1] - 1
+    last = torch.zeros_like(rows)
+    num_accepted = torch.zeros_like(rows)
+    accept_index[:, 0] = retrieve_index[:, 0]
+    node = retrieve_next_token[:, 0]
+    while True:
+        active = (node >= 0) & (num_accepted < max_accepted)
+        if not active.any():
+            break
+        here = node.clamp(min=0)
+        accepted = active & (candidates[rows, here] == target_predict[rows, last])
+        num_accepted = num_accepted + accepted
+        last = torch.where(accepted, here, last)
+        # Rejected and finished requests rewrite the entry they hold.
+        accept_index[rows, num_accepted] = retrieve_index[rows, last].to(accept_index.dtype)
+        node = torch.where(
+            accepted, retrieve_next_token[rows, here], retrieve_next_sibling[rows, here]
+        ).masked_fill_(~active, -1)
+    accept_token_num.copy_(num_accepted)
+    # Accepted or not, a node's successor is the target's token; only accepted entries are read.
+    predicts.copy_(target_predict.flatten())
+    return predicts, accept_index, accept_token_num
+
+
+def assign_draft_cache_locs(
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    seq_lens: Tensor,
+    out_cache_loc: Tensor,
+    topk: int,
+    num_cols: int,
+    positions: Tensor | None = None,
+    mrope: Tensor | None = None,
+) -> None:
+    """Write the `topk * num_cols` slots after each request's `seq_lens` to `out_cache_loc`."""
+    if positions is not None or mrope is not None:
+        raise NotImplementedError("SGLANG_PLATFORM=cast_cpu writes no draft positions here")
+    out_cache_loc.copy_(
+        slots_after(req_to_token, req_pool_indices, seq_lens, topk * num_cols).flatten()
+    )
+
+
+def assign_extend_cache_locs(
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    start_offset: Tensor,
+    end_offset: Tensor,
+    batch_size: int,
+    draft_token_num: int,
+    device: str | torch.device,
+) -> Tensor:
+    """[B * draft_token_num] int64 slots of positions start_offset up to end_offset.
+
+    SGLang calls this with windows of one width only, which its output shape already assumes.
+    """
+    return slots_after(req_to_token, req_pool_indices, start_offset, draft_token_num).flatten()
+
+
+def slots_after(req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int) -> Tensor:
+    """[B, count] int64 slots of each request's positions start, start + 1, ..."""
+    positions = start.unsqueeze(1) + torch.arange(count)
+    return req_to_token[req_pool_indices.unsqueeze(1), positions].long()
+
+
+def fill_bonus_tokens(
+    accept_tokens: Tensor,
+    accept_lens: Tensor,
+    bonus_tokens: Tensor,
+    accept_stride: int,
+    batch_size: int,
+) -> None:
+    """Write each request's last accepted token, from rows of `accept_stride` tokens."""
+    last = (accept_lens - 1).long().unsqueeze(1)
+    bonus_tokens.copy_(accept_tokens.view(batch_size, accept_stride).gather(1, last).squeeze(1))
+
+
+def fill_front_cache_locs(num_front: Tensor, out_cache_loc: Tensor, packed: Tensor) -> None:
+    """Pack the first `num_front[b]` slots of each request's window; the rest of `packed` stays."""
+    window = out_cache_loc.view(num_front.shape[0], -1)
+    front = window[torch.arange(window.shape[1]) < num_front.unsqueeze(1)]
+    packed[: front.shape[0]] = front
+
+
+def fill_accepted_cache_locs(
+    accept_index: Tensor, out_cache_loc: Tensor, packed: Tensor, size: int
+) -> None:
+    """Pack the slots of the accepted nodes, in order; the rest of `packed` stays."""
+    flat = accept_index.flatten()
+    accepted = out_cache_loc[flat[flat >= 0].long()]
+    packed[: accepted.shape[0]] = accepted
+
+
+def compute_position(extend_prefix_lens: Tensor, extend_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of all new tokens, request after request, and where each request starts.
+
+    Definition: positions = concat(range(prefix, prefix + new) for each request).
+    """
+    ends = torch.cumsum(extend_seq_lens, dim=0)
+    starts = ends - extend_seq_lens
+    offsets = torch.repeat_interleave(extend_prefix_lens - starts, extend_seq_lens)
+    return torch.arange(offsets.shape[0]) + offsets, starts.to(extend_seq_lens.dtype)

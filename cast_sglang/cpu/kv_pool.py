@@ -1,0 +1,62 @@
+"""KV pool whose slot keeps keys and values in one row, so one gather reads both."""
+
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from cast_sglang.errors import HostError
+
+
+class FusedRowKVPool(MHATokenToKVPool):
+    """The in-tree pool over one [layers, slots, 2, heads, head_dim] allocation.
+
+    `k_buffer` and `v_buffer` stay what SGLang expects, per-layer [slots, heads, head_dim], as strided
+    views. A row of `layer_rows` is the same memory: a slot's keys, then its values.
+    """
+
+    def _create_buffers_normal(self) -> None:
+        if self.head_dim != self.v_head_dim or self.store_dtype != self.dtype:
+            raise HostError(
+                "SGLANG_PLATFORM=cast_cpu needs keys and values of one head size, stored in the "
+                f"model's precision; got head_dim {self.head_dim}/{self.v_head_dim} and "
+                f"--kv-cache-dtype {self.dtype}"
+            )
+        # Slot 0 up to page_size is padding: SGLang sends writes of dummy tokens there.
+        self.storage = torch.zeros(
+            (self.layer_num, self.size + self.page_size, 2, self.head_num, self.head_dim),
+            dtype=self.store_dtype,
+            device=self.device,
+        )
+        self.rows = self.storage.flatten(2)
+        self.k_buffer = list(self.storage[:, :, 0].unbind(0))
+        self.v_buffer = list(self.storage[:, :, 1].unbind(0))
+
+    def layer_rows(self, layer_id: int) -> torch.Tensor:
+        """[slots, 2 * heads * head_dim] rows of one layer; a view, so writes reach the pool."""
+        return self.rows[layer_id - self.start_layer]
+
+    def write(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store keys and values of new tokens.
+
+        Args:
+            slots: [T] int64, distinct except for padding slots.
+            k: [T, heads, head_dim]
+            v: [T, heads, head_dim]
+        """
+        self.layer_rows(layer_id).index_copy_(0, slots, torch.stack((k, v), dim=1).flatten(1))
+
+    def _store_kv_layer(
+        self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> None:
+        self.write(layer_idx + self.start_layer, loc, cache_k, cache_v)
+
+    def _init_kv_copy_and_warmup(self) -> None:
+        # The in-tree move is a Triton byte copy over raw pointers; this layout moves in two ops.
+        self._kv_copy_config = None
+
+    def _move_kv_cache_impl(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        # The gather completes before the scatter starts, so overlapping moves are safe.
+        moved = self.rows.index_select(1, src_loc.long())
+        self.rows.index_copy_(1, tgt_loc.long(), moved)

@@ -1,0 +1,133 @@
+"""The `cast_cpu` platform: what SGLang asks an out-of-tree device, answered for plain torch.
+
+SGLang discovers `activate` through the entry-point group `sglang.srt.platforms`, in every process and
+before arguments are parsed. It selects the platform only when `SGLANG_PLATFORM=cast_cpu`; any
+other process that happens to have this package installed is left alone.
+"""
+
+import glob
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+logger = logging.getLogger(__name__)
+
+PLATFORM_NAME = "cast_cpu"
+ATTENTION_BACKEND = "cast_cpu"
+
+# A tiny model would otherwise turn most of the host's memory into KV slots it can never use.
+MAX_TOTAL_TOKENS = 131_072
+MAX_RUNNING_REQUESTS = 48
+
+SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE", "CAST")
+
+
+def activate() -> str | None:
+    """Name the platform class when `SGLANG_PLATFORM` selects it, else None.
+
+    Without the check an installed package would claim every host: SGLang activates all the
+    platforms it discovers when the variable is unset.
+    """
+    if os.environ.get("SGLANG_PLATFORM") != PLATFORM_NAME:
+        return None
+    if glob.glob("/dev/nvidia[0-9]*"):
+        logger.warning(
+            "SGLANG_PLATFORM=%s serves on the CPU; the GPUs of this host are hidden from SGLang. "
+            "Unset SGLANG_PLATFORM to use them.",
+            PLATFORM_NAME,
+        )
+        # SGLang picks CUDA-only modules whenever torch sees a GPU, whatever --device says.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Idle OpenMP workers must not spin: the engine's other processes need the same cores. Read by
+    # the processes SGLang spawns, which are the ones that run models.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return f"{__name__}:CastCpuPlatform"
+
+
+class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU serving without AMX or sgl_kernel: torch attention, torch speculative helpers."""
+
+    _enum = PlatformEnum.OOT
+    device_name = PLATFORM_NAME
+    device_type = "cpu"
+
+    def __init__(self) -> None:
+        register_attention_choice()
+        register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        server_args.device = "cpu"
+        # Kernels run on the calling thread, so overlap would only delay results by a step.
+        server_args.disable_overlap_schedule = True
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in SPECULATIVE_ALGORITHMS
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        if kind != "mha":
+            return None
+        from cast_sglang.cpu.kv_pool import FusedRowKVPool
+
+        return FusedRowKVPool
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from cast_sglang.cpu.kernels import assign_extend_cache_locs
+
+        return assign_extend_cache_locs
+
+    def get_dispatch_key_name(self) -> str:
+        return PLATFORM_NAME
+
+    def init_backend(self) -> None:
+        """Install the attention backend and the torch helpers; runs once in each model process."""
+        from cast_sglang.cpu.install import install
+
+        install()
+
+
+def register_attention_choice() -> None:
+    """Make `--attention-backend cast_cpu` legal before arguments are parsed."""
+    from sglang.srt.arg_groups import choices
+
+    if ATTENTION_BACKEND not in choices.ATTENTION_BACKEND_CHOICES:
+        choices.add_attention_backend_choices([ATTENTION_BACKEND])
+        choices.add_draft_attention_backend_choices([ATTENTION_BACKEND])
+
+
+def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Choose this platform's backends where SGLang would choose those of an AMX build."""
+    # Imported late: it needs the platform object that is being built when this module loads.
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    config = resolving_view(server_args)
+    fields = {"sampling_backend": "pytorch"}
+    if config.attention_backend is None:
+        fields["attention_backend"] = ATTENTION_BACKEND
+    declare_resolution(server_args, PLATFORM_NAME, **fields)
+
+
+def share_cores(num_ranks: int) -> None:
+    """Give each rank its part of the cores, unless the user decided otherwise."""
+    cores = sorted(os.sched_getaffinity(0))
+    per_rank = max(1, len(cores) // num_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(per_rank))
+    groups = [cores[(rank * per_rank) % len(cores) :][:per_rank] for rank in range(num_ranks)]
+    # SGLang wants one entry per rank and counts NUMA nodes, not cores, when there is none.
+    os.environ.setdefault(
+        "SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, group)) for group in groups)
+    )

@@ -1,0 +1,27 @@
+"""Every error this package raises on purpose.
+
+    CastError
+    ├── ConfigError   (ValueError)    a knob is unknown, of the wrong type or out of range
+    ├── ProfileError  (ValueError)    a cost profile is missing, damaged or was measured elsewhere
+    └── HostError     (RuntimeError)  this SGLang, device or model pair cannot run what was asked
+
+Each message is one line that names the flag, variable or file at fault and says what to do.
+"""
+
+__all__ = ["CastError", "ConfigError", "HostError", "ProfileError"]
+
+
+class CastError(Exception):
+    """Base of all errors raised by cast_sglang."""
+
+
+class ConfigError(CastError, ValueError):
+    """A configuration key is unknown, malformed or out of range."""
+
+
+class ProfileError(CastError, ValueError):
+    """A cost profile is missing, unreadable, invalid or belongs to another device or pair."""
+
+
+class HostError(CastError, RuntimeError):
+    """The serving engine, the device or the model pair does not support what was asked."""

@@ -1,0 +1,115 @@
+"""Journal of a running profile: each measurement on disk at once, so that a killed run resumes.
+
+The first line holds the settings of the run, each further line one visit to one point. A line that
+a kill cut short is dropped; anything else unexpected is an error, because a table mixed from two
+settings would look like a good one.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import msgspec
+
+from cast_sglang.errors import ProfileError
+
+__all__ = ["Journal", "Point", "Visit", "journal_path"]
+
+
+class Point(NamedTuple):
+    """One forward pass that can be measured."""
+
+    operation: str  # verify | draft | draft_extend | plain | step_overhead
+    batch_size: int
+    context: int
+    num_tokens: int  # rows or nodes per request
+
+
+class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A few consecutive timings of one point."""
+
+    point: Point
+    times_us: list[float]
+    seconds: float  # wall time of the visit, warm-up included
+
+
+def journal_path(output: str | Path) -> Path:
+    """Return the journal's path beside the profile it leads to."""
+    output = Path(output).expanduser()
+    return output.with_name(f"{output.name}.partial.jsonl")
+
+
+class Journal:
+    """Append-only file of visits; a context manager, open for appending inside `with`.
+
+    Args:
+        path: the file; created if missing.
+        settings: JSON-like; a journal begun with other settings is refused.
+
+    Raises:
+        ProfileError: the file is damaged, belongs to other settings, or cannot be opened.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.visits: list[Visit] = []
+        self._settings = json.loads(json.dumps(settings))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")
+            self._restore()
+        except OSError as error:
+            reason = error.strerror
+            raise ProfileError(f"journal {path}: cannot be opened: {reason}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, visit: Visit) -> None:
+        """Write one visit; it survives a kill of this process from here on."""
+        self._write(msgspec.json.encode(visit))
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line + b"\n")
+        self._file.flush()
+
+    def _restore(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
+            self._file.truncate(complete)
+        lines = data[:complete].splitlines()
+        if not lines:
+            self._write(json.dumps(self._settings).encode())
+            os.fsync(self._file.fileno())
+            return
+        self.visits = list(self._parse(lines))
+
+    def _parse(self, lines: list[bytes]) -> Iterator[Visit]:
+        number = 1
+        try:
+            found = json.loads(lines[0])
+            if found != self._settings:
+                raise ProfileError(
+                    f"journal {self.path}: begun with other settings "
+                    f"({_changes(found, self._settings)}); delete it or choose another --output"
+                )
+            for number, line in enumerate(lines[1:], start=2):
+                yield msgspec.json.decode(line, type=Visit)
+        except (msgspec.MsgspecError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ProfileError(
+                f"journal {self.path}: line {number} is damaged; delete the file to start again"
+            ) from error
+
+
+def _changes(found: Any, expected: dict[str, Any]) -> str:
+    if not isinstance(found, dict):
+        return "no settings in its first line"
+    changed = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    return ", ".join(changed)

@@ -1,0 +1,182 @@
+"""Schema of a cost profile: the records of its JSON file and the checks beyond their types.
+
+`profiles/README.md` documents every field with its unit.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+
+from cast_sglang.errors import ProfileError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CostProfile",
+    "CostTable",
+    "CostTables",
+    "Heldout",
+    "HostIdentity",
+    "ModelIdentity",
+    "Provenance",
+    "validate_profile",
+]
+
+SCHEMA_VERSION = 1
+MAX_TIME_US = 1e9
+MAX_AXIS_VALUE = 1 << 30
+MAX_SAMPLES = 1 << 30
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the schema: immutable, and an unknown field is an error."""
+
+
+class CostTable(_Record, frozen=True, kw_only=True):
+    """Time of one forward pass over a grid of B batch sizes, C contexts and N token counts.
+
+    Axes are strictly increasing positive integers; the arrays are nested lists [B][C][N].
+    """
+
+    batch_sizes: list[int]
+    contexts: list[int]
+    token_counts: list[int]
+    time_us: list[list[list[float]]]
+    spread_us: list[list[list[float]]]
+    samples: list[list[list[int]]]
+
+
+class ModelIdentity(_Record, frozen=True, kw_only=True):
+    """One model of the pair; `name` is a hub id or the name of a local directory."""
+
+    name: str
+    config_hash: str
+    architectures: list[str]
+    num_parameters: int | None = None
+
+
+class HostIdentity(_Record, frozen=True, kw_only=True):
+    """Where a forward pass runs: device, model pair and the settings that change its time."""
+
+    device_name: str
+    device_memory_bytes: int
+    driver: str
+    runtime: str
+    target: ModelIdentity
+    draft: ModelIdentity
+    dtype: str
+    tp_size: int
+    attention_backend: str
+    cuda_graph: bool
+    page_size: int
+    versions: dict[str, str]
+    device_count: int | None = None
+    clock_mhz: int | None = None
+    quantization: str | None = None
+    overlap: bool | None = None
+
+
+class Heldout(_Record, frozen=True, kw_only=True):
+    """Relative error of the interpolated tables at measured points that are not in them."""
+
+    points: int
+    median_error: float
+    p95_error: float
+
+
+class Provenance(HostIdentity, frozen=True, kw_only=True):
+    """The host that was measured, and how and when it was measured."""
+
+    date: str
+    command: str
+    seconds: float
+    sampling: dict[str, str | int | float | bool] = {}
+    estimated: bool = False
+    heldout: Heldout | None = None
+
+
+class CostTables(_Record, frozen=True, kw_only=True):
+    """S_T, S_D and what else a step costs."""
+
+    target: CostTable
+    draft: CostTable
+    draft_extend: CostTable
+    plain: CostTable | None = None
+    step_overhead_us: list[float] | None = None
+
+
+class CostProfile(CostTables, frozen=True, kw_only=True):
+    """The tables of one host and pair, with their provenance."""
+
+    provenance: Provenance
+    schema_version: int = SCHEMA_VERSION
+
+
+def validate_profile(profile: CostProfile) -> None:
+    """Check what the types cannot say: axes, shapes, ranges and agreement between tables.
+
+    Raises:
+        ProfileError: names the field and what is wrong with it.
+    """
+    tables = {"target": profile.target, "draft": profile.draft, "plain": profile.plain}
+    tables["draft_extend"] = profile.draft_extend
+    for name, table in tables.items():
+        if table is not None:
+            _validate_table(name, table, profile.provenance.estimated)
+    if profile.target.token_counts[0] != 1:
+        raise ProfileError("target.token_counts must start at 1, the unit of all costs")
+    if profile.plain is not None and profile.plain.token_counts != [1]:
+        raise ProfileError("plain.token_counts must be [1]")
+    overhead = profile.step_overhead_us
+    if overhead is not None:
+        if len(overhead) != len(profile.target.batch_sizes):
+            raise ProfileError("step_overhead_us must have one value per target.batch_sizes")
+        _require_range("step_overhead_us", overhead, 0.0, MAX_TIME_US)
+    _validate_provenance(profile.provenance)
+
+
+def _validate_table(name: str, table: CostTable, estimated: bool) -> None:
+    shape: list[int] = []
+    for axis in ("batch_sizes", "contexts", "token_counts"):
+        values = getattr(table, axis)
+        if not values:
+            raise ProfileError(f"{name}.{axis} is empty")
+        _require_range(f"{name}.{axis}", values, 1, MAX_AXIS_VALUE)
+        if any(low >= high for low, high in pairwise(values)):
+            raise ProfileError(f"{name}.{axis} must be strictly increasing")
+        shape.append(len(values))
+    tiniest = math.ulp(0.0)
+    limits = {"time_us": (tiniest, MAX_TIME_US), "spread_us": (0.0, MAX_TIME_US)}
+    for field, (low, high) in {**limits, "samples": (0, MAX_SAMPLES)}.items():
+        cube = getattr(table, field)
+        square = len(cube) == shape[0] and all(len(plane) == shape[1] for plane in cube)
+        if not square or any(len(row) != shape[2] for plane in cube for row in plane):
+            raise ProfileError(f"{name}.{field} must have the shape of its axes, {shape}")
+        for plane in cube:
+            for row in plane:
+                _require_range(f"{name}.{field}", row, low, high)
+    # A point that does not fit the device's memory has no samples; its time continues the row.
+    if not estimated and table.samples[0][0][0] == 0:
+        raise ProfileError(f"{name}.samples: the first point was never measured")
+
+
+def _validate_provenance(provenance: Provenance) -> None:
+    for role in ("target", "draft"):
+        if not re.fullmatch(r"[0-9a-f]{64}", getattr(provenance, role).config_hash):
+            raise ProfileError(f"provenance.{role}.config_hash must be 64 hexadecimal digits")
+    for field in ("device_memory_bytes", "tp_size", "page_size"):
+        _require_range(f"provenance.{field}", [getattr(provenance, field)], 1, 1 << 60)
+    _require_range("provenance.seconds", [provenance.seconds], 0.0, MAX_TIME_US)
+    if provenance.heldout is not None:
+        errors = [provenance.heldout.median_error, provenance.heldout.p95_error]
+        _require_range("provenance.heldout", errors, 0.0, MAX_TIME_US)
+
+
+def _require_range(name: str, values: Sequence[float], low: float, high: float) -> None:
+    for value in values:
+        # Written so that a NaN fails too.
+        if not low <= value <= high:
+            bound = "positive" if low == math.ulp(0.0) else f"at least {low:g}"
+            raise ProfileError(f"{name} holds {value!r}: must be {bound} and at most {high:g}")

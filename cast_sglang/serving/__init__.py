@@ -1,0 +1,1 @@
+"""The edge to SGLang: registration, worker and step. Imports sglang; nothing left of it does."""

@@ -1,0 +1,273 @@
+"""CAST as a speculative algorithm of SGLang: server arguments, predicates, worker.
+
+Everything that can be wrong with a launch is found here, in the launching process, before a model
+is loaded, and raised as a `CastError` that names the flag and the fix.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from cast_sglang.config import CastConfig
+from cast_sglang.errors import HostError
+from cast_sglang.profiles import FoundProfile, find_profile
+from cast_sglang.serving.identity import host_identity, is_eagle3_config, read_draft_config
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.overlap_utils import FutureMap
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.spec_info import SpecInput
+
+__all__ = ["CastAlgorithm", "find_server_profile", "verify_sizes"]
+
+logger = logging.getLogger(__name__)
+
+# The envelope when the flags are not given. A step uses as much of it as pays, so it is generous:
+# its price is KV reserved per running request, 2 * max(steps * topk, tokens) slots.
+DEFAULT_NUM_STEPS = 8
+DEFAULT_TOPK = 8
+DEFAULT_NUM_DRAFT_TOKENS = 32
+# SGLang's own default under speculative decoding, for the same reserve.
+DEFAULT_MAX_RUNNING_REQUESTS = 48
+
+
+class CastAlgorithm(CustomSpecAlgo):
+    """`--speculative-algorithm CAST`. Behaves as EAGLE or EAGLE-3 wherever SGLang asks."""
+
+    def is_eagle(self) -> bool:
+        return True
+
+    def is_eagle3(self) -> bool:
+        spec = get_spec()
+        draft_config = read_draft_config(
+            spec.speculative_draft_model_path, spec.speculative_draft_model_revision, True
+        )
+        return is_eagle3_config(draft_config)
+
+    def supports_grammar_overlap(self) -> bool:
+        return True
+
+    def need_topk(self) -> bool:
+        return True
+
+    def carries_draft_hidden_states(self) -> bool:
+        return True
+
+    def create_future_map(
+        self,
+        device: torch.device,
+        req_to_token_pool: Any,
+        needs_cpu_seq_lens: bool = True,
+        needs_confidence_relay: bool = False,
+    ) -> FutureMap:
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(
+            device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay
+        )
+
+    def build_disagg_draft_input(
+        self, batch: ScheduleBatch, last_tokens_tensor: torch.Tensor, future_map: FutureMap
+    ) -> SpecInput | None:
+        from sglang.srt.speculative.eagle_disaggregation import build_eagle_disagg_draft_input
+
+        return build_eagle_disagg_draft_input(batch, last_tokens_tensor, future_map)
+
+    def get_platform_worker_cls(self) -> type | None:
+        return None
+
+    def handle_server_args(self, server_args: ServerArgs) -> None:
+        """Fill in CAST's defaults and refuse what it cannot run.
+
+        Raises:
+            ConfigError, HostError, ProfileError: one line that names the flag and the fix.
+        """
+        config = CastConfig.load()
+        _refuse_unsupported(server_args)
+        _set_envelope(server_args)
+        verify_sizes(config, server_args.speculative_num_draft_tokens)
+        _check_pair(server_args)
+
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+            logger.info(
+                "CAST: --max-running-requests not given, using %d", DEFAULT_MAX_RUNNING_REQUESTS
+            )
+        server_args.enable_mixed_chunk = False
+        if server_args.device == "cpu":
+            server_args.disable_overlap_schedule = True
+        elif not server_args.disable_cuda_graph:
+            # Captured graphs have one width; this version runs its steps eagerly.
+            server_args.disable_cuda_graph = True
+            logger.warning("CAST: CUDA graphs are off, every step has its own widths")
+
+        found = find_server_profile(config, server_args)
+        logger.info(
+            "CAST: policy %s, C1=%g C2=%g C3=%g R=%d; envelope steps %d, topk %d, tokens %d; %s",
+            config.policy,
+            config.c1,
+            config.c2,
+            config.c3,
+            config.r,
+            server_args.speculative_num_steps,
+            server_args.speculative_eagle_topk,
+            server_args.speculative_num_draft_tokens,
+            "no cost profile" if found is None else f"profile {found.path}",
+        )
+
+
+def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundProfile | None:
+    """Return the profile of this device and pair, or None for a policy that needs none.
+
+    Raises:
+        ProfileError: there is none, or it does not fit.
+    """
+    if config.profile == "none":
+        return None
+    found = find_profile(
+        host_identity(server_args), config.profile, allow_foreign=config.allow_foreign_profile
+    )
+    for warning in found.warnings:
+        logger.warning("CAST: %s", warning)
+    return found
+
+
+def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
+    """Return the sizes a verify pass may have: those configured, or all within the envelope.
+
+    Raises:
+        HostError: a configured size lies outside 2..`num_draft_tokens`.
+    """
+    if config.verify_sizes is None:
+        return tuple(range(2, num_draft_tokens + 1))
+    if config.verify_sizes[0] < 2 or config.verify_sizes[-1] > num_draft_tokens:
+        raise HostError(
+            f"--cast-verify-sizes {','.join(map(str, config.verify_sizes))}: each size must be in "
+            f"2..{num_draft_tokens} (--speculative-num-draft-tokens)"
+        )
+    return config.verify_sizes
+
+
+def _set_envelope(server_args: ServerArgs) -> None:
+    if server_args.speculative_num_steps is None:
+        server_args.speculative_num_steps = DEFAULT_NUM_STEPS
+    if server_args.speculative_eagle_topk is None:
+        server_args.speculative_eagle_topk = DEFAULT_TOPK
+    steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk
+    most = 1 + topk + (steps - 1) * topk * topk
+    if server_args.speculative_num_draft_tokens is None:
+        server_args.speculative_num_draft_tokens = min(DEFAULT_NUM_DRAFT_TOKENS, most)
+    tokens = server_args.speculative_num_draft_tokens
+    if steps < 1:
+        raise HostError(f"--speculative-num-steps {steps}: CAST needs at least 1")
+    if topk < 2:
+        raise HostError(
+            f"--speculative-eagle-topk {topk}: CAST reads the draft's probabilities, which SGLang "
+            "does not compute for chains; use 2 or more"
+        )
+    if not 2 <= tokens <= most:
+        raise HostError(
+            f"--speculative-num-draft-tokens {tokens}: a tree of {steps} steps and topk {topk} "
+            f"has 2..{most} nodes, root included"
+        )
+
+
+def _refuse_unsupported(server_args: ServerArgs) -> None:
+    if server_args.speculative_draft_model_path is None:
+        raise HostError(
+            "--speculative-algorithm CAST needs --speculative-draft-model-path, "
+            "an EAGLE or EAGLE-3 draft of the target"
+        )
+    refused = {
+        "--speculative-adaptive": (
+            server_args.speculative_adaptive,
+            "CAST adapts the tree by itself; drop the flag",
+        ),
+        "--speculative-use-rejection-sampling": (
+            server_args.speculative_use_rejection_sampling,
+            "it is for chains; drop the flag, sampling stays exact without it",
+        ),
+        "--speculative-use-block-verification": (
+            server_args.speculative_use_block_verification,
+            "it is for chains; drop the flag",
+        ),
+        "--enable-multi-layer-eagle": (
+            server_args.enable_multi_layer_eagle,
+            "CAST drafts with single-layer heads; drop the flag",
+        ),
+        "--enable-dp-attention": (
+            server_args.enable_dp_attention,
+            "ranks would choose different trees; use one server per GPU behind SGLang's router",
+        ),
+        "--pp-size": (server_args.pp_size > 1, "CAST runs without pipeline parallelism; use 1"),
+        "--page-size": (
+            (server_args.page_size or 1) > 1,
+            "tree nodes need single-token pages; use --page-size 1",
+        ),
+        "--enable-two-batch-overlap": (
+            server_args.enable_two_batch_overlap,
+            "it splits the batch that CAST decides for; drop the flag",
+        ),
+        "--speculative-token-map": (
+            server_args.speculative_token_map is not None,
+            "use an EAGLE-3 draft, which carries its own",
+        ),
+        "--speculative-draft-window-size": (
+            server_args.speculative_draft_window_size is not None,
+            "CAST's draft reads the whole prefix; drop the flag",
+        ),
+        "--disaggregation-mode": (
+            server_args.disaggregation_mode != "null",
+            "not supported by CAST yet; use null",
+        ),
+    }
+    for flag, (is_given, advice) in refused.items():
+        if is_given:
+            raise HostError(
+                f"{flag} cannot be combined with --speculative-algorithm CAST: {advice}"
+            )
+
+
+def _check_pair(server_args: ServerArgs) -> None:
+    """Refuse a draft that was not made for the target, before either is loaded."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    draft_path = server_args.speculative_draft_model_path
+    draft = read_draft_config(
+        draft_path, server_args.speculative_draft_model_revision, server_args.trust_remote_code
+    )
+    target = ModelConfig.from_server_args(server_args).hf_text_config
+    names = getattr(draft, "architectures", None) or []
+    if not any("eagle" in name.lower() for name in names):
+        raise HostError(
+            f"--speculative-draft-model-path {draft_path}: architecture {', '.join(names) or 'none'}"
+            " is no EAGLE or EAGLE-3 draft"
+        )
+    expected = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    # An EAGLE-3 draft of another width says which target width it reads.
+    if getattr(draft, "target_hidden_size", None) is not None:
+        expected["target_hidden_size"] = expected.pop("hidden_size")
+    for key, value in expected.items():
+        if getattr(draft, key, None) != value:
+            raise HostError(
+                f"--speculative-draft-model-path {draft_path}: its {key} is "
+                f"{getattr(draft, key, None)}, the target's is {value}; "
+                "use a draft made for this target"
+            )
+
+
+def register() -> None:
+    """Make `--speculative-algorithm CAST` legal in this process."""
+
+    @SpeculativeAlgorithm.register("CAST", supports_overlap=True, spec_class=CastAlgorithm)
+    def _worker_class(server_args: ServerArgs) -> type:
+        from cast_sglang.serving.worker import CastWorker
+
+        return CastWorker

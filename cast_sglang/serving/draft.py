@@ -1,0 +1,252 @@
+"""The draft side of a CAST step: grow the tree layer by layer, stop when it no longer pays.
+
+SGLang's own `EagleDraftWorker` runs a fixed number of steps of a fixed width over attention
+backends that read each branch's cache as one line. Here every layer has its own width, a node
+attends to its true ancestors, and the loop may stop after any layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.speculative.draft_utils import DraftBackendFactory
+from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
+from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+from sglang.srt.speculative.spec_utils import renorm_draft_probs
+from sglang.srt.utils.common import fast_topk
+
+from cast_sglang.serving.draft_attention import create_tree_backend
+from cast_sglang.tree import DraftTree
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    from cast_sglang.cost import CostModel
+    from cast_sglang.policy import Costs, TreePolicy
+
+
+class DraftShape(NamedTuple):
+    """What one step drafted and chose, for the counters."""
+
+    widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
+    num_draft_tokens: int  # nodes verified per request, root included
+    policy_seconds: float  # host time of the decisions, waiting for the device included
+
+
+class CastDraftWorker(EagleDraftWorker):
+    """EAGLE's draft worker with CAST's tree; `policy` and `cost_model` come from its owner."""
+
+    policy: TreePolicy
+    cost_model: CostModel | None
+    last_shape: DraftShape
+    last_extend_rows: int
+
+    def __init__(
+        self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
+    ) -> None:
+        super().__init__(server_args, gpu_id, nccl_port, target_worker)
+        self.max_draft_tokens = self.speculative_num_draft_tokens
+
+    def init_attention_backend(self) -> None:
+        """Build the backend of the tree's layers and the one of draft extend."""
+        self.draft_attn_backend = create_tree_backend(self.draft_runner, self.topk)
+        factory = DraftBackendFactory(self.draft_runner, self.topk, self.speculative_num_steps)
+        self.draft_extend_attn_backend = factory.create_draft_extend_backend()
+        self.draft_runner.draft_attn_backend = self.draft_attn_backend
+        if self.draft_extend_attn_backend is not None:
+            self.draft_runner.attn_backend = self.draft_extend_attn_backend
+
+    def _capture_cuda_graphs(self) -> None:
+        # SGLang captures all draft steps as one graph, which cannot stop early.
+        self.cuda_graph_runner = None
+        self.cuda_graph_runner_for_draft_extend = None
+
+    def draft(self, batch: ScheduleBatch) -> EagleVerifyInput:
+        """Grow the batch's tree, choose what to verify and return the verify input.
+
+        Args:
+            batch: the decode batch; `batch.spec_info` is the `EagleDraftInput` of the last step.
+
+        Effects: writes draft KV into slots past each request's committed length.
+        """
+        draft_input = batch.spec_info
+        costs = None
+        if self.cost_model is not None:
+            costs = self.cost_model.step_costs(len(batch.reqs), self.mean_context(batch))
+        forward_batch, _, _ = prepare_for_draft(
+            draft_input,
+            self.req_to_token_pool,
+            batch,
+            None,
+            self.draft_runner,
+            self.topk,
+            self.speculative_num_steps,
+        )
+        tree, widths, policy_seconds = self._grow_tree(forward_batch, costs)
+
+        began = time.perf_counter()
+        ranked = tree.ranked(self.max_draft_tokens - 1)
+        num_draft_tokens = self.policy.rerank(ranked.scores, costs)
+        policy_seconds += time.perf_counter() - began
+        self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
+
+        selection = tree.select(ranked, num_draft_tokens)
+        verify_input = build_eagle_verify_input(
+            batch,
+            draft_input,
+            selection.parent_list,
+            selection.top_scores_index,
+            selection.draft_tokens,
+            None,
+            target_worker=self.target_worker,
+            topk=self.topk,
+            num_steps=tree.max_layers,
+            num_draft_tokens=num_draft_tokens,
+            tree_mask_mode=self.tree_mask_mode,
+            device=self.device,
+        )
+        # The longest accepted path: no deeper than the tree, no longer than its nodes.
+        verify_input.spec_steps = min(tree.num_layers, num_draft_tokens - 1)
+        return verify_input
+
+    @staticmethod
+    def mean_context(batch: ScheduleBatch) -> float:
+        """Return the mean committed length of the batch's requests, in tokens."""
+        if batch.seq_lens_cpu is not None:
+            return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
+        lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
+        return sum(lengths) / len(batch.reqs)
+
+    def _grow_tree(
+        self, forward_batch: ForwardBatch, costs: Costs | None
+    ) -> tuple[DraftTree, tuple[int, ...], float]:
+        spec_info = forward_batch.spec_info
+        tree = DraftTree(
+            self._to_target_vocab(spec_info.topk_index),
+            spec_info.topk_p,
+            self.speculative_num_steps,
+        )
+        batch_size = forward_batch.batch_size
+        # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
+        slots = forward_batch.out_cache_loc.view(batch_size, -1)
+        committed = forward_batch.seq_lens
+        hidden_states = spec_info.hidden_states.unsqueeze(1)  # [B, W of the layer above, H]
+        path_slots = slots.new_empty((batch_size, 1, 0))  # [B, W of the layer above, depth]
+        widths: list[int] = []
+        policy_seconds = 0.0
+
+        while tree.num_layers < tree.max_layers:
+            began = time.perf_counter()
+            frontier = tree.frontier()
+            width = self.policy.breadth(frontier.scores, costs)
+            grow = self.policy.deepen()
+            policy_seconds += time.perf_counter() - began
+            if not grow:
+                break
+
+            layer = tree.num_layers
+            parents = frontier.parents[:, :width]
+            own = slots[:, (layer - 1) * self.topk :][:, :width]
+            path_slots = torch.cat((_take_rows(path_slots, parents), own.unsqueeze(2)), dim=2)
+            forward_batch.input_ids = frontier.tokens[:, :width].flatten()
+            forward_batch.positions = (committed + (layer - 1)).repeat_interleave(width)
+            forward_batch.out_cache_loc = own.flatten()
+            spec_info.hidden_states = _take_rows(hidden_states, parents).flatten(0, 1)
+            probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
+            hidden_states = hidden_states.view(batch_size, width, -1)
+            tree.grow(frontier, width, tokens, probs)
+            widths.append(width)
+        return tree, tuple(widths), policy_seconds
+
+    def forward_layer(
+        self, forward_batch: ForwardBatch, path_slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the draft model over one layer of the tree.
+
+        Args:
+            forward_batch: holds the layer's input ids, positions and write slots, [B * W] each.
+            path_slots: [B, W, depth] int64, cache slots from each node's topmost ancestor to itself.
+
+        Returns:
+            probs [B * W, K] float32 and tokens [B * W, K] int64 of each node's best children, and
+            hidden_states [B * W, H].
+        """
+        self.draft_attn_backend.init_tree_metadata(forward_batch, path_slots)
+        with forward_context(
+            ForwardContext(attn_backend=self.draft_attn_backend), forward_batch=forward_batch
+        ):
+            forward_batch.mark_forward_metadata_ready()
+            output = self.draft_runner.forward(forward_batch).logits_output
+        probs = renorm_draft_probs(output.next_token_logits, forward_batch.sampling_info, False)
+        top_probs, top_index = fast_topk(probs, self.topk, dim=-1)
+        return top_probs, self._to_target_vocab(top_index), output.hidden_states
+
+    def _to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
+        return index if self.hot_token_id is None else self.hot_token_id[index]
+
+    def _draft_extend_for_decode(
+        self, batch: ScheduleBatch, batch_result: GenerationBatchResult, **kwargs: object
+    ) -> None:
+        """Write draft KV for the accepted tokens and draft the next root's children.
+
+        After verify the accepted path stands at the front of each request's block, so only the
+        columns that an accepted path can reach are run, not all verified nodes.
+        """
+        rows = batch_result.accept_index.shape[1]
+        if batch_result.accept_lens.device.type == "cpu":
+            rows = min(rows, int(batch_result.accept_lens.max()))  # free where nothing is in flight
+        self.last_extend_rows = rows
+        with self._width(rows):
+            super()._draft_extend_for_decode(
+                batch, _first_columns(batch, batch_result, rows), **kwargs
+            )
+
+    @contextlib.contextmanager
+    def _width(self, num_tokens: int):  # type: ignore[no-untyped-def]
+        """Let SGLang's code, which reads the server argument, see this step's width."""
+        self.speculative_num_draft_tokens = num_tokens
+        try:
+            yield
+        finally:
+            self.speculative_num_draft_tokens = self.max_draft_tokens
+
+
+def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
+    batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return x[batch, rows]
+
+
+def _first_columns(
+    batch: ScheduleBatch, result: GenerationBatchResult, columns: int
+) -> GenerationBatchResult:
+    """Return `result` with only the first `columns` nodes of each request's verified block.
+
+    Effects: narrows `batch.out_cache_loc` likewise; `result` itself stays whole, since the
+    scheduler still reads it.
+    """
+    width = result.speculative_num_draft_tokens
+    if columns == width:
+        return result
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, width, *x.shape[1:])[:, :columns].flatten(0, 1)
+
+    batch.out_cache_loc = narrow(batch.out_cache_loc)
+    return dataclasses.replace(
+        result,
+        next_token_ids=narrow(result.next_token_ids),
+        logits_output=dataclasses.replace(
+            result.logits_output, hidden_states=narrow(result.logits_output.hidden_states)
+        ),
+    )

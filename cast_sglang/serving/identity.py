@@ -1,0 +1,129 @@
+"""What this server runs on: the identity that a cost profile must match."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cast_sglang.errors import HostError
+from cast_sglang.profile_schema import HostIdentity, ModelIdentity
+from cast_sglang.profiles import config_hash
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+__all__ = ["host_identity", "is_eagle3_config", "read_draft_config"]
+
+EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
+
+
+@functools.cache
+def read_draft_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the draft's Hugging Face config.
+
+    Raises:
+        HostError: it cannot be read.
+    """
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    try:
+        return get_config(path, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise HostError(
+            f"--speculative-draft-model-path {path}: no readable config.json: {reason[:300]}"
+        ) from error
+
+
+def is_eagle3_config(draft_config: Any) -> bool:
+    """Return whether the draft is an EAGLE-3 head (it reads three layers of the target)."""
+    name = architecture(draft_config)
+    return EAGLE_ARCHITECTURES.get(name, name.lower().endswith("eagle3"))
+
+
+def architecture(hf_config: Any) -> str:
+    """Return the name of the model class that the config asks for."""
+    return (getattr(hf_config, "architectures", None) or ["unknown"])[0]
+
+
+def host_identity(server_args: ServerArgs) -> HostIdentity:
+    """Describe device, pair and settings, as far as they change the time of a forward pass."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    target = ModelConfig.from_server_args(server_args)
+    draft = read_draft_config(
+        server_args.speculative_draft_model_path,
+        server_args.speculative_draft_model_revision,
+        server_args.trust_remote_code,
+    )
+    return HostIdentity(
+        **_device(server_args.device),
+        target=_model(server_args.model_path, target.hf_config),
+        draft=_model(server_args.speculative_draft_model_path, draft),
+        dtype=str(target.dtype).removeprefix("torch."),
+        tp_size=server_args.tp_size,
+        attention_backend=str(server_args.attention_backend),
+        cuda_graph=False,
+        page_size=server_args.page_size or 1,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sglang": metadata.version("sglang"),
+            "cast_sglang": metadata.version("cast-sglang"),
+        },
+        quantization=server_args.quantization,
+        overlap=not server_args.disable_overlap_schedule,
+    )
+
+
+def _model(path: str, hf_config: Any) -> ModelIdentity:
+    name = path.rstrip("/").rsplit("/", 2)
+    return ModelIdentity(
+        # Of a local path the last two parts say enough, and nothing about the machine.
+        name="/".join(name[-2:]),
+        config_hash=config_hash(hf_config.to_dict()),
+        architectures=[architecture(hf_config)],
+    )
+
+
+def _device(device: str) -> dict[str, Any]:
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "device_name": properties.name,
+            "device_memory_bytes": properties.total_memory,
+            "driver": _nvidia_driver(),
+            "runtime": f"cuda {torch.version.cuda}",
+            "device_count": torch.cuda.device_count(),
+        }
+    import psutil
+
+    return {
+        "device_name": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device_memory_bytes": psutil.virtual_memory().total,
+        "driver": f"{platform.system()} {platform.machine()}",
+        "runtime": "cpu",
+        "device_count": 1,
+    }
+
+
+def _nvidia_driver() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

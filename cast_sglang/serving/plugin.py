@@ -1,0 +1,96 @@
+"""Entry point of SGLang's general plugins: the algorithm, the `--cast-*` flags, clean errors.
+
+SGLang executes `register` in every process before it parses arguments, and goes on without a plugin
+that raises; so an import error here would only be logged. That is safe: without registration,
+`--speculative-algorithm CAST` is an unknown name and the server stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from cast_sglang.config import CastConfig, flag_specs
+from cast_sglang.errors import CastError
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+
+
+def register() -> None:
+    """Register CAST with SGLang."""
+    from cast_sglang.serving import algorithm
+
+    algorithm.register()
+    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
+    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        _add_internal_state,
+        HookType.AFTER,
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
+        _handle_profile_request,
+        HookType.AROUND,
+    )
+    _print_errors_as_one_line()
+
+
+def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("CAST (--speculative-algorithm CAST)")
+    for spec in flag_specs():
+        if spec.is_switch:
+            group.add_argument(
+                spec.flag, dest=spec.dest, action="store_true", default=None, help=spec.help
+            )
+        else:
+            group.add_argument(
+                spec.flag, dest=spec.dest, metavar=spec.metavar, default=None, help=spec.help
+            )
+
+
+def _export_flags(*args: Any, **kwargs: Any) -> None:
+    """Check the `--cast-*` flags and hand them to the server's processes as environment."""
+    namespace = next(
+        arg for arg in (*args, *kwargs.values()) if isinstance(arg, argparse.Namespace)
+    )
+    given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
+    CastConfig.load(given)
+    for key, value in given.items():
+        if value is not None:
+            os.environ[f"CAST_{key.upper()}"] = str(value)
+
+
+def _add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    stats = getattr(scheduler.draft_worker, "cast_stats", None)
+    if stats is not None:
+        result.internal_state["cast"] = stats.snapshot()
+    return result
+
+
+def _handle_profile_request(original: Any, scheduler: Any, request: Any) -> Any:
+    """Serve the profiler's call, which SGLang would look up among the scheduler's methods."""
+    from cast_sglang.serving import measure
+
+    if request.method == measure.RPC_METHOD:
+        return measure.handle_rpc(scheduler, request.parameters)
+    return original(scheduler, request)
+
+
+def _print_errors_as_one_line() -> None:
+    previous = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, CastError):
+            print(f"cast-sglang: error: {error}", file=sys.stderr)  # noqa: T201
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = hook

@@ -1,0 +1,168 @@
+"""The CAST step: draft a tree at the batch's measured costs, verify what pays, extend the draft.
+
+`EAGLEWorkerV2` runs draft, verify and draft extend with the widths of the server arguments. Here
+each step has its own widths; the server arguments are the envelope they stay within.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.speculative import eagle_worker_v2
+from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+
+from cast_sglang.config import CastConfig
+from cast_sglang.cost import CostModel
+from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
+from cast_sglang.serving.draft import CastDraftWorker
+from cast_sglang.stats import StepStats
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    """A step that ran and whose accepted counts are not on the host yet."""
+
+    widths: tuple[int, ...]
+    num_draft_tokens: int
+    policy_seconds: float
+    predicted_us: float | None
+    began: float
+    follows_decode: bool  # no prefill since the step before, so their distance is a step's time
+
+
+class CastWorker(EAGLEWorkerV2):
+    """SGLang's EAGLE worker with CAST's tree."""
+
+    def __init__(
+        self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
+    ) -> None:
+        with _building(CastDraftWorker):
+            super().__init__(server_args, gpu_id, nccl_port, target_worker)
+        self.config = CastConfig.load()
+        self.max_draft_tokens = self.speculative_num_draft_tokens
+        self.cost_model = self._load_cost_model(server_args)
+        self._draft_worker.cost_model = self.cost_model
+        self._draft_worker.policy = self._build_policy()
+        self.cast_stats = StepStats(
+            num_draft_tokens=self.max_draft_tokens,
+            num_steps=self.speculative_num_steps,
+            tp_rank=get_parallel().tp_rank,
+        )
+        self._pending: deque[_Step] = deque()
+        self._last_done: float | None = None
+        self._prefill_since_step = True
+
+    def _load_cost_model(self, server_args: ServerArgs) -> CostModel | None:
+        found = find_server_profile(self.config, server_args)
+        if found is None:
+            return None
+        return CostModel(
+            found.profile,
+            max_batch_size=get_schedule().max_running_requests,
+            max_context=self.target_worker.model_runner.model_config.context_len,
+            max_verify_tokens=self.max_draft_tokens,
+            max_width=self.topk,
+            lookup=self.config.lookup,
+            device=self.device,
+        )
+
+    def _build_policy(self) -> TreePolicy:
+        config = self.config
+        if config.policy == "eagle":
+            return EaglePolicy(self.max_draft_tokens)
+        sizes = verify_sizes(config, self.max_draft_tokens)
+        return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes, self.device)
+
+    def forward_batch_generation(
+        self, batch: ScheduleBatch, *args: Any, **kwargs: Any
+    ) -> GenerationBatchResult:
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            self._prefill_since_step = True
+            return super().forward_batch_generation(batch, *args, **kwargs)
+
+        began = time.perf_counter()
+        draft = self._draft_worker
+        batch_size, context = len(batch.reqs), draft.mean_context(batch)
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        shape = draft.last_shape
+        predicted_us = None
+        if self.cost_model is not None:
+            predicted_us = self.cost_model.predict_us(
+                batch_size, context, shape.num_draft_tokens, shape.widths, draft.last_extend_rows
+            )
+        self._pending.append(
+            _Step(
+                shape.widths,
+                shape.num_draft_tokens,
+                shape.policy_seconds,
+                predicted_us,
+                began,
+                not self._prefill_since_step,
+            )
+        )
+        self._prefill_since_step = False
+        return result
+
+    def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
+        """Verify the step's tree at the step's width."""
+        self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
+        try:
+            return super().verify(batch, *args, **kwargs)
+        finally:
+            self.speculative_num_draft_tokens = self.max_draft_tokens
+
+    def on_verify_complete_cpu(
+        self, num_correct_drafts_per_req: list[int], batch_size: int = 0
+    ) -> None:
+        """Count the oldest pending step; SGLang calls this when its results reach the host."""
+        if not self._pending:
+            return
+        step, now = self._pending.popleft(), time.perf_counter()
+        measured_us = None
+        if step.follows_decode and self._last_done is not None:
+            # From the end of the last step to the end of this one: right with and without overlap.
+            measured_us = (now - self._last_done) * 1e6
+        self._last_done = now
+        self.cast_stats.record_step(
+            draft_widths=step.widths,
+            num_draft_tokens=step.num_draft_tokens,
+            num_correct_drafts=num_correct_drafts_per_req,
+            predicted_us=step.predicted_us,
+            measured_us=measured_us,
+            policy_us=step.policy_seconds * 1e6,
+        )
+        interval = self.config.log_interval
+        if interval and self.cast_stats.num_steps_done % interval == 0:
+            logger.info(self.cast_stats.log_line())
+
+
+@contextlib.contextmanager
+def _building(draft_worker_class: type) -> Iterator[None]:
+    """Let EAGLEWorkerV2's constructor build our draft worker; it names its class by a global."""
+    original = eagle_worker_v2.EagleDraftWorker
+    eagle_worker_v2.EagleDraftWorker = draft_worker_class
+    try:
+        yield
+    finally:
+        eagle_worker_v2.EagleDraftWorker = original
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished what was queued."""
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()

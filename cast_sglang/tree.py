@@ -1,0 +1,166 @@
+"""The draft tree of one step: what was drafted, for every request of the batch at once.
+
+Shape letters: B requests, K `topk` candidates per expanded node, W nodes kept (expanded) in a
+layer, M candidates in all, N `num_draft_tokens` (nodes verified, root included).
+
+A *candidate* is a token that the draft model proposed. Candidates are numbered in the order in
+which they were proposed: the K children of the root, then K children for each kept node, layer by
+layer. So candidate g is a child of expanded node number g // K, where number 0 is the root: this is
+the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection into a mask.
+
+The tree holds tensors and chooses nothing; `policy.py` chooses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["DraftTree", "Frontier", "RankedNodes", "Selection"]
+
+
+class Frontier(NamedTuple):
+    """The best candidates of the newest layer, best first."""
+
+    scores: torch.Tensor  # [B, K] float32, descending
+    index: torch.Tensor  # [B, K] int64, candidate numbers
+    tokens: torch.Tensor  # [B, K] int64
+    parents: torch.Tensor  # [B, K] int64, row of the parent among the W kept nodes above
+
+
+class RankedNodes(NamedTuple):
+    """All candidates of the tree, best first; cut anywhere, they form a tree with the root."""
+
+    scores: torch.Tensor  # [B, n] float32, descending
+    index: torch.Tensor  # [B, n] int64, candidate numbers
+
+
+class Selection(NamedTuple):
+    """The nodes to verify, as SGLang's tree builder takes them."""
+
+    parent_list: torch.Tensor  # [B, 1 + K * (max_layers - 1)] int64, -1 for the root
+    top_scores_index: torch.Tensor  # [B, N - 1] int64, ascending candidate numbers
+    draft_tokens: torch.Tensor  # [B, N - 1] int64
+
+
+class DraftTree:
+    """A tree that grows layer by layer.
+
+    Scores are products of draft probabilities along the path (EAGLE-2's confidence), so a child
+    never scores above its parent.
+
+    Args:
+        tokens: [B, K] int64, the root's candidate tokens, most probable first.
+        probs: [B, K] float32 in [0, 1], their probabilities.
+        max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
+
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
+    """
+
+    def __init__(self, tokens: torch.Tensor, probs: torch.Tensor, max_layers: int) -> None:
+        if tokens.shape != probs.shape or tokens.dim() != 2:
+            raise ValueError(
+                f"tokens and probs must both be [B, K], got {tuple(tokens.shape)} "
+                f"and {tuple(probs.shape)}"
+            )
+        self.max_layers = max_layers
+        self.topk = tokens.shape[1]
+        self._tokens = [tokens]
+        self._scores = [probs]
+        self._expanded: list[torch.Tensor] = []  # candidate numbers kept in each grown layer
+        self._layer_start = 0  # number of the newest layer's first candidate
+
+    @property
+    def num_layers(self) -> int:
+        """Layers grown so far; the root's children are layer 1."""
+        return len(self._tokens)
+
+    @property
+    def num_candidates(self) -> int:
+        """M, candidates per request in all layers."""
+        return self._layer_start + self._tokens[-1].shape[1]
+
+    @property
+    def num_expanded(self) -> int:
+        """Nodes per request that went through the draft model (the root not counted)."""
+        return sum(kept.shape[1] for kept in self._expanded)
+
+    def frontier(self) -> Frontier:
+        """Rank the newest layer and return its best K candidates.
+
+        Effects: pure; static output shape.
+        """
+        scores, tokens = self._scores[-1], self._tokens[-1]
+        if self.num_layers == 1:
+            local = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
+            return Frontier(scores, local, tokens, torch.zeros_like(local))
+        best, local = torch.topk(scores, self.topk, dim=1)
+        return Frontier(
+            best, local + self._layer_start, tokens.gather(1, local), local // self.topk
+        )
+
+    def grow(self, kept: Frontier, width: int, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+        """Add the layer below the best `width` nodes of the newest layer.
+
+        Args:
+            kept: the newest layer's `frontier()`.
+            width: W, how many of its nodes were expanded; 1 <= W <= K.
+            tokens: [B * W, K] int64, children proposed for each expanded node, request-major.
+            probs: [B * W, K] float32, the draft model's probabilities of those children.
+
+        Raises:
+            ValueError: the shapes do not fit, or the tree already has `max_layers` layers.
+        """
+        batch_size = kept.index.shape[0]
+        if self.num_layers >= self.max_layers:
+            raise ValueError(f"the tree already has {self.max_layers} layers")
+        if tokens.shape != (batch_size * width, self.topk) or probs.shape != tokens.shape:
+            raise ValueError(
+                f"children must be [{batch_size * width}, {self.topk}], got "
+                f"{tuple(tokens.shape)} and {tuple(probs.shape)}"
+            )
+        scores = kept.scores[:, :width, None] * probs.view(batch_size, width, self.topk)
+        self._layer_start = self.num_candidates
+        self._expanded.append(kept.index[:, :width])
+        self._scores.append(scores.view(batch_size, -1))
+        self._tokens.append(tokens.view(batch_size, -1))
+
+    def ranked(self, num_nodes: int) -> RankedNodes:
+        """Rank all candidates and return each request's best `num_nodes` (or all, if fewer).
+
+        The sort is stable, so of equal scores the shallower node comes first: without that, a
+        child of probability 1 could displace its own parent and the cut would not be a tree.
+        """
+        scores, index = torch.sort(
+            torch.cat(self._scores, dim=1), dim=1, descending=True, stable=True
+        )
+        return RankedNodes(scores[:, :num_nodes], index[:, :num_nodes])
+
+    def select(self, ranked: RankedNodes, num_draft_tokens: int) -> Selection:
+        """Take each request's best N - 1 nodes, in the form SGLang's tree builder reads.
+
+        Args:
+            ranked: this tree's `ranked(n)` with n >= N - 1.
+            num_draft_tokens: N, root included; 2 <= N <= M + 1.
+        """
+        num_nodes = num_draft_tokens - 1
+        if not 1 <= num_nodes <= ranked.index.shape[1]:
+            raise ValueError(
+                f"num_draft_tokens must be in 2..{ranked.index.shape[1] + 1}, "
+                f"got {num_draft_tokens}"
+            )
+        index = ranked.index[:, :num_nodes].sort(dim=1).values
+        draft_tokens = torch.cat(self._tokens, dim=1).gather(1, index)
+        batch_size, device = index.shape[0], index.device
+        # The builder strides this list by the widest tree, whatever this step has grown.
+        parent_list = torch.full(
+            (batch_size, 1 + self.topk * (self.max_layers - 1)),
+            -1,
+            dtype=torch.int64,
+            device=device,
+        )
+        if self._expanded:
+            expanded = torch.cat(self._expanded, dim=1)
+            parent_list[:, 1 : 1 + expanded.shape[1]] = expanded
+        return Selection(parent_list, index, draft_tokens)
