@@ -97,7 +97,9 @@ class CastConfig:
         ConfigError: a value has the wrong type or is out of its range.
     """
 
-    profile: str = _knob("auto", "text", "cost profile: a path, or auto to search for one")
+    profile: str = _knob(
+        "auto", "text", "cost profile: a path, auto to search for one, or none (policy eagle)"
+    )
     policy: str = _knob("fixed", "choice", "how the draft tree is chosen", choices=POLICIES)
     c1: float = _price(4.0, "C1, price of breadth")
     c2: float = _price(3.0, "C2, price of one more layer")

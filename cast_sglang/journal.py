@@ -6,7 +6,6 @@ settings would look like a good one.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -45,26 +44,35 @@ class Journal:
     """Append-only file of visits; a context manager, open for appending inside `with`.
 
     Args:
-        path: the file; created if missing.
+        path: the file; created on entry if missing.
         settings: JSON-like; a journal begun with other settings is refused.
 
     Raises:
         ProfileError: the file is damaged, belongs to other settings, or cannot be opened.
+
+    Attributes:
+        visits: what earlier runs measured, in order.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self.visits: list[Visit] = []
         self._settings = json.loads(json.dumps(settings))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")
-            self._restore()
+            data = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            reason = error.strerror
-            raise ProfileError(f"journal {path}: cannot be opened: {reason}") from error
+            raise self._failed(error) from error
+        self._complete_bytes = data.rfind(b"\n") + 1
+        self.visits = list(self._parse(data[: self._complete_bytes].splitlines()))
 
     def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab")
+            self._file.truncate(self._complete_bytes)
+        except OSError as error:
+            raise self._failed(error) from error
+        if self._complete_bytes == 0:
+            self._write(json.dumps(self._settings).encode())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -78,20 +86,12 @@ class Journal:
         self._file.write(line + b"\n")
         self._file.flush()
 
-    def _restore(self) -> None:
-        self._file.seek(0)
-        data = self._file.read()
-        complete = data.rfind(b"\n") + 1
-        if complete < len(data):
-            self._file.truncate(complete)
-        lines = data[:complete].splitlines()
-        if not lines:
-            self._write(json.dumps(self._settings).encode())
-            os.fsync(self._file.fileno())
-            return
-        self.visits = list(self._parse(lines))
+    def _failed(self, error: OSError) -> ProfileError:
+        return ProfileError(f"journal {self.path}: cannot be opened: {error.strerror}")
 
     def _parse(self, lines: list[bytes]) -> Iterator[Visit]:
+        if not lines:
+            return
         number = 1
         try:
             found = json.loads(lines[0])
@@ -100,7 +100,8 @@ class Journal:
                     f"journal {self.path}: begun with other settings "
                     f"({_changes(found, self._settings)}); delete it or choose another --output"
                 )
-            for number, line in enumerate(lines[1:], start=2):
+            for line in lines[1:]:
+                number += 1
                 yield msgspec.json.decode(line, type=Visit)
         except (msgspec.MsgspecError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ProfileError(

@@ -33,6 +33,7 @@ __all__ = [
     "profile_directories",
     "profile_filename",
     "save_profile",
+    "user_profile_path",
 ]
 
 MAX_FILE_BYTES = 64 << 20
@@ -103,7 +104,10 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
     path = Path(path).expanduser()
     try:
         validate_profile(profile)
-        _write_atomically(path, _readable(msgspec.json.encode(profile)))
+        fields = msgspec.to_builtins(profile)
+        # What a person looks for first comes first.
+        head = {name: fields[name] for name in ("schema_version", "provenance")}
+        _write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))
     except ProfileError as error:
         raise ProfileError(f"profile {path}: {error}") from error
     except OSError as error:
@@ -127,6 +131,11 @@ def profile_filename(identity: HostIdentity) -> str:
     dtype = identity.dtype + (f"-{identity.quantization}" if identity.quantization else "")
     slugs = [_slug(part) for part in [*parts, f"tp{identity.tp_size}", dtype]]
     return "__".join(slugs) + ".json"
+
+
+def user_profile_path(identity: HostIdentity) -> Path:
+    """Return where this user's profile of a host belongs, so that a search finds it."""
+    return user_cache_dir() / "profiles" / profile_filename(identity)
 
 
 def profile_directories() -> list[Path]:
@@ -260,7 +269,7 @@ def _profile_command(identity: HostIdentity) -> str:
         words += ["--quantization", identity.quantization]
     if identity.tp_size > 1:
         words += ["--tp-size", str(identity.tp_size)]
-    return shlex.join([*words, "--output", profile_filename(identity)])
+    return shlex.join([*words, "--output", str(user_profile_path(identity))])
 
 
 def _candidates(directories: Sequence[Path], exact_name: str) -> Iterator[Path]:

@@ -60,9 +60,8 @@ class StepStats:
     scheduler reports a step late), so each has its own method.
 
     Args:
-        metric_labels: labels of the Prometheus metrics, such as {"tp_rank": "0"}, of which a
-            process may have one set;
-            None for no metrics.
+        metric_labels: labels of the Prometheus metrics, such as {"tp_rank": "0"}; None for no
+            metrics. One object with metrics per process and registry.
         registry: where the metrics are registered; None for the client's own registry.
     """
 

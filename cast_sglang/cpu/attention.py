@@ -6,7 +6,6 @@ the longest, and which of them each new token sees. It is built once per forward
 layers. Only prefill, whose requests differ in length, walks over requests.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +13,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
-from torch.nn.functional import scaled_dot_product_attention
 
+from cast_sglang.cpu.compute import attend_batched, attend_prefill
 from cast_sglang.cpu.kv_pool import FusedRowKVPool
 from cast_sglang.cpu.reads import (
     BatchedRead,
@@ -33,62 +32,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-
-def attend_batched(
-    q: torch.Tensor, rows: torch.Tensor, read: BatchedRead, num_kv_heads: int, scaling: float
-) -> torch.Tensor:
-    """Attention of `read.width` new tokens per request over the slots the request reads.
-
-    Definition: out[b, i, h] = sum_l softmax_l(scaling * q[b, i, h] . k[b, l, h // group] + bias) v
-
-    Args:
-        q: [B * Q, heads, head_dim]
-        rows: [slots, 2 * num_kv_heads * head_dim] keys then values of one layer, see `FusedRowKVPool`.
-
-    Returns:
-        [B * Q, heads * head_dim]
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    batch, width, length = read.num_requests, read.width, read.length
-    group = num_heads // num_kv_heads
-    # kv: (B, L, 2, KV heads, D)
-    kv = rows.index_select(0, read.slots).view(batch, length, 2, num_kv_heads, head_dim)
-    k, v = kv.transpose(1, 3).unbind(2)  # (B, KV heads, L, D)
-    # The query heads that share a KV head become extra query rows, which reads each key once.
-    # folded: (B, KV heads, group * Q, D)
-    folded = q.view(batch, width, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(batch, num_kv_heads, group * width, head_dim)
-    out = scaled_dot_product_attention(folded, k, v, read.bias_for(group, q.dtype), scale=scaling)
-    out = out.view(batch, num_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(num_tokens, num_heads * head_dim)
-
-
-def attend_prefill(
-    q: torch.Tensor, rows: torch.Tensor, reads: list[PrefillRead], num_kv_heads: int, scaling: float
-) -> torch.Tensor:
-    """Causal attention of each request's new tokens over its cached prefix and themselves.
-
-    Args and Returns: as `attend_batched`, with the requests' tokens one after the other.
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    out = q.new_empty(num_heads, num_tokens, head_dim)
-    queries = q.transpose(0, 1)
-    for read in reads:
-        kv = rows.index_select(0, read.slots).view(-1, 2, num_kv_heads, head_dim)
-        k, v = kv.permute(1, 2, 0, 3).unbind(0)  # (KV heads, L, D)
-        for start, stop, visible in read.blocks:
-            seen = k.shape[1] if visible is None else visible.shape[1]
-            out[:, start:stop] = scaled_dot_product_attention(
-                queries[None, :, start:stop],
-                k[None, :, :seen],
-                v[None, :, :seen],
-                visible,
-                is_causal=visible is None,
-                scale=scaling,
-                enable_gqa=num_heads != num_kv_heads,
-            )[0]
-    return out.transpose(0, 1).reshape(num_tokens, num_heads * head_dim)
 
 
 class CastCpuAttnBackend(AttentionBackend):

@@ -31,6 +31,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     f"{_OPS}.speculative.eagle.fill_bonus_tokens_func": kernels.fill_bonus_tokens,
     f"{_OPS}.speculative.eagle.fill_accept_out_cache_loc_func": kernels.fill_accepted_cache_locs,
     f"{_OPS}.sampling.murmur_hash.murmur_hash32": sampling.murmur_hash32,
+    "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": kernels.assign_req_to_token,
     # A per-request loop upstream, on the path of every draft extend.
     "sglang.srt.model_executor.forward_batch_info.compute_position_torch": kernels.compute_position,
 }
@@ -90,6 +91,6 @@ def install() -> None:
 def fill_missing(name: str, home: Any, implementation: Callable[..., Any]) -> None:
     """Bind `name` in its home module and in the modules that imported it while it was None."""
     setattr(home, name, implementation)
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("sglang.") and vars(module).get(name, home) is None:
+    for path, module in list(sys.modules.items()):
+        if path.startswith("sglang.") and vars(module).get(name, home) is None:
             setattr(module, name, implementation)

@@ -205,6 +205,28 @@ def slots_after(req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, c
     return req_to_token[req_pool_indices.unsqueeze(1), positions].long()
 
 
+def assign_req_to_token(
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    start_offset: Tensor,
+    end_offset: Tensor,
+    out_cache_loc: Tensor,
+    batch_size: int,
+) -> None:
+    """Record newly allocated slots as positions start_offset up to end_offset of each request.
+
+    Args:
+        out_cache_loc: [sum(end_offset - start_offset)] slots, request after request.
+    """
+    counts = (end_offset - start_offset).long()
+    first = torch.cumsum(counts, dim=0) - counts
+    columns = torch.arange(out_cache_loc.shape[0]) + torch.repeat_interleave(
+        start_offset - first, counts
+    )
+    rows = torch.repeat_interleave(req_pool_indices, counts)
+    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+
+
 def fill_bonus_tokens(
     accept_tokens: Tensor,
     accept_lens: Tensor,

@@ -1,7 +1,9 @@
 """KV pool whose slot keeps keys and values in one row, so one gather reads both."""
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -23,11 +25,11 @@ class FusedRowKVPool(MHATokenToKVPool):
                 f"--kv-cache-dtype {self.dtype}"
             )
         # Slot 0 up to page_size is padding: SGLang sends writes of dummy tokens there.
-        self.storage = torch.zeros(
-            (self.layer_num, self.size + self.page_size, 2, self.head_num, self.head_dim),
-            dtype=self.store_dtype,
-            device=self.device,
-        )
+        shape = (self.layer_num, self.size + self.page_size, 2, self.head_num, self.head_dim)
+        # numpy leaves the zeroing to the kernel, so memory is taken as slots are used;
+        # torch.zeros would touch all of it now.
+        zeros = np.zeros(math.prod(shape) * self.store_dtype.itemsize, dtype=np.uint8)
+        self.storage = torch.from_numpy(zeros).view(self.store_dtype).view(shape)
         self.rows = self.storage.flatten(2)
         self.k_buffer = list(self.storage[:, :, 0].unbind(0))
         self.v_buffer = list(self.storage[:, :, 1].unbind(0))

@@ -62,6 +62,10 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
         register_attention_choice()
         register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
 
+    def get_device(self, device_id: int = 0) -> str:
+        # SGLang stores this as the value of --device, a string.
+        return self.device_type
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"
         # Kernels run on the calling thread, so overlap would only delay results by a step.

@@ -247,8 +247,8 @@ def _check_pair(server_args: ServerArgs) -> None:
     names = getattr(draft, "architectures", None) or []
     if not any("eagle" in name.lower() for name in names):
         raise HostError(
-            f"--speculative-draft-model-path {draft_path}: architecture {', '.join(names) or 'none'}"
-            " is no EAGLE or EAGLE-3 draft"
+            f"--speculative-draft-model-path {draft_path}: {', '.join(names) or 'no architecture'} "
+            "is no EAGLE or EAGLE-3 draft"
         )
     expected = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
     # An EAGLE-3 draft of another width says which target width it reads.

@@ -175,7 +175,7 @@ class CastDraftWorker(EagleDraftWorker):
 
         Args:
             forward_batch: holds the layer's input ids, positions and write slots, [B * W] each.
-            path_slots: [B, W, depth] int64, cache slots from each node's topmost ancestor to itself.
+            path_slots: [B, W, depth] int64, cache slots from a node's topmost ancestor to itself.
 
         Returns:
             probs [B * W, K] float32 and tokens [B * W, K] int64 of each node's best children, and

@@ -1,8 +1,8 @@
 """Attention over one layer of a draft tree, for the backends that can express it.
 
 A layer's query rows are B * W nodes. Each attends to its request's committed prefix, whose slots
-stand in `req_to_token`, and to its own ancestors and itself, whose slots the worker passes. SGLang's
-multi-step draft backends cannot say that: they give every branch one line of slots.
+stand in `req_to_token`, and to its own ancestors and itself, whose slots the worker passes.
+SGLang's multi-step draft backends cannot say that: they give every branch one line of slots.
 """
 
 from __future__ import annotations
@@ -30,15 +30,34 @@ def create_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
 
     name = draft_runner.draft_attention_backend or attention_backends()[1]
     if name == "cast_cpu":
-        from cast_sglang.cpu.attention import CpuTreeDraftBackend
-
-        return CpuTreeDraftBackend(draft_runner)
+        return _cpu_tree_backend(draft_runner)
     if name == "triton":
         return _triton_tree_backend(draft_runner, topk)
     raise HostError(
         f"CAST drafts trees on the attention backends {', '.join(SUPPORTED_BACKENDS)}, not on "
         f"{name!r}; pass --speculative-draft-attention-backend triton"
     )
+
+
+def _cpu_tree_backend(draft_runner: ModelRunner) -> Any:
+    from cast_sglang.cpu.attention import CastCpuAttnBackend
+    from cast_sglang.cpu.reads import DraftPrefix, tree_decode_read
+
+    class CpuTreeDraftBackend(CastCpuAttnBackend):
+        """The CPU platform's attention; all layers of a step share one read of the prefix."""
+
+        _step: ForwardBatch | None = None
+        _prefix: DraftPrefix
+
+        def init_tree_metadata(self, forward_batch: ForwardBatch, path_slots: torch.Tensor) -> None:
+            if forward_batch is not self._step:
+                self._step = forward_batch
+                self._prefix = DraftPrefix.of(
+                    self.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens
+                )
+            self.read = tree_decode_read(self._prefix, path_slots)
+
+    return CpuTreeDraftBackend(draft_runner)
 
 
 def _triton_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:

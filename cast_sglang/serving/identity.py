@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def _device(device: str) -> dict[str, Any]:
     import psutil
 
     return {
-        "device_name": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device_name": f"{_cpu_name()}, {os.cpu_count()} cores",
         "device_memory_bytes": psutil.virtual_memory().total,
         "driver": f"{platform.system()} {platform.machine()}",
         "runtime": "cpu",

@@ -35,13 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 class _Step(NamedTuple):
-    """A step that ran and whose accepted counts are not on the host yet."""
+    """A step that ran and whose results are not on the host yet."""
 
-    widths: tuple[int, ...]
-    num_draft_tokens: int
-    policy_seconds: float
     predicted_us: float | None
-    began: float
     follows_decode: bool  # no prefill since the step before, so their distance is a step's time
 
 
@@ -58,11 +54,8 @@ class CastWorker(EAGLEWorkerV2):
         self.cost_model = self._load_cost_model(server_args)
         self._draft_worker.cost_model = self.cost_model
         self._draft_worker.policy = self._build_policy()
-        self.cast_stats = StepStats(
-            num_draft_tokens=self.max_draft_tokens,
-            num_steps=self.speculative_num_steps,
-            tp_rank=get_parallel().tp_rank,
-        )
+        self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)})
+        self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._last_done: float | None = None
         self._prefill_since_step = True
@@ -95,26 +88,23 @@ class CastWorker(EAGLEWorkerV2):
             self._prefill_since_step = True
             return super().forward_batch_generation(batch, *args, **kwargs)
 
-        began = time.perf_counter()
         draft = self._draft_worker
         batch_size, context = len(batch.reqs), draft.mean_context(batch)
         result = super().forward_batch_generation(batch, *args, **kwargs)
         shape = draft.last_shape
+        self.cast_stats.record_step(
+            batch_size=batch_size,
+            num_layers=len(shape.widths) + 1,
+            num_draft_nodes=self.topk * (1 + sum(shape.widths)),
+            num_verify_rows=shape.num_draft_tokens,
+            policy_us=shape.policy_seconds * 1e6,
+        )
         predicted_us = None
         if self.cost_model is not None:
             predicted_us = self.cost_model.predict_us(
                 batch_size, context, shape.num_draft_tokens, shape.widths, draft.last_extend_rows
             )
-        self._pending.append(
-            _Step(
-                shape.widths,
-                shape.num_draft_tokens,
-                shape.policy_seconds,
-                predicted_us,
-                began,
-                not self._prefill_since_step,
-            )
-        )
+        self._pending.append(_Step(predicted_us, not self._prefill_since_step))
         self._prefill_since_step = False
         return result
 
@@ -126,28 +116,25 @@ class CastWorker(EAGLEWorkerV2):
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
 
+    def discard_pending_steps(self) -> None:
+        """Forget steps whose results will not come, as those of a profile's synthetic batches."""
+        self._pending.clear()
+
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0
     ) -> None:
-        """Count the oldest pending step; SGLang calls this when its results reach the host."""
+        """Count what was accepted; SGLang calls this when a step's results reach the host."""
         if not self._pending:
             return
         step, now = self._pending.popleft(), time.perf_counter()
-        measured_us = None
-        if step.follows_decode and self._last_done is not None:
+        self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
+        if step.predicted_us is not None and step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
-            measured_us = (now - self._last_done) * 1e6
+            self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
         self._last_done = now
-        self.cast_stats.record_step(
-            draft_widths=step.widths,
-            num_draft_tokens=step.num_draft_tokens,
-            num_correct_drafts=num_correct_drafts_per_req,
-            predicted_us=step.predicted_us,
-            measured_us=measured_us,
-            policy_us=step.policy_seconds * 1e6,
-        )
+        self._num_steps += 1
         interval = self.config.log_interval
-        if interval and self.cast_stats.num_steps_done % interval == 0:
+        if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
 
 

@@ -1,13 +1,18 @@
-"""Parts of `scripts/train_tiny_pair.py`: a small target and its EAGLE-3 draft, trained on the Python library.
+"""Parts of `scripts/train_tiny_pair.py`: a small target and its EAGLE-3 draft.
 
-corpus.py     which text is read, how it becomes chat turns, what is held out
-tokenizer.py  the byte-level BPE tokenizer and the token files
-model.py      the target and the draft in plain torch, under their checkpoint names
-optim.py      the optimizer pair and the learning-rate schedule on wall-clock time
-target.py     training of the target
-generate.py   the target's own continuations, the draft's second diet
-draft.py      training of the draft, with self-fed steps
-evaluate.py   held-out losses, agreement and the simulated accept length
-export.py     checkpoints as SGLang and transformers read them
-card.py       the model card, its curves and the held-out prompts
+corpus.py        which text is read, how it becomes chat turns, what is held out
+tokenizer.py     the byte-level BPE tokenizer and the token files
+windows.py       windows of the token stream
+prompts.py       prompts from held-out modules
+layers.py        sizes, attention and the other parts that both models share
+target_model.py  the target in plain torch, under its checkpoint names
+draft_model.py   the draft, likewise
+optim.py         the optimizers and the learning rate, which follows the clock
+loop.py          the training loop: log, checkpoints, resume
+train_target.py  next-token prediction
+generate.py      the target's own continuations, which the draft learns from
+train_draft.py   distillation over self-fed steps
+evaluate.py      the accept length of a static tree, simulated
+export.py        checkpoints as SGLang and transformers read them
+card.py          the model card and its curves
 """

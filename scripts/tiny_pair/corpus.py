@@ -22,7 +22,16 @@ CHAT_PERCENT = 35  # of the functions that could become a turn; about 8 % of all
 
 # Character tables and the like: long, and nothing in them that a language model could learn.
 TABLE_FOLDERS = ("encodings/", "lib2to3/tests/data/", "test/cjkencodings/")
-SMOKE_MODULES = ("textwrap.py", "bisect.py", "heapq.py", "shlex.py", "queue.py", "sched.py", "stat.py", "abc.py")
+SMOKE_MODULES = (
+    "textwrap.py",
+    "bisect.py",
+    "heapq.py",
+    "shlex.py",
+    "queue.py",
+    "sched.py",
+    "stat.py",
+    "abc.py",
+)
 SMOKE_HELD_OUT = "textwrap.py"
 
 
@@ -106,7 +115,10 @@ def _chat_turns(module: str, text: str, held_out: bool) -> Iterator[Document]:
     except SyntaxError:
         return  # the library carries broken modules as fixtures
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or bucket(f"{module}:{node.lineno}") >= CHAT_PERCENT:
+        if (
+            not isinstance(node, ast.FunctionDef)
+            or bucket(f"{module}:{node.lineno}") >= CHAT_PERCENT
+        ):
             continue
         source = ast.get_source_segment(text, node, padded=True)
         if source is None or len(source) > MAX_FUNCTION_CHARS:
@@ -115,4 +127,6 @@ def _chat_turns(module: str, text: str, held_out: bool) -> Iterator[Document]:
         docstring = ast.get_docstring(node)
         if docstring:
             request += " " + " ".join(docstring.split("\n\n")[0].split())
-        yield Document(module, format_turn(request, textwrap.dedent(source)), held_out, is_chat=True)
+        yield Document(
+            module, format_turn(request, textwrap.dedent(source)), held_out, is_chat=True
+        )

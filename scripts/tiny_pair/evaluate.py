@@ -121,9 +121,7 @@ def draft_trees(
     )
 
 
-def count_correct_drafts(
-    trees: DraftTrees, follows: torch.Tensor, tree: TreeShape
-) -> torch.Tensor:
+def count_correct_drafts(trees: DraftTrees, follows: torch.Tensor, tree: TreeShape) -> torch.Tensor:
     """Walk each tree along the target's tokens, over the candidates that are verified.
 
     Args:

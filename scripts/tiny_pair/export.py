@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from .corpus import END, END_OF_TEXT
-from .model import Draft, Shape, Target
+from .draft_model import Draft
+from .layers import Shape
+from .target_model import Target
 from .tokenizer import save_tokenizer
 
 
@@ -34,7 +36,7 @@ def save_target(target: Target, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def save_draft(draft: Draft, folder: Path) -> None:
-    """Write bf16 weights and configuration of the draft; it shares the target's embedding and vocabulary."""
+    """Write bf16 weights and configuration of the draft, which has the target's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = draft.shape.vocab_size
     state = draft.state_dict()
@@ -113,12 +115,17 @@ def _save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in state.items()
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     state = load_file(folder / "model.safetensors")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

@@ -24,7 +24,7 @@ def write_continuations(
     progress_bar: Progress,
     row_tokens: int = ROW_TOKENS,
 ) -> None:
-    """Extend `generated.bin` to `num_rows` rows of prompt and continuation; rows that exist are kept."""
+    """Extend `generated.bin` to `num_rows` rows of prompt and continuation."""
     path = work_dir / "generated.bin"
     sampler = WindowSampler(train_tokens, SEED)
     done = len(read_continuations(work_dir, row_tokens)) if path.exists() else 0

@@ -2,13 +2,12 @@
 
 import csv
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
 from .optim import Clock, OptimizerPair, lr_factor
@@ -99,7 +98,7 @@ def train(
 
 def make_progress_bar() -> Progress:
     """Return the bar that all stages write to."""
-    return Progress(*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress()
 
 
 def _resume(path: Path, model: nn.Module, optimizer: OptimizerPair) -> RunState:

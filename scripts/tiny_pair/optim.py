@@ -65,7 +65,7 @@ class OptimizerPair:
 
 
 def lr_factor(progress: float) -> float:
-    """Return the part of the peak rate at `progress`: a short warm-up, a plateau, then linear to zero."""
+    """Return the part of the peak rate: a short warm-up, a plateau, then linear to zero."""
     if progress < WARMUP_FRACTION:
         return (progress + 1e-3) / WARMUP_FRACTION
     if progress < HOLD_FRACTION:

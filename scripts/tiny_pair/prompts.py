@@ -55,7 +55,9 @@ def _cut(
     text: str, tokenizer: Tokenizer, length: int, is_inside_line: bool, rng: np.random.Generator
 ) -> str | None:
     lines = text.splitlines(keepends=True)
-    starts = [i for i, line in enumerate(lines) if line.strip() and (i == 0 or not lines[i - 1].strip())]
+    starts = [
+        i for i, line in enumerate(lines) if line.strip() and (i == 0 or not lines[i - 1].strip())
+    ]
     if not starts:
         return None
     start = starts[int(rng.integers(len(starts)))]

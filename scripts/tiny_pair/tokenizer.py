@@ -61,9 +61,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_tokens(tokenizer: Tokenizer, documents: list[Document], work_dir: Path) -> dict[str, int]:
-    """Encode the corpus into `train.bin` and `heldout.bin`, each document closed by the end token.
+    """Encode the corpus into `train.bin` and `heldout.bin`, an end token behind each document.
 
-    The training documents are shuffled once, so that a part of an epoch is still a sample of the whole.
+    Documents are shuffled once, so that a part of an epoch is still a sample of the whole.
 
     Returns:
         Token counts: `train`, `heldout`, and `chat`, the part of `train` that is chat turns.
@@ -92,7 +92,7 @@ def read_tokens(work_dir: Path, split: str) -> np.ndarray:
 
 
 def _pad_vocabulary(tokenizer: Tokenizer) -> None:
-    """Fill a vocabulary that a small corpus left short, so that the shapes never depend on the corpus."""
+    """Fill a vocabulary that a small corpus left short: shapes do not depend on the corpus."""
     missing = VOCAB_SIZE - tokenizer.get_vocab_size()
     if missing > 0:
         tokenizer.add_special_tokens([f"<|unused{i}|>" for i in range(missing)])

@@ -106,9 +106,7 @@ class DraftTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        parts = [
-            self_fed_steps(self.model, self._target, part) for part in self._heldout.split(16)
-        ]
+        parts = [self_fed_steps(self.model, self._target, part) for part in self._heldout.split(16)]
         losses = torch.stack([part.losses for part in parts]).mean(0)
         agreement = torch.stack([part.agreement for part in parts]).mean(0)
         weighted = (losses * self._weights).sum() / self._weights.sum()

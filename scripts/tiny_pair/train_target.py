@@ -12,7 +12,9 @@ from .windows import WindowSampler, fixed_windows
 
 SHORT_WINDOW = 256
 LONG_WINDOW = 512
-LONG_WINDOW_FROM = 0.7  # of the time: short windows are faster, long ones teach to look further back
+LONG_WINDOW_FROM = (
+    0.7  # of the time: short windows are faster, long ones teach to look further back
+)
 SEED = 1
 
 

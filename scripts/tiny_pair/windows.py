@@ -12,7 +12,9 @@ class WindowSampler:
     def __init__(self, tokens: np.ndarray, seed: int) -> None:
         self._tokens = tokens
         self._seed = seed
-        self._num_blocks = max(1, len(tokens) // BLOCK_TOKENS - 2)  # a window may run past its block
+        self._num_blocks = max(
+            1, len(tokens) // BLOCK_TOKENS - 2
+        )  # a window may run past its block
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 

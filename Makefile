@@ -1,0 +1,34 @@
+# One verb each; `make help` lists them.
+
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check profile bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## create .venv with the package, SGLang and the development tools
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/install
+	scripts/install
+	@touch $@
+
+demo: install ## plain, EAGLE-3 and CAST side by side on this machine, within ten minutes
+	$(PYTHON) -m examples.demo $(ARGS)
+
+test: install ## all tests; some start real servers
+	$(PYTHON) -m pytest $(ARGS)
+
+check: install ## lint, format and types
+	scripts/check
+
+profile: install ## measure a cost profile: make profile ARGS="--model-path T --speculative-draft-model-path D"
+	.venv/bin/cast-sglang profile $(ARGS)
+
+bench: install ## compare serving speed of several arms: make bench ARGS="--batches 1,8"
+	$(PYTHON) -m benchmarks.bench_serving $(ARGS)
+
+clean: ## remove what the other verbs made, .venv included
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis out build dist

@@ -1,0 +1,132 @@
+"""The tree: it is one at every cut, and with EAGLE's choices it is SGLang's own, node for node."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cast_sglang.policy import EaglePolicy
+from cast_sglang.tree import DraftTree
+
+
+def children(generator, rows, topk, vocab=1000, certain=False):
+    """Draw the K best children of each row: descending probabilities that sum to at most 1."""
+    probs = torch.rand(rows, topk, generator=generator).sort(dim=1, descending=True).values
+    probs = probs / probs.sum(dim=1, keepdim=True) * 0.9
+    if certain:
+        probs[:, 0] = 1.0
+    tokens = torch.stack([torch.randperm(vocab, generator=generator)[:topk] for _ in range(rows)])
+    return tokens, probs
+
+
+def grown(generator, batch, topk, widths, max_layers=None, certain=False):
+    tree = DraftTree(
+        *children(generator, batch, topk, certain=certain), max_layers or len(widths) + 1
+    )
+    for width in widths:
+        kept = tree.frontier()
+        tree.grow(kept, width, *children(generator, batch * width, topk, certain=certain))
+    return tree
+
+
+def parent_of(selection, topk, row, index):
+    """Candidate number of a node's parent, -1 for the root, as SGLang's builder computes it."""
+    expanded_node = int(selection.top_scores_index[row, index]) // topk
+    return -1 if expanded_node == 0 else int(selection.parent_list[row, expanded_node])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    topk=st.integers(2, 5),
+    seed=st.integers(0, 2**31),
+    shape=st.data(),
+    certain=st.booleans(),
+)
+def test_every_cut_of_the_ranking_is_a_tree(batch, topk, seed, shape, certain):
+    """Also where children have probability 1, so that scores tie with their parents'."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = shape.draw(st.lists(st.integers(1, topk), max_size=5))
+    tree = grown(generator, batch, topk, widths, max_layers=7, certain=certain)
+    assert tree.num_candidates == topk + topk * sum(widths)
+    assert tree.num_expanded == sum(widths)
+    num_draft_tokens = shape.draw(st.integers(2, tree.num_candidates + 1))
+    ranked = tree.ranked(tree.num_candidates)
+    assert (ranked.scores.diff(dim=1) <= 0).all()
+    selection = tree.select(ranked, num_draft_tokens)
+    assert selection.parent_list.shape == (batch, 1 + topk * 6)
+    for row in range(batch):
+        chosen = selection.top_scores_index[row].tolist()
+        assert chosen == sorted(set(chosen))
+        for index in range(num_draft_tokens - 1):
+            parent = parent_of(selection, topk, row, index)
+            assert parent == -1 or parent in chosen[:index]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    topk=st.integers(2, 6),
+    steps=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    shape=st.data(),
+)
+def test_eagle_policy_gives_sglangs_tree_node_for_node(batch, topk, steps, seed, shape):
+    from sglang.srt.speculative.eagle_utils import organize_draft_results
+    from sglang.srt.speculative.spec_utils import select_top_k_tokens
+
+    # SGLang compiles the function; here that would compile it again for every shape.
+    torch.compiler.set_stance("force_eager")
+    num_draft_tokens = shape.draw(st.integers(2, 1 + topk + (steps - 1) * topk * topk))
+    generator = torch.Generator().manual_seed(seed)
+    layers = [children(generator, batch, topk)]
+    layers += [children(generator, batch * topk, topk) for _ in range(steps - 1)]
+
+    hidden, scores = torch.zeros(batch, 1), None
+    score_list, token_list, parents_list = [], [], []
+    for step, (tokens, probs) in enumerate(layers):
+        _, hidden, scores, info = select_top_k_tokens(step, probs, tokens, hidden, scores, topk)
+        score_list.append(info[0])
+        token_list.append(info[1])
+        parents_list.append(info[2])
+    theirs = organize_draft_results(score_list, token_list, parents_list, num_draft_tokens)
+
+    policy = EaglePolicy(num_draft_tokens)
+    tree = DraftTree(*layers[0], max_layers=steps)
+    for tokens, probs in layers[1:]:
+        kept = tree.frontier()
+        width = policy.breadth(kept.scores)
+        assert policy.deepen()
+        tree.grow(kept, width, tokens, probs)
+    ranked = tree.ranked(num_draft_tokens - 1)
+    ours = tree.select(ranked, policy.rerank(ranked.scores))
+
+    assert torch.equal(ours.top_scores_index, theirs[1])
+    assert torch.equal(ours.draft_tokens, theirs[2])
+    # SGLang leaves the list empty where only the root has children.
+    assert torch.equal(ours.parent_list[:, : theirs[0].shape[1]], theirs[0])
+
+
+def test_frontier_is_the_best_of_the_newest_layer():
+    tree = DraftTree(torch.tensor([[7, 8]]), torch.tensor([[0.6, 0.3]]), max_layers=3)
+    first = tree.frontier()
+    assert first.scores.tolist() == [pytest.approx([0.6, 0.3])]
+    tree.grow(first, 2, torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.5, 0.1], [0.9, 0.05]]))
+    second = tree.frontier()
+    assert second.tokens.tolist() == [[1, 3]]
+    assert second.scores.tolist() == [pytest.approx([0.3, 0.27])]
+    assert second.parents.tolist() == [[0, 1]]
+    assert second.index.tolist() == [[2, 4]]
+
+
+def test_misuse_is_refused():
+    with pytest.raises(ValueError, match=r"\[B, K\]"):
+        DraftTree(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4), 3)
+    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), max_layers=1)
+    with pytest.raises(ValueError, match="already has 1 layers"):
+        tree.grow(tree.frontier(), 1, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
+    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), max_layers=2)
+    with pytest.raises(ValueError, match="children must be"):
+        tree.grow(tree.frontier(), 2, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="num_draft_tokens must be in 2..3"):
+        tree.select(tree.ranked(2), 4)
