@@ -23,7 +23,7 @@ STARTUP_SECONDS = 600.0
 # Longer than SGLang takes to drain; what is left then is killed.
 STOP_SECONDS = 15.0
 LOG_TAIL_LINES = 25
-DEFAULT_STATIC = (5, 4, 8)
+DEFAULT_STATIC = "5-4-8"
 
 
 class ServerError(RuntimeError):
@@ -38,6 +38,13 @@ class Arm:
     kind: str  # plain | static | cast
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The arm's name for people."""
+        name, _, detail = self.name.partition(":")
+        label = {"plain": "plain", "static": "EAGLE-3", "cast": "CAST"}[name]
+        return f"{label} {detail}".strip()
 
 
 def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
@@ -56,9 +63,8 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
     draft_flag = ("--speculative-draft-model-path", draft)
     if kind == "plain" and not detail:
         return Arm("plain", kind)
-    if kind == "static":
-        shape = [int(part) for part in detail.split("-")] if detail else list(DEFAULT_STATIC)
-        steps, topk, tokens = map(str, shape)
+    if kind == "static" and len(shape := (detail or DEFAULT_STATIC).split("-")) == 3:
+        steps, topk, tokens = (str(int(size)) for size in shape)
         flags = ("--speculative-algorithm", "EAGLE3", *draft_flag, "--speculative-num-steps", steps)
         flags += ("--speculative-eagle-topk", topk, "--speculative-num-draft-tokens", tokens)
         return Arm(f"static:{steps}-{topk}-{tokens}", kind, flags)

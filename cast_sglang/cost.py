@@ -4,6 +4,7 @@ Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2
 tables S_T(B), S_D(B) and the function `select`.
 """
 
+import bisect
 import logging
 import math
 from collections.abc import Sequence
@@ -238,7 +239,7 @@ def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, flo
 
     A weight above 1 lies beyond the grid; a value below the grid is moved to its first point.
     """
-    cover = int(np.searchsorted(grid, value))
+    cover = bisect.bisect_left(grid, value)
     if nearest or len(grid) == 1 or cover == 0:
         cover = min(cover, len(grid) - 1)
         return cover, cover, 0.0

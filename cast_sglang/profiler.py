@@ -10,17 +10,17 @@ The engine is behind the `Meter` protocol; nothing here knows of it. A run has t
 
 import dataclasses
 import datetime
-import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.cost import CostModel
 from cast_sglang.errors import ProfileError
+from cast_sglang.grid import Grid, Interval, default_grid, log_uniform, spread
 from cast_sglang.journal import Journal, Point, journal_path
 from cast_sglang.metering import Limits, Meter, Sampler, Sampling
 from cast_sglang.profile_schema import (
@@ -33,21 +33,12 @@ from cast_sglang.profile_schema import (
 )
 from cast_sglang.profiles import save_profile
 
-__all__ = ["Grid", "Measured", "default_grid", "run_profile", "summarize", "write_profile"]
+__all__ = ["Measured", "run_profile", "summarize", "write_profile"]
 
 TABLES = ("verify", "draft", "draft_extend")
 # Shares of the time budget after which the coarse grid and the refinement stop improving.
 COARSE_SHARE = 0.6
 REFINE_SHARE = 0.85
-
-
-class Grid(NamedTuple):
-    """Axes of the tables before refinement; each ascending."""
-
-    batch_sizes: tuple[int, ...]
-    contexts: tuple[int, ...]
-    verify_rows: tuple[int, ...]  # also those of draft_extend
-    draft_widths: tuple[int, ...]
 
 
 class Measured(NamedTuple):
@@ -58,24 +49,6 @@ class Measured(NamedTuple):
     num_points: int
     seconds: float  # time spent measuring, earlier runs of the same journal included
     sampling: dict[str, str | int | float | bool]
-
-
-def default_grid(limits: Limits, quick: bool = False) -> Grid:
-    """Choose a grid for a device: powers of two, every second one if `quick`.
-
-    Contexts are powers of four from 128 up; the longest one leaves room for the verified rows.
-    """
-    step = 4 if quick else 2
-    longest = max(limits.max_context - limits.max_verify_rows, 1)
-    if longest > CONTEXT_BUCKET_TOKENS:
-        # Off a bucket's edge the cost model would round past the last grid point.
-        longest -= longest % CONTEXT_BUCKET_TOKENS
-    return Grid(
-        batch_sizes=_powers(1, limits.max_batch_size, step),
-        contexts=_powers(min(128, longest), longest, 2 * step),
-        verify_rows=_powers(1, limits.max_verify_rows, step),
-        draft_widths=_powers(1, limits.max_width, step),
-    )
 
 
 def run_profile(
@@ -157,25 +130,6 @@ def write_profile(
     return profile
 
 
-class _Interval(NamedTuple):
-    """Two neighbouring token counts of a table."""
-
-    operation: str
-    low: int
-    high: int
-
-    @property
-    def middle(self) -> list[int]:
-        """The midpoint and its successor: a step of the cost lies between two such counts, and
-        the midpoint alone, the last count before the step, may well be on the line."""
-        middle = (self.low + self.high) // 2
-        return [count for count in (middle, middle + 1) if self.low < count < self.high]
-
-    def split(self) -> "list[_Interval]":
-        edges = pairwise([self.low, *self.middle, self.high])
-        return [_Interval(self.operation, low, high) for low, high in edges]
-
-
 class _Run:
     """One pass through grid, refinement and held-out points."""
 
@@ -246,7 +200,7 @@ class _Run:
         """Halve the intervals of token counts whose middle is not on the line; worst first."""
         sampler = self._sampler
         pending = [
-            _Interval(operation, low, high)
+            Interval(operation, low, high)
             for operation in TABLES
             for low, high in pairwise(self._counts[operation])
         ]
@@ -272,11 +226,11 @@ class _Run:
                 self._counts[interval.operation] = sorted({*counts, *interval.middle})
                 pending += interval.split()
 
-    def _probes(self, interval: "_Interval", count: int) -> list[Point]:
+    def _probes(self, interval: Interval, count: int) -> list[Point]:
         """Cells that show the staircase of token counts: few, but across the batch sizes."""
-        return [Point(interval.operation, *cell, count) for cell in _spread(self._cells, 4)]
+        return [Point(interval.operation, *cell, count) for cell in spread(self._cells, 4)]
 
-    def _line_error(self, interval: "_Interval", point: Point) -> float:
+    def _line_error(self, interval: Interval, point: Point) -> float:
         """Return the relative distance from the interval's line, less what noise explains."""
         sampler, (_, low, high) = self._sampler, interval
         left = sampler.median_us(point._replace(num_tokens=low))
@@ -295,9 +249,9 @@ class _Run:
                 break
             operation = TABLES[len(chosen) % len(TABLES)]
             counts = self._counts[operation]
-            batch_size = _log_uniform(rng, self._batch_sizes)
-            context = _log_uniform(rng, self._contexts)
-            point = Point(operation, batch_size, context, _log_uniform(rng, counts))
+            batch_size = log_uniform(rng, self._batch_sizes)
+            context = log_uniform(rng, self._contexts)
+            point = Point(operation, batch_size, context, log_uniform(rng, counts))
             in_grid = (batch_size, context) in self._cells and point.num_tokens in counts
             if self._fits(batch_size, context) and not in_grid:
                 chosen.add(point)
@@ -367,22 +321,3 @@ class _Run:
             spread_us=np.round(spread_us, 3).tolist(),
             samples=samples.tolist(),
         )
-
-
-def _powers(first: int, last: int, base: int) -> tuple[int, ...]:
-    """Return first, first * base, ... below `last`, then `last`."""
-    values = [first]
-    while values[-1] * base < last:
-        values.append(values[-1] * base)
-    return tuple(values) if values[-1] == last else (*values, last)
-
-
-def _spread(items: Sequence[tuple[int, int]], num_items: int) -> list[tuple[int, int]]:
-    """Pick evenly spaced items, first and last included."""
-    last = len(items) - 1
-    picked = {round(i * last / max(num_items - 1, 1)) for i in range(num_items)}
-    return [items[i] for i in sorted(picked)]
-
-
-def _log_uniform(rng: random.Random, axis: Sequence[int]) -> int:
-    return round(math.exp(rng.uniform(math.log(axis[0]), math.log(axis[-1]))))

@@ -197,7 +197,10 @@ def inflate_pair(
     new = old.widened(
         width_factor, intermediate_size or old.intermediate_size * width_factor, extra_layers
     )
-    target_dir = output_dir / "target"
+    target_dir, draft_dir = output_dir / "target", output_dir / "draft"
+    sources = {path.resolve() for path in (model_path, draft_path) if path is not None}
+    if sources & {target_dir.resolve(), draft_dir.resolve()}:
+        raise ValueError(f"--output-dir {output_dir} would overwrite the trained pair")
     target_dir.mkdir(parents=True, exist_ok=True)
     shards = _padded_shards(model_path, old, new)
     _write_shards(shards, old.num_layers + extra_layers + 1, target_dir, dtype)
@@ -206,9 +209,7 @@ def inflate_pair(
         if (model_path / name).exists():
             shutil.copyfile(model_path / name, target_dir / name)
     if draft_path is not None:
-        _inflate_draft(
-            draft_path, output_dir / "draft", old, width_factor, draft_intermediate_size, dtype
-        )
+        _inflate_draft(draft_path, draft_dir, old, width_factor, draft_intermediate_size, dtype)
     num_params = count_params(new, vocab_size, is_tied)
     text = README.format(
         width_factor=width_factor,
@@ -390,6 +391,8 @@ def _read_tensors(
 def _write_shards(
     shards: Iterator[dict[str, torch.Tensor]], num_shards: int, folder: Path, dtype: torch.dtype
 ) -> None:
+    for stale in folder.glob("*.safetensors"):
+        stale.unlink()  # of an earlier run with another number of layers
     weight_map, total_bytes = {}, 0
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
@@ -406,6 +409,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> i
         for name, tensor in tensors.items()
     }
     save_file(cast, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     return sum(tensor.nbytes for tensor in cast.values())
 
 

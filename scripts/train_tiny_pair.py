@@ -23,8 +23,8 @@ from tiny_pair.draft_model import Draft, init_from_target
 from tiny_pair.evaluate import TreeShape, simulate_accept_lens
 from tiny_pair.layers import Shape
 from tiny_pair.target_model import Target
-from tiny_pair.train_draft import DraftTask
-from tiny_pair.train_target import TargetTask
+from tiny_pair.train_draft import DraftTask, heldout_steps, weighted_loss
+from tiny_pair.train_target import TargetTask, heldout_loss
 
 STAGES = ("tokenizer", "target", "generate", "draft", "eval", "card")
 SEED = 0
@@ -36,7 +36,7 @@ class Sizes:
 
     batch_tokens: int = 4096
     num_heldout_windows: int = 64
-    num_continuations: int = 3072
+    num_continuations: int = 2048
     row_tokens: int = generate.ROW_TOKENS
     num_prompts: int = prompts.NUM_PROMPTS
     num_new_tokens: int = 128
@@ -126,30 +126,15 @@ class Pipeline:
         """Measure the exported pair on held-out text."""
         target = export.load_target(self.output_dir / "target")
         draft = export.load_draft(self.output_dir / "draft", target.shape.num_layers)
-        train_tokens = tokenizer.read_tokens(self.work_dir, "train")
         heldout_tokens = tokenizer.read_tokens(self.work_dir, "heldout")
         sizes = self.sizes
-        target_task = TargetTask(
-            target, train_tokens, heldout_tokens, 0, sizes.num_heldout_windows, lambda: None
-        )
-        continuations = generate.read_continuations(self.work_dir, sizes.row_tokens)
-        draft_task = DraftTask(
-            draft,
-            target,
-            train_tokens,
-            heldout_tokens,
-            continuations,
-            0,
-            sizes.num_heldout_windows,
-            lambda: None,
-        )
-        draft_values = draft_task.evaluate()
+        steps = heldout_steps(draft, target, heldout_tokens, sizes.num_heldout_windows)
         accept_lens = self._accept_lens(target, draft)
         counts = json.loads((self.work_dir / "counts.json").read_text())
         evaluation = {
-            "target_loss": target_task.evaluate()["heldout_loss"],
-            "draft_loss": draft_values.pop("heldout_loss"),
-            "draft_agreement": list(draft_values.values()),
+            "target_loss": heldout_loss(target, heldout_tokens, sizes.num_heldout_windows),
+            "draft_loss": weighted_loss(steps.losses).item(),
+            "draft_agreement": steps.agreement.tolist(),
             "accept_length": sum(accept_lens) / len(accept_lens),
             "accept_len_histogram": dict(sorted(Counter(accept_lens).items())),
             "num_prompts": sizes.num_prompts,
@@ -160,9 +145,9 @@ class Pipeline:
             "train_tokens": counts["train"],
             "heldout_tokens": counts["heldout"],
             "chat_percent": 100 * counts["chat"] / counts["train"],
-            "continuations": len(continuations),
-            "target_minutes": self.target_minutes,
-            "draft_minutes": self.draft_minutes,
+            "continuations": len(generate.read_continuations(self.work_dir, sizes.row_tokens)),
+            "target_minutes": round(loop.minutes_trained(self.work_dir, "target")),
+            "draft_minutes": round(loop.minutes_trained(self.work_dir, "draft")),
             "python_version": platform.python_version(),
             "torch_version": torch.__version__,
         }

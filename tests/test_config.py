@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.config import POLICIES, CastConfig, flag_specs, user_cache_dir
@@ -159,6 +159,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from([spec.key for spec in flag_specs() if spec.key != "config"]), json_values)
 def test_any_value_is_accepted_or_a_config_error(key, value):
     try:

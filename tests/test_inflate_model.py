@@ -186,6 +186,12 @@ def test_errors_name_the_flag(pair, tmp_path, choice, flag):
         inflate_model.inflate_pair(*pair, tmp_path, **choice)
 
 
+def test_trained_pair_is_not_overwritten(pair):
+    with pytest.raises(ValueError, match="--output-dir"):
+        inflate_model.inflate_pair(*pair, pair[0].parent)
+    assert load(pair[0]).config.hidden_size == SHAPE.hidden_size
+
+
 def test_command_line_reports_errors(pair, tmp_path):
     with pytest.raises(SystemExit, match="--width-factor"):
         inflate_model.main(

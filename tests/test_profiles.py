@@ -87,13 +87,18 @@ def test_repository_profiles_are_valid():
 
 
 def test_truncation_at_every_byte(saved):
+    tiny = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
+    tables = {"target": tiny, "draft": tiny, "draft_extend": tiny}
+    save_profile(make_profile(**tables, plain=None, step_overhead_us=None), saved)
     data = saved.read_bytes()
     for length in range(len(data.rstrip())):
         saved.write_bytes(data[:length])
         fails_with_one_line(saved)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_changed_byte_is_valid_or_a_profile_error(saved, data):
     original = msgspec.json.encode(make_profile())
@@ -117,7 +122,9 @@ junk = st.one_of(
 )
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_replaced_value_is_valid_or_a_profile_error(saved, data):
     content = msgspec.to_builtins(make_profile())

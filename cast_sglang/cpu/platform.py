@@ -48,6 +48,9 @@ def activate() -> str | None:
     # Idle OpenMP workers must not spin: the engine's other processes need the same cores. Read by
     # the processes SGLang spawns, which are the ones that run models.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # SGLang compiles a few pointwise helpers for GPUs; here the first call of each would cost
+    # seconds and a C++ compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     return f"{__name__}:CastCpuPlatform"
 
 
@@ -70,6 +73,10 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.device = "cpu"
         # Kernels run on the calling thread, so overlap would only delay results by a step.
         server_args.disable_overlap_schedule = True
+        # An idle scheduler polls in a loop, on a core that others could use.
+        server_args.sleep_on_idle = True
+        # An idle scheduler polls without pause, which takes a core from whatever else runs here.
+        server_args.sleep_on_idle = True
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
         if server_args.max_running_requests is None:

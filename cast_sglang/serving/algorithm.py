@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
+TARGET_ATTENTION_BACKENDS = ("triton", "flashinfer", "cast_cpu")
+DRAFT_ATTENTION_BACKENDS = ("triton", "cast_cpu")
 # SGLang's own default under speculative decoding, for the same reserve.
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 
@@ -94,6 +96,7 @@ class CastAlgorithm(CustomSpecAlgo):
         _set_envelope(server_args)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         _check_pair(server_args)
+        _set_attention_backends(server_args)
 
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
@@ -103,10 +106,8 @@ class CastAlgorithm(CustomSpecAlgo):
         server_args.enable_mixed_chunk = False
         if server_args.device == "cpu":
             server_args.disable_overlap_schedule = True
-        elif not server_args.disable_cuda_graph:
-            # Captured graphs have one width; this version runs its steps eagerly.
-            server_args.disable_cuda_graph = True
-            logger.warning("CAST: CUDA graphs are off, every step has its own widths")
+        else:
+            _run_decode_eagerly(server_args)
 
         found = find_server_profile(config, server_args)
         logger.info(
@@ -153,6 +154,39 @@ def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
             f"2..{num_draft_tokens} (--speculative-num-draft-tokens)"
         )
     return config.verify_sizes
+
+
+def _run_decode_eagerly(server_args: ServerArgs) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    # SGLang captures verify and draft at one width each, and here every step has its own.
+    if server_args.cuda_graph_config.decode.backend != Backend.DISABLED:
+        server_args.cuda_graph_config = with_phase(
+            server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED
+        )
+        logger.warning("CAST: decode CUDA graphs are off, because each step has its own widths")
+
+
+def _set_attention_backends(server_args: ServerArgs) -> None:
+    given = {
+        "--attention-backend": server_args.attention_backend,
+        "--prefill-attention-backend": server_args.prefill_attention_backend,
+        "--decode-attention-backend": server_args.decode_attention_backend,
+    }
+    for flag, name in given.items():
+        if name is not None and name not in TARGET_ATTENTION_BACKENDS:
+            raise HostError(
+                f"{flag} {name}: its tree verify has one fixed width; CAST verifies on "
+                f"{', '.join(TARGET_ATTENTION_BACKENDS)}, pass --attention-backend triton"
+            )
+    draft = server_args.speculative_draft_attention_backend
+    if draft is None and server_args.attention_backend not in DRAFT_ATTENTION_BACKENDS:
+        server_args.speculative_draft_attention_backend = "triton"
+    elif draft is not None and draft not in DRAFT_ATTENTION_BACKENDS:
+        raise HostError(
+            f"--speculative-draft-attention-backend {draft}: CAST drafts trees on "
+            f"{', '.join(DRAFT_ATTENTION_BACKENDS)}; pass triton, or drop the flag"
+        )
 
 
 def _set_envelope(server_args: ServerArgs) -> None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-SUPPORTED_BACKENDS = ("cast_cpu", "triton")
-
 
 def create_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
     """Return the draft runner's attention backend with `init_tree_metadata` on top.
@@ -34,8 +32,8 @@ def create_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
     if name == "triton":
         return _triton_tree_backend(draft_runner, topk)
     raise HostError(
-        f"CAST drafts trees on the attention backends {', '.join(SUPPORTED_BACKENDS)}, not on "
-        f"{name!r}; pass --speculative-draft-attention-backend triton"
+        f"no tree attention for the draft on {name!r}; pass "
+        "--speculative-draft-attention-backend triton"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 import time
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
     from cast_sglang.serving.worker import CastWorker
+
+logger = logging.getLogger(__name__)
 
 RPC_METHOD = "cast_profile"
 
@@ -97,17 +100,20 @@ def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:
             _measure(_LeadingMeter(meter, group), parameters)
         else:
             _follow(meter, group)
-    except (RuntimeError, ValueError, OSError) as caught:
-        error = " ".join(str(caught).split())
+    except Exception as caught:
+        logger.exception("profiling failed")
+        error = " ".join(str(caught).split()) or type(caught).__name__
     return RpcReqOutput(success=not error, message=error)
 
 
 def _measure(meter: Any, parameters: dict[str, Any]) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     from cast_sglang.journal import journal_path
     from cast_sglang.metering import Sampling
 
     output, quick = parameters["output"], parameters["quick"]
-    identity = host_identity(meter.worker.server_args)
+    identity = host_identity(resolving_view(meter.worker.server_args))
     try:
         measured = run_profile(
             meter,

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative import eagle_worker_v2
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
@@ -61,7 +62,7 @@ class CastWorker(EAGLEWorkerV2):
         self._prefill_since_step = True
 
     def _load_cost_model(self, server_args: ServerArgs) -> CostModel | None:
-        found = find_server_profile(self.config, server_args)
+        found = find_server_profile(self.config, resolving_view(server_args))
         if found is None:
             return None
         return CostModel(

@@ -54,7 +54,7 @@ def _plot(rows: list[list[str]], path: Path) -> None:
         (
             axes[2],
             "draft",
-            tuple(f"agreement_{step}" for step in range(1, 7)),
+            tuple(f"agreement_{step}" for step in range(1, 6)),
             "held-out agreement",
         ),
     ]

@@ -101,6 +101,12 @@ def make_progress_bar() -> Progress:
     return Progress()
 
 
+def minutes_trained(work_dir: Path, name: str) -> float:
+    """Return the training time that the last checkpoint of a task records."""
+    saved = torch.load(work_dir / f"{name}.pt", weights_only=True)
+    return saved["run"]["used_seconds"] / 60
+
+
 def _resume(path: Path, model: nn.Module, optimizer: OptimizerPair) -> RunState:
     if not path.exists():
         return RunState()

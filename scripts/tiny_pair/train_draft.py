@@ -12,7 +12,7 @@ from .loop import BatchResult
 from .target_model import Target
 from .windows import WindowSampler, fixed_windows
 
-NUM_STEPS = 6  # one more than the depth served, so that the deepest one is not at the edge
+NUM_STEPS = 5
 STEP_DECAY = 0.8
 CORPUS_WINDOW = 512
 HELDOUT_WINDOW = 256
@@ -44,6 +44,8 @@ def self_fed_steps(
         with torch.no_grad():
             output = target(windows)
             embeds = target.model.embed_tokens(windows)
+            target_probs = output.logits.float().softmax(-1)
+            target_best = target_probs.argmax(-1)
         losses, agreement = [], []
         chain: list[LayerCache] = []
         for step in range(num_steps):
@@ -57,13 +59,27 @@ def self_fed_steps(
                     embeds[:, slots], result.hidden, positions, committed, causal, chain
                 )
                 chain.append(result.cache)
-            target_logits = output.logits[:, slots].float()
-            draft_logits = result.logits.float()
-            log_probs = draft_logits.log_softmax(-1)
-            losses.append(-(target_logits.softmax(-1) * log_probs).sum(-1).mean())
-            same = draft_logits.argmax(-1) == target_logits.argmax(-1)
+            log_probs = result.logits.float().log_softmax(-1)
+            losses.append(-(target_probs[:, slots] * log_probs).sum(-1).mean())
+            same = result.logits.argmax(-1) == target_best[:, slots]
             agreement.append(same.float().mean())
     return StepResults(torch.stack(losses), torch.stack(agreement))
+
+
+def weighted_loss(losses: torch.Tensor) -> torch.Tensor:
+    """Average over self-fed steps [S], later ones counting less."""
+    weights = STEP_DECAY ** torch.arange(len(losses))
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def heldout_steps(
+    draft: Draft, target: Target, tokens: np.ndarray, num_windows: int
+) -> StepResults:
+    """Return losses and agreement on fixed windows of the held-out stream."""
+    windows = fixed_windows(tokens, num_windows, HELDOUT_WINDOW)
+    parts = [self_fed_steps(draft, target, part) for part in windows.split(16)]
+    return StepResults(*(torch.stack(column).mean(0) for column in zip(*parts, strict=True)))
 
 
 class DraftTask:
@@ -88,8 +104,8 @@ class DraftTask:
         self._sampler = WindowSampler(train_tokens, SEED)
         self._continuations = continuations
         self._batch_tokens = batch_tokens
-        self._heldout = fixed_windows(heldout_tokens, num_heldout_windows, HELDOUT_WINDOW)
-        self._weights = STEP_DECAY ** torch.arange(NUM_STEPS)
+        self._heldout_tokens = heldout_tokens
+        self._num_heldout_windows = num_heldout_windows
 
     def batch(self, first_window: int, progress: float) -> BatchResult:
         draw = np.random.default_rng((SEED, first_window))
@@ -101,14 +117,11 @@ class DraftTask:
             rows = self._continuations[draw.integers(len(self._continuations), size=count)]
             windows = torch.from_numpy(rows.astype(np.int64))
         losses = self_fed_steps(self.model, self._target, windows).losses
-        loss = (losses * self._weights).sum() / self._weights.sum()
-        return BatchResult(loss, count, windows.numel())
+        return BatchResult(weighted_loss(losses), count, windows.numel())
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        parts = [self_fed_steps(self.model, self._target, part) for part in self._heldout.split(16)]
-        losses = torch.stack([part.losses for part in parts]).mean(0)
-        agreement = torch.stack([part.agreement for part in parts]).mean(0)
-        weighted = (losses * self._weights).sum() / self._weights.sum()
-        values = {"heldout_loss": weighted.item()}
-        return values | {f"agreement_{s + 1}": a.item() for s, a in enumerate(agreement)}
+        steps = heldout_steps(
+            self.model, self._target, self._heldout_tokens, self._num_heldout_windows
+        )
+        values = {"heldout_loss": weighted_loss(steps.losses).item()}
+        return values | {f"agreement_{s}": a.item() for s, a in enumerate(steps.agreement, start=1)}

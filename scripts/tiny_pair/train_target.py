@@ -25,6 +25,14 @@ def next_token_loss(target: Target, windows: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
+@torch.no_grad()
+def heldout_loss(target: Target, tokens: np.ndarray, num_windows: int) -> float:
+    """Return the loss on fixed windows of the held-out stream."""
+    windows = fixed_windows(tokens, num_windows, SHORT_WINDOW + 1)
+    losses = [next_token_loss(target, part).item() for part in windows.split(16)]
+    return sum(losses) / len(losses)
+
+
 class TargetTask:
     """Next-token prediction."""
 
@@ -43,7 +51,8 @@ class TargetTask:
         self.on_checkpoint = save
         self._sampler = WindowSampler(train_tokens, SEED)
         self._batch_tokens = batch_tokens
-        self._heldout = fixed_windows(heldout_tokens, num_heldout_windows, SHORT_WINDOW + 1)
+        self._heldout_tokens = heldout_tokens
+        self._num_heldout_windows = num_heldout_windows
 
     def batch(self, first_window: int, progress: float) -> BatchResult:
         window = LONG_WINDOW if progress >= LONG_WINDOW_FROM else SHORT_WINDOW
@@ -51,7 +60,6 @@ class TargetTask:
         windows = self._sampler.draw(first_window, count, window + 1)
         return BatchResult(next_token_loss(self.model, windows), count, count * window)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        losses = [next_token_loss(self.model, part).item() for part in self._heldout.split(16)]
-        return {"heldout_loss": sum(losses) / len(losses)}
+        loss = heldout_loss(self.model, self._heldout_tokens, self._num_heldout_windows)
+        return {"heldout_loss": loss}

@@ -77,9 +77,7 @@ def test_verify_reads_prefix_and_masked_tree(heads, kv_heads, full_mask, lens, w
         for n, rows in zip(lens, tree, strict=True)
     ]
     mask = torch.cat([part.flatten() for part in parts])
-    read = reads.verify_read(
-        pool.req_to_token, pool.requests, torch.tensor(lens), width, mask
-    )
+    read = reads.verify_read(pool.req_to_token, pool.requests, torch.tensor(lens), width, mask)
     expected = [
         torch.cat((pool.slots(b, 0, n), pool.slots(b, n, n + width)[tree[b, node]]))
         for b, n in enumerate(lens)
@@ -157,9 +155,7 @@ def test_a_token_does_not_depend_on_the_rest_of_its_batch():
         attend_batched(
             q[b * width : (b + 1) * width],
             pool.rows,
-            reads.causal_read(
-                pool.req_to_token, pool.requests[b : b + 1], lens[b : b + 1], width
-            ),
+            reads.causal_read(pool.req_to_token, pool.requests[b : b + 1], lens[b : b + 1], width),
             2,
             0.25,
         )

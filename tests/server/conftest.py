@@ -1,0 +1,80 @@
+"""Servers on the CPU platform, each started once and kept for as long as tests need it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pairs import Pair, heldout_prompts, tiny_pair
+from benchmarks.servers import CPU_PLATFORM, Server, parse_arm
+from tests.server.client import greedy_ids
+from tests.server.profiles import write_profile
+
+NUM_PROMPTS = 50
+NUM_TOKENS = 48
+# Prompts of some hundred tokens are then prefilled in several chunks.
+COMMON_FLAGS = ("--max-total-tokens", "16384", "--chunked-prefill-size", "128")
+
+ServerFactory = Callable[..., contextlib.AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="session")
+def pair() -> Pair:
+    return tiny_pair()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    return heldout_prompts()[:NUM_PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def made_up_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profile(tmp_path_factory.mktemp("profiles") / "made-up.json")
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    pair: Pair, made_up_profile: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ServerFactory:
+    """Return a function that starts a server of one arm, to be used in a `with`."""
+    log_dir = tmp_path_factory.mktemp("servers")
+
+    def start(
+        arm: str, *flags: str, name: str = "", profile: Path | str = made_up_profile, **env: str
+    ) -> Server:
+        chosen = parse_arm(arm, pair.draft, str(profile))
+        dtype = () if "--dtype" in flags else ("--dtype", "float32")
+        return Server(
+            name or chosen.name,
+            ["--model-path", pair.target, *chosen.flags, *COMMON_FLAGS, *dtype, *flags],
+            log_dir,
+            # Any leak of a KV slot then ends the server.
+            {
+                **CPU_PLATFORM,
+                "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+                "CAST_ALLOW_FOREIGN_PROFILE": "1",
+                **env,
+            },
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def plain(start_server: ServerFactory) -> Iterator[Server]:
+    with start_server("plain") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cast(start_server: ServerFactory) -> Iterator[Server]:
+    with start_server("cast", "--enable-metrics", "--random-seed", "1") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def expected_ids(plain: Server, prompts: list[str]) -> list[list[int]]:
+    """Plain decoding's greedy answers, one request at a time."""
+    return greedy_ids(plain, prompts, batch=1, num_tokens=NUM_TOKENS)

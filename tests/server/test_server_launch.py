@@ -1,0 +1,194 @@
+"""A launch that cannot work ends soon, with one line that says why."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks.pairs import ROOT, Pair
+from benchmarks.servers import CPU_PLATFORM, server_command
+from tests.server.profiles import write_profile
+
+pytestmark = pytest.mark.server
+
+PREFIX = "cast-sglang: error: "
+LAUNCH_SECONDS = 90.0  # some 15 on a machine that does nothing else
+
+
+class Case(NamedTuple):
+    """What is added to a good launch, and what the error must name; {dir} holds the files."""
+
+    says: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = {}
+
+
+DRAFT = "--speculative-draft-model-path"
+CASES = {
+    "missing profile": Case(("none.json", "no such file"), env={"CAST_PROFILE": "{dir}/none.json"}),
+    "profile is a directory": Case(("not a file",), env={"CAST_PROFILE": "{dir}"}),
+    "foreign profile": Case(
+        ("good.json", "measured elsewhere"), env={"CAST_ALLOW_FOREIGN_PROFILE": "0"}
+    ),
+    "truncated profile": Case(("cut.json",), env={"CAST_PROFILE": "{dir}/cut.json"}),
+    "empty profile": Case(("empty.json",), env={"CAST_PROFILE": "{dir}/empty.json"}),
+    "time not a number": Case(("nan.json",), env={"CAST_PROFILE": "{dir}/nan.json"}),
+    "time zero": Case(("zero.json", "time_us"), env={"CAST_PROFILE": "{dir}/zero.json"}),
+    "time negative": Case(
+        ("negative.json", "time_us"), env={"CAST_PROFILE": "{dir}/negative.json"}
+    ),
+    "later profile version": Case(
+        ("later.json", "schema_version"), env={"CAST_PROFILE": "{dir}/later.json"}
+    ),
+    "no profile found": Case(
+        ("cast-sglang profile",),
+        flags=("--speculative-draft-model-path", "{dir}/resized-draft"),
+        env={
+            "CAST_PROFILE": "auto",
+            "CAST_ALLOW_FOREIGN_PROFILE": "0",
+            "XDG_CACHE_HOME": "{dir}",
+        },
+    ),
+    "draft of another vocabulary": Case(
+        ("other-draft", "vocab_size"), flags=(DRAFT, "{dir}/other-draft")
+    ),
+    "draft of another width": Case(
+        ("wide-draft", "hidden_size"), flags=(DRAFT, "{dir}/wide-draft")
+    ),
+    "draft that is no draft": Case((DRAFT, "no EAGLE"), flags=(DRAFT, "{target}")),
+    "draft missing": Case((DRAFT, "{dir}/nothing"), flags=(DRAFT, "{dir}/nothing")),
+    "threshold flag out of range": Case(("--cast-c1", "-1"), flags=("--cast-c1=-1",)),
+    "threshold flag no number": Case(("--cast-c2", "much"), flags=("--cast-c2", "much")),
+    "threshold variable infinite": Case(("CAST_C3", "inf"), env={"CAST_C3": "inf"}),
+    "threshold file out of range": Case(
+        ("settings.toml", "c1"), flags=("--cast-config", "{dir}/settings.toml")
+    ),
+    "settings file missing": Case(("none.toml",), flags=("--cast-config", "{dir}/none.toml")),
+    "unknown variable": Case(("CAST_C7", "unknown"), env={"CAST_C7": "1"}),
+    "unknown policy": Case(("policy", "best"), flags=("--cast-policy", "best")),
+    "verify size beyond the envelope": Case(
+        ("--cast-verify-sizes", "999"), flags=("--cast-verify-sizes", "2,999")
+    ),
+    "adaptive": Case(("--speculative-adaptive",), flags=("--speculative-adaptive",)),
+    "pages": Case(("--page-size",), flags=("--page-size", "16")),
+    "chain": Case(("--speculative-eagle-topk 1",), flags=("--speculative-eagle-topk", "1")),
+    "no room for a tree": Case(
+        ("--speculative-num-draft-tokens 1",), flags=("--speculative-num-draft-tokens", "1")
+    ),
+    "data parallel attention": Case(
+        ("--enable-dp-attention",),
+        flags=("--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"),
+    ),
+    "no draft": Case((DRAFT,), flags=("{no draft}",)),
+}
+GOOD = Case(())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
+    """Write the files that the cases name."""
+    directory = tmp_path_factory.mktemp("launches")
+    text = write_profile(directory / "good.json").read_text()
+    (directory / "cut.json").write_text(text[: len(text) // 2])
+    (directory / "empty.json").write_text("")
+    (directory / "settings.toml").write_text("c1 = -1\n")
+    for name, value in {"nan": float("nan"), "zero": 0.0, "negative": -5.0}.items():
+        content = json.loads(text)
+        content["target"]["time_us"][0][0][0] = value
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    later = {**json.loads(text), "schema_version": 99}
+    (directory / "later.json").write_text(json.dumps(later))
+
+    drafts = {
+        "other-draft": {"vocab_size": 1999},
+        "wide-draft": {"hidden_size": 1024},
+        "resized-draft": {"intermediate_size": 1999},
+    }
+    for name, changes in drafts.items():
+        (directory / name).mkdir()
+        config = json.loads((Path(pair.draft) / "config.json").read_text())
+        (directory / name / "config.json").write_text(json.dumps({**config, **changes}))
+        shutil.copy(Path(pair.draft) / "model.safetensors", directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def launch(directory: Path, pair: Pair):
+    """Return a function from a case to the arguments and the environment of its launch."""
+
+    def fill(text: str) -> str:
+        return text.replace("{dir}", str(directory)).replace("{target}", pair.target)
+
+    def build(case: Case) -> tuple[list[str], dict[str, str]]:
+        argv = ["--model-path", pair.target, "--dtype", "float32"]
+        argv += ["--speculative-algorithm", "CAST"]
+        if case.flags != ("{no draft}",):
+            argv += [DRAFT, pair.draft, *map(fill, case.flags)]
+        env = {"CAST_PROFILE": "{dir}/good.json", "CAST_ALLOW_FOREIGN_PROFILE": "1", **case.env}
+        return argv, {**CPU_PLATFORM, **{key: fill(value) for key, value in env.items()}}
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def outcomes(launch) -> dict[str, tuple[int, str]]:
+    """Resolve all launches, each in a fork of one process, as SGLang takes seconds to import."""
+    everything = {"good": GOOD, **CASES}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "server" / "launches.py")],
+        input=json.dumps([launch(case) for case in everything.values()]),
+        env={**os.environ, **CPU_PLATFORM},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(everything, results, strict=True))
+
+
+def assert_one_clear_line(stderr: str, says: tuple[str, ...]) -> None:
+    assert "Traceback" not in stderr, stderr
+    errors = [line for line in stderr.splitlines() if PREFIX in line]
+    assert len(errors) == 1, stderr
+    assert errors[0].startswith(PREFIX)
+    for words in says:
+        assert words in errors[0]
+
+
+def test_a_good_launch_resolves(outcomes):
+    code, stderr = outcomes["good"]
+    assert code == 0, stderr
+    assert PREFIX not in stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_launch_says_why(outcomes, directory, name):
+    code, stderr = outcomes[name]
+    assert code not in (0, None), stderr
+    says = tuple(words.replace("{dir}", str(directory)) for words in CASES[name].says)
+    assert_one_clear_line(stderr, says)
+
+
+@pytest.mark.parametrize("name", ["missing profile", "threshold flag out of range", "adaptive"])
+def test_a_bad_server_ends_soon(launch, directory, name):
+    argv, env = launch(CASES[name])
+    start = time.monotonic()
+    done = subprocess.run(
+        server_command(*argv),
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_SECONDS,
+    )
+    assert done.returncode not in (0, None)
+    assert_one_clear_line(done.stderr, CASES[name].says)
+    assert time.monotonic() - start < LAUNCH_SECONDS

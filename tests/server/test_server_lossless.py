@@ -1,0 +1,111 @@
+"""CAST changes which tree is verified, never what comes out."""
+
+import numpy as np
+import pytest
+
+from benchmarks.servers import Server
+from tests.server.client import generate, greedy_ids
+from tests.server.conftest import NUM_TOKENS, ServerFactory
+from tests.server.homogeneity import homogeneity_p_value
+
+pytestmark = pytest.mark.server
+
+# Far below what chance produces in the life of this suite, far above what a bias produces.
+ALPHA = 1e-6
+NUM_SAMPLES = 2400
+SAMPLES_PER_REQUEST = 24
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_greedy_tokens_equal_plain_decoding(cast, prompts, expected_ids, batch):
+    assert greedy_ids(cast, prompts, batch, NUM_TOKENS) == expected_ids
+
+
+def test_trees_differ_in_size_from_step_to_step(cast, prompts):
+    def shapes() -> tuple[int, int, int]:
+        stats = cast.get("/server_info")["internal_states"][0]["cast"]
+        return stats["steps"], stats["requests"], stats["nodes_verified"]
+
+    seen = set()
+    for prompt in prompts[:10]:
+        steps, _, verified = shapes()
+        generate(cast, prompt, max_new_tokens=NUM_TOKENS)
+        after, _, verified_after = shapes()
+        seen.add((verified_after - verified) / (after - steps))
+    assert len(seen) > 1
+
+
+def test_long_prompts_in_chunks_and_shared_prefixes(plain, cast, prompts):
+    # Some 1,500 tokens, a dozen chunks; then the same with another end.
+    shared = "\n".join(prompts[:12])
+    for ending in prompts[12:15]:
+        outputs = {}
+        for server in (plain, cast):
+            answer = generate(server, shared + ending, max_new_tokens=NUM_TOKENS)
+            outputs[server.name] = answer["output_ids"]
+        assert outputs["cast"] == outputs["plain"]
+    assert answer["meta_info"]["cached_tokens"] > 500
+
+
+def test_prefix_of_an_answer_is_reused(plain, cast, prompts):
+    # The KV of tokens that speculation committed becomes the prefix of the next request.
+    first = generate(cast, prompts[0], max_new_tokens=96)["text"]
+    again = generate(cast, prompts[0] + first, max_new_tokens=NUM_TOKENS)
+    assert again["meta_info"]["cached_tokens"] > again["meta_info"]["prompt_tokens"] - 32
+    plain_answer = generate(plain, prompts[0] + first, max_new_tokens=NUM_TOKENS)
+    assert again["output_ids"] == plain_answer["output_ids"]
+
+
+def test_tensor_parallel_tokens_equal(start_server: ServerFactory, prompts, expected_ids):
+    with start_server("cast", "--tp-size", "2", name="cast-tp2") as server:
+        assert greedy_ids(server, prompts[:16], 1, NUM_TOKENS) == expected_ids[:16]
+        assert greedy_ids(server, prompts[:16], 8, NUM_TOKENS) == expected_ids[:16]
+
+
+def test_eagle_policy_is_sglangs_own_tree(start_server: ServerFactory, prompts, expected_ids):
+    """The same tree accepts the same drafts, so every request takes as many verify passes."""
+    envelope = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "4")
+    envelope += ("--speculative-num-draft-tokens", "8")
+    passes = {}
+    for arm, flags in (("static:5-4-8", ()), ("cast:eagle", envelope)):
+        with start_server(arm, *flags) as server:
+            answers = generate(server, prompts[:16], max_new_tokens=NUM_TOKENS)
+            assert [answer["output_ids"] for answer in answers] == expected_ids[:16]
+            passes[arm] = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+    assert passes["cast:eagle"] == passes["static:5-4-8"]
+
+
+def sample(server: Server, prompt: str, num_tokens: int) -> np.ndarray:
+    """Return [NUM_SAMPLES, num_tokens] tokens sampled independently from one prompt."""
+    answers = []
+    for _ in range(NUM_SAMPLES // SAMPLES_PER_REQUEST):
+        answers += generate(
+            server,
+            prompt,
+            n=SAMPLES_PER_REQUEST,
+            temperature=0.8,
+            top_k=6,
+            max_new_tokens=num_tokens,
+        )
+    return np.array([answer["output_ids"] for answer in answers])
+
+
+def test_sampled_tokens_have_plain_decodings_distribution(plain, cast, prompts):
+    # The first token comes from prefill; the others from verified trees.
+    ours, theirs = (sample(server, prompts[0], num_tokens=3) for server in (cast, plain))
+    for last in range(ours.shape[1]):
+        assert homogeneity_p_value(ours[:, : last + 1], theirs[:, : last + 1]) > ALPHA
+        assert homogeneity_p_value(ours[:, last], theirs[:, last]) > ALPHA
+
+
+def test_the_comparison_of_distributions_finds_a_biased_sampler():
+    """A sampler that takes the likeliest token a little too often, as a wrong verify rule would."""
+    rng = np.random.default_rng(0)
+    probs = np.array([0.45, 0.25, 0.15, 0.1, 0.05])
+    biased = 0.8 * probs + 0.2 * np.array([1.0, 0, 0, 0, 0])
+
+    def draw(p: np.ndarray) -> np.ndarray:
+        return rng.choice(len(p), size=(NUM_SAMPLES, 1), p=p)
+
+    assert homogeneity_p_value(draw(probs), draw(probs)) > ALPHA
+    assert homogeneity_p_value(draw(biased), draw(probs)) < ALPHA

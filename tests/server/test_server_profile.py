@@ -1,0 +1,56 @@
+"""Profile once, then serve: the shipped way, in bfloat16 and without naming the profile."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.servers import CPU_PLATFORM
+from cast_sglang.profiles import load_profile
+from tests.server.client import generate
+from tests.server.conftest import NUM_TOKENS
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def cache(pair, tmp_path_factory) -> Path:
+    """Measure a profile into a cache directory of its own; return the directory."""
+    cache = tmp_path_factory.mktemp("cache")
+    command = [Path(sys.executable).with_name("cast-sglang"), "profile", "--quick"]
+    command += ["--budget-seconds", "40", "--dtype", "bfloat16", "--max-total-tokens", "16384"]
+    command += ["--model-path", pair.target, "--speculative-draft-model-path", pair.draft]
+    command += ["--max-running-requests", "8"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **CPU_PLATFORM, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert Path(summary["output"]).is_relative_to(cache)
+    return cache
+
+
+def test_profile_is_valid_and_says_what_it_measured(cache):
+    (path,) = (cache / "cast_sglang" / "profiles").glob("*.json")
+    profile = load_profile(path)
+    assert profile.provenance.dtype == "bfloat16"
+    assert not profile.provenance.estimated
+    assert profile.target.token_counts[0] == 1
+
+
+def test_server_finds_the_profile_of_its_machine(cache, start_server, prompts):
+    env = {"CAST_ALLOW_FOREIGN_PROFILE": "0", "XDG_CACHE_HOME": str(cache)}
+    flags = ("--dtype", "bfloat16")
+    with start_server("cast", *flags, name="cast-bf16", profile="auto", **env) as server:
+        answers = generate(server, prompts[:8], max_new_tokens=NUM_TOKENS)
+        assert all(answer["meta_info"]["spec_accept_length"] > 1 for answer in answers)
+        state = server.get("/server_info")["internal_states"][0]["cast"]
+        # Predictions are for a machine that does nothing else; only nonsense fails here.
+        assert 0.05 < state["predicted_to_measured"] < 20

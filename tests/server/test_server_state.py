@@ -1,0 +1,98 @@
+"""What a CAST server counts, and that it gives back what a request held."""
+
+import time
+
+import httpx
+import pytest
+
+from benchmarks.servers import Server
+from tests.server.client import GREEDY, generate, loads
+from tests.server.conftest import NUM_TOKENS
+
+pytestmark = pytest.mark.server
+
+
+def cast_state(server: Server) -> dict:
+    return server.get("/server_info")["internal_states"][0]["cast"]
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Return the server's `cast:` metrics, summed over their labels."""
+    values: dict[str, float] = {}
+    for line in httpx.get(f"{server.url}/metrics", timeout=30.0).text.splitlines():
+        if line.startswith("cast:"):
+            name = line.partition("{")[0]
+            values[name] = values.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return values
+
+
+def test_figures_of_a_request_agree(cast, prompts):
+    info = generate(cast, prompts[0], max_new_tokens=NUM_TOKENS)["meta_info"]
+    passes = info["spec_verify_ct"]
+    assert info["completion_tokens"] == NUM_TOKENS
+    assert info["spec_accept_length"] == pytest.approx(NUM_TOKENS / passes)
+    assert 1 <= passes < NUM_TOKENS  # some drafts were accepted
+    # Prefill gives the first token; each pass its drafts and one more, the last may overshoot.
+    assert info["spec_num_correct_drafts"] + passes + 1 >= NUM_TOKENS
+
+
+def test_counters_move_with_the_requests(cast, prompts):
+    before, exported_before = cast_state(cast), metrics(cast)
+    answer = generate(cast, prompts[1], max_new_tokens=NUM_TOKENS)
+    after, exported_after = cast_state(cast), metrics(cast)
+    passes = answer["meta_info"]["spec_verify_ct"]
+
+    assert after["steps"] - before["steps"] == passes
+    assert after["requests"] - before["requests"] == passes
+    drafts = after["drafts_accepted"] - before["drafts_accepted"]
+    assert drafts == answer["meta_info"]["spec_num_correct_drafts"]
+    assert after["nodes_verified"] - before["nodes_verified"] >= 2 * passes
+    assert after["mean_accept_len"] > 1
+    assert after["mean_measured_us"] > 0
+    assert sum(after["accept_lens"].values()) == after["accepted_requests"]
+
+    for name in ("steps", "nodes_drafted", "nodes_verified", "drafts_accepted", "layers_grown"):
+        exported = f"cast:{name}_total"
+        assert exported_after[exported] - exported_before[exported] == after[name] - before[name]
+
+
+def test_a_cancelled_request_gives_back_its_memory(cast, prompts):
+    body = {
+        "text": prompts[7],
+        "sampling_params": {**GREEDY, "max_new_tokens": 2000},
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{cast.url}/generate", json=body, timeout=60.0) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data:"))
+        for _ in range(5):
+            next(lines)
+        assert loads(cast)["num_running_reqs"] == 1
+    # Leaving `with` closes the connection.
+    deadline = time.monotonic() + 30.0
+    while loads(cast)["num_running_reqs"] > 0:
+        assert time.monotonic() < deadline, "the request went on after its client left"
+        time.sleep(0.2)
+
+    cast.flush_cache()
+    # The server checks its pools when idle and ends if a slot is lost; it still serves.
+    assert generate(cast, prompts[8], max_new_tokens=8)["meta_info"]["completion_tokens"] == 8
+    cast.flush_cache()
+    deadline = time.monotonic() + 10.0
+    while (used := loads(cast)["num_used_tokens"]) > 0:
+        assert time.monotonic() < deadline, f"{used} tokens are still held by an idle server"
+        time.sleep(0.2)
+
+
+def test_an_idle_server_uses_no_core(cast):
+    """Several servers share a machine in the benchmarks, so those that wait must not poll."""
+    import psutil
+
+    def cpu_seconds() -> float:
+        processes = [psutil.Process(cast.pid), *psutil.Process(cast.pid).children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    loads(cast)
+    time.sleep(1.0)
+    before = cpu_seconds()
+    time.sleep(4.0)
+    assert cpu_seconds() - before < 0.1 * 4.0
