@@ -24,7 +24,7 @@ class Frontier(NamedTuple):
     """The best candidates of the newest layer, best first."""
 
     scores: torch.Tensor  # [B, K] float32, descending
-    index: torch.Tensor  # [B, K] int64, candidate numbers
+    node_index: torch.Tensor  # [B, K] int64, candidate numbers
     tokens: torch.Tensor  # [B, K] int64
     parents: torch.Tensor  # [B, K] int64, row of the parent among the W kept nodes above
 
@@ -33,7 +33,7 @@ class RankedNodes(NamedTuple):
     """All candidates of the tree, best first; cut anywhere, they form a tree with the root."""
 
     scores: torch.Tensor  # [B, n] float32, descending
-    index: torch.Tensor  # [B, n] int64, candidate numbers
+    node_index: torch.Tensor  # [B, n] int64, candidate numbers
 
 
 class Selection(NamedTuple):
@@ -112,7 +112,7 @@ class DraftTree:
         Raises:
             ValueError: the shapes do not fit, or the tree already has `max_layers` layers.
         """
-        batch_size = kept.index.shape[0]
+        batch_size = kept.node_index.shape[0]
         if self.num_layers >= self.max_layers:
             raise ValueError(f"the tree already has {self.max_layers} layers")
         if tokens.shape != (batch_size * width, self.topk) or probs.shape != tokens.shape:
@@ -122,7 +122,7 @@ class DraftTree:
             )
         scores = kept.scores[:, :width, None] * probs.view(batch_size, width, self.topk)
         self._layer_start = self.num_candidates
-        self._expanded.append(kept.index[:, :width])
+        self._expanded.append(kept.node_index[:, :width])
         self._scores.append(scores.view(batch_size, -1))
         self._tokens.append(tokens.view(batch_size, -1))
 
@@ -145,12 +145,12 @@ class DraftTree:
             num_draft_tokens: N, root included; 2 <= N <= M + 1.
         """
         num_nodes = num_draft_tokens - 1
-        if not 1 <= num_nodes <= ranked.index.shape[1]:
+        if not 1 <= num_nodes <= ranked.node_index.shape[1]:
             raise ValueError(
-                f"num_draft_tokens must be in 2..{ranked.index.shape[1] + 1}, "
+                f"num_draft_tokens must be in 2..{ranked.node_index.shape[1] + 1}, "
                 f"got {num_draft_tokens}"
             )
-        index = ranked.index[:, :num_nodes].sort(dim=1).values
+        index = ranked.node_index[:, :num_nodes].sort(dim=1).values
         draft_tokens = torch.cat(self._tokens, dim=1).gather(1, index)
         batch_size, device = index.shape[0], index.device
         # The builder strides this list by the widest tree, whatever this step has grown.

@@ -116,7 +116,7 @@ def test_frontier_is_the_best_of_the_newest_layer():
     assert second.tokens.tolist() == [[1, 3]]
     assert second.scores.tolist() == [pytest.approx([0.3, 0.27])]
     assert second.parents.tolist() == [[0, 1]]
-    assert second.index.tolist() == [[2, 4]]
+    assert second.node_index.tolist() == [[2, 4]]
 
 
 def test_misuse_is_refused():

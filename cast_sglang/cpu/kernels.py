@@ -68,9 +68,7 @@ def build_tree(
     write_tree_mask(tree_mask, sees, seq_lens, tree_mask_mode)
 
 
-def find_parents(
-    parent_list: Tensor, top_scores_index: Tensor, topk: int
-) -> tuple[Tensor, Tensor]:
+def find_parents(parent_list: Tensor, top_scores_index: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Parent node of each node and whether it has one: [B, N] int64 and [B, N] bool.
 
     The root and nodes without a selected parent name node 0.
@@ -199,7 +197,9 @@ def assign_extend_cache_locs(
     return slots_after(req_to_token, req_pool_indices, start_offset, draft_token_num).flatten()
 
 
-def slots_after(req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int) -> Tensor:
+def slots_after(
+    req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int
+) -> Tensor:
     """[B, count] int64 slots of each request's positions start, start + 1, ..."""
     positions = start.unsqueeze(1) + torch.arange(count)
     return req_to_token[req_pool_indices.unsqueeze(1), positions].long()

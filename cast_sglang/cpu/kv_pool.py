@@ -49,8 +49,13 @@ class FusedRowKVPool(MHATokenToKVPool):
         self.layer_rows(layer_id).index_copy_(0, slots, torch.stack((k, v), dim=1).flatten(1))
 
     def _store_kv_layer(
-        self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor,
-        *args: Any, **kwargs: Any,
+        self,
+        layer_idx: int,
+        loc: torch.Tensor,
+        cache_k: torch.Tensor,
+        cache_v: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         self.write(layer_idx + self.start_layer, loc, cache_k, cache_v)
 

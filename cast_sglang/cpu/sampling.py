@@ -104,9 +104,7 @@ def tree_speculative_sampling(
         wins = (coin < mass / threshold_acc) | (prob >= threshold_single)
         accepted = active & (prob > 0) & wins
         rejected = active & ~accepted
-        draft_probs[rows, last, token] = torch.where(
-            rejected, prob, draft_probs[rows, last, token]
-        )
+        draft_probs[rows, last, token] = torch.where(rejected, prob, draft_probs[rows, last, token])
         # The accepted node's token follows the node accepted before it.
         before = retrive_index[rows, last]
         predicts[before] = torch.where(accepted, token.to(predicts.dtype), predicts[before])

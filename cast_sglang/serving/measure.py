@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cast_sglang.errors import HostError
+from cast_sglang.grid import default_grid
 from cast_sglang.metering import Limits
-from cast_sglang.profiler import default_grid, run_profile, summarize, write_profile
+from cast_sglang.profiler import run_profile, summarize, write_profile
 from cast_sglang.serving.identity import host_identity
 
 if TYPE_CHECKING:
