@@ -17,7 +17,7 @@ Measure what one forward pass of the target and of the draft model costs on this
 the tables as a cost profile. Every flag that is not listed below goes to SGLang unchanged, so give
 the flags of the server that the profile is for:
 
-  cast-sglang profile --model-path TARGET --speculative-draft-model-path DRAFT --output FILE
+  cast-sglang profile --model-path TARGET --speculative-draft-model-path DRAFT
 
 A run that was interrupted resumes from FILE.partial.jsonl. The last line on stdout is a JSON object
 with the output path, the seconds, the number of points and the error at held-out points.
@@ -55,13 +55,16 @@ def _parser() -> argparse.ArgumentParser:
         "profile",
         help="measure a cost profile of this machine and model pair",
         description=PROFILE_DESCRIPTION,
-        usage="cast-sglang profile --output FILE [--quick] [--budget-seconds S] SGLANG_FLAGS...",
+        usage="cast-sglang profile [--output FILE] [--quick] [--budget-seconds S] SGLANG_FLAGS...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviation could swallow a flag of SGLang.
         allow_abbrev=False,
     )
     profile.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="profile to write"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="profile to write (default: in the user's cache directory, where the server looks)",
     )
     profile.add_argument(
         "--quick", action="store_true", help="coarser grid and fewer samples, for a first look"
@@ -92,7 +95,7 @@ def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
 
     summary = profile_server(
         server_argv,
-        output=str(arguments.output.expanduser()),
+        output=arguments.output and str(arguments.output.expanduser()),
         quick=arguments.quick,
         budget_seconds=arguments.budget_seconds,
         command=arguments.command,

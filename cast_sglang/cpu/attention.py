@@ -108,14 +108,12 @@ class CastCpuAttnBackend(AttentionBackend):
         check_layer(layer, kwargs)
         if save_kv_cache and k is not None:
             self.pool.write(layer.layer_id, forward_batch.out_cache_loc, k, v)
-        attend = attend_batched if isinstance(self.read, BatchedRead) else attend_prefill
-        return attend(
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
-            self.pool.layer_rows(layer.layer_id),
-            self.read,
-            layer.tp_k_head_num,
-            layer.scaling,
-        )
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        rows = self.pool.layer_rows(layer.layer_id)
+        if isinstance(self.read, BatchedRead):
+            return attend_batched(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
+        assert self.read is not None, "init_forward_metadata has not run"
+        return attend_prefill(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
 
     # The read describes what each token sees, so all modes run the same code.
     forward_extend = forward_decode

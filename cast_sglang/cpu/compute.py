@@ -15,7 +15,8 @@ def attend_batched(
 
     Args:
         q: [B * Q, heads, head_dim]
-        rows: [slots, 2 * num_kv_heads * head_dim] keys then values of one layer, see `FusedRowKVPool`.
+        rows: [slots, 2 * num_kv_heads * head_dim] keys then values of one layer; see
+            `FusedRowKVPool`.
 
     Returns:
         [B * Q, heads * head_dim]

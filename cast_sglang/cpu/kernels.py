@@ -1,11 +1,13 @@
 """Torch counterparts of the Triton and CUDA helpers on the speculative path.
 
-Each keeps the signature SGLang calls it with, `retrive_*` spellings included, and works on the whole
-batch; the only loops walk a tree, one visited node or one level at a time.
+Each keeps the signature SGLang calls it with and works on the whole batch; the only loops walk a
+tree, one visited node or one level at a time.
 """
 
 import torch
 from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+from cast_sglang.cpu.reads import full_mask_cells
 
 Tensor = torch.Tensor
 
@@ -47,7 +49,7 @@ def build_tree(
     nodes = torch.arange(width)
     parent, linked = find_parents(parent_list, top_scores_index, topk)
 
-    # is_child: (B, parent, node)
+    # Axes: request, parent, node.
     is_child = (parent.unsqueeze(1) == nodes.unsqueeze(1)) & linked.unsqueeze(1)
     first_child = torch.where(is_child, nodes, width).amin(dim=2)
     same_parent = is_child.gather(1, parent.unsqueeze(2).expand(-1, -1, width))
@@ -79,7 +81,7 @@ def find_parents(parent_list: Tensor, top_scores_index: Tensor, topk: int) -> tu
         parent_candidate = parent_list.gather(1, drafted_under)
     else:
         parent_candidate = drafted_under
-    # matches: (B, child, candidate parent)
+    # Axes: request, child, candidate parent.
     matches = parent_candidate.unsqueeze(2) == top_scores_index.unsqueeze(1)
     found = matches.any(dim=2) & ~below_root
     parent = torch.where(found, matches.to(torch.uint8).argmax(dim=2) + 1, 0)
@@ -99,15 +101,6 @@ def write_tree_mask(tree_mask: Tensor, sees: Tensor, seq_lens: Tensor, mode: Tre
         tree_mask[full_mask_cells(seq_lens, width)] = sees
     else:
         raise NotImplementedError(f"SGLANG_PLATFORM=cast_cpu has no {mode!r} tree mask")
-
-
-def full_mask_cells(seq_lens: Tensor, width: int) -> Tensor:
-    """[B, N, N] flat positions of the tree cells in a FULL_MASK of N rows of (seq_len + N) each."""
-    row_lens = seq_lens.long() + width
-    ends = torch.cumsum(row_lens * width, dim=0)
-    steps = torch.arange(width)
-    first_row = ends - row_lens * width + seq_lens
-    return (first_row.unsqueeze(1) + row_lens.unsqueeze(1) * steps).unsqueeze(2) + steps
 
 
 def verify_tree_greedy(

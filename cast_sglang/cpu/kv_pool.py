@@ -13,8 +13,8 @@ from cast_sglang.errors import HostError
 class FusedRowKVPool(MHATokenToKVPool):
     """The in-tree pool over one [layers, slots, 2, heads, head_dim] allocation.
 
-    `k_buffer` and `v_buffer` stay what SGLang expects, per-layer [slots, heads, head_dim], as strided
-    views. A row of `layer_rows` is the same memory: a slot's keys, then its values.
+    `k_buffer` and `v_buffer` stay what SGLang expects, per-layer [slots, heads, head_dim], as
+    strided views. A row of `layer_rows` is the same memory: a slot's keys, then its values.
     """
 
     def _create_buffers_normal(self) -> None:

@@ -1,7 +1,7 @@
 """The `cast_cpu` platform: what SGLang asks an out-of-tree device, answered for plain torch.
 
-SGLang discovers `activate` through the entry-point group `sglang.srt.platforms`, in every process and
-before arguments are parsed. It selects the platform only when `SGLANG_PLATFORM=cast_cpu`; any
+SGLang discovers `activate` through the entry-point group `sglang.srt.platforms`, in every process
+and before arguments are parsed. It selects the platform only when `SGLANG_PLATFORM=cast_cpu`; any
 other process that happens to have this package installed is left alone.
 """
 

@@ -1,4 +1,4 @@
-"""What each new token of a forward reads: padded slot indexes and visibility, built once per forward.
+"""What each new token of a forward reads: padded slot indexes and visibility, built once.
 
 Slots past a request's length come from stale `req_to_token` entries: always inside the pool, always
 finite, and hidden by the bias, so padding never needs a second index.
@@ -23,7 +23,7 @@ class BatchedRead:
     """[B * L] int32 or int64, request-major."""
 
     visible: torch.Tensor | None
-    """[B, Q, L] bool, or [B, 1, L] when all new tokens of a request see the same; None: all of it."""
+    """[B, Q, L] bool, or [B, 1, L] when a request's tokens see the same; None when they see all."""
 
     num_requests: int
     width: int
@@ -141,8 +141,8 @@ def verify_read(
     """A draft tree after each request's `seq_lens` committed tokens.
 
     Args:
-        custom_mask: flat bool; QLEN_ONLY, B blocks of N x N (row sees column), or FULL_MASK, for each
-            request N rows of (seq_len + N). None is a chain.
+        custom_mask: flat bool; QLEN_ONLY, B blocks of N x N (row sees column), or FULL_MASK, for
+            each request N rows of (seq_len + N). None is a chain.
 
     Raises:
         ValueError: a mask of neither size.
@@ -153,16 +153,22 @@ def verify_read(
     elif custom_mask.numel() == batch * width * width:
         tree = custom_mask.view(batch, width, width)
     elif custom_mask.numel() >= width * int(seq_lens.sum()) + batch * width * width:
-        row_lens = seq_lens + width
-        first = torch.cumsum(row_lens * width, dim=0) - row_lens * width + seq_lens
-        row_start = first.unsqueeze(1) + row_lens.unsqueeze(1) * torch.arange(width)
-        tree = custom_mask[row_start.unsqueeze(2) + torch.arange(width)]
+        tree = custom_mask[full_mask_cells(seq_lens, width)]
     else:
         raise ValueError(
             f"verify mask has {custom_mask.numel()} cells; {batch} trees of {width} nodes need "
             f"{batch * width * width} without their prefixes"
         )
     return window_read(req_to_token, req_pool_indices, seq_lens, width, tree)
+
+
+def full_mask_cells(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, N, N] flat positions of the tree cells in a FULL_MASK of N rows of (seq_len + N) each."""
+    row_lens = seq_lens.long() + width
+    ends = torch.cumsum(row_lens * width, dim=0)
+    steps = torch.arange(width)
+    first_row = ends - row_lens * width + seq_lens
+    return (first_row.unsqueeze(1) + row_lens.unsqueeze(1) * steps).unsqueeze(2) + steps
 
 
 def tree_decode_read(prefix: DraftPrefix, ancestor_slots: torch.Tensor) -> BatchedRead:
@@ -220,7 +226,7 @@ def prefill_reads(
 def join_visible(
     prefix: torch.Tensor, window: torch.Tensor, batch: int, width: int
 ) -> torch.Tensor:
-    """[B, width, P + columns] from the prefix's [B, P] and the window's [B or 1, width, columns]."""
+    """[B, width, P + C] from the prefix's [B, P] and the window's [B or 1, width, C]."""
     return torch.cat(
         (
             prefix.unsqueeze(1).expand(-1, width, -1),

@@ -64,11 +64,11 @@ def tree_speculative_sampling(
 ) -> None:
     """Sample from the target along each request's tree, using target probabilities only.
 
-    Definition: at the current node, add up the target probabilities of its children in sibling order;
-    accept the first child with coin < sum / threshold_acc or probability >= threshold_single
-    (never one of probability 0) and draw a new coin; if none is accepted, sample from the
-    target with the rejected children's mass removed. With both thresholds 1 each token is
-    an exact sample of the target.
+    Definition: at the current node, add up the target probabilities of its children in sibling
+    order; accept the first child with coin < sum / threshold_acc or probability >= threshold_single
+    (never one of probability 0) and go on with that node's coin; if none is accepted, sample from
+    the target with the rejected children's mass removed. With both thresholds 1 each token is an
+    exact sample of the target.
 
     Args:
         predicts: [B * N] int32, written at accepted nodes: the token that follows the node.

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_model, get_spec
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
@@ -49,7 +49,9 @@ class CastAlgorithm(CustomSpecAlgo):
     def is_eagle3(self) -> bool:
         spec = get_spec()
         draft_config = read_draft_config(
-            spec.speculative_draft_model_path, spec.speculative_draft_model_revision, True
+            spec.speculative_draft_model_path,
+            spec.speculative_draft_model_revision,
+            get_model().trust_remote_code,
         )
         return is_eagle3_config(draft_config)
 

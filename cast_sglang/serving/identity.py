@@ -72,7 +72,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         page_size=server_args.page_size or 1,
         versions={
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "sglang": metadata.version("sglang"),
             "cast_sglang": metadata.version("cast-sglang"),
         },

@@ -26,6 +26,7 @@ from cast_sglang.errors import HostError
 from cast_sglang.grid import default_grid
 from cast_sglang.metering import Limits
 from cast_sglang.profiler import run_profile, summarize, write_profile
+from cast_sglang.profiles import user_profile_path
 from cast_sglang.serving.identity import host_identity
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ RPC_METHOD = "cast_profile"
 
 def profile_server(
     server_argv: list[str],
-    output: str,
+    output: str | None,
     *,
     quick: bool = False,
     budget_seconds: float | None = None,
@@ -51,7 +52,7 @@ def profile_server(
 
     Args:
         server_argv: SGLang's flags, at least --model-path and --speculative-draft-model-path.
-        output: file of the profile.
+        output: file of the profile; None for the one in the user's cache directory.
 
     Returns:
         The facts of the run (`profiler.summarize`).
@@ -74,7 +75,7 @@ def profile_server(
             try:
                 engine.collective_rpc(
                     RPC_METHOD,
-                    output=os.path.abspath(output),
+                    output=output and os.path.abspath(output),
                     facts=str(facts),
                     quick=quick,
                     budget_seconds=budget_seconds,
@@ -113,8 +114,9 @@ def _measure(meter: Any, parameters: dict[str, Any]) -> None:
     from cast_sglang.journal import journal_path
     from cast_sglang.metering import Sampling
 
-    output, quick = parameters["output"], parameters["quick"]
     identity = host_identity(resolving_view(meter.worker.server_args))
+    output = parameters["output"] or str(user_profile_path(identity))
+    quick = parameters["quick"]
     try:
         measured = run_profile(
             meter,

@@ -9,7 +9,7 @@ from cast_sglang.cpu import reads
 from cast_sglang.cpu.compute import attend_batched, attend_prefill
 
 MAX_CONTEXT = 700
-GQA = [(4, 4), (4, 2), (6, 2), (3, 1)]
+GQA = [(4, 4), (6, 2)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
@@ -44,10 +44,10 @@ def check(pool, q, read, expected_slots, dtype):
     attend = attend_prefill if isinstance(read, list) else attend_batched
     scaling = pool.head_dim**-0.5
     out = attend(q, pool.rows, read, pool.num_kv_heads, scaling).view(q.shape)
-    expected = torch.stack(
-        [pool.dense(row, slots) for row, slots in zip(q, expected_slots, strict=True)]
-    )
-    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+    # Long prefills check a sample of their tokens; the first and last are always among them.
+    for row in {*range(0, len(q), 1 + len(q) // 50), len(q) - 1}:
+        expected = pool.dense(q[row], expected_slots[row])
+        torch.testing.assert_close(out[row].double(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
