@@ -158,10 +158,12 @@ class Server:
         """End the server and every process it started."""
         if self._process is None:
             return
-        self._signal(signal.SIGTERM)
+        # Not to the group: SGLang takes the end of its scheduler for a crash and collects evidence.
+        self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
-        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
     def get(self, path: str) -> Any:
@@ -188,10 +190,6 @@ class Server:
                     return
             time.sleep(0.25)
         raise self._error(f"was not ready after {self._startup_seconds:.0f} s")
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"server {self.name} {what}; {self.log_path} ends:\n{self.log_tail()}")

@@ -47,7 +47,7 @@ def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> tor
 
 
 class Costs(Protocol):
-    """What a policy reads of `cost.StepCosts`."""
+    """What a policy reads of `cost.StepCosts`; the tensors are on the host."""
 
     @property
     def draft(self) -> torch.Tensor:
@@ -113,7 +113,9 @@ class FixedPolicy:
         r: R, how many gain ratios the depth rule averages, >= 1.
         verify_sizes: ascending values allowed for N, each >= 2: the sizes for which the target has
             a captured graph (any size, on a device that runs without graphs).
-        device: where scores and costs live.
+
+    The loop that grows the tree runs on the host and needs each answer there, so a decision is one
+    small copy from the device, of K or N numbers, and arithmetic on the host after it.
     """
 
     def __init__(
@@ -123,29 +125,27 @@ class FixedPolicy:
         c3: float,
         r: int,
         verify_sizes: tuple[int, ...],
-        device: torch.device | str = "cpu",
     ) -> None:
         self.c1, self.c2, self.c3 = c1, c2, c3
         self._gain_ratios: deque[float] = deque([1.0], maxlen=r)
         self._layer: _Layer | None = None
         self._sizes = verify_sizes
-        sizes = torch.tensor(verify_sizes, dtype=torch.int64, device=device)
+        sizes = torch.tensor(verify_sizes, dtype=torch.int64)
         # N nodes are N - 1 drafts, whose utility stands at index N - 2, and N verified rows,
         # whose cost stands at index N - 1.
         self._utility_index, self._cost_index = sizes - 2, sizes - 1
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Breadth pruning (BP). One host read: the count, with what the depth rule needs."""
+        """Breadth pruning (BP)."""
         assert costs is not None
+        utility = scores.mean(dim=0).cumsum(dim=0).cpu()
         cost = costs.draft[: scores.shape[1]]
-        utility = scores.mean(dim=0).cumsum(dim=0)
-        count = select_count(utility, cost, self.c1)
-        at_count = torch.stack((count.to(utility.dtype), utility[count - 1], cost[count - 1]))
-        width, kept_utility, kept_cost = at_count.tolist()
+        width = int(select_count(utility, cost, self.c1))
+        layer = _Layer(float(utility[width - 1]), float(cost[width - 1]))
         if self._layer is not None:
-            self._gain_ratios.append(kept_utility / max(self._layer.utility, 1e-12))
-        self._layer = _Layer(kept_utility, kept_cost)
-        return int(width)
+            self._gain_ratios.append(layer.utility / max(self._layer.utility, 1e-12))
+        self._layer = layer
+        return width
 
     def deepen(self) -> bool:
         """Depth pruning (DP): the predicted gain of one more layer per unit of its cost."""
@@ -154,7 +154,7 @@ class FixedPolicy:
         return gain_ratio * self._layer.utility >= self.c2 * self._layer.cost
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Dynamic reranking (DR). One host read: the size."""
+        """Dynamic reranking (DR)."""
         assert costs is not None
         self._layer = None
         num_sizes = sum(size <= scores.shape[1] + 1 for size in self._sizes)
@@ -163,6 +163,6 @@ class FixedPolicy:
                 f"the smallest verify size {self._sizes[0]} is larger than the tree of "
                 f"{scores.shape[1] + 1} nodes"
             )
-        utility = scores.mean(dim=0).cumsum(dim=0)[self._utility_index[:num_sizes]]
+        utility = scores.mean(dim=0).cumsum(dim=0).cpu()[self._utility_index[:num_sizes]]
         cost = costs.verify[self._cost_index[:num_sizes]]
         return self._sizes[int(select_count(utility, cost, self.c3)) - 1]

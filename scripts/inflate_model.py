@@ -43,8 +43,8 @@ README = """\
 Costs what a larger model costs, behaves as the trained one.
 
 Made by scripts/inflate_model.py from a trained target and EAGLE-3 draft by zero padding:
-width factor {width_factor}, {num_layers} layers ({extra_layers} of them added), MLP width
-{intermediate_size}, {num_params:,} parameters in the target.
+width factor {width_factor}, {num_layers} layers ({extra_layers} of them added),
+MLP width {intermediate_size}, {num_params:,} parameters in the target.
 Outputs equal the trained pair's up to rounding.
 """
 

@@ -16,7 +16,8 @@ from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
 from cast_sglang.cpu import kernels, sampling
 from cast_sglang.cpu.attention import CastCpuAttnBackend, CastCpuMultiStepDraftBackend
-from cast_sglang.cpu.platform import ATTENTION_BACKEND
+from cast_sglang.cpu.layers import register_layers
+from cast_sglang.cpu.platform import ATTENTION_BACKEND, PLATFORM_NAME
 
 _OPS = "sglang.kernels.ops"
 
@@ -75,6 +76,7 @@ class CastCpuDraftBackendFactory(DraftBackendFactory):
 def install() -> None:
     """Register the attention backend and replace SGLang's device-only helpers."""
     register_attention_backend(ATTENTION_BACKEND)(CastCpuAttnBackend)
+    register_layers(PLATFORM_NAME)
     for target, replacement in REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     HookRegistry.register(

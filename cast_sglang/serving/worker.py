@@ -72,7 +72,6 @@ class CastWorker(EAGLEWorkerV2):
             max_verify_tokens=self.max_draft_tokens,
             max_width=self.topk,
             lookup=self.config.lookup,
-            device=self.device,
         )
 
     def _build_policy(self) -> TreePolicy:
@@ -80,7 +79,7 @@ class CastWorker(EAGLEWorkerV2):
         if config.policy == "eagle":
             return EaglePolicy(self.max_draft_tokens)
         sizes = verify_sizes(config, self.max_draft_tokens)
-        return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes, self.device)
+        return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
 
     def forward_batch_generation(
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any

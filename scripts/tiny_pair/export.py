@@ -115,9 +115,10 @@ def _save_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in state.items()
     }
-    path = folder / "model.safetensors"
-    save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    temporary = folder / "model.safetensors.tmp"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
+    temporary.replace(folder / "model.safetensors")  # a server that reads the old file keeps it
 
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:

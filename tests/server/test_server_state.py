@@ -1,6 +1,7 @@
 """What a CAST server counts, and that it gives back what a request held."""
 
 import time
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ def test_figures_of_a_request_agree(cast, prompts):
     passes = info["spec_verify_ct"]
     assert info["completion_tokens"] == NUM_TOKENS
     assert info["spec_accept_length"] == pytest.approx(NUM_TOKENS / passes)
-    assert 1 <= passes < NUM_TOKENS  # some drafts were accepted
+    assert info["spec_num_correct_drafts"] > 0
     # Prefill gives the first token; each pass its drafts and one more, the last may overshoot.
     assert info["spec_num_correct_drafts"] + passes + 1 >= NUM_TOKENS
 
@@ -66,21 +67,21 @@ def test_a_cancelled_request_gives_back_its_memory(cast, prompts):
         lines = (line for line in response.iter_lines() if line.startswith("data:"))
         for _ in range(5):
             next(lines)
-        assert loads(cast)["num_running_reqs"] == 1
+        wait_until(lambda: loads(cast)["num_running_reqs"] == 1, "the request runs")
     # Leaving `with` closes the connection.
-    deadline = time.monotonic() + 30.0
-    while loads(cast)["num_running_reqs"] > 0:
-        assert time.monotonic() < deadline, "the request went on after its client left"
-        time.sleep(0.2)
-
+    wait_until(lambda: loads(cast)["num_running_reqs"] == 0, "the request ends")
     cast.flush_cache()
     # The server checks its pools when idle and ends if a slot is lost; it still serves.
     assert generate(cast, prompts[8], max_new_tokens=8)["meta_info"]["completion_tokens"] == 8
     cast.flush_cache()
-    deadline = time.monotonic() + 10.0
-    while (used := loads(cast)["num_used_tokens"]) > 0:
-        assert time.monotonic() < deadline, f"{used} tokens are still held by an idle server"
-        time.sleep(0.2)
+    wait_until(lambda: loads(cast)["num_used_tokens"] == 0, "no token is held")
+
+
+def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
+        time.sleep(0.1)
 
 
 def test_an_idle_server_uses_no_core(cast):
