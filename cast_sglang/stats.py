@@ -50,6 +50,9 @@ class _Totals:
             "mean_measured_us": _ratio(self.measured_us, self.timed_steps),
             "predicted_to_measured": _ratio(self.predicted_us, self.measured_us),
             "mean_policy_us": _ratio(self.policy_us, self.steps),
+            "policy_share": _ratio(
+                _ratio(self.policy_us, self.steps), _ratio(self.measured_us, self.timed_steps)
+            ),
         }
 
 

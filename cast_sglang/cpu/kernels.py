@@ -232,20 +232,22 @@ def fill_bonus_tokens(
     bonus_tokens.copy_(accept_tokens.view(batch_size, accept_stride).gather(1, last).squeeze(1))
 
 
-def fill_front_cache_locs(num_front: Tensor, out_cache_loc: Tensor, packed: Tensor) -> None:
-    """Pack the first `num_front[b]` slots of each request's window; the rest of `packed` stays."""
+def fill_front_cache_locs(
+    num_front: Tensor, out_cache_loc: Tensor, front_out_cache_loc: Tensor
+) -> None:
+    """Pack the first `num_front[b]` slots of each request's window; the rest stays as it is."""
     window = out_cache_loc.view(num_front.shape[0], -1)
     front = window[torch.arange(window.shape[1]) < num_front.unsqueeze(1)]
-    packed[: front.shape[0]] = front
+    front_out_cache_loc[: front.shape[0]] = front
 
 
 def fill_accepted_cache_locs(
-    accept_index: Tensor, out_cache_loc: Tensor, packed: Tensor, size: int
+    accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache_loc: Tensor, size: int
 ) -> None:
-    """Pack the slots of the accepted nodes, in order; the rest of `packed` stays."""
+    """Pack the slots of the accepted nodes, in order; the rest stays as it is."""
     flat = accept_index.flatten()
     accepted = out_cache_loc[flat[flat >= 0].long()]
-    packed[: accepted.shape[0]] = accepted
+    accept_out_cache_loc[: accepted.shape[0]] = accepted
 
 
 def compute_position(extend_prefix_lens: Tensor, extend_seq_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from cast_sglang.errors import HostError
+
 logger = logging.getLogger(__name__)
 
 PLATFORM_NAME = "cast_cpu"
@@ -71,10 +73,15 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"
-        # Kernels run on the calling thread, so overlap would only delay results by a step.
-        server_args.disable_overlap_schedule = True
-        # An idle scheduler polls in a loop, on a core that others could use.
-        server_args.sleep_on_idle = True
+        if server_args.speculative_use_rejection_sampling:
+            raise HostError(
+                "--speculative-use-rejection-sampling needs a GPU kernel; without it, "
+                f"SGLANG_PLATFORM={PLATFORM_NAME} samples along the draft tree exactly as well"
+            )
+        if not server_args.disable_overlap_schedule:
+            # Kernels run on the calling thread, so overlap would only delay results by a step.
+            logger.info("SGLANG_PLATFORM=%s schedules without overlap", PLATFORM_NAME)
+            server_args.disable_overlap_schedule = True
         # An idle scheduler polls without pause, which takes a core from whatever else runs here.
         server_args.sleep_on_idle = True
         if server_args.max_total_tokens is None:
