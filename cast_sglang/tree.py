@@ -39,7 +39,7 @@ class RankedNodes(NamedTuple):
 class Selection(NamedTuple):
     """The nodes to verify, as SGLang's tree builder takes them."""
 
-    parent_list: torch.Tensor  # [B, 1 + K * (max_layers - 1)] int64, -1 for the root
+    parent_list: torch.Tensor  # [B, 1 + K * (num_layers - 1)] int64, -1 for the root
     top_scores_index: torch.Tensor  # [B, N - 1] int64, ascending candidate numbers
     draft_tokens: torch.Tensor  # [B, N - 1] int64
 
@@ -153,9 +153,9 @@ class DraftTree:
         index = ranked.node_index[:, :num_nodes].sort(dim=1).values
         draft_tokens = torch.cat(self._tokens, dim=1).gather(1, index)
         batch_size, device = index.shape[0], index.device
-        # The builder strides this list by the widest tree, whatever this step has grown.
+        # The builder strides this list by its depth times K, however narrow the layers were.
         parent_list = torch.full(
-            (batch_size, 1 + self.topk * (self.max_layers - 1)),
+            (batch_size, 1 + self.topk * (self.num_layers - 1)),
             -1,
             dtype=torch.int64,
             device=device,

@@ -54,7 +54,7 @@ def test_every_cut_of_the_ranking_is_a_tree(batch, topk, seed, shape, certain):
     ranked = tree.ranked(tree.num_candidates)
     assert (ranked.scores.diff(dim=1) <= 0).all()
     selection = tree.select(ranked, num_draft_tokens)
-    assert selection.parent_list.shape == (batch, 1 + topk * 6)
+    assert selection.parent_list.shape == (batch, 1 + topk * len(widths))
     for row in range(batch):
         chosen = selection.top_scores_index[row].tolist()
         assert chosen == sorted(set(chosen))

@@ -110,7 +110,7 @@ class CastDraftWorker(EagleDraftWorker):
             None,
             target_worker=self.target_worker,
             topk=self.topk,
-            num_steps=tree.max_layers,
+            num_steps=tree.num_layers,
             num_draft_tokens=num_draft_tokens,
             tree_mask_mode=self.tree_mask_mode,
             device=self.device,
