@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 
 os.environ["SGLANG_PLATFORM"] = "cast_cpu"
+# The platform sets this for the processes a server spawns; here it must precede torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

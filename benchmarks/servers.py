@@ -52,7 +52,7 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
 
     Args:
         text: `plain`; `static` or `static:STEPS-TOPK-TOKENS`, SGLang's EAGLE-3 with a fixed tree;
-            `cast` or `cast:POLICY`.
+            `cast`, `cast:POLICY` or `cast:POLICY:C1-C2-C3`.
         draft: path or hub id of the draft model.
         profile: cost profile for CAST; None to let it search.
 
@@ -72,10 +72,16 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
         flags = ("--speculative-algorithm", "CAST", *draft_flag)
         if profile is not None:
             flags += ("--cast-profile", profile)
-        if detail:
-            flags += ("--cast-policy", detail)
+        policy, _, prices = detail.partition(":")
+        if policy:
+            flags += ("--cast-policy", policy)
+        if prices:
+            c1, c2, c3 = prices.split("-")
+            flags += ("--cast-c1", c1, "--cast-c2", c2, "--cast-c3", c3)
         return Arm(text, kind, flags)
-    raise ValueError(f"{text!r} is no arm; use plain, static[:STEPS-TOPK-TOKENS] or cast[:POLICY]")
+    raise ValueError(
+        f"{text!r} is no arm; use plain, static[:STEPS-TOPK-TOKENS] or cast[:POLICY[:C1-C2-C3]]"
+    )
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch
 from rich.progress import Progress
 from tiny_pair import card, corpus, export, generate, loop, prompts, tokenizer
 from tiny_pair.draft_model import Draft, init_from_target
-from tiny_pair.evaluate import TreeShape, simulate_accept_lens
+from tiny_pair.evaluate import TreeShape, first_steps, simulate_accept_lens
 from tiny_pair.layers import Shape
 from tiny_pair.target_model import Target
 from tiny_pair.train_draft import DraftTask, heldout_steps, weighted_loss
@@ -28,6 +28,7 @@ from tiny_pair.train_target import TargetTask, heldout_loss
 
 STAGES = ("tokenizer", "target", "generate", "draft", "eval", "card")
 SEED = 0
+EARLY_TOKENS = 32  # greedy text of so small a target repeats itself sooner or later, not here
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,20 @@ class Pipeline:
         heldout_tokens = tokenizer.read_tokens(self.work_dir, "heldout")
         sizes = self.sizes
         steps = heldout_steps(draft, target, heldout_tokens, sizes.num_heldout_windows)
-        accept_lens = self._accept_lens(target, draft)
+        requests = self._accept_lens(target, draft)
+        accept_lens = [length for request in requests for length in request]
+        early = [length for request in requests for length in first_steps(request, EARLY_TOKENS)]
         counts = json.loads((self.work_dir / "counts.json").read_text())
         evaluation = {
             "target_loss": heldout_loss(target, heldout_tokens, sizes.num_heldout_windows),
             "draft_loss": weighted_loss(steps.losses).item(),
             "draft_agreement": steps.agreement.tolist(),
             "accept_length": sum(accept_lens) / len(accept_lens),
+            "accept_length_early": sum(early) / len(early),
             "accept_len_histogram": dict(sorted(Counter(accept_lens).items())),
             "num_prompts": sizes.num_prompts,
             "num_new_tokens": sizes.num_new_tokens,
+            "num_early_tokens": EARLY_TOKENS,
             "tree": vars(TreeShape()),
             "target_parameters": sum(p.numel() for p in target.parameters()),
             "draft_parameters": sum(p.numel() for p in draft.parameters()),
@@ -159,14 +164,16 @@ class Pipeline:
         evaluation = json.loads((self.output_dir / "evaluation.json").read_text())
         card.write_card(self.output_dir, self.work_dir, evaluation, self.served_accept_length)
 
-    def _accept_lens(self, target: Target, draft: Draft) -> list[int]:
+    def _accept_lens(self, target: Target, draft: Draft) -> list[list[int]]:
+        """Return the accept lengths of each held-out request."""
         fitted = tokenizer.load_tokenizer(self.work_dir / "tokenizer")
         records = prompts.read_prompts(self.output_dir / "heldout_prompts.jsonl")
-        accept_lens: list[int] = []
+        requests = []
         for record in self.progress_bar.track(records, description="eval"):
             prompt = fitted.encode(record["prompt"]).ids
-            accept_lens += simulate_accept_lens(target, draft, prompt, self.sizes.num_new_tokens)
-        return accept_lens
+            num_new_tokens = self.sizes.num_new_tokens
+            requests.append(simulate_accept_lens(target, draft, prompt, num_new_tokens))
+        return requests
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

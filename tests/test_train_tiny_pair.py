@@ -248,3 +248,9 @@ def test_accepted_path_is_walked_over_verified_nodes_only():
     )
     follows = torch.tensor([[1, 3], [2, 5], [9, 3]])
     assert evaluate.count_correct_drafts(trees, follows, tree).tolist() == [2, 1, 0]
+
+
+def test_first_steps_begin_early_enough():
+    # Tokens decoded before each step: 1 (from prefill), 4, 6, 10.
+    assert evaluate.first_steps([3, 2, 4, 1], num_tokens=6) == [3, 2]
+    assert evaluate.first_steps([3, 2, 4, 1], num_tokens=7) == [3, 2, 4]

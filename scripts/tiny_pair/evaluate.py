@@ -6,6 +6,7 @@ The simulation is greedy and drafts as SGLang 0.5.23 does for `--speculative-num
 what verification accepts is known once the target's continuation is, so the target runs once.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,14 @@ def simulate_accept_lens(
         accept_lens.append(int(num_correct[decoded - 1]) + 1)
         decoded += accept_lens[-1]
     return accept_lens
+
+
+def first_steps(accept_lens: list[int], num_tokens: int) -> list[int]:
+    """Return the verify steps that begin within the first `num_tokens` tokens of a request."""
+    begins = itertools.accumulate(accept_lens, initial=1)
+    return [
+        length for begin, length in zip(begins, accept_lens, strict=False) if begin < num_tokens
+    ]
 
 
 @torch.inference_mode()

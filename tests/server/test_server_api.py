@@ -9,7 +9,8 @@ from openai import OpenAI
 from tests.server.client import generate, in_parallel
 from tests.server.conftest import NUM_TOKENS
 
-pytestmark = pytest.mark.server
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

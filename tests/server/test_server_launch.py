@@ -16,7 +16,8 @@ from benchmarks.pairs import ROOT, Pair
 from benchmarks.servers import CPU_PLATFORM, server_command
 from tests.server.profiles import write_profile
 
-pytestmark = pytest.mark.server
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 PREFIX = "cast-sglang: error: "
 # Processor time, as other work on the machine stretches the time on the clock.

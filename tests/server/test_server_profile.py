@@ -13,7 +13,8 @@ from cast_sglang.profiles import load_profile
 from tests.server.client import generate
 from tests.server.conftest import NUM_TOKENS
 
-pytestmark = pytest.mark.server
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from benchmarks.servers import Server
 from tests.server.client import GREEDY, generate, loads
 from tests.server.conftest import NUM_TOKENS
 
-pytestmark = pytest.mark.server
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
 def cast_state(server: Server) -> dict:
