@@ -38,8 +38,10 @@ MODEL = f"tiny pair at {INFLATED_PARAMS}"
 ARMS = ("plain", "static", "cast")  # static is SGLang's EAGLE-3
 NUM_PROMPTS = {1: 8, 8: 24}  # by batch size
 WARMUP_TOKENS = 16
-MAX_TOTAL_TOKENS = 32_768
-PROFILE_SECONDS = 60
+# The cost profile covers what a server admits, so the servers admit what the demo sends.
+SERVER_FLAGS = ["--dtype", "bfloat16", "--max-total-tokens", "16384"]
+SERVER_FLAGS += ["--max-running-requests", "8", "--context-length", "1024"]
+PROFILE_SECONDS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +104,17 @@ def run_demo(args: argparse.Namespace, stages: Stages) -> list[dict[str, Any]]:
     """Run all arms and return one row for each batch size."""
     with stages.stage("prepare the models"):
         pair = inflated_pair()
-    flags = ["--dtype", "bfloat16", "--max-total-tokens", str(MAX_TOTAL_TOKENS)]
     profile = args.profile
     if profile is None:
         with stages.stage("measure the cost profile"):
-            profile = str(measured_profile(pair, args.out, PROFILE_SECONDS, flags))
+            profile = str(measured_profile(pair, args.out, PROFILE_SECONDS, SERVER_FLAGS))
 
     runs: dict[tuple[str, int], Run] = {}
     for text in ARMS:
         arm = parse_arm(text, pair.draft, profile)
         with contextlib.ExitStack() as stack:
             with stages.stage(f"{arm.label}: start the server"):
-                servers = stack.enter_context(serving([arm], pair.target, args.out, flags))
+                servers = stack.enter_context(serving([arm], pair.target, args.out, SERVER_FLAGS))
             for batch in NUM_PROMPTS:
                 runs[arm.kind, batch] = run_arm(arm, servers[arm.name], batch, args.tokens, stages)
     return [as_row(batch, *(runs[kind, batch] for kind in ARMS)) for batch in NUM_PROMPTS]
