@@ -134,6 +134,8 @@ class Pipeline:
         accept_lens = [length for request in requests for length in request]
         early = [length for request in requests for length in first_steps(request, EARLY_TOKENS)]
         counts = json.loads((self.work_dir / "counts.json").read_text())
+        target_run = loop.read_state(self.work_dir, "target")
+        draft_run = loop.read_state(self.work_dir, "draft")
         evaluation = {
             "target_loss": heldout_loss(target, heldout_tokens, sizes.num_heldout_windows),
             "draft_loss": weighted_loss(steps.losses).item(),
@@ -151,8 +153,11 @@ class Pipeline:
             "heldout_tokens": counts["heldout"],
             "chat_percent": 100 * counts["chat"] / counts["train"],
             "continuations": len(generate.read_continuations(self.work_dir, sizes.row_tokens)),
-            "target_minutes": round(loop.minutes_trained(self.work_dir, "target")),
-            "draft_minutes": round(loop.minutes_trained(self.work_dir, "draft")),
+            "target_minutes": round(target_run.used_seconds / 60, 1),
+            "target_steps": target_run.step,
+            "draft_minutes": round(draft_run.used_seconds / 60, 1),
+            "draft_steps": draft_run.step,
+            "batch_tokens": sizes.batch_tokens,
             "python_version": platform.python_version(),
             "torch_version": torch.__version__,
         }

@@ -149,6 +149,14 @@ def test_training_resumes_after_interruption(tmp_path):
     assert second.first_windows == [15, 18]
 
 
+def test_resume_forgets_losses_of_lost_steps(tmp_path):
+    table = tmp_path / "counting_loss.csv"
+    table.write_text("step,minutes,series,value\n1,0.10,train_loss,2.0000\n")
+    with pytest.raises(KeyboardInterrupt), Progress(disable=True) as bar:
+        loop.train(CountingTask(stop_at=0), tmp_path, minutes=60, progress_bar=bar)
+    assert table.read_text() == "step,minutes,series,value\n"
+
+
 def test_windows_repeat_only_after_an_epoch():
     tokens = np.arange(256 * 12, dtype=np.uint16)
     sampler = WindowSampler(tokens, seed=0)

@@ -70,6 +70,7 @@ def train(
     state = _resume(state_path, task.model, optimizer)
     clock = Clock(minutes, state.used_seconds)
     bar = progress_bar.add_task(task.name, total=60 * minutes, completed=state.used_seconds)
+    _drop_rows_after(state.step, work_dir / f"{task.name}_loss.csv")
     log = _LossLog(work_dir / f"{task.name}_loss.csv", task.name, progress_bar)
 
     def checkpoint() -> None:
@@ -101,10 +102,9 @@ def make_progress_bar() -> Progress:
     return Progress()
 
 
-def minutes_trained(work_dir: Path, name: str) -> float:
-    """Return the training time that the last checkpoint of a task records."""
-    saved = torch.load(work_dir / f"{name}.pt", weights_only=True)
-    return saved["run"]["used_seconds"] / 60
+def read_state(work_dir: Path, name: str) -> RunState:
+    """Return where the last checkpoint of a task stands."""
+    return RunState(**torch.load(work_dir / f"{name}.pt", weights_only=True)["run"])
 
 
 def _resume(path: Path, model: nn.Module, optimizer: OptimizerPair) -> RunState:
@@ -125,6 +125,14 @@ def _save(path: Path, model: nn.Module, optimizer: OptimizerPair, state: RunStat
     }
     torch.save(saved, temporary)
     temporary.replace(path)  # a kill in between leaves the checkpoint before whole
+
+
+def _drop_rows_after(step: int, loss_table: Path) -> None:
+    """Forget what a stopped run logged behind its last checkpoint: those steps are run again."""
+    if loss_table.exists():
+        header, *rows = loss_table.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
+        loss_table.write_text("".join([header, *kept]))
 
 
 class _LossLog:
