@@ -48,6 +48,11 @@ from benchmarks.servers import Arm, Server, ServerError, exit_on_sigterm, parse_
 WARMUP_TOKENS = 16
 PACKAGES = ("cast-sglang", "sglang", "torch", "triton")
 REQUEST_SECONDS = 1200.0
+PROFILE_SECONDS = 180
+# A cost profile covers what a server admits, so no more is admitted than is measured.
+SERVER_FLAGS = (
+    "--dtype bfloat16 --max-total-tokens 16384 --max-running-requests 16 --context-length 1024"
+)
 
 
 class Cell(NamedTuple):
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / "results.json"
     content = {"provenance": provenance(args, pair, note, argv), "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
-    Console().print(as_table(rows))
+    # A file or pipe has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 120).print(as_table(rows))
     print(path)
     return 0
 
@@ -133,8 +139,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", help="cost profile for CAST (default: search for one)")
     parser.add_argument(
         "--server-flags",
-        default="--dtype bfloat16 --max-total-tokens 32768",
-        help="for every server (default: %(default)s)",
+        default=SERVER_FLAGS,
+        help="for every server; room for the largest batch is needed (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results.json, logs")
     args = parser.parse_args(argv)
@@ -159,7 +165,7 @@ def choose_arms(args: argparse.Namespace, pair: Pair) -> list[Arm]:
     if len({arm.name for arm in arms}) < len(arms):
         raise ValueError("--arms: each arm at most once")
     if profile is None and args.model_path is None and any(arm.kind == "cast" for arm in arms):
-        profile = measured_profile(pair, args.out, 120, shlex.split(args.server_flags))
+        profile = measured_profile(pair, args.out, PROFILE_SECONDS, shlex.split(args.server_flags))
         arms = [parse_arm(text, pair.draft, str(profile)) for text in args.arms]
     return arms
 

@@ -135,7 +135,10 @@ def profile_filename(identity: HostIdentity) -> str:
 
 def user_profile_path(identity: HostIdentity) -> Path:
     """Return where this user's profile of a host belongs, so that a search finds it."""
-    return user_cache_dir() / "profiles" / profile_filename(identity)
+    # Pairs may share their names, as two directories called "target" and "draft" do.
+    pair = f"{identity.target.config_hash[:6]}-{identity.draft.config_hash[:6]}"
+    name = profile_filename(identity).removesuffix(".json")
+    return user_cache_dir() / "profiles" / f"{name}__{pair}.json"
 
 
 def profile_directories() -> list[Path]:

@@ -41,7 +41,7 @@ WARMUP_TOKENS = 16
 # The cost profile covers what a server admits, so the servers admit what the demo sends.
 SERVER_FLAGS = ["--dtype", "bfloat16", "--max-total-tokens", "16384"]
 SERVER_FLAGS += ["--max-running-requests", "8", "--context-length", "1024"]
-PROFILE_SECONDS = 120
+PROFILE_SECONDS = 90
 
 
 @dataclasses.dataclass(frozen=True)

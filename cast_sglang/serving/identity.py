@@ -8,6 +8,7 @@ import platform
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from cast_sglang.errors import HostError
@@ -17,7 +18,7 @@ from cast_sglang.profiles import config_hash
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["host_identity", "is_eagle3_config", "read_draft_config"]
+__all__ = ["host_identity", "is_eagle3_config", "published", "read_draft_config"]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
@@ -55,17 +56,13 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
     """Describe device, pair and settings, as far as they change the time of a forward pass."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    target = ModelConfig.from_server_args(server_args)
-    draft = read_draft_config(
-        server_args.speculative_draft_model_path,
-        server_args.speculative_draft_model_revision,
-        server_args.trust_remote_code,
-    )
     return HostIdentity(
         **_device(server_args.device),
-        target=_model(server_args.model_path, target.hf_config),
-        draft=_model(server_args.speculative_draft_model_path, draft),
-        dtype=str(target.dtype).removeprefix("torch."),
+        target=_model(server_args.model_path, server_args.revision),
+        draft=_model(
+            server_args.speculative_draft_model_path, server_args.speculative_draft_model_revision
+        ),
+        dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
         attention_backend=str(server_args.attention_backend),
         cuda_graph=False,
@@ -81,13 +78,27 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
     )
 
 
-def _model(path: str, hf_config: Any) -> ModelIdentity:
-    name = path.rstrip("/").rsplit("/", 2)
+def published(identity: HostIdentity) -> HostIdentity:
+    """Return the identity as a profile carries it: of local paths only the last two parts."""
+
+    def short(model: ModelIdentity) -> ModelIdentity:
+        name = "/".join(model.name.rstrip("/").rsplit("/", 2)[-2:])
+        return msgspec.structs.replace(model, name=name)
+
+    return msgspec.structs.replace(
+        identity, target=short(identity.target), draft=short(identity.draft)
+    )
+
+
+def _model(path: str, revision: str | None) -> ModelIdentity:
+    from transformers import PretrainedConfig
+
+    # The checkpoint's own file: into the config it runs with, SGLang writes settings of the server.
+    config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     return ModelIdentity(
-        # Of a local path the last two parts say enough, and nothing about the machine.
-        name="/".join(name[-2:]),
-        config_hash=config_hash(hf_config.to_dict()),
-        architectures=[architecture(hf_config)],
+        name=path,
+        config_hash=config_hash(config),
+        architectures=list(config.get("architectures") or ["unknown"]),
     )
 
 

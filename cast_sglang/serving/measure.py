@@ -27,7 +27,7 @@ from cast_sglang.grid import default_grid
 from cast_sglang.metering import Limits
 from cast_sglang.profiler import run_profile, summarize, write_profile
 from cast_sglang.profiles import user_profile_path
-from cast_sglang.serving.identity import host_identity
+from cast_sglang.serving.identity import host_identity, published
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -114,7 +114,7 @@ def _measure(meter: Any, parameters: dict[str, Any]) -> None:
     from cast_sglang.journal import journal_path
     from cast_sglang.metering import Sampling
 
-    identity = host_identity(resolving_view(meter.worker.server_args))
+    identity = published(host_identity(resolving_view(meter.worker.server_args)))
     output = parameters["output"] or str(user_profile_path(identity))
     quick = parameters["quick"]
     try:
