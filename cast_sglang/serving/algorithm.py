@@ -6,6 +6,7 @@ is loaded, and raised as a `CastError` that names the flag and the fix.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.spec_info import SpecInput
 
-__all__ = ["CastAlgorithm", "find_server_profile", "verify_sizes"]
+__all__ = ["CastAlgorithm", "check_flags", "find_server_profile", "verify_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,6 @@ class CastAlgorithm(CustomSpecAlgo):
             ConfigError, HostError, ProfileError: one line that names the flag and the fix.
         """
         config = CastConfig.load()
-        _refuse_unsupported(server_args)
         _set_envelope(server_args)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         _check_pair(server_args)
@@ -215,7 +215,24 @@ def _set_envelope(server_args: ServerArgs) -> None:
         )
 
 
-def _refuse_unsupported(server_args: ServerArgs) -> None:
+def check_flags(args: argparse.Namespace | ServerArgs) -> None:
+    """Refuse flags that CAST cannot run with, and a draft that cannot be read.
+
+    Asked of the flags as given, because SGLang drops some of them on its way, and of the server's
+    arguments, which an embedded engine sets without flags.
+
+    Raises:
+        HostError: names the flag and the fix.
+    """
+    _refuse_unsupported(args)
+    read_draft_config(
+        args.speculative_draft_model_path,
+        args.speculative_draft_model_revision,
+        args.trust_remote_code,
+    )
+
+
+def _refuse_unsupported(server_args: argparse.Namespace | ServerArgs) -> None:
     if server_args.speculative_draft_model_path is None:
         raise HostError(
             "--speculative-algorithm CAST needs --speculative-draft-model-path, "
@@ -302,7 +319,12 @@ def _check_pair(server_args: ServerArgs) -> None:
 def register() -> None:
     """Make `--speculative-algorithm CAST` legal in this process."""
 
-    @SpeculativeAlgorithm.register("CAST", supports_overlap=True, spec_class=CastAlgorithm)
+    @SpeculativeAlgorithm.register(
+        "CAST",
+        supports_overlap=True,
+        validate_server_args=check_flags,
+        spec_class=CastAlgorithm,
+    )
     def _worker_class(server_args: ServerArgs) -> type:
         from cast_sglang.serving.worker import CastWorker
 

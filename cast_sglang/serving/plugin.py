@@ -61,6 +61,10 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     )
     given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
     CastConfig.load(given)
+    if (namespace.speculative_algorithm or "").upper() == "CAST":
+        from cast_sglang.serving.algorithm import check_flags
+
+        check_flags(namespace)
     for key, value in given.items():
         if value is not None:
             os.environ[f"CAST_{key.upper()}"] = str(value)
