@@ -3,7 +3,20 @@
 Importing this package loads neither sglang nor triton.
 """
 
-from cast_sglang.errors import CastError, ConfigError, HostError, ProfileError
+from cast_sglang.errors import (
+    CastError,
+    ConfigError,
+    HostError,
+    MissingProfileError,
+    ProfileError,
+)
 
-__all__ = ["CastError", "ConfigError", "HostError", "ProfileError", "__version__"]
+__all__ = [
+    "CastError",
+    "ConfigError",
+    "HostError",
+    "MissingProfileError",
+    "ProfileError",
+    "__version__",
+]
 __version__ = "0.1.0"

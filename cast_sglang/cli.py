@@ -1,4 +1,4 @@
-"""Command line: `cast-sglang profile | show`."""
+"""Command line: `cast-sglang profile | show | doctor`."""
 
 import argparse
 import json
@@ -12,6 +12,11 @@ from cast_sglang.errors import CastError
 
 __all__ = ["main"]
 
+# Measuring ends sooner where times are steady. With the start of the engine, a machine as noisy as
+# a shared one stays below six minutes.
+BUDGET_SECONDS = 300.0
+QUICK_BUDGET_SECONDS = 60.0
+
 PROFILE_DESCRIPTION = """\
 Measure what one forward pass of the target and of the draft model costs on this machine, and save
 the tables as a cost profile. Every flag that is not listed below goes to SGLang unchanged, so give
@@ -21,6 +26,16 @@ the flags of the server that the profile is for:
 
 A run that was interrupted resumes from FILE.partial.jsonl. The last line on stdout is a JSON object
 with the output path, the seconds, the number of points and the error at held-out points.
+"""
+
+DOCTOR_DESCRIPTION = """\
+Check whether this machine, this SGLang, the model pair and its cost profile fit together, and say
+what to do where they do not. Nothing is started and no model is loaded. Every flag that is not
+listed below goes to SGLang unchanged, so give the flags of the server:
+
+  cast-sglang doctor --model-path TARGET --speculative-draft-model-path DRAFT
+
+The exit code is 0 if nothing failed (warnings do not count), else 1.
 """
 
 
@@ -73,19 +88,40 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-seconds",
         type=_positive_seconds,
         metavar="S",
-        help="time for measuring, without loading the models (default: no limit)",
+        help="time for measuring, without loading the models (default: 300; with --quick 60)",
     )
     profile.set_defaults(run=_profile)
 
     show = commands.add_parser(
-        "show", help="summarise a cost profile, or compare two", allow_abbrev=False
+        "show", help="summarise and draw a cost profile, or compare two", allow_abbrev=False
     )
     show.add_argument("profile", type=Path, metavar="PROFILE")
     show.add_argument("second", type=Path, nargs="?", metavar="PROFILE2", help="compare with it")
-    show.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the curves, as .png or .svg"
+    picture = show.add_mutually_exclusive_group()
+    picture.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="picture to write, .png or .svg (default: PROFILE's name, .png, in this directory)",
     )
+    picture.add_argument("--no-plot", action="store_true", help="write no picture")
     show.set_defaults(run=lambda arguments, extra: _show(arguments, extra, show))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that machine, SGLang, model pair and cost profile fit together",
+        description=DOCTOR_DESCRIPTION,
+        usage="cast-sglang doctor [--json] [--cast-profile PATH] SGLANG_FLAGS...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
+    doctor.add_argument(
+        "--cast-profile",
+        metavar="PATH",
+        help="the profile to check, or auto to search for one (default: as the server would)",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -97,7 +133,8 @@ def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
         server_argv,
         output=arguments.output and str(arguments.output.expanduser()),
         quick=arguments.quick,
-        budget_seconds=arguments.budget_seconds,
+        budget_seconds=arguments.budget_seconds
+        or (QUICK_BUDGET_SECONDS if arguments.quick else BUDGET_SECONDS),
         command=arguments.command,
     )
     print(json.dumps(summary), flush=True)
@@ -112,15 +149,32 @@ def _show(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
     from cast_sglang import report
     from cast_sglang.profiles import load_profile
 
-    profiles = [load_profile(arguments.profile)]
-    if arguments.second:
-        profiles.append(load_profile(arguments.second))
+    paths = [path for path in (arguments.profile, arguments.second) if path is not None]
+    profiles = [load_profile(path) for path in paths]
+    if len(profiles) > 1:
         report.print_comparison(profiles[0], profiles[1], Console())
     else:
         report.print_profile(profiles[0], Console())
-    if arguments.plot:
-        report.plot_profiles(profiles, arguments.plot)
+    if not arguments.no_plot:
+        from cast_sglang.plots import plot_profiles
+
+        picture = arguments.plot or Path("__vs__".join(path.stem for path in paths) + ".png")
+        plot_profiles(profiles, picture)
+        print(f"picture: {picture}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, server_argv: list[str]) -> int:
+    from cast_sglang.serving.doctor import examine
+
+    diagnosis = examine(server_argv, cast_profile=arguments.cast_profile)
+    if arguments.json:
+        print(diagnosis.as_json(), flush=True)
+    else:
+        from rich.console import Console
+
+        diagnosis.print(Console())
+    return diagnosis.exit_code
 
 
 def _positive_seconds(text: str) -> float:

@@ -29,12 +29,13 @@ logger = logging.getLogger(__name__)
 class StepCosts(NamedTuple):
     """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
 
-    N is the largest number of verified rows, K the largest number of nodes in one draft layer.
+    N is the largest number of verified rows, K the largest number of nodes in one draft layer, E
+    the largest number of rows in draft extend.
     """
 
     verify: torch.Tensor  # [N] float32; index k - 1: one target pass over k rows per request
     draft: torch.Tensor  # [K] float32; index k - 1: one draft layer over k nodes per request
-    draft_extend: torch.Tensor  # [N] float32; index k - 1: the draft's pass over k rows
+    draft_extend: torch.Tensor  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
     plain: float  # one plain decoding step; nan if the profile has none
     overhead: float  # host time of a step that no pass covers; 0 if the profile has none
@@ -48,7 +49,7 @@ class _Entry(NamedTuple):
 
 
 class CostModel:
-    """Costs of a step at any batch size and context, from the tables of a tables.
+    """Costs of a step at any batch size and context, from the tables of a profile.
 
     Along tokens the cost is linear between measured counts and exact at them. Along batch size and
     context it is linear between grid points, or, with lookup "nearest", that of the smallest grid
@@ -71,6 +72,7 @@ class CostModel:
         max_context: int,
         max_verify_tokens: int,
         max_width: int,
+        max_extend_rows: int | None = None,
         lookup: str = "linear",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -81,20 +83,23 @@ class CostModel:
             max_context: longest context in tokens.
             max_verify_tokens: N, largest number of verified rows per request, root included.
             max_width: K, largest number of nodes per request in one draft layer.
+            max_extend_rows: E, largest number of rows per request in draft extend; None for N.
             lookup: "linear" or "nearest".
             device: where the tensors of `step_costs` live.
 
         Raises:
             ValueError: a limit is below 1 or `lookup` is unknown.
         """
-        if min(max_batch_size, max_context, max_verify_tokens, max_width) < 1:
+        max_extend_rows = max_verify_tokens if max_extend_rows is None else max_extend_rows
+        limits = (max_batch_size, max_context, max_verify_tokens, max_width, max_extend_rows)
+        if min(limits) < 1:
             raise ValueError("every limit of a CostModel must be at least 1")
         if lookup not in LOOKUPS:
             raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
         nearest = lookup == "nearest"
         self._verify = _Surface(tables.target, max_verify_tokens, nearest)
         self._draft = _Surface(tables.draft, max_width, nearest)
-        self._draft_extend = _Surface(tables.draft_extend, max_verify_tokens, nearest)
+        self._draft_extend = _Surface(tables.draft_extend, max_extend_rows, nearest)
         self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
@@ -102,9 +107,7 @@ class CostModel:
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
         self._cache: dict[tuple[int, int], _Entry] = {}
-        self.extrapolated = _exceeded(
-            tables, max_batch_size, max_context, max_verify_tokens, max_width
-        )
+        self.extrapolated = _exceeded(tables, *limits)
         if self.extrapolated:
             logger.warning(
                 "Cost profile does not cover this server; extrapolating %s",
@@ -144,7 +147,7 @@ class CostModel:
         Args:
             num_verify_rows: rows per request of the target pass, root included; in [1, N].
             draft_widths: nodes per request of each draft layer that ran; each in [1, K].
-            num_extend_rows: rows per request of the draft's extend pass; in [0, N], 0 for none.
+            num_extend_rows: rows per request of the draft's extend pass; in [0, E], 0 for none.
         """
         entry = self._entry(batch_size, context)
         units = float(entry.verify[num_verify_rows - 1]) + entry.costs.overhead
@@ -254,12 +257,17 @@ def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
 
 
 def _exceeded(
-    tables: CostTables, batch_size: int, context: int, verify_tokens: int, width: int
+    tables: CostTables,
+    batch_size: int,
+    context: int,
+    verify_tokens: int,
+    width: int,
+    extend_rows: int,
 ) -> frozenset[str]:
     limits = [
         ("target", tables.target, verify_tokens),
         ("draft", tables.draft, width),
-        ("draft_extend", tables.draft_extend, verify_tokens),
+        ("draft_extend", tables.draft_extend, extend_rows),
     ]
     return frozenset(
         f"{name}.{axis}"

@@ -3,12 +3,13 @@
     CastError
     ├── ConfigError   (ValueError)    a knob is unknown, of the wrong type or out of range
     ├── ProfileError  (ValueError)    a cost profile is missing, damaged or was measured elsewhere
+    │   └── MissingProfileError       a search found no profile of this device and pair
     └── HostError     (RuntimeError)  this SGLang, device or model pair cannot run what was asked
 
 Each message is one line that names the flag, variable or file at fault and says what to do.
 """
 
-__all__ = ["CastError", "ConfigError", "HostError", "ProfileError"]
+__all__ = ["CastError", "ConfigError", "HostError", "MissingProfileError", "ProfileError"]
 
 
 class CastError(Exception):
@@ -21,6 +22,10 @@ class ConfigError(CastError, ValueError):
 
 class ProfileError(CastError, ValueError):
     """A cost profile is missing, unreadable, invalid or belongs to another device or pair."""
+
+
+class MissingProfileError(ProfileError):
+    """A search found no cost profile that fits this device and pair."""
 
 
 class HostError(CastError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Grid: which shapes a profile measures, and where more token counts are needed."""
+"""Grid: which shapes a profile measures, and where more of them are needed."""
 
 import math
 import random
@@ -7,9 +7,21 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from cast_sglang.cost import CONTEXT_BUCKET_TOKENS
+from cast_sglang.journal import Point
 from cast_sglang.metering import Limits
 
-__all__ = ["Grid", "Interval", "default_grid", "log_uniform", "spread"]
+__all__ = [
+    "AXES",
+    "Axes",
+    "Grid",
+    "Interval",
+    "default_grid",
+    "log_uniform",
+    "longest_context",
+    "spread",
+]
+
+AXES = ("batch_size", "context", "num_tokens")
 
 
 class Grid(NamedTuple):
@@ -17,52 +29,84 @@ class Grid(NamedTuple):
 
     batch_sizes: tuple[int, ...]
     contexts: tuple[int, ...]
-    verify_rows: tuple[int, ...]  # also those of draft_extend
+    verify_rows: tuple[int, ...]
     draft_widths: tuple[int, ...]
+    extend_rows: tuple[int, ...]
+
+
+class Axes(NamedTuple):
+    """The grid of one table; the lists grow when intervals are split."""
+
+    batch_size: list[int]
+    context: list[int]
+    num_tokens: list[int]
 
 
 def default_grid(limits: Limits, quick: bool = False) -> Grid:
-    """Choose a grid for a device: powers of two, every second one if `quick`.
+    """Choose a grid for a device: half octaves, powers of four if `quick`.
 
-    Contexts are powers of four from 128 up; the longest one leaves room for the verified rows.
+    Contexts are powers of four from 128 up (of 64 if `quick`), since attention is linear in them;
+    the longest one leaves room for the verified rows.
     """
-    step = 4 if quick else 2
-    longest = max(limits.max_context - limits.max_verify_rows, 1)
-    if longest > CONTEXT_BUCKET_TOKENS:
-        # Off a bucket's edge the cost model would round past the last grid point.
-        longest -= longest % CONTEXT_BUCKET_TOKENS
+    longest = longest_context(limits.max_context, limits.max_verify_rows)
+    extend_rows = min(limits.max_extend_rows or limits.max_verify_rows, limits.max_verify_rows)
+    axis = _powers_of_four if quick else _half_octaves
     return Grid(
-        batch_sizes=_powers(1, limits.max_batch_size, step),
-        contexts=_powers(min(128, longest), longest, 2 * step),
-        verify_rows=_powers(1, limits.max_verify_rows, step),
-        draft_widths=_powers(1, limits.max_width, step),
+        batch_sizes=axis(limits.max_batch_size),
+        contexts=_powers(min(128, longest), longest, 64 if quick else 4),
+        verify_rows=axis(limits.max_verify_rows),
+        # The draft is small beside the target: its ends and a middle show it.
+        draft_widths=_powers_of_four(limits.max_width),
+        extend_rows=_powers_of_four(extend_rows),
     )
 
 
+def longest_context(max_context: int, max_verify_rows: int) -> int:
+    """Return the longest context before a pass that a profile measures."""
+    longest = max(max_context - max_verify_rows, 1)
+    # Off a bucket's edge the cost model would round past the last grid point.
+    return longest - longest % CONTEXT_BUCKET_TOKENS if longest > CONTEXT_BUCKET_TOKENS else longest
+
+
 class Interval(NamedTuple):
-    """Two neighbouring token counts of a table."""
+    """Two neighbouring values of an axis of a table."""
 
     operation: str
+    axis: str  # of AXES
     low: int
     high: int
 
     @property
     def middle(self) -> list[int]:
-        """The midpoint and its successor, as far as they lie inside.
+        """The values to add when the interval is split; none if there is nothing in between.
 
-        Costs step up after multiples of a tile. The midpoint alone, often such a multiple, may well
-        be on the line; then its successor is not.
+        Costs step up after multiples of a tile. The midpoint of two token counts, often such a
+        multiple, may well be on the line; then its successor is not.
         """
         middle = (self.low + self.high) // 2
-        return [count for count in (middle, middle + 1) if self.low < count < self.high]
+        values = [middle]
+        if self.axis == "num_tokens":
+            values.append(middle + 1)
+        elif self.axis == "context" and middle > CONTEXT_BUCKET_TOKENS:
+            values = [middle - middle % CONTEXT_BUCKET_TOKENS]
+        return [value for value in values if self.low < value < self.high]
 
     def split(self) -> "list[Interval]":
         """Return the intervals that are left when the middle is added."""
         edges = pairwise([self.low, *self.middle, self.high])
-        return [Interval(self.operation, low, high) for low, high in edges]
+        return [self._replace(low=low, high=high) for low, high in edges]
+
+    def ends(self, point: Point) -> tuple[Point, Point, float]:
+        """Return the points at both ends and how far between them, 0 to 1, the given one lies."""
+        value = getattr(point, self.axis)
+        low, high = (self._at(point, end) for end in (self.low, self.high))
+        return low, high, (value - self.low) / (self.high - self.low)
+
+    def _at(self, point: Point, value: int) -> Point:
+        return Point(**{**point._asdict(), self.axis: value})
 
 
-def spread(items: Sequence[tuple[int, int]], num_items: int) -> list[tuple[int, int]]:
+def spread(items: Sequence[int], num_items: int) -> list[int]:
     """Pick evenly spaced items, first and last included."""
     last = len(items) - 1
     picked = {round(i * last / max(num_items - 1, 1)) for i in range(num_items)}
@@ -72,6 +116,18 @@ def spread(items: Sequence[tuple[int, int]], num_items: int) -> list[tuple[int, 
 def log_uniform(rng: random.Random, axis: Sequence[int]) -> int:
     """Draw from the range of an ascending axis, each octave as often as the next."""
     return round(math.exp(rng.uniform(math.log(axis[0]), math.log(axis[-1]))))
+
+
+def _half_octaves(last: int) -> tuple[int, ...]:
+    """Return 1, 2, 3, 4, 6, 8, 12, ... below `last`, then `last`."""
+    values = {1, last}
+    for power in range(1, last.bit_length()):
+        values.update(value for value in (1 << power, 3 << power >> 1) if value < last)
+    return tuple(sorted(values))
+
+
+def _powers_of_four(last: int) -> tuple[int, ...]:
+    return _powers(1, last, 4)
 
 
 def _powers(first: int, last: int, base: int) -> tuple[int, ...]:

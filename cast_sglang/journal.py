@@ -31,7 +31,10 @@ class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     point: Point
     times_us: list[float]
-    seconds: float  # wall time of the visit, warm-up included
+    # The reference passes just before and just after, in microseconds.
+    before_us: list[float]
+    after_us: list[float]
+    seconds: float  # wall time of the visit, warm-up and references included
 
 
 def journal_path(output: str | Path) -> Path:

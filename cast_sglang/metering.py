@@ -1,13 +1,16 @@
 """Time single forward passes until their median is known well enough, within a time budget.
 
-`Meter` is what the engine provides; `Sampler` decides how often it is asked.
+`Meter` is what the engine provides; `Sampler` decides how often it is asked, and takes out the
+drift of the machine: clocks and neighbours make a whole second of passes slower than the next one,
+on a virtual machine by half. So each visit to a point stands between two visits to a few reference
+passes, and counts by how it relates to them.
 """
 
 import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -35,6 +38,7 @@ class Limits(NamedTuple):
     max_verify_rows: int  # rows per request in one target pass, root included
     max_width: int  # nodes per request in one draft layer
     max_tokens: int | None = None  # tokens of all requests together; None for no limit
+    max_extend_rows: int | None = None  # rows per request of draft extend; None: max_verify_rows
 
 
 class Meter(Protocol):
@@ -67,29 +71,35 @@ class Meter(Protocol):
 class Sampling:
     """How often and how precisely each point is timed.
 
-    A point is done when the 95 % confidence interval of its median has a half-width below
-    `tolerance` of the median, or after `max_samples`.
+    A visit is one untimed pass (on the first one, `warmup`) and up to `visit_passes` timed ones. A
+    point is done when the 95 % confidence interval of the median of its visits has a half-width
+    below `tolerance` of the median, or after `max_visits`.
     """
 
-    warmup: int = 3  # untimed passes on the first visit to a point; one on each later visit
-    visit_samples: int = 3  # timed passes in a row
-    min_samples: int = 6
-    max_samples: int = 48
+    warmup: int = 2
+    visit_passes: int = 3
+    min_visits: int = 3
+    max_visits: int = 16
     tolerance: float = 0.02
+    max_drift: float = (
+        0.25  # change of the references during a visit beyond which it does not count
+    )
     interpolation_tolerance: float = 0.03  # relative error at which an interval is halved
-    heldout_points: int = 24
+    heldout_points: int = 16
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Self:
         """Return settings for a first look."""
-        return cls(
-            warmup=2,
-            max_samples=12,
-            tolerance=0.05,
-            interpolation_tolerance=0.1,
-            heldout_points=9,
-        )
+        return cls(max_visits=6, tolerance=0.05, interpolation_tolerance=0.1, heldout_points=9)
+
+
+# A visit times fewer passes when they are long: they average what short ones need repeats for.
+LONG_VISIT_SECONDS = 0.15
+# A single pass scatters as much as drift does within a second.
+REFERENCE_PASSES = 2
+# Short visits share their references: drift is slower than this.
+REFERENCE_SECONDS = 0.5
 
 
 class Sampler:
@@ -98,6 +108,8 @@ class Sampler:
     A context manager: its progress bar is shown inside `with`, if at all.
 
     Args:
+        references: points that are timed around each visit; together they should feel what slows
+            the machine down (one bound by memory, one by arithmetic).
         budget_seconds: wall time from entry, kept to within one visit; None for no limit.
         progress: show a progress bar with the time left on stderr.
     """
@@ -106,6 +118,7 @@ class Sampler:
         self,
         meter: Meter,
         sampling: Sampling,
+        references: Sequence[Point],
         budget_seconds: float | None = None,
         progress: bool = False,
     ) -> None:
@@ -118,8 +131,15 @@ class Sampler:
             "plain": lambda point: meter.plain(point.batch_size, point.context),
             "step_overhead": lambda point: meter.step_overhead(point.batch_size),
         }
+        self._references = references
         self._budget_seconds = math.inf if budget_seconds is None else budget_seconds
-        self._times_us: dict[Point, list[float]] = {}
+        self._visits: dict[Point, list[Visit]] = {}
+        self._reference_us: list[list[float]] = []  # one entry of all references per visit
+        self._before_us: list[float] = []  # the references when they were last timed
+        self._references_at = 0.0
+        self._open: list[tuple[Point, list[float], float]] = []  # visits since then
+        self._values: dict[Point, list[float]] = {}  # drift taken out; dropped by new visits
+        self._scatter: float | None = None
         self._warm: set[Point] = set()
         self._rng = random.Random(sampling.seed)
         self._journal: Journal | None = None
@@ -157,105 +177,220 @@ class Sampler:
             self._supported[point.operation] = self._passes[point.operation](point) is not None
         return self._supported[point.operation]
 
-    def measure(
-        self, stage: str, points: Collection[Point], share: float, first_share: float | None = None
-    ) -> bool:
-        """Visit points in shuffled rounds until each is done.
+    def visit_once(self, stage: str, points: Collection[Point], share: float) -> bool:
+        """Visit the points that have no visit yet, shuffled; return whether all have one then.
 
         Args:
             stage: what the progress bar says.
             share: part of the budget after which this stage ends.
-            first_share: the same for points that have no samples yet; None for `share`.
-
-        Returns:
-            Whether every point has samples.
         """
-        first_share = share if first_share is None else first_share
-        pending = self._not_done(points)
-        self._bar.reset(self._task, description=stage, total=len(pending))
-        visited = True
-        while pending and visited:
-            self._rng.shuffle(pending)
-            visited = False
-            for point in pending:
-                if self._elapsed_share() < (share if self.has(point) else first_share):
-                    self._visit(point)
-                    visited = True
-                    self._bar.advance(self._task, self._is_done(point))
-            pending = self._not_done(pending)
+        self._visit_round(stage, [point for point in points if not self.has(point)], share)
         return self.num_measured(points) == len(points)
 
+    def visit_again(self, stage: str, points: Collection[Point], share: float) -> bool:
+        """Visit each point once more unless it is done; return False if the budget ended before."""
+        due = [point for point in dict.fromkeys(points) if not self._is_done(point)]
+        return self._visit_round(stage, due, share)
+
+    def visit_until_precise(
+        self,
+        stage: str,
+        points: Collection[Point],
+        share: float,
+        always: Collection[Point] = (),
+    ) -> None:
+        """Visit points in shuffled rounds until each is done or the share of the budget is over.
+
+        Args:
+            always: points of every round until they are done; the others wait until none is
+                visited less.
+        """
+        while pending := [point for point in points if not self._is_done(point)]:
+            fewest = min(map(self._num_visits, pending))
+            due = [point for point in pending if self._num_visits(point) == fewest]
+            due += [point for point in always if not self._is_done(point)]
+            if not self._visit_round(f"{stage}, {len(pending)} to go", due, share):
+                return
+        while pending := [point for point in always if not self._is_done(point)]:
+            if not self._visit_round(stage, pending, share):
+                return
+
     def has(self, point: Point) -> bool:
-        return point in self._times_us
+        return point in self._visits
 
     def num_measured(self, points: Iterable[Point]) -> int:
         return sum(self.has(point) for point in points)
 
     def median_us(self, point: Point) -> float:
-        return float(np.median(self._times_us[point]))
+        return float(np.median(self._steady_us(point)))
 
     def summary(self, point: Point) -> tuple[float, float, int]:
-        """Return median and inter-quartile range in microseconds, and the number of samples."""
-        times_us = self._times_us[point]
-        low, median, high = np.quantile(times_us, [0.25, 0.5, 0.75])
-        return float(median), float(high - low), len(times_us)
+        """Return median and inter-quartile range in microseconds, and the number of passes."""
+        low, median, high = np.quantile(self._steady_us(point), [0.25, 0.5, 0.75])
+        num_passes = sum(len(visit.times_us) for visit in self._visits[point])
+        return float(median), float(high - low), num_passes
 
     def precision(self, point: Point) -> float:
         """Return the relative half-width of the median's 95 % confidence interval.
 
         Source: order statistics; the count below the median is binomial(n, 1/2), so the ranks
-        n/2 -+ 0.98 sqrt(n) enclose it in 95 of 100 cases whatever the distribution.
+        n/2 -+ 0.98 sqrt(n) enclose it in 95 of 100 cases whatever the distribution. Fewer than six
+        visits have no such ranks, and get the whole range.
         """
-        times_us = sorted(self._times_us[point])
-        n = len(times_us)
+        values_us = sorted(self._steady_us(point))
+        n = len(values_us)
         reach = 0.98 * math.sqrt(n)
         low, high = max(math.floor(n / 2 - reach), 0), min(math.ceil(n / 2 + reach), n - 1)
-        return (times_us[high] - times_us[low]) / 2 / float(np.median(times_us))
+        return (values_us[high] - values_us[low]) / 2 / float(np.median(values_us))
+
+    def points(self, operation: str) -> list[Point]:
+        """Return what was measured of one operation, sorted."""
+        return sorted(point for point in self._visits if point.operation == operation)
+
+    def standard_error(self, point: Point) -> float:
+        """Return the relative standard error of the point's median, from the scatter of all.
+
+        A few visits say little of their own scatter; those of all points together say much.
+        """
+        if self._scatter is None:
+            deviations = [
+                abs(value / self.median_us(other) - 1)
+                for other in self._visits
+                if len(self._steady_us(other)) >= 3
+                for value in self._steady_us(other)
+            ]
+            # Of normal values, from the median deviation to the standard error of a median.
+            self._scatter = 1.48 * 1.25 * float(np.median(deviations or [0.0]))
+        return self._scatter / math.sqrt(len(self._steady_us(point)))
 
     def describe(self) -> dict[str, str | int | float | bool]:
         """Return the settings and what became of them, for the provenance."""
+        references = np.array(self._reference_us or [[1.0]])
+        drift = np.exp(np.log(references / np.median(references, axis=0)).mean(axis=1))
         return {
             **dataclasses.asdict(self.sampling),
-            "points": len(self._times_us),
-            "samples": sum(len(times_us) for times_us in self._times_us.values()),
+            "points": len(self._visits),
+            "samples": sum(self.summary(point)[2] for point in self._visits),
             "imprecise_points": sum(
-                self.precision(point) > self.sampling.tolerance for point in self._times_us
+                self.precision(point) > self.sampling.tolerance for point in self._visits
             ),
+            # How much slower the machine was in its slowest tenth of visits than in its fastest.
+            "drift": round(float(np.divide(*np.quantile(drift, [0.9, 0.1]))), 3),
         }
 
-    def _elapsed_share(self) -> float:
-        return (time.monotonic() - self._start) / self._budget_seconds
+    def _steady_us(self, point: Point) -> list[float]:
+        """Return the point's visits in microseconds of the machine's median state."""
+        if point not in self._values:
+            reference_us = np.median(self._reference_us, axis=0) if self._references else [1.0]
+            values = [
+                (
+                    float(np.median(visit.times_us) / _drift(visit, reference_us)),
+                    _change(visit) <= self.sampling.max_drift,
+                )
+                for visit in self._visits[point]
+            ]
+            steady = [value for value, is_steady in values if is_steady]
+            # Where no visit met a steady machine, the unsteady ones must do.
+            self._values[point] = steady or [value for value, _ in values]
+        return self._values[point]
 
-    def _not_done(self, points: Iterable[Point]) -> list[Point]:
-        return [point for point in points if not self._is_done(point)]
+    def _num_visits(self, point: Point) -> int:
+        return len(self._visits.get(point, ()))
 
     def _is_done(self, point: Point) -> bool:
-        num_samples = len(self._times_us.get(point, ()))
-        if num_samples < self.sampling.min_samples:
+        num_visits = self._num_visits(point)
+        if num_visits < self.sampling.min_visits:
             return False
-        if num_samples >= self.sampling.max_samples:
+        if num_visits >= self.sampling.max_visits:
             return True
         return self.precision(point) <= self.sampling.tolerance
 
+    def _visit_round(self, stage: str, points: Collection[Point], share: float) -> bool:
+        """Visit each point; return False when the budget ended before."""
+        points = list(points)
+        self._rng.shuffle(points)
+        self._bar.reset(self._task, description=stage, total=len(points))
+        ended = False
+        for point in points:
+            ended = (time.monotonic() - self._start) / self._budget_seconds >= share
+            if ended:
+                break
+            self._visit(point)
+            self._bar.advance(self._task)
+        self._close_visits()
+        # What the references mean has moved a little for every point.
+        self._values.clear()
+        self._scatter = None
+        return not ended
+
     def _visit(self, point: Point) -> None:
         begin = time.monotonic()
-        run = self._passes[point.operation]
-        # Even a known shape gets one untimed pass: the previous point left other caches behind.
-        for _ in range(1 if point in self._warm else self.sampling.warmup):
-            run(point)
-        self._warm.add(point)
-        times_us = [self._timed(run, point) for _ in range(self.sampling.visit_samples)]
-        visit = Visit(point, times_us, seconds=round(time.monotonic() - begin, 6))
-        if self._journal:
-            self._journal.append(visit)
-        self._add(visit)
+        if not self._before_us:
+            self._time_references()
+            self._before_us = self._time_references()
+            self._references_at = time.monotonic()
+        if point not in self._warm:
+            self._warm.add(point)
+            for _ in range(self.sampling.warmup - 1):
+                self._run(point)
+        # Even a known shape gets one untimed pass, the references left other caches behind; where
+        # passes are long that does not show.
+        first_us = self._timed_us(point)
+        num_passes = min(self.sampling.visit_passes, int(LONG_VISIT_SECONDS * 1e6 / first_us))
+        times_us = [self._timed_us(point) for _ in range(num_passes)] or [first_us]
+        self._open.append((point, times_us, time.monotonic() - begin))
+        if time.monotonic() - self._references_at >= REFERENCE_SECONDS:
+            self._close_visits()
 
-    def _timed(self, run: Callable[[Point], float | None], point: Point) -> float:
-        seconds = run(point)
+    def _close_visits(self) -> None:
+        """Time the references and record the visits since the last time."""
+        if not self._open:
+            return
+        begin = time.monotonic()
+        after_us = self._time_references()
+        self._references_at = time.monotonic()
+        share = (self._references_at - begin) / len(self._open)
+        for point, times_us, seconds in self._open:
+            visit = Visit(point, times_us, self._before_us, after_us, round(seconds + share, 6))
+            if self._journal:
+                self._journal.append(visit)
+            self._add(visit)
+        self._open.clear()
+        self._before_us = after_us
+
+    def _time_references(self) -> list[float]:
+        return [
+            round(sum(self._timed_us(reference) for _ in range(REFERENCE_PASSES)), 3)
+            for reference in self._references
+        ]
+
+    def _run(self, point: Point) -> float:
+        seconds = self._passes[point.operation](point)
         if seconds is None or not 0.0 < seconds < math.inf:
             raise ProfileError(f"the meter returned {seconds!r} seconds for {point}")
-        return round(seconds * 1e6, 3)
+        return seconds
+
+    def _timed_us(self, point: Point) -> float:
+        return round(self._run(point) * 1e6, 3)
 
     def _add(self, visit: Visit) -> None:
-        self._times_us.setdefault(visit.point, []).extend(visit.times_us)
+        self._visits.setdefault(visit.point, []).append(visit)
+        self._values.pop(visit.point, None)
+        self._reference_us.append(
+            [math.sqrt(b * a) for b, a in zip(visit.before_us, visit.after_us, strict=True)]
+        )
         self.seconds += visit.seconds
+
+
+def _drift(visit: Visit, reference_us: Sequence[float]) -> float:
+    """Return how much slower than usual the machine was around the visit."""
+    around = [*visit.before_us, *visit.after_us]
+    usual = [*reference_us, *reference_us]
+    logs = [math.log(us / u) for us, u in zip(around, usual, strict=False)]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def _change(visit: Visit) -> float:
+    """Return the largest relative change of a reference during the visit."""
+    pairs = zip(visit.before_us, visit.after_us, strict=True)
+    return max((abs(math.log(after / before)) for before, after in pairs), default=0.0)

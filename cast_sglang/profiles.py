@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from cast_sglang.config import user_cache_dir
-from cast_sglang.errors import ProfileError
+from cast_sglang.errors import MissingProfileError, ProfileError
 from cast_sglang.profile_schema import (
     SCHEMA_VERSION,
     CostProfile,
@@ -30,6 +30,7 @@ __all__ = [
     "config_hash",
     "find_profile",
     "load_profile",
+    "profile_command",
     "profile_directories",
     "profile_filename",
     "save_profile",
@@ -141,6 +142,17 @@ def user_profile_path(identity: HostIdentity) -> Path:
     return user_cache_dir() / "profiles" / f"{name}__{pair}.json"
 
 
+def profile_command(identity: HostIdentity) -> str:
+    """Return the command that measures a host's profile, to be run there."""
+    words = ["cast-sglang", "profile", "--model-path", identity.target.name]
+    words += ["--speculative-draft-model-path", identity.draft.name, "--dtype", identity.dtype]
+    if identity.quantization:
+        words += ["--quantization", identity.quantization]
+    if identity.tp_size > 1:
+        words += ["--tp-size", str(identity.tp_size)]
+    return shlex.join([*words, "--output", str(user_profile_path(identity))])
+
+
 def profile_directories() -> list[Path]:
     """List where profiles are searched: the user's own first, then those shipped."""
     package = Path(__file__).resolve().parent
@@ -166,7 +178,8 @@ def find_profile(
         directories: where "auto" searches, in order; None for `profile_directories()`.
 
     Raises:
-        ProfileError: the file is bad or foreign, or no file fits.
+        MissingProfileError: a search found none that fits.
+        ProfileError: the named file is bad or foreign.
     """
     if source != "auto":
         profile = load_profile(source)
@@ -189,13 +202,16 @@ def find_profile(
 
     if found:
         _, _, path, profile = min(found, key=lambda entry: entry[:2])
-        warnings = _check(profile, identity, allow_foreign, f"profile {path}: ")
+        try:
+            warnings = _check(profile, identity, allow_foreign, f"profile {path}: ")
+        except ProfileError as error:
+            raise MissingProfileError(f"no cost profile fits; the nearest, {error}") from error
         return FoundProfile(profile, path, unreadable + warnings)
     places = ", ".join(str(directory) for directory in searched)
     skipped = f" ({'; '.join(unreadable)})" if unreadable else ""
-    raise ProfileError(
+    raise MissingProfileError(
         f"no cost profile for {_describe(identity)} in {places}{skipped}; "
-        f"measure one: {_profile_command(identity)}"
+        f"measure one: {profile_command(identity)}"
     )
 
 
@@ -221,7 +237,7 @@ def _check(
     if mismatches and not allow_foreign:
         raise ProfileError(
             f"{prefix}was measured elsewhere: {'; '.join(mismatches)}; measure this host with: "
-            f"{_profile_command(identity)} (or use it all the same: CAST_ALLOW_FOREIGN_PROFILE=1)"
+            f"{profile_command(identity)} (or use it all the same: CAST_ALLOW_FOREIGN_PROFILE=1)"
         )
     foreign = [f"{prefix}used although measured elsewhere: {item}" for item in mismatches]
     return foreign + [f"{prefix}was measured with another {item}" for item in differences]
@@ -263,16 +279,6 @@ def _difference(field: str, measured: Any, here: Any) -> list[str]:
 def _describe(identity: HostIdentity) -> str:
     pair = f"{identity.target.name} + {identity.draft.name}"
     return f"{identity.device_name}, {pair}, {identity.dtype}, tp {identity.tp_size}"
-
-
-def _profile_command(identity: HostIdentity) -> str:
-    words = ["cast-sglang", "profile", "--model-path", identity.target.name]
-    words += ["--speculative-draft-model-path", identity.draft.name, "--dtype", identity.dtype]
-    if identity.quantization:
-        words += ["--quantization", identity.quantization]
-    if identity.tp_size > 1:
-        words += ["--tp-size", str(identity.tp_size)]
-    return shlex.join([*words, "--output", str(user_profile_path(identity))])
 
 
 def _candidates(directories: Sequence[Path], exact_name: str) -> Iterator[Path]:

@@ -1,19 +1,16 @@
-"""Show cost profiles to people: tables for the terminal and a figure of the cost curves."""
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+"""Show cost profiles to people: where they were measured, what passes cost, how two compare."""
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from cast_sglang.errors import HostError, ProfileError
 from cast_sglang.profile_schema import CostProfile, CostTable
 
-__all__ = ["plot_profiles", "print_comparison", "print_profile"]
+__all__ = ["print_comparison", "print_profile"]
 
+SUMMARY_ROWS = (8, 16, 32)
 # Seven columns of milliseconds fit a terminal of 80.
 MAX_COLUMNS = 7
 TABLE_TITLES = {
@@ -25,8 +22,9 @@ TABLE_TITLES = {
 
 
 def print_profile(profile: CostProfile, console: Console) -> None:
-    """Print where the profile was measured and its tables in milliseconds."""
+    """Print where the profile was measured, a summary, and its tables in milliseconds."""
     _print_provenance(profile, console)
+    _print_summary(profile, console)
     for name, (title, unit) in TABLE_TITLES.items():
         table = getattr(profile, name)
         if table is not None:
@@ -54,79 +52,67 @@ def print_comparison(first: CostProfile, second: CostProfile, console: Console) 
             _print_grid(console, heading, table, ratios, "{:.2f}")
 
 
-def plot_profiles(profiles: list[CostProfile], path: Path) -> None:
-    """Draw time against tokens per request, and the marginal cost of a token, into a file.
-
-    One line per batch size, at the middle context of the grid; a second profile is dashed.
-
-    Raises:
-        ProfileError: the file name does not end in .png or .svg, or cannot be written.
-        HostError: matplotlib is not installed.
-    """
-    if path.suffix not in (".png", ".svg"):
-        raise ProfileError(f"plot {path}: the file name must end in .png or .svg")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HostError("--plot needs matplotlib: pip install matplotlib") from error
-
-    # Not pyplot: it would ask for a display and keep global state.
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    target, draft, marginal = figure.subplots(1, 3)
-    tables = [table for profile in profiles for table in (profile.target, profile.draft)]
-    batch_sizes = sorted({size for table in tables for size in table.batch_sizes})
-    colors = {size: f"C{i % 10}" for i, size in enumerate(batch_sizes)}
-    for profile, style in zip(profiles, ("-", "--"), strict=False):
-        _plot_times(target, profile.target, colors, style)
-        _plot_times(draft, profile.draft, colors, style)
-        _plot_marginal(marginal, profile.target, colors, style)
-    contexts = {table.contexts[len(table.contexts) // 2] for table in (p.target for p in profiles)}
-    where = ", ".join(str(context) for context in sorted(contexts))
-    target.set_title(f"target: one verify pass, context {where}")
-    target.set_xlabel("rows per request")
-    draft.set_title("draft: one layer")
-    draft.set_xlabel("nodes per request")
-    marginal.set_title("target: marginal cost of a row")
-    marginal.set_xlabel("rows per request")
-    target.set_ylabel("ms")
-    draft.set_ylabel("ms")
-    marginal.set_ylabel("us per row and request")
-    for axes in (target, draft):
-        axes.set_ylim(bottom=0)
-    target.legend(title="batch size", fontsize="small")
-    names = [f"{p.provenance.device_name}, {p.provenance.target.name}" for p in profiles]
-    figure.suptitle(" against (dashed) ".join(names))
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ProfileError(f"plot {path}: cannot be written: {error.strerror}") from error
-
-
 def _print_provenance(profile: CostProfile, console: Console) -> None:
     source = profile.provenance
+    if source.estimated:
+        console.print(Text("ESTIMATED: these tables were computed, not measured", "bold red"))
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     memory = f"{source.device_memory_bytes / 2**30:.0f} GiB"
-    facts.add_row("device", f"{source.device_name} ({memory}), {source.driver}, {source.runtime}")
-    facts.add_row("pair", f"{source.target.name} + {source.draft.name}")
     quantization = f", {source.quantization}" if source.quantization else ""
     graph = "graphs" if source.cuda_graph else "no graphs"
-    facts.add_row(
-        "settings",
-        f"{source.dtype}{quantization}, tp {source.tp_size}, {source.attention_backend}, {graph}, "
-        f"page size {source.page_size}",
-    )
-    facts.add_row("versions", ", ".join(f"{k} {v}" for k, v in sorted(source.versions.items())))
     kind = "estimated, not measured" if source.estimated else f"measured in {source.seconds:.0f} s"
-    facts.add_row("date", f"{source.date}, {kind}")
+    error = "unknown: no held-out points"
     if heldout := source.heldout:
-        facts.add_row(
-            "error",
+        error = (
             f"median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
-            f"at {heldout.points} held-out points",
+            f"at {heldout.points} held-out points"
         )
+    rows = {
+        "device": f"{source.device_name} ({memory}), {source.driver}, {source.runtime}",
+        "pair": f"{source.target.name} + {source.draft.name}",
+        "settings": f"{source.dtype}{quantization}, tp {source.tp_size}, "
+        f"{source.attention_backend}, {graph}, page size {source.page_size}",
+        "versions": ", ".join(f"{name} {of}" for name, of in sorted(source.versions.items())),
+        "date": f"{source.date}, {kind}",
+        "error": error,
+    }
+    for name, fact in rows.items():
+        # Text, as rich would read brackets in a name as markup.
+        facts.add_row(name, Text(fact))
     console.print(facts)
+
+
+def _print_summary(profile: CostProfile, console: Console) -> None:
+    """Print the unit of costs for each batch size, and the costs of larger passes in it."""
+    from cast_sglang.cost import CostModel
+
+    target, draft = profile.target, profile.draft
+    model = CostModel(
+        profile,
+        max_batch_size=target.batch_sizes[-1],
+        max_context=target.contexts[-1],
+        max_verify_tokens=target.token_counts[-1],
+        max_width=draft.token_counts[-1],
+        max_extend_rows=1,
+    )
+    context = target.contexts[len(target.contexts) // 2]
+    rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
+    widths = sorted({1, draft.token_counts[-1]})
+    headings = ["batch", "1 row, ms", *(f"{count} rows" for count in rows)]
+    headings += [f"layer of {width}" for width in widths]
+    summary = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        summary.add_column(heading, justify="right", no_wrap=True)
+    for batch_size in target.batch_sizes:
+        costs = model.step_costs(batch_size, context)
+        cells = [f"{costs.verify[count - 1]:.2f}x" for count in rows]
+        cells += [f"{costs.draft[width - 1]:.2f}x" for width in widths]
+        summary.add_row(str(batch_size), f"{costs.unit_us / 1e3:.3g}", *cells)
+    console.print(
+        f"[bold]summary at context {context}: a target pass over 1 row per request, "
+        "and others relative to it[/bold]"
+    )
+    console.print(summary)
 
 
 def _print_grid(
@@ -155,8 +141,9 @@ def _ratios(name: str, table: CostTable, second: CostProfile) -> np.ndarray:
         second,
         max_batch_size=table.batch_sizes[-1],
         max_context=table.contexts[-1],
-        max_verify_tokens=1 if name == "draft" else num_tokens,
+        max_verify_tokens=num_tokens if name == "target" else 1,
         max_width=num_tokens if name == "draft" else 1,
+        max_extend_rows=num_tokens if name == "draft_extend" else 1,
     )
     times_us = np.asarray(table.time_us)
     ratios = np.empty_like(times_us)
@@ -168,31 +155,3 @@ def _ratios(name: str, table: CostTable, second: CostProfile) -> np.ndarray:
             indexes = np.asarray(table.token_counts) - 1
             ratios[b, c] = relative[indexes] * costs.unit_us / times_us[b, c]
     return ratios
-
-
-def _plot_times(axes: Any, table: CostTable, colors: dict[int, str], style: str) -> None:
-    for batch_size, times_us in _curves(table):
-        axes.plot(
-            table.token_counts,
-            times_us / 1e3,
-            style,
-            color=colors[batch_size],
-            marker=".",
-            label=str(batch_size) if style == "-" else None,
-        )
-
-
-def _plot_marginal(axes: Any, table: CostTable, colors: dict[int, str], style: str) -> None:
-    if len(table.token_counts) < 2:
-        return
-    for batch_size, times_us in _curves(table):
-        each_us = np.diff(times_us) / np.diff(table.token_counts) / batch_size
-        color = colors[batch_size]
-        axes.stairs(each_us, table.token_counts, color=color, linestyle=style, baseline=None)
-
-
-def _curves(table: CostTable) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each batch size with its times at the middle context."""
-    middle = len(table.contexts) // 2
-    for batch_size, plane in zip(table.batch_sizes, table.time_us, strict=True):
-        yield batch_size, np.asarray(plane[middle])

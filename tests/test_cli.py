@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import msgspec
 import pytest
 from builders import make_identity, make_profile, make_table
 
@@ -38,14 +39,32 @@ def profiled(monkeypatch):
 
 
 def test_show(paths, capsys):
-    assert main(["show", str(paths[0])]) == 0
+    assert main(["show", str(paths[0]), "--no-plot"]) == 0
     out = capsys.readouterr().out
     assert "NVIDIA H200" in out and "org/Target-8B + org/Draft" in out
     assert "target: one verify pass" in out and "Step overhead" in out
+    assert "ESTIMATED" not in out and "picture" not in out
+
+
+def test_show_summarises(paths, capsys):
+    assert main(["show", str(paths[0]), "--no-plot"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("      4"))
+    # Batch 4 at context 1024: (1 + 0.02 * 4 + 0.4096) ms, 8 rows (1 + 0.02 * 32 + 0.4096) ms.
+    assert line.split() == ["4", "1.49", "1.38x", "0.10x", "0.14x"]
+
+
+def test_show_an_estimate(tmp_path, capsys):
+    profile = make_profile(make_identity(device_name="[H200]"))
+    provenance = msgspec.structs.replace(profile.provenance, estimated=True)
+    path = tmp_path / "estimate.json"
+    save_profile(make_profile(provenance=provenance), path)
+    assert main(["show", str(path), "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ESTIMATED") and "[H200]" in out
 
 
 def test_compare(paths, capsys):
-    assert main(["show", str(paths[0]), str(paths[1])]) == 0
+    assert main(["show", str(paths[0]), str(paths[1]), "--no-plot"]) == 0
     out = capsys.readouterr().out
     assert "B200" in out and "second / first" in out
     target = out.split("target: one verify pass")[1].split("draft: one layer")[0]
@@ -53,11 +72,21 @@ def test_compare(paths, capsys):
 
 
 @pytest.mark.parametrize(("name", "magic"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
-def test_plot(paths, tmp_path, name, magic):
-    pytest.importorskip("matplotlib")
+def test_plot(paths, tmp_path, capsys, name, magic):
     figure = tmp_path / name
     assert main(["show", *map(str, paths), "--plot", str(figure)]) == 0
     assert figure.read_bytes().startswith(magic)
+    assert capsys.readouterr().out.splitlines()[-1] == f"picture: {figure}"
+
+
+def test_plots_into_the_current_directory(paths, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["show", str(paths[0])]) == 0
+    assert main(["show", *map(str, paths)]) == 0
+    assert sorted(path.name for path in here.iterdir()) == ["first.png", "first__vs__second.png"]
+    assert capsys.readouterr().out.splitlines()[-1] == "picture: first__vs__second.png"
 
 
 def test_plot_of_another_kind(paths, capsys):
@@ -105,6 +134,7 @@ def test_profile_failure(profiled, monkeypatch, capsys):
         ["dance"],
         ["show"],
         ["show", "a", "--unknown"],
+        ["show", "a", "--plot", "p.png", "--no-plot"],
         ["profile"],
         ["profile", "--output", "x", "--budget-seconds", "0"],
         ["profile", "--output", "x", "--budget-seconds", "nan"],
@@ -116,7 +146,9 @@ def test_bad_usage(argv, capsys):
     assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["profile", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["profile", "--help"], ["show", "--help"], ["doctor", "--help"]]
+)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         main(argv)

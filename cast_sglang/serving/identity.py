@@ -18,7 +18,7 @@ from cast_sglang.profiles import config_hash
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["host_identity", "is_eagle3_config", "published", "read_draft_config"]
+__all__ = ["device_facts", "host_identity", "is_eagle3_config", "published", "read_draft_config"]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
@@ -57,7 +57,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
     from sglang.srt.configs.model_config import ModelConfig
 
     return HostIdentity(
-        **_device(server_args.device),
+        **device_facts(server_args.device),
         target=_model(server_args.model_path, server_args.revision),
         draft=_model(
             server_args.speculative_draft_model_path, server_args.speculative_draft_model_revision
@@ -102,7 +102,8 @@ def _model(path: str, revision: str | None) -> ModelIdentity:
     )
 
 
-def _device(device: str) -> dict[str, Any]:
+def device_facts(device: str) -> dict[str, Any]:
+    """Return the fields of `HostIdentity` that describe the device, "cuda" or "cpu"."""
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(0)
         return {
