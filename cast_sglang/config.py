@@ -98,7 +98,10 @@ class CastConfig:
     """
 
     profile: str = _knob(
-        "auto", "text", "cost profile: a path, auto to search for one, or none (policy eagle)"
+        "auto",
+        "text",
+        "cost profile: a path, auto to search for one and else measure a quick one, estimate to "
+        "make do with the device's bandwidth and peak rate, or none (policy eagle)",
     )
     policy: str = _knob("fixed", "choice", "how the draft tree is chosen", choices=POLICIES)
     c1: float = _price(4.0, "C1, price of breadth")
@@ -118,6 +121,9 @@ class CastConfig:
         "cost between grid points: linear, or nearest (the paper's select)",
         choices=LOOKUPS,
     )
+    residuals: str = _knob(
+        "on", "choice", "correct the tables by what serving measures", choices=("on", "off")
+    )
     log_interval: int = _knob(
         0, "count", "steps between two statistics lines in the log, 0 for none", low=0, high=10**9
     )
@@ -129,6 +135,11 @@ class CastConfig:
         for key, knob in _knobs().items():
             value = _checked(knob, getattr(self, key), source=key)
             object.__setattr__(self, key, value)
+        if self.profile == "none" and self.policy != "eagle":
+            raise ConfigError(
+                f"profile=none: policy {self.policy} decides by costs; use a path, auto or "
+                "estimate, or --cast-policy eagle"
+            )
 
     @classmethod
     def load(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from cast_sglang.residuals import Residual
+
 __all__ = ["StepStats"]
 
 
@@ -140,6 +142,12 @@ class StepStats:
             metrics.predicted_seconds.inc(predicted_us / 1e6)
             metrics.measured_seconds.inc(measured_us / 1e6)
 
+    def record_residuals(self, residuals: "Iterable[Residual]") -> None:
+        """Export how far each bucket of the cost tables is off."""
+        if metrics := self._exported():
+            for residual in residuals:
+                metrics.cost_ratio(residual).set(residual.ratio)
+
     def snapshot(self) -> dict[str, Any]:
         """Return totals, means, ratios and the histogram of accept lengths since the start.
 
@@ -223,8 +231,23 @@ class _Metrics:
             [*labels, "accept_len"],
             registry=registry,
         )
+        self._cost_ratios = prometheus_client.Gauge(
+            "cast:cost_ratio",
+            "Measured over tabulated time of a pass; 1 is a table that holds.",
+            [*labels, "operation", "batch_sizes", "tokens"],
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
         self._labels = dict(labels)
         self._accept_len_children: dict[int, Any] = {}
+
+    def cost_ratio(self, residual: "Residual") -> Any:
+        return self._cost_ratios.labels(
+            **self._labels,
+            operation=residual.operation,
+            batch_sizes="{}-{}".format(*residual.batch_sizes),
+            tokens="{}-{}".format(*residual.tokens),
+        )
 
     def accept_len(self, length: int) -> Any:
         child = self._accept_len_children.get(length)

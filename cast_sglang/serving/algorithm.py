@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from cast_sglang.config import CastConfig
-from cast_sglang.errors import HostError
+from cast_sglang.errors import HostError, MissingProfileError
 from cast_sglang.profiles import FoundProfile, find_profile
 from cast_sglang.serving.identity import host_identity, is_eagle3_config, read_draft_config
 
@@ -122,23 +122,32 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_num_steps,
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
-            "no cost profile" if found is None else f"profile {found.path}",
+            f"profile {config.profile}" if found is None else f"profile {found.path}",
         )
 
 
 def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundProfile | None:
-    """Return the profile of this device and pair, or None for a policy that needs none.
+    """Return the profile of this device and pair.
+
+    Returns:
+        None for a policy that needs none, and where the server is to make one before it serves.
 
     Raises:
-        ProfileError: there is none, or it does not fit.
+        ProfileError: the named profile is bad or does not fit.
     """
-    if config.profile == "none":
+    if config.profile in ("none", "estimate"):
         return None
-    found = find_profile(
-        host_identity(server_args), config.profile, allow_foreign=config.allow_foreign_profile
-    )
+    try:
+        found = find_profile(
+            host_identity(server_args), config.profile, allow_foreign=config.allow_foreign_profile
+        )
+    except MissingProfileError as error:
+        logger.info("CAST: %s", error)
+        return None
     for warning in found.warnings:
         logger.warning("CAST: %s", warning)
+    if found.profile.provenance.estimated:
+        logger.warning("CAST: profile %s is ESTIMATED, not measured", found.path)
     return found
 
 

@@ -7,6 +7,7 @@ attends to its true ancestors, and the loop may stop after any layer.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import time
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from cast_sglang.cost import CostModel
-    from cast_sglang.policy import Costs, TreePolicy
+    from cast_sglang.cost import StepCosts
+    from cast_sglang.policy import TreePolicy
+    from cast_sglang.residuals import Residuals
+    from cast_sglang.serving.clock import PassClock
 
 
 class DraftShape(NamedTuple):
@@ -44,10 +47,13 @@ class DraftShape(NamedTuple):
 
 
 class CastDraftWorker(EagleDraftWorker):
-    """EAGLE's draft worker with CAST's tree; `policy` and `cost_model` come from its owner."""
+    """EAGLE's draft worker with CAST's tree; what it decides with comes from its owner."""
 
     policy: TreePolicy
-    cost_model: CostModel | None
+    costs: StepCosts | None  # of the step that runs; None for a policy that needs none
+    residuals: Residuals | None  # None without correction
+    verify_sizes: tuple[int, ...]
+    clock: PassClock
     last_shape: DraftShape
     last_extend_rows: int
 
@@ -56,6 +62,7 @@ class CastDraftWorker(EagleDraftWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
+        self._widths = range(1, self.topk + 1)
 
     def init_attention_backend(self) -> None:
         """Build the backend of the tree's layers and the one of draft extend."""
@@ -80,9 +87,6 @@ class CastDraftWorker(EagleDraftWorker):
         Effects: writes draft KV into slots past each request's committed length.
         """
         draft_input = batch.spec_info
-        costs = None
-        if self.cost_model is not None:
-            costs = self.cost_model.step_costs(len(batch.reqs), self.mean_context(batch))
         forward_batch, _, _ = prepare_for_draft(
             draft_input,
             self.req_to_token_pool,
@@ -92,11 +96,17 @@ class CastDraftWorker(EagleDraftWorker):
             self.topk,
             self.speculative_num_steps,
         )
-        tree, widths, policy_seconds = self._grow_tree(forward_batch, costs)
+        tree, widths, policy_seconds = self._grow_tree(forward_batch)
 
         began = time.perf_counter()
         ranked = tree.ranked(self.max_draft_tokens - 1)
-        num_draft_tokens = self.policy.rerank(ranked.scores, costs)
+        num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
+        if self.residuals is not None:
+            most = ranked.scores.shape[1] + 1
+            sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, most)]
+            num_draft_tokens = self.residuals.explore(
+                "verify", len(batch.reqs), num_draft_tokens, sizes
+            )
         policy_seconds += time.perf_counter() - began
         self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
 
@@ -119,17 +129,7 @@ class CastDraftWorker(EagleDraftWorker):
         verify_input.spec_steps = min(tree.num_layers, num_draft_tokens - 1)
         return verify_input
 
-    @staticmethod
-    def mean_context(batch: ScheduleBatch) -> float:
-        """Return the mean committed length of the batch's requests, in tokens."""
-        if batch.seq_lens_cpu is not None:
-            return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
-        lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
-        return sum(lengths) / len(batch.reqs)
-
-    def _grow_tree(
-        self, forward_batch: ForwardBatch, costs: Costs | None
-    ) -> tuple[DraftTree, tuple[int, ...], float]:
+    def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
         spec_info = forward_batch.spec_info
         tree = DraftTree(
             self._to_target_vocab(spec_info.topk_index),
@@ -148,8 +148,10 @@ class CastDraftWorker(EagleDraftWorker):
         while tree.num_layers < tree.max_layers:
             began = time.perf_counter()
             frontier = tree.frontier()
-            width = self.policy.breadth(frontier.scores, costs)
+            width = self.policy.breadth(frontier.scores, self.costs)
             grow = self.policy.deepen()
+            if self.residuals is not None:
+                width = self.residuals.explore("draft", batch_size, width, self._widths)
             policy_seconds += time.perf_counter() - began
             if not grow:
                 break
@@ -162,7 +164,8 @@ class CastDraftWorker(EagleDraftWorker):
             forward_batch.positions = (committed + (layer - 1)).repeat_interleave(width)
             forward_batch.out_cache_loc = own.flatten()
             spec_info.hidden_states = _take_rows(hidden_states, parents).flatten(0, 1)
-            probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
+            with self.clock.time("draft", width):
+                probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
             hidden_states = hidden_states.view(batch_size, width, -1)
             tree.grow(frontier, width, tokens, probs)
             widths.append(width)
@@ -206,7 +209,7 @@ class CastDraftWorker(EagleDraftWorker):
         if batch_result.accept_lens.device.type == "cpu":
             rows = min(rows, int(batch_result.accept_lens.max()))  # free where nothing is in flight
         self.last_extend_rows = rows
-        with self._width(rows):
+        with self._width(rows), self.clock.time("draft_extend", rows):
             super()._draft_extend_for_decode(
                 batch, _first_columns(batch, batch_result, rows), **kwargs
             )

@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from cast_sglang.config import CastConfig, flag_specs
 from cast_sglang.errors import CastError
 
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 
@@ -28,16 +29,13 @@ def register() -> None:
     algorithm.register()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
-        _add_internal_state,
-        HookType.AFTER,
-    )
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
-        _handle_profile_request,
-        HookType.AROUND,
-    )
+    for method, hook, kind in (
+        ("__init__", _provide_profile, HookType.AFTER),
+        ("get_internal_state", _add_internal_state, HookType.AFTER),
+        ("set_internal_state", _reset_residuals, HookType.AROUND),
+        ("handle_rpc_request", _handle_profile_request, HookType.AROUND),
+    ):
+        HookRegistry.register(f"{_SCHEDULER}.{method}", hook, kind)
     _print_errors_as_one_line()
 
 
@@ -70,10 +68,29 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
             os.environ[f"CAST_{key.upper()}"] = str(value)
 
 
+def _provide_profile(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Make a cost profile if the worker that was just built needs one and found none."""
+    if getattr(scheduler.draft_worker, "lacks_profile", False):
+        from cast_sglang.serving.start import provide_profile
+
+        provide_profile(scheduler)
+
+
+def _reset_residuals(original: Any, scheduler: Any, request: Any) -> Any:
+    """Serve `{"server_args": {"cast_reset_residuals": 1}}`, which SGLang does not know."""
+    if request.server_args != {"cast_reset_residuals": 1}:
+        return original(scheduler, request)
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    residuals = getattr(scheduler.draft_worker, "residuals", None)
+    if residuals is not None:
+        residuals.reset()
+    return SetInternalStateReqOutput(updated=residuals is not None)
+
+
 def _add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    stats = getattr(scheduler.draft_worker, "cast_stats", None)
-    if stats is not None:
-        result.internal_state["cast"] = stats.snapshot()
+    if hasattr(scheduler.draft_worker, "cast_state"):
+        result.internal_state["cast"] = scheduler.draft_worker.cast_state()
     return result
 
 

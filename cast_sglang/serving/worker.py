@@ -13,16 +13,20 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative import eagle_worker_v2
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.config import CastConfig
 from cast_sglang.cost import CostModel
+from cast_sglang.grid import longest_context
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.profiles import FoundProfile, profile_command
+from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
+from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker
 from cast_sglang.stats import StepStats
 
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
+
+# Steps between two corrections of the costs; each takes some hundred microseconds.
+REFRESH_EVERY = 32
 
 logger = logging.getLogger(__name__)
 
@@ -52,34 +59,66 @@ class CastWorker(EAGLEWorkerV2):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.config = CastConfig.load()
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        self.cost_model = self._load_cost_model(server_args)
-        self._draft_worker.cost_model = self.cost_model
-        self._draft_worker.policy = self._build_policy()
+        # No accepted path is longer than the tree is deep, the bonus token added.
+        self.max_extend_rows = min(self.speculative_num_steps + 1, self.max_draft_tokens)
         self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)})
+        self.profile: FoundProfile | None = None
+        self.cost_model: CostModel | None = None
+        self.residuals: Residuals | None = None
+        self.clock = PassClock(self.device)
+        draft = self._draft_worker
+        draft.costs = draft.residuals = None
+        draft.clock = self.clock
+        draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
+        draft.policy = self._build_policy()
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._last_done: float | None = None
         self._prefill_since_step = True
-
-    def _load_cost_model(self, server_args: ServerArgs) -> CostModel | None:
+        self._reported = False
         found = find_server_profile(self.config, resolving_view(server_args))
-        if found is None:
-            return None
-        return CostModel(
+        if found is not None:
+            self.use_profile(found)
+
+    @property
+    def lacks_profile(self) -> bool:
+        """Whether a profile is still to be made before the first request."""
+        return self.cost_model is None and self.config.policy != "eagle"
+
+    def use_profile(self, found: FoundProfile) -> None:
+        """Decide by this profile's tables from the next step on."""
+        self.profile = found
+        self.cost_model = CostModel(
             found.profile,
             max_batch_size=get_schedule().max_running_requests,
-            max_context=self.target_worker.model_runner.model_config.context_len,
+            max_context=longest_context(
+                self.target_worker.model_runner.model_config.context_len, self.max_draft_tokens
+            ),
             max_verify_tokens=self.max_draft_tokens,
             max_width=self.topk,
+            max_extend_rows=self.max_extend_rows,
             lookup=self.config.lookup,
         )
+        residuals = Residuals(get_schedule().max_running_requests, self.max_draft_tokens)
+        self.costs = CorrectedCosts(self.cost_model, residuals)
+        if self.config.residuals == "on" and self.config.policy != "eagle":
+            self.residuals = self._draft_worker.residuals = residuals
 
     def _build_policy(self) -> TreePolicy:
         config = self.config
         if config.policy == "eagle":
             return EaglePolicy(self.max_draft_tokens)
-        sizes = verify_sizes(config, self.max_draft_tokens)
+        sizes = self._draft_worker.verify_sizes
         return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
+
+    def cast_state(self) -> dict[str, Any]:
+        """Return what an operator wants to see of this process, as JSON."""
+        profile = None
+        if self.profile is not None:
+            estimated = self.profile.profile.provenance.estimated
+            profile = {"path": str(self.profile.path), "estimated": estimated}
+        rows = [] if self.residuals is None else [row._asdict() for row in self.residuals]
+        return {**self.cast_stats.snapshot(), "profile": profile, "residuals": rows}
 
     def forward_batch_generation(
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any
@@ -88,9 +127,19 @@ class CastWorker(EAGLEWorkerV2):
             self._prefill_since_step = True
             return super().forward_batch_generation(batch, *args, **kwargs)
 
-        draft = self._draft_worker
-        batch_size, context = len(batch.reqs), draft.mean_context(batch)
-        result = super().forward_batch_generation(batch, *args, **kwargs)
+        draft, batch_size = self._draft_worker, len(batch.reqs)
+        self._num_steps += 1
+        self._correct_costs()
+        table = None
+        if self.cost_model is not None:
+            context = _mean_context(batch)
+            table = self.cost_model.step_costs(batch_size, context)
+            draft.costs = self.costs.step_costs(batch_size, context)
+        self.clock.begin_step(batch_size, table)
+        try:
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+        finally:
+            self.clock.end_step()
         shape = draft.last_shape
         self.cast_stats.record_step(
             batch_size=batch_size,
@@ -108,11 +157,50 @@ class CastWorker(EAGLEWorkerV2):
         self._prefill_since_step = False
         return result
 
+    def _correct_costs(self) -> None:
+        """Take what the last steps measured into the costs of the next ones."""
+        if self.residuals is None:
+            return
+        for timed in self.clock.finished():
+            ratio = timed.measured_us / timed.predicted_us
+            self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+        if self._num_steps % REFRESH_EVERY:
+            return
+        state = None
+        if get_parallel().tp_size > 1:
+            # Every rank must choose the same trees, so every rank takes rank 0's times.
+            group = get_tp_group()
+            state = group.broadcast_object(self.residuals.state(), src=0)
+        self.residuals.refresh(state)
+        self.cast_stats.record_residuals(self.residuals)
+        self._report(self.residuals.suspects())
+
+    def _report(self, suspects: list[Residual]) -> None:
+        """Say once that the profile is off, and again when it was right in between."""
+        assert self.profile is not None
+        if not suspects:
+            self._reported = False
+        elif not self._reported:
+            self._reported = True
+            worst = suspects[0]
+            logger.warning(
+                "CAST: cost profile %s is off: %s at batch size %d-%d and %d-%d tokens takes %.2f "
+                "times what it says (%d such entries); serving corrects for it. Measure again: %s",
+                self.profile.path,
+                worst.operation,
+                *worst.batch_sizes,
+                *worst.tokens,
+                worst.ratio,
+                len(suspects),
+                profile_command(self.profile.profile.provenance),
+            )
+
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the step's tree at the step's width."""
-        self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
+        rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
         try:
-            return super().verify(batch, *args, **kwargs)
+            with self.clock.time("verify", rows):
+                return super().verify(batch, *args, **kwargs)
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
 
@@ -132,10 +220,17 @@ class CastWorker(EAGLEWorkerV2):
             # From the end of the last step to the end of this one: right with and without overlap.
             self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
         self._last_done = now
-        self._num_steps += 1
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
+
+
+def _mean_context(batch: ScheduleBatch) -> float:
+    """Return the mean committed length of the batch's requests, in tokens."""
+    if batch.seq_lens_cpu is not None:
+        return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
+    lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
+    return sum(lengths) / len(batch.reqs)
 
 
 @contextlib.contextmanager
@@ -147,9 +242,3 @@ def _building(draft_worker_class: type) -> Iterator[None]:
         yield
     finally:
         eagle_worker_v2.EagleDraftWorker = original
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has finished what was queued."""
-    if device != "cpu":
-        torch.get_device_module(device).synchronize()

@@ -51,14 +51,8 @@ CASES = {
     "later profile version": Case(
         ("later.json", "schema_version"), env={"CAST_PROFILE": "{dir}/later.json"}
     ),
-    "no profile found": Case(
-        ("cast-sglang profile",),
-        flags=("--speculative-draft-model-path", "{dir}/resized-draft"),
-        env={
-            "CAST_PROFILE": "auto",
-            "CAST_ALLOW_FOREIGN_PROFILE": "0",
-            "XDG_CACHE_HOME": "{dir}",
-        },
+    "costs without a profile": Case(
+        ("profile=none", "--cast-policy"), flags=("--cast-profile", "none")
     ),
     "draft of another vocabulary": Case(
         ("other-draft", "vocab_size"), flags=(DRAFT, "{dir}/other-draft")
@@ -113,7 +107,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
     drafts = {
         "other-draft": {"vocab_size": 1999},
         "wide-draft": {"hidden_size": 1024},
-        "resized-draft": {"intermediate_size": 1999},
     }
     for name, changes in drafts.items():
         (directory / name).mkdir()

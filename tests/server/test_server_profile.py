@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from benchmarks.servers import CPU_PLATFORM
@@ -55,3 +56,25 @@ def test_server_finds_the_profile_of_its_machine(cache, start_server, prompts):
         state = server.get("/server_info")["internal_states"][0]["cast"]
         # Predictions are for a machine that does nothing else; only nonsense fails here.
         assert 0.05 < state["predicted_to_measured"] < 20
+
+
+def test_server_without_a_profile_measures_one(start_server, prompts, tmp_path):
+    env = {"CAST_ALLOW_FOREIGN_PROFILE": "0", "XDG_CACHE_HOME": str(tmp_path)}
+    # In float32, of which no profile is shipped.
+    with start_server("cast", name="cast-measured", profile="auto", **env) as server:
+        (path,) = (tmp_path / "cast_sglang" / "profiles").glob("*.json")
+        profile = load_profile(path)
+        assert profile.provenance.dtype == "float32" and not profile.provenance.estimated
+        assert profile.plain is not None and profile.step_overhead_us is not None
+        answers = generate(server, prompts[:8], max_new_tokens=NUM_TOKENS)
+        assert all(answer["meta_info"]["spec_accept_length"] > 1 for answer in answers)
+        state = server.get("/server_info")["internal_states"][0]["cast"]
+        assert state["profile"] == {"path": str(path), "estimated": False}
+        # Only served steps count, and their passes were timed.
+        assert state["steps"] < NUM_TOKENS * 3 and state["residuals"]
+
+        reset = {"server_args": {"cast_reset_residuals": 1}}
+        response = httpx.post(f"{server.url}/set_internal_state", json=reset)
+        assert response.is_success and response.json() == [True]
+        state = server.get("/server_info")["internal_states"][0]["cast"]
+        assert state["residuals"] == []

@@ -1,0 +1,256 @@
+"""Residuals: what passes take while serving against what the tables say, and the slow correction.
+
+A table is measured once; then clocks, neighbours and drivers change. Each timed pass of a served
+step gives one ratio, measured to predicted. Ratios are kept per pass, batch-size bucket and
+token-count bucket, and the median of the last ones scales the table there.
+
+A bucket that the table makes look dear is never chosen, so serving alone would never find out that
+it is cheap. `explore` therefore asks, rarely, for another bucket than the policy chose.
+"""
+
+import bisect
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.cost import (
+    CONTEXT_BUCKET_TOKENS,
+    MAX_CACHED_STEPS,
+    CostModel,
+    StepCosts,
+)
+
+__all__ = ["CorrectedCosts", "Residual", "Residuals"]
+
+PASSES = ("verify", "draft", "draft_extend")
+WINDOW = 32
+MIN_SAMPLES = 4
+# Once a bucket has some samples, only every so many-th counts, so that a window spans many seconds:
+# a median over one slow moment would make the bucket in use look dearer than its neighbours.
+STRIDE = 8
+# A scale beyond this is a broken measurement rather than drift.
+MAX_SCALE = 4.0
+# Scales that moved less than this since they were last applied are left alone.
+DEADBAND = 0.02
+# A table that is off by more than this, with a full window of evidence, is reported.
+REPORT_BEYOND = 1.25
+# One step in so many tries a bucket that lacks samples, or a neighbour for fresh ones.
+EXPLORE_EVERY = 16
+REVISIT_EVERY = 256
+
+
+class Residual(NamedTuple):
+    """One bucket that has been measured while serving."""
+
+    operation: str
+    batch_sizes: tuple[int, int]  # first and last of the bucket
+    tokens: tuple[int, int]  # rows or nodes per request, first and last of the bucket
+    ratio: float  # median of measured / predicted
+    samples: int  # in the window
+
+
+class Residuals:
+    """Median ratio of measured to predicted time per pass and bucket.
+
+    Batch sizes fall into octaves (1, 2, 3-4, 5-8, ...), token counts into half octaves (1, 2, 3,
+    4, 5-6, 7-8, 9-12, ...): finer would take long to learn, coarser would blur the steps of a
+    table.
+
+    Args:
+        max_batch_size: largest number of requests in a step.
+        max_tokens: largest number of rows or nodes per request in any pass.
+    """
+
+    def __init__(self, max_batch_size: int, max_tokens: int) -> None:
+        self._batch_edges = _edges(max_batch_size, halves=False)
+        self._token_edges = _edges(max_tokens, halves=True)
+        shape = (len(PASSES), len(self._batch_edges), len(self._token_edges))
+        self._shape = shape
+        self.version = 0  # changes with the scales
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the tables hold as they are."""
+        self._windows: dict[tuple[int, int, int], deque[float]] = {}
+        self._recorded: Counter[tuple[int, int, int]] = Counter()
+        self._ratios = np.ones(self._shape)
+        self._samples = np.zeros(self._shape, dtype=np.int64)
+        self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
+        self._scales = np.ones(self._shape)
+        self._steps: dict[tuple[int, int], int] = {}
+        self._explored: dict[tuple[int, int, int], int] = {}
+        self.version += 1
+
+    def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
+        """Count one timed pass.
+
+        Args:
+            operation: "verify", "draft" or "draft_extend".
+            ratio: measured over predicted time; ignored unless positive and finite.
+        """
+        if not 0.0 < ratio < math.inf:
+            return
+        key = (PASSES.index(operation), *self._bucket(batch_size, num_tokens))
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = deque(maxlen=WINDOW)
+        self._recorded[key] += 1
+        if len(window) >= STRIDE and self._recorded[key] % STRIDE:
+            return
+        window.append(ratio)
+        self._ratios[key] = sorted(window)[len(window) // 2]
+        self._samples[key] = len(window)
+
+    def state(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return ratios and samples, for the other ranks of a tensor-parallel group."""
+        return self._ratios, self._samples
+
+    def refresh(self, state: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+        """Apply what was recorded; return whether a scale changed.
+
+        Args:
+            state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
+        """
+        if state is not None:
+            self._ratios, self._samples = (array.copy() for array in state)
+        self._known_samples = self._samples.copy()
+        scales = np.clip(_filled(self._ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
+        moved = np.abs(np.log(scales / self._scales)) > DEADBAND
+        if not moved.any():
+            return False
+        self._scales = np.where(moved, scales, self._scales)
+        self.version += 1
+        return True
+
+    def scales(self, operation: str, batch_size: int, num_counts: int) -> torch.Tensor:
+        """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""
+        row = self._scales[PASSES.index(operation), self._bucket(batch_size, 1)[0]]
+        counts = np.arange(1, num_counts + 1)
+        index = np.searchsorted(self._token_edges, counts)
+        return torch.from_numpy(row[np.minimum(index, len(row) - 1)].astype(np.float32))
+
+    def explore(self, operation: str, batch_size: int, chosen: int, sizes: Sequence[int]) -> int:
+        """Return the chosen number of tokens, or now and then one of another bucket.
+
+        Args:
+            chosen: what the policy wants, one of `sizes`.
+            sizes: the numbers that are possible in this step, ascending.
+        """
+        which = PASSES.index(operation)
+        batch, token = self._bucket(batch_size, chosen)
+        step = self._steps.get((which, batch), 0) + 1
+        self._steps[which, batch] = step
+        if step % EXPLORE_EVERY:
+            return chosen
+        largest = {self._bucket(batch_size, size)[1]: size for size in sizes}
+        if step % REVISIT_EVERY:
+            samples = self._known_samples[which, batch]
+            others = [other for other in largest if samples[other] < MIN_SAMPLES]
+        else:
+            others = [other for other in (token - 1, token + 1) if other in largest]
+        if not others:
+            return chosen
+
+        # The nearest, and of two as near the one whose turn it is.
+        def order(other: int) -> tuple[int, int]:
+            return abs(other - token), self._explored.get((which, batch, other), 0)
+
+        other = min(others, key=order)
+        self._explored[which, batch, other] = step
+        return largest[other]
+
+    def __iter__(self) -> Iterator[Residual]:
+        """Yield the buckets that have samples."""
+        for index in zip(*np.nonzero(self._samples), strict=True):
+            which, batch, token = (int(i) for i in index)
+            yield Residual(
+                PASSES[which],
+                _span(self._batch_edges, batch),
+                _span(self._token_edges, token),
+                float(self._ratios[index]),
+                int(self._samples[index]),
+            )
+
+    def suspects(self) -> list[Residual]:
+        """Return the buckets that are off by more than a quarter for long, worst first."""
+        beyond = math.log(REPORT_BEYOND)
+        found = [r for r in self if r.samples == WINDOW and abs(math.log(r.ratio)) > beyond]
+        return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
+
+    def _bucket(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
+        batch = bisect.bisect_left(self._batch_edges, batch_size)
+        token = bisect.bisect_left(self._token_edges, num_tokens)
+        return min(batch, len(self._batch_edges) - 1), min(token, len(self._token_edges) - 1)
+
+
+class CorrectedCosts:
+    """`CostModel.step_costs`, scaled by what serving measured."""
+
+    def __init__(self, model: CostModel, residuals: Residuals) -> None:
+        self._model = model
+        self._residuals = residuals
+        self._version = -1
+        self._cache: dict[tuple[int, int], StepCosts] = {}
+
+    def step_costs(self, batch_size: int, context: float) -> StepCosts:
+        """Return the costs of a step; arguments and errors as in `CostModel.step_costs`.
+
+        The unit stays S_T(B)[c][1], corrected too, so a table that is off by one factor throughout
+        gives the same trees as the right one.
+        """
+        if self._residuals.version != self._version or len(self._cache) >= MAX_CACHED_STEPS:
+            self._version = self._residuals.version
+            self._cache.clear()
+        key = (batch_size, math.ceil(context / CONTEXT_BUCKET_TOKENS))
+        costs = self._cache.get(key)
+        if costs is None:
+            costs = self._cache[key] = self._corrected(batch_size, context)
+        return costs
+
+    def _corrected(self, batch_size: int, context: float) -> StepCosts:
+        raw = self._model.step_costs(batch_size, context)
+        verify, draft, draft_extend = (
+            costs * self._residuals.scales(operation, batch_size, len(costs)).to(costs.device)
+            for operation, costs in zip(
+                PASSES, (raw.verify, raw.draft, raw.draft_extend), strict=True
+            )
+        )
+        unit = float(self._residuals.scales("verify", batch_size, 1)[0])
+        return StepCosts(
+            verify=verify / unit,
+            draft=draft / unit,
+            draft_extend=draft_extend / unit,
+            unit_us=raw.unit_us * unit,
+            plain=raw.plain,
+            overhead=raw.overhead / unit,
+        )
+
+
+def _filled(ratios: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Give buckets without evidence the median ratio of their pass and batch sizes."""
+    known = samples >= MIN_SAMPLES
+    filled = np.ones_like(ratios)
+    for row in np.ndindex(ratios.shape[:2]):
+        if known[row].any():
+            common = np.exp(np.median(np.log(ratios[row][known[row]])))
+            filled[row] = np.where(known[row], ratios[row], common)
+    return filled
+
+
+def _edges(limit: int, *, halves: bool) -> list[int]:
+    """Return the last value of each bucket: octaves, or half octaves, up to `limit`."""
+    edges = [1]
+    while edges[-1] < limit:
+        octave = 1 << edges[-1].bit_length()
+        half = octave - octave // 4
+        edges.append(half if halves and half > edges[-1] else octave)
+    edges[-1] = limit
+    return edges
+
+
+def _span(edges: list[int], bucket: int) -> tuple[int, int]:
+    return (edges[bucket - 1] + 1 if bucket else 1), edges[bucket]
