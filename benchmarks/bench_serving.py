@@ -13,41 +13,34 @@ Arms: plain | static[:STEPS-TOPK-TOKENS] (SGLang's EAGLE-3) | cast[:POLICY].
 import argparse
 import asyncio
 import dataclasses
-import datetime
 import itertools
 import json
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from benchmarks.pairs import (
     INFLATED_NOTE,
     OUT,
-    ROOT,
     CommandError,
     Pair,
-    device_name,
     inflated_pair,
     measured_profile,
     tiny_directory,
 )
+from benchmarks.provenance import provenance
 from benchmarks.servers import Arm, Server, ServerError, exit_on_sigterm, parse_arm, serving
+from benchmarks.streams import Answer, accept_length, steady_window, stream_batch
 
 WARMUP_TOKENS = 16
-PACKAGES = ("cast-sglang", "sglang", "torch", "triton")
-REQUEST_SECONDS = 1200.0
 PROFILE_SECONDS = 180
 # A cost profile covers what a server admits, so no more is admitted than is measured.
 SERVER_FLAGS = (
@@ -61,16 +54,6 @@ class Cell(NamedTuple):
     batch: int
     temperature: float
     task: str
-
-
-@dataclasses.dataclass
-class Answer:
-    """What one request streamed."""
-
-    times: list[float] = dataclasses.field(default_factory=list)
-    counts: list[int] = dataclasses.field(default_factory=list)  # tokens so far, at each time
-    output_ids: list[int] = dataclasses.field(default_factory=list)
-    verify_passes: int = 0
 
 
 @dataclasses.dataclass
@@ -100,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench_serving: interrupted", file=sys.stderr)
         return 130
     path = args.out / "results.json"
-    content = {"provenance": provenance(args, pair, note, argv), "rows": rows}
+    origin = provenance("benchmarks.bench_serving", argv, pair, note, workload_settings(args))
+    content = {"provenance": origin, "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     # A file or pipe has no width of its own.
     Console(width=None if sys.stdout.isatty() else 120).print(as_table(rows))
@@ -115,9 +99,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arms", type=_list_of(str), default=["plain", "static", "cast"])
-    parser.add_argument("--batches", type=_list_of(int), default=[1, 8])
-    parser.add_argument("--temperatures", type=_list_of(float), default=[0.0])
+    parser.add_argument("--arms", type=list_of(str), default=["plain", "static", "cast"])
+    parser.add_argument("--temperatures", type=list_of(float), default=[0.0])
+    parser.add_argument("--profile", help="cost profile for CAST (default: search for one)")
+    parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results.json, logs")
+    add_workload_options(parser)
+    args = parser.parse_args(argv)
+    check_workload(parser, args)
+    return args
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every study of serving speed asks: which pair, which requests, how often."""
+    parser.add_argument("--batches", type=list_of(int), default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="per answer (default: 128)")
     parser.add_argument(
@@ -136,19 +130,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model-path", help="target (default: the tiny pair, padded to 170M)")
     parser.add_argument("--draft-model-path", help="its draft, with --model-path")
-    parser.add_argument("--profile", help="cost profile for CAST (default: search for one)")
     parser.add_argument(
         "--server-flags",
         default=SERVER_FLAGS,
         help="for every server; room for the largest batch is needed (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results.json, logs")
-    args = parser.parse_args(argv)
+
+
+def check_workload(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what `add_workload_options` cannot: the exit of a wrong command line."""
     if (args.model_path is None) != (args.draft_model_path is None):
         parser.error("--model-path and --draft-model-path go together")
     if args.tokens < 2 * WARMUP_TOKENS:
         parser.error(f"--tokens must be at least {2 * WARMUP_TOKENS}")
-    return args
+
+
+def workload_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what of `add_workload_options` belongs to a result."""
+    return {
+        "server_flags": args.server_flags,
+        "tokens": args.tokens,
+        "repeats": args.repeats,
+    }
 
 
 def choose_pair(args: argparse.Namespace) -> tuple[Pair, str]:
@@ -187,20 +190,41 @@ def measure(
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(cells) * args.repeats * len(arms))
         for cell in cells:
-            results = {arm.name: Result() for arm in arms}
             prompts = choose_prompts(tasks[cell.task], cell.batch, args.requests)
-            for arm in arms:
-                run(servers[arm.name], prompts[: cell.batch], cell, WARMUP_TOKENS)
-            for repeat in range(args.repeats):
-                # Another order each time, so that no arm always follows the same one.
-                for arm in _rotated(arms, repeat):
-                    progress.update(bar, description=f"{arm.name} batch {cell.batch}")
-                    tok_s, answers = run(servers[arm.name], prompts, cell, args.tokens)
-                    results[arm.name].tok_s.append(tok_s)
-                    results[arm.name].answers = answers
-                    progress.advance(bar)
+            warm_up(arms, servers, cell, prompts)
+            results = take_turns(args, arms, servers, cell, prompts, progress, bar)
             rows += as_rows(cell, arms, results)
     return rows
+
+
+def warm_up(
+    arms: Sequence[Arm], servers: dict[str, Server], cell: Cell, prompts: Sequence[str]
+) -> None:
+    """Let every arm decode a few tokens in the cell's batch size."""
+    for arm in arms:
+        run(servers[arm.name], prompts[: cell.batch], cell, WARMUP_TOKENS)
+
+
+def take_turns(
+    args: argparse.Namespace,
+    arms: Sequence[Arm],
+    servers: dict[str, Server],
+    cell: Cell,
+    prompts: Sequence[str],
+    progress: Progress,
+    bar: TaskID,
+) -> dict[str, Result]:
+    """Run every arm once in each repeat; return the results by the arm's name."""
+    results = {arm.name: Result() for arm in arms}
+    for repeat in range(args.repeats):
+        # Another order each time, so that no arm always follows the same one.
+        for arm in _rotated(arms, repeat):
+            progress.update(bar, description=f"{arm.name} batch {cell.batch}")
+            tok_s, answers = run(servers[arm.name], prompts, cell, args.tokens)
+            results[arm.name].tok_s.append(tok_s)
+            results[arm.name].answers = answers
+            progress.advance(bar)
+    return results
 
 
 def choose_prompts(prompts: list[str], batch: int, num_requests: int) -> list[str]:
@@ -226,60 +250,6 @@ def run(
     return tokens / seconds, answers
 
 
-def steady_window(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Return the tokens gained, and the seconds, while all requests were decoding.
-
-    From the last first token to the first end. Between two arrivals a count is interpolated: the
-    tokens of one step reach the client one request after the other, and a sharp cut between them
-    would drop tokens of all but the first.
-    """
-    begin = max(answer.times[0] for answer in answers)
-    end = min(answer.times[-1] for answer in answers)
-    if end <= begin:
-        raise ValueError("no moment at which all requests decoded; use more --tokens")
-    gained = sum(
-        float(np.diff(np.interp([begin, end], answer.times, answer.counts))[0])
-        for answer in answers
-    )
-    return gained, end - begin
-
-
-async def stream_batch(
-    url: str, prompts: Sequence[str], temperature: float, num_tokens: int
-) -> list[Answer]:
-    """Send the prompts at once and return what each streams."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=limits) as client:
-        streams = (_stream(client, url, prompt, temperature, num_tokens) for prompt in prompts)
-        return await asyncio.gather(*streams)
-
-
-async def _stream(
-    client: httpx.AsyncClient, url: str, prompt: str, temperature: float, num_tokens: int
-) -> Answer:
-    sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
-    body = {"text": prompt, "sampling_params": sampling, "stream": True}
-    answer = Answer()
-    last: dict[str, Any] = {}
-    loop = asyncio.get_running_loop()
-    async with client.stream("POST", f"{url}/generate", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            data = line.removeprefix("data:").strip()
-            if not data or data == "[DONE]":
-                continue
-            last = json.loads(data)
-            if "error" in last:
-                raise ValueError(f"the server answered {last['error']}")
-            answer.times.append(loop.time())
-            answer.counts.append(last["meta_info"]["completion_tokens"])
-    if not answer.counts or answer.counts[-1] != num_tokens:
-        raise ValueError(f"a request ended after {answer.counts[-1:]} of {num_tokens} tokens")
-    answer.output_ids = last["output_ids"]
-    answer.verify_passes = last["meta_info"].get("spec_verify_ct", 0)
-    return answer
-
-
 def as_rows(cell: Cell, arms: Sequence[Arm], results: dict[str, Result]) -> list[dict[str, Any]]:
     """Summarise a cell: one row for each arm."""
     plain = next((results[arm.name] for arm in arms if arm.kind == "plain"), None)
@@ -288,79 +258,51 @@ def as_rows(cell: Cell, arms: Sequence[Arm], results: dict[str, Result]) -> list
     rows = []
     for arm in arms:
         result = results[arm.name]
-        num_identical = None
+        num_same = None
         if plain is not None and cell.temperature == 0:
-            answers = zip(result.answers, plain.answers, strict=True)
-            num_identical = sum(ours.output_ids == theirs.output_ids for ours, theirs in answers)
+            num_same = num_identical(result, plain)
         rows.append(
             {
                 "arm": arm.name,
                 **cell._asdict(),
-                "tok_s_median": round(statistics.median(result.tok_s), 2),
-                "tok_s_min": round(min(result.tok_s), 2),
-                "tok_s_max": round(max(result.tok_s), 2),
-                "tok_s": [round(value, 2) for value in result.tok_s],
+                **speeds(result),
                 "vs_plain": ratio(result, plain),
                 "vs_best_static": ratio(result, best),
                 "accept_length": accept_length(result.answers),
                 "identical_to_plain": (
-                    None if num_identical is None else num_identical == len(result.answers)
+                    None if num_same is None else num_same == len(result.answers)
                 ),
-                "num_identical": num_identical,
+                "num_identical": num_same,
                 "num_requests": len(result.answers),
             }
         )
     return rows
 
 
-def ratio(result: Result, base: Result | None) -> float | None:
-    """Return the median over repeats of the ratio within a repeat."""
-    if base is None:
-        return None
-    pairs = zip(result.tok_s, base.tok_s, strict=True)
-    return round(statistics.median(ours / theirs for ours, theirs in pairs), 4)
-
-
-def accept_length(answers: Sequence[Answer]) -> float | None:
-    """Return the tokens gained per verify pass, or None without speculation."""
-    passes = sum(answer.verify_passes for answer in answers)
-    return round(sum(answer.counts[-1] for answer in answers) / passes, 4) if passes else None
-
-
-def provenance(
-    args: argparse.Namespace, pair: Pair, note: str, argv: Sequence[str] | None
-) -> dict[str, Any]:
-    """Say where and how the numbers were measured."""
-    words = sys.argv[1:] if argv is None else argv
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "none"
+def speeds(result: Result) -> dict[str, Any]:
+    """Return the tokens per second of an arm as fields of a row."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.bench_serving", *words]),
-        "device": device_name(),
-        "target": "/".join(pair.target.rstrip("/").split("/")[-2:]),
-        "draft": "/".join(pair.draft.rstrip("/").split("/")[-2:]),
-        "note": note,
-        "server_flags": args.server_flags,
-        "tokens": args.tokens,
-        "repeats": args.repeats,
-        "versions": versions,
-        "git_commit": git_commit(),
+        "tok_s_median": round(statistics.median(result.tok_s), 2),
+        "tok_s_min": round(min(result.tok_s), 2),
+        "tok_s_max": round(max(result.tok_s), 2),
+        "tok_s": [round(value, 2) for value in result.tok_s],
     }
 
 
-def git_commit() -> str:
-    """Return the commit of this checkout, marked if files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+def num_identical(result: Result, base: Result) -> int:
+    """Return how many answers are those of the other arm, token for token."""
+    answers = zip(result.answers, base.answers, strict=True)
+    return sum(ours.output_ids == theirs.output_ids for ours, theirs in answers)
+
+
+def ratio(result: Result, base: Result | None) -> float | None:
+    """Return the median over repeats of the ratio within a repeat."""
+    return None if base is None else round(statistics.median(ratios(result, base)), 4)
+
+
+def ratios(result: Result, base: Result) -> list[float]:
+    """Return the ratio within each repeat."""
+    return [ours / theirs for ours, theirs in zip(result.tok_s, base.tok_s, strict=True)]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -394,7 +336,9 @@ def _rotated(arms: Sequence[Arm], by: int) -> list[Arm]:
     return [*arms[by:], *arms[:by]]
 
 
-def _list_of(kind: type) -> Any:
+def list_of(kind: type) -> Any:
+    """Return a parser of options such as 1,8."""
+
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
 

@@ -1,0 +1,84 @@
+"""Streams of generated tokens: taking them from a server, and what they say about its speed."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+
+REQUEST_SECONDS = 1200.0
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one request streamed."""
+
+    times: list[float] = dataclasses.field(default_factory=list)
+    counts: list[int] = dataclasses.field(default_factory=list)  # tokens so far, at each time
+    output_ids: list[int] = dataclasses.field(default_factory=list)
+    verify_passes: int = 0
+    num_prompt_tokens: int = 0
+
+
+async def stream_batch(
+    url: str, prompts: Sequence[str], temperature: float, num_tokens: int
+) -> list[Answer]:
+    """Send the prompts at once and return what each streams."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=limits) as client:
+        streams = (_stream(client, url, prompt, temperature, num_tokens) for prompt in prompts)
+        return await asyncio.gather(*streams)
+
+
+async def _stream(
+    client: httpx.AsyncClient, url: str, prompt: str, temperature: float, num_tokens: int
+) -> Answer:
+    sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"text": prompt, "sampling_params": sampling, "stream": True}
+    answer = Answer()
+    last: dict[str, Any] = {}
+    loop = asyncio.get_running_loop()
+    async with client.stream("POST", f"{url}/generate", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            data = line.removeprefix("data:").strip()
+            if not data or data == "[DONE]":
+                continue
+            last = json.loads(data)
+            if "error" in last:
+                raise ValueError(f"the server answered {last['error']}")
+            answer.times.append(loop.time())
+            answer.counts.append(last["meta_info"]["completion_tokens"])
+    if not answer.counts or answer.counts[-1] != num_tokens:
+        raise ValueError(f"a request ended after {answer.counts[-1:]} of {num_tokens} tokens")
+    answer.output_ids = last["output_ids"]
+    answer.verify_passes = last["meta_info"].get("spec_verify_ct", 0)
+    answer.num_prompt_tokens = last["meta_info"]["prompt_tokens"]
+    return answer
+
+
+def steady_window(answers: Sequence[Answer]) -> tuple[float, float]:
+    """Return the tokens gained, and the seconds, while all requests were decoding.
+
+    From the last first token to the first end. Between two arrivals a count is interpolated: the
+    tokens of one step reach the client one request after the other, and a sharp cut between them
+    would drop tokens of all but the first.
+    """
+    begin = max(answer.times[0] for answer in answers)
+    end = min(answer.times[-1] for answer in answers)
+    if end <= begin:
+        raise ValueError("no moment at which all requests decoded; use more --tokens")
+    gained = sum(
+        float(np.diff(np.interp([begin, end], answer.times, answer.counts))[0])
+        for answer in answers
+    )
+    return gained, end - begin
+
+
+def accept_length(answers: Sequence[Answer]) -> float | None:
+    """Return the tokens gained per verify pass, or None without speculation."""
+    passes = sum(answer.verify_passes for answer in answers)
+    return round(sum(answer.counts[-1] for answer in answers) / passes, 4) if passes else None
