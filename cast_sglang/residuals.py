@@ -38,9 +38,11 @@ MAX_SCALE = 4.0
 DEADBAND = 0.02
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
-# One step in so many tries a bucket that lacks samples, or a neighbour for fresh ones.
+# One step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; one that is
+# dearer waits until what it costs more is this share of the passes since.
 EXPLORE_EVERY = 16
 REVISIT_EVERY = 256
+EXPLORE_SHARE = 0.02
 
 
 class Residual(NamedTuple):
@@ -82,6 +84,7 @@ class Residuals:
         self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
         self._scales = np.ones(self._shape)
         self._steps: dict[tuple[int, int], int] = {}
+        self._last_explored: dict[tuple[int, int], int] = {}
         self._explored: dict[tuple[int, int, int], int] = {}
         self.version += 1
 
@@ -133,24 +136,32 @@ class Residuals:
         index = np.searchsorted(self._token_edges, counts)
         return torch.from_numpy(row[np.minimum(index, len(row) - 1)].astype(np.float32))
 
-    def explore(self, operation: str, batch_size: int, chosen: int, sizes: Sequence[int]) -> int:
+    def explore(
+        self,
+        operation: str,
+        batch_size: int,
+        chosen: int,
+        sizes: Sequence[int],
+        costs: torch.Tensor,
+    ) -> int:
         """Return the chosen number of tokens, or now and then one of another bucket.
 
         Args:
             chosen: what the policy wants, one of `sizes`.
             sizes: the numbers that are possible in this step, ascending.
+            costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens, on the host.
         """
         which = PASSES.index(operation)
         batch, token = self._bucket(batch_size, chosen)
         step = self._steps.get((which, batch), 0) + 1
         self._steps[which, batch] = step
-        if step % EXPLORE_EVERY:
+        waited = step - self._last_explored.get((which, batch), 0)
+        if waited < EXPLORE_EVERY:
             return chosen
         largest = {self._bucket(batch_size, size)[1]: size for size in sizes}
-        if step % REVISIT_EVERY:
-            samples = self._known_samples[which, batch]
-            others = [other for other in largest if samples[other] < MIN_SAMPLES]
-        else:
+        samples = self._known_samples[which, batch]
+        others = [other for other in largest if other != token and samples[other] < MIN_SAMPLES]
+        if not others and waited >= REVISIT_EVERY:
             others = [other for other in (token - 1, token + 1) if other in largest]
         if not others:
             return chosen
@@ -160,7 +171,10 @@ class Residuals:
             return abs(other - token), self._explored.get((which, batch, other), 0)
 
         other = min(others, key=order)
-        self._explored[which, batch, other] = step
+        dearer = float(costs[largest[other] - 1] / costs[chosen - 1]) - 1.0
+        if waited * EXPLORE_SHARE < dearer:
+            return chosen
+        self._last_explored[which, batch] = self._explored[which, batch, other] = step
         return largest[other]
 
     def __iter__(self) -> Iterator[Residual]:
@@ -231,13 +245,18 @@ class CorrectedCosts:
 
 
 def _filled(ratios: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Give buckets without evidence the median ratio of their pass and batch sizes."""
+    """Give buckets without evidence the ratio of the nearest with, of the same batch sizes.
+
+    Tables are wrong in regions: a kernel that changed, a cache that another process shares.
+    """
     known = samples >= MIN_SAMPLES
     filled = np.ones_like(ratios)
+    index = np.arange(ratios.shape[2])
     for row in np.ndindex(ratios.shape[:2]):
         if known[row].any():
-            common = np.exp(np.median(np.log(ratios[row][known[row]])))
-            filled[row] = np.where(known[row], ratios[row], common)
+            measured = index[known[row]]
+            nearest = np.abs(index[:, None] - measured).argmin(axis=1)
+            filled[row] = ratios[row][measured[nearest]]
     return filled
 
 

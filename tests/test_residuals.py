@@ -19,6 +19,8 @@ from cast_sglang.residuals import (
     Residuals,
 )
 
+FLAT = torch.ones(32)
+
 
 def record(residuals, ratio, *, times=WINDOW * 8, operation="verify", batch_size=4, tokens=8):
     for _ in range(times):
@@ -76,6 +78,23 @@ def test_impossible_ratios_are_ignored(bad):
     assert list(residuals) == []
 
 
+def test_dear_buckets_are_explored_more_rarely():
+    residuals = Residuals(8, 32)
+    costs = torch.arange(1.0, 33.0)
+    num_steps = 4000
+    chosen = [residuals.explore("verify", 1, 4, (4, 32), costs) for _ in range(num_steps)]
+    spent = sum(float(costs[size - 1] / costs[3]) - 1 for size in chosen)
+    assert 0.01 * num_steps < spent < 0.03 * num_steps
+
+
+def test_buckets_without_evidence_follow_the_nearest():
+    residuals = Residuals(8, 32)
+    record(residuals, 1.0, tokens=2)
+    record(residuals, 0.5, tokens=16)
+    assert scale(residuals, 1) == scale(residuals, 3) == 1.0
+    assert scale(residuals, 12) == scale(residuals, 32) == 0.5
+
+
 def test_reset_forgets():
     residuals = Residuals(8, 32)
     record(residuals, 2.0)
@@ -104,20 +123,20 @@ def test_ranks_that_share_a_state_agree():
         residuals.refresh(first.state())
     assert first.scales("verify", 4, 32).tolist() == second.scales("verify", 4, 32).tolist()
     sizes = range(2, 33)
-    chosen = [[r.explore("verify", 4, 8, sizes) for _ in range(600)] for r in (first, second)]
+    chosen = [[r.explore("verify", 4, 8, sizes, FLAT) for _ in range(600)] for r in (first, second)]
     assert chosen[0] == chosen[1] and set(chosen[0]) > {8}
 
 
 def test_exploration_is_rare_and_keeps_to_the_sizes():
     residuals = Residuals(8, 32)
     sizes = (2, 8, 10, 20)
-    chosen = [residuals.explore("verify", 1, 8, sizes) for _ in range(EXPLORE_EVERY * 10)]
+    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
     assert set(chosen) <= set(sizes)
     assert sum(size != 8 for size in chosen) <= 10
     # Once the neighbours are known, hardly ever.
     for size in sizes:
         record(residuals, 1.0, batch_size=1, tokens=size)
-    chosen = [residuals.explore("verify", 1, 8, sizes) for _ in range(EXPLORE_EVERY * 10)]
+    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
     assert chosen.count(8) >= len(chosen) - 1
 
 
@@ -141,8 +160,9 @@ class Server:
         return max(2, int(select_count(self.utility, costs.verify, 2.0)))
 
     def step(self, index):
-        chosen = self.choose(self.costs.step_costs(4, 100))
-        chosen = self.residuals.explore("verify", 4, chosen, range(2, 33))
+        costs = self.costs.step_costs(4, 100)
+        chosen = self.choose(costs)
+        chosen = self.residuals.explore("verify", 4, chosen, range(2, 33), costs.verify)
         table, truth = self.model.step_costs(4, 100), self.truth.step_costs(4, 100)
         predicted = float(table.verify[chosen - 1]) * table.unit_us
         slow = 1.3 if (index // 100) % 2 else 1.0

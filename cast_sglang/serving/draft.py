@@ -101,11 +101,11 @@ class CastDraftWorker(EagleDraftWorker):
         began = time.perf_counter()
         ranked = tree.ranked(self.max_draft_tokens - 1)
         num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
-        if self.residuals is not None:
+        if self.residuals is not None and self.costs is not None:
             most = ranked.scores.shape[1] + 1
             sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, most)]
             num_draft_tokens = self.residuals.explore(
-                "verify", len(batch.reqs), num_draft_tokens, sizes
+                "verify", len(batch.reqs), num_draft_tokens, sizes, self.costs.verify
             )
         policy_seconds += time.perf_counter() - began
         self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
@@ -150,8 +150,10 @@ class CastDraftWorker(EagleDraftWorker):
             frontier = tree.frontier()
             width = self.policy.breadth(frontier.scores, self.costs)
             grow = self.policy.deepen()
-            if self.residuals is not None:
-                width = self.residuals.explore("draft", batch_size, width, self._widths)
+            if self.residuals is not None and self.costs is not None:
+                width = self.residuals.explore(
+                    "draft", batch_size, width, self._widths, self.costs.draft
+                )
             policy_seconds += time.perf_counter() - began
             if not grow:
                 break
