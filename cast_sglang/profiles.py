@@ -258,8 +258,8 @@ def _compare(profile: CostProfile, identity: HostIdentity) -> tuple[list[str], l
             )
 
     differences = []
-    fields = "device_memory_bytes", "attention_backend", "cuda_graph", "page_size", "overlap"
-    for field in fields:
+    fields = ("device_memory_bytes", "clock_mhz", "attention_backend")
+    for field in (*fields, "cuda_graph", "page_size", "overlap"):
         here = getattr(identity, field)
         if here is not None and getattr(measured, field) is not None:
             differences += _difference(field, getattr(measured, field), here)

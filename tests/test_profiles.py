@@ -277,6 +277,7 @@ def test_foreign_profile_is_refused_with_the_command_to_run(change, expected):
     "change",
     [
         {"device_memory_bytes": 1 << 30},
+        {"clock_mhz": 1755},
         {"attention_backend": "fa3"},
         {"cuda_graph": False},
         {"page_size": 16},

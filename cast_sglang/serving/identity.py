@@ -109,7 +109,7 @@ def device_facts(device: str) -> dict[str, Any]:
         return {
             "device_name": properties.name,
             "device_memory_bytes": properties.total_memory,
-            "driver": _nvidia_driver(),
+            **_nvidia_facts(),
             "runtime": f"cuda {torch.version.cuda}",
             "device_count": torch.cuda.device_count(),
         }
@@ -124,11 +124,17 @@ def device_facts(device: str) -> dict[str, Any]:
     }
 
 
-def _nvidia_driver() -> str:
+def _nvidia_facts() -> dict[str, Any]:
     import pynvml
 
     pynvml.nvmlInit()
-    return str(pynvml.nvmlSystemGetDriverVersion())
+    # By its UUID: NVML does not know CUDA_VISIBLE_DEVICES.
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    device = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    return {
+        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        "clock_mhz": int(pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM)),
+    }
 
 
 def _cpu_name() -> str:
