@@ -1,27 +1,31 @@
 """Host time of CAST's decisions for one step, without a model: python -m benchmarks.bench_policy
 
-Draws random draft probabilities, grows a tree with the paper's policy and times what a step spends
-on choosing: ranking a layer, breadth and depth, ranking all nodes, reranking. The last line is one
-JSON object. Beside it, a server's `/server_info` shows the share of real steps (`policy_share`).
+Draws random draft probabilities, grows a tree with a policy and times what a step spends on
+choosing: ranking a layer, breadth and depth, ranking all nodes, reranking; with `auto` also
+calibration and learning. The last line is one JSON object. Beside it, a server's `/server_info`
+shows the share of real steps (`policy_share`).
 """
 
 import argparse
 import json
 import statistics
 import time
-from types import SimpleNamespace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from cast_sglang.policy import FixedPolicy
+from cast_sglang.cost import StepCosts
+from cast_sglang.policy import FixedPolicy, TreePolicy
+from cast_sglang.price import AutoPolicy
+from cast_sglang.serving.calibration import Calibration
 from cast_sglang.tree import DraftTree
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", default="1,8,32,64", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--policy", default="auto", choices=("auto", "fixed"))
     parser.add_argument("--topk", type=int, default=8, help="K (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="layers (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="N (default: %(default)s)")
@@ -32,41 +36,81 @@ def main() -> None:
 
     rows = []
     for batch in map(int, options.batches.split(",")):
-        seconds = [time_step(options, batch) for _ in range(options.repeats + 5)][5:]
+        decider = Decider(options)
+        seconds = [decider.step(batch) for _ in range(options.repeats + 5)][5:]
         rows.append({"batch": batch, "policy_us": round(statistics.median(seconds) * 1e6, 1)})
-    table = Table(
-        "batch",
-        "policy us per step",
-        title=f"K={options.topk}, D={options.steps}, all layers grown",
-    )
+    shape = {"policy": options.policy, "topk": options.topk, "steps": options.steps}
+    shape["tokens"] = options.tokens
+    table = Table("batch", "policy us per step", title=f"{shape}, all layers grown")
     for row in rows:
         table.add_row(str(row["batch"]), str(row["policy_us"]))
     Console(stderr=True).print(table)
-    shape = {"topk": options.topk, "steps": options.steps, "tokens": options.tokens}
     print(json.dumps({"device": options.device, **shape, "rows": rows}))
 
 
-def time_step(options: argparse.Namespace, batch: int) -> float:
-    """Return the seconds of all decisions of one step in which every layer is grown."""
-    topk, device = options.topk, options.device
-    costs = SimpleNamespace(
-        draft=torch.linspace(0.1, 0.2, topk), verify=torch.linspace(1.0, 2.0, options.tokens)
-    )
-    # C1 = C2 = 0 keeps every node and grows every layer: the dearest step for the policy.
-    policy = FixedPolicy(0.0, 0.0, 2.5, 16, tuple(range(2, options.tokens + 1)))
-    tree = DraftTree(*random_children(batch, topk, device), max_layers=options.steps)
-    spent = 0.0
-    while tree.num_layers < tree.max_layers:
-        began = time.perf_counter()
-        frontier = tree.frontier()
-        width = policy.breadth(frontier.scores, costs)
-        policy.deepen()
+class Decider:
+    """A policy and what it decides by, as a worker holds them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        num_tokens, topk = options.tokens, options.topk
+        self.costs = StepCosts(
+            verify=torch.linspace(1.0, 2.0, num_tokens),
+            # Drafts that cost next to nothing, so that every layer is grown: the dearest step.
+            draft=torch.linspace(1e-6, 2e-6, topk),
+            draft_extend=torch.linspace(0.1, 0.2, options.steps + 1),
+            unit_us=1e4,
+            plain=1.0,
+            overhead=0.0,
+        )
+        sizes = tuple(range(2, num_tokens + 1))
+        self.calibration = None
+        if options.policy == "fixed":
+            self.policy: TreePolicy = FixedPolicy(0.0, 0.0, 2.5, 16, sizes)
+        else:
+            self.policy = AutoPolicy(sizes, options.steps)
+            self.calibration = Calibration()
+
+    def step(self, batch: int) -> float:
+        """Return the seconds of all decisions of one step."""
+        topk, device = self.options.topk, self.options.device
+        spent, began = 0.0, time.perf_counter()
+        self.policy.speculate(batch, self.costs)
         spent += time.perf_counter() - began
-        tree.grow(frontier, width, *random_children(batch * width, topk, device))
-    began = time.perf_counter()
-    ranked = tree.ranked(options.tokens - 1)
-    policy.rerank(ranked.scores, costs)
-    return spent + time.perf_counter() - began
+        tokens, probs = random_children(batch, topk, device)
+        tree = DraftTree(tokens, self._calibrated(probs, 1), max_layers=self.options.steps)
+        widths: list[int] = []
+        while tree.num_layers < tree.max_layers:
+            began = time.perf_counter()
+            frontier = tree.frontier()
+            width = self.policy.breadth(frontier.scores, self.costs)
+            deepens = self.policy.deepen()
+            spent += time.perf_counter() - began
+            if not deepens:
+                break
+            tokens, probs = random_children(batch * width, topk, device)
+            began = time.perf_counter()
+            probs = self._calibrated(probs, tree.num_layers + 1)
+            self.policy.expanded(frontier.scores[:, :width], probs)
+            spent += time.perf_counter() - began
+            tree.grow(frontier, width, tokens, probs)
+            widths.append(width)
+        began = time.perf_counter()
+        ranked = tree.ranked(self.options.tokens - 1)
+        num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
+        spent += time.perf_counter() - began
+        selection = tree.select(ranked, num_draft_tokens)
+        began = time.perf_counter()
+        if self.calibration is not None:
+            self.calibration.selected(selection, tuple(widths), topk)
+            # Each request takes its first node.
+            roots = num_draft_tokens * torch.arange(batch, device=device)
+            self.calibration.verified(torch.stack((roots, roots + 1), dim=1))
+        self.policy.observe(batch, 1.0, 1.5)
+        return spent + time.perf_counter() - began
+
+    def _calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
+        return probs if self.calibration is None else self.calibration.apply(probs, depth)
 
 
 def random_children(rows: int, topk: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,7 @@ from benchmarks.variants import (
     groups,
     parse_variant,
     table_error,
+    tabulated_rate,
 )
 from cast_sglang.profile_schema import CostProfile
 from cast_sglang.profiles import load_profile, save_profile
@@ -318,6 +319,10 @@ def study_rows(
                 "num_requests": len(result.answers),
             }
         )
+    rates = [tabulated_rate(reference.profile, row) for row in rows]
+    for row, rate in zip(rows, rates, strict=True):
+        known = rate is not None and rates[0] is not None
+        row["vs_right_by_table"] = round(rate / rates[0], 4) if known else None
     return rows
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -163,6 +163,32 @@ def table_error(
     )
     logs = np.log(ours) - np.log(theirs)
     return float(np.expm1(np.sqrt(np.mean(np.square(logs)))))
+
+
+def tabulated_rate(right: CostProfile, row: Mapping[str, Any], topk: int = 8) -> float | None:
+    """Return the tokens per microsecond and request of a row's mean tree, by the right tables.
+
+    What the chosen trees are worth, without the noise of a measured speed: tokens of a step over
+    the time of its passes at the mean width, rows and accepted length. None where nothing was
+    counted.
+    """
+    layers, nodes, rows = (
+        row.get(name) for name in ("mean_layers", "mean_nodes_drafted", "mean_verify_rows")
+    )
+    accepted = row["accept_length"]
+    if layers is None or nodes is None or rows is None or accepted is None:
+        return None
+    times_us = _times(right, right, row["batch"], tuple(row["contexts"]), "linear").mean(axis=0)
+    ends = (right.target.token_counts[-1], right.draft.token_counts[-1])
+    verify, draft, extend = np.split(times_us, np.cumsum(ends))
+    num_grown = layers - 1
+    width = (nodes / topk - 1) / num_grown if num_grown > 0 else 1.0
+
+    def at(curve: np.ndarray, count: float) -> float:
+        return float(np.interp(count, np.arange(1, len(curve) + 1), curve))
+
+    time_us = at(verify, rows) + num_grown * at(draft, width) + at(extend, accepted)
+    return float(accepted / time_us)
 
 
 def groups(variants: Sequence[Any], at_once: int) -> list[list[Any]]:

@@ -23,7 +23,7 @@ from cast_sglang.errors import ConfigError
 
 __all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_cache_dir"]
 
-POLICIES = ("fixed", "eagle")
+POLICIES = ("auto", "fixed", "eagle")
 LOOKUPS = ("linear", "nearest")
 MAX_VERIFY_TOKENS = 4096
 
@@ -103,7 +103,7 @@ class CastConfig:
         "cost profile: a path, auto to search for one and else measure a quick one, estimate to "
         "make do with the device's bandwidth and peak rate, or none (policy eagle)",
     )
-    policy: str = _knob("fixed", "choice", "how the draft tree is chosen", choices=POLICIES)
+    policy: str = _knob("auto", "choice", "how the draft tree is chosen", choices=POLICIES)
     c1: float = _price(4.0, "C1, price of breadth")
     c2: float = _price(3.0, "C2, price of one more layer")
     c3: float = _price(2.5, "C3, price of a verified node")
@@ -114,6 +114,12 @@ class CastConfig:
         None,
         "sizes",
         "allowed numbers of verified tokens per request, root included; auto derives them",
+    )
+    calibration: str = _knob(
+        "on",
+        "choice",
+        "policy auto: learn how far the draft's probabilities can be trusted",
+        choices=("on", "off"),
     )
     lookup: str = _knob(
         "linear",

@@ -14,6 +14,7 @@ batch size and context. So each threshold is a price: accepted tokens per unit o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import NamedTuple, Protocol
 
@@ -57,10 +58,31 @@ class Costs(Protocol):
     def verify(self) -> torch.Tensor:
         """[N] float32, one verify pass of k rows per request, root included."""
 
+    @property
+    def draft_extend(self) -> torch.Tensor:
+        """[E] float32, the draft's pass over k rows per request after verify."""
 
-class TreePolicy(Protocol):
+    @property
+    def plain(self) -> float:
+        """One plain decoding step; nan where it was not measured."""
+
+    @property
+    def overhead(self) -> float:
+        """Time of a step that no pass covers."""
+
+
+class TreePolicy(ABC):
     """The decisions of one step. A policy carries state from step to step, so it has one owner."""
 
+    def speculate(self, batch_size: int, costs: Costs | None, plain_extra: float = 0.0) -> bool:
+        """Return whether to draft in this step, or to decode plainly.
+
+        Args:
+            plain_extra: what else a plain step takes, in units, as keeping the draft's KV warm.
+        """
+        return True
+
+    @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Return how many of a layer's best nodes are kept; called once per grown layer.
 
@@ -69,9 +91,21 @@ class TreePolicy(Protocol):
             costs: the step's costs, None for a policy that needs none.
         """
 
+    @abstractmethod
     def deepen(self) -> bool:
         """Return whether to expand the nodes just kept and so grow one more layer."""
 
+    def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
+        """Take note of the children of the nodes just expanded.
+
+        Args:
+            parent_scores: [B, W] float32, path scores of the expanded nodes.
+            child_probs: [B * W, K] float32, their children's probabilities given them, as the tree
+                grows by them.
+        """
+        return
+
+    @abstractmethod
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Return N, the nodes to verify per request, root included.
 
@@ -80,8 +114,17 @@ class TreePolicy(Protocol):
             costs: the step's costs, None for a policy that needs none.
         """
 
+    def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
+        """Take note of what a step with a tree brought.
 
-class EaglePolicy:
+        Args:
+            accepted_mean: accepted drafts per request, bonus tokens not counted.
+            time_units: the step's time by the costs.
+        """
+        return
+
+
+class EaglePolicy(TreePolicy):
     """EAGLE-2/3's fixed tree: top-K in every layer, every layer, always N nodes.
 
     The baseline, and the special case of CAST that Theorem 4.1 of the paper names.
@@ -105,7 +148,7 @@ class _Layer(NamedTuple):
     cost: float  # normalised time of expanding them
 
 
-class FixedPolicy:
+class FixedPolicy(TreePolicy):
     """The paper's CAST with hand-set thresholds.
 
     Args:

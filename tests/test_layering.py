@@ -15,8 +15,8 @@ MAX_LINES = 400
 # A module may import those to its left. The edges, serving and cpu, come last.
 ORDER = (
     "errors __init__ config profile_schema profiles tree journal cost residuals acceptance ops "
-    "policy stats metering grid roofline smoothing tabulating profiler replay plots report "
-    "diagnosis cli cpu serving"
+    "policy lookahead price stats metering grid roofline smoothing tabulating profiler replay "
+    "plots report diagnosis cli cpu serving"
 ).split()
 EDGES = ("serving", "cpu")
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cast_sglang.cost import StepCosts
     from cast_sglang.policy import TreePolicy
     from cast_sglang.residuals import Residuals
+    from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
 
 
@@ -50,6 +51,7 @@ class CastDraftWorker(EagleDraftWorker):
     """EAGLE's draft worker with CAST's tree; what it decides with comes from its owner."""
 
     policy: TreePolicy
+    calibration: Calibration | None  # None for scores as the draft model states them
     costs: StepCosts | None  # of the step that runs; None for a policy that needs none
     residuals: Residuals | None  # None without correction
     verify_sizes: tuple[int, ...]
@@ -108,9 +110,12 @@ class CastDraftWorker(EagleDraftWorker):
                 "verify", len(batch.reqs), num_draft_tokens, sizes, self.costs.verify
             )
         policy_seconds += time.perf_counter() - began
-        self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
-
         selection = tree.select(ranked, num_draft_tokens)
+        if self.calibration is not None:
+            began = time.perf_counter()
+            self.calibration.selected(selection, widths, self.topk)
+            policy_seconds += time.perf_counter() - began
+        self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
         verify_input = build_eagle_verify_input(
             batch,
             draft_input,
@@ -131,10 +136,9 @@ class CastDraftWorker(EagleDraftWorker):
 
     def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
         spec_info = forward_batch.spec_info
+        probs = self._calibrated(spec_info.topk_p, depth=1)
         tree = DraftTree(
-            self._to_target_vocab(spec_info.topk_index),
-            spec_info.topk_p,
-            self.speculative_num_steps,
+            self._to_target_vocab(spec_info.topk_index), probs, self.speculative_num_steps
         )
         batch_size = forward_batch.batch_size
         # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
@@ -169,9 +173,16 @@ class CastDraftWorker(EagleDraftWorker):
             with self.clock.time("draft", width):
                 probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
             hidden_states = hidden_states.view(batch_size, width, -1)
+            began = time.perf_counter()
+            probs = self._calibrated(probs, depth=layer + 1)
+            self.policy.expanded(frontier.scores[:, :width], probs)
+            policy_seconds += time.perf_counter() - began
             tree.grow(frontier, width, tokens, probs)
             widths.append(width)
         return tree, tuple(widths), policy_seconds
+
+    def _calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
+        return probs if self.calibration is None else self.calibration.apply(probs, depth)
 
     def forward_layer(
         self, forward_batch: ForwardBatch, path_slots: torch.Tensor

@@ -58,13 +58,12 @@ def profile_server(
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name in values:
+            del os.environ[name]
 
 
 def _profile(

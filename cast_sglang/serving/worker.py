@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,14 +21,16 @@ from sglang.srt.speculative import eagle_worker_v2
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel
+from cast_sglang.cost import CostModel, StepCosts
 from cast_sglang.grid import longest_context
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.price import AutoPolicy, step_units
 from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
+from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.clock import PassClock
-from cast_sglang.serving.draft import CastDraftWorker
+from cast_sglang.serving.draft import CastDraftWorker, DraftShape
 from cast_sglang.stats import StepStats
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 32
 
+PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, policy_seconds=0.0)
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,11 +51,14 @@ class _Step(NamedTuple):
     """A step that ran and whose results are not on the host yet."""
 
     predicted_us: float | None
+    units: float | None  # its time by the corrected costs; None for a plain step
     follows_decode: bool  # no prefill since the step before, so their distance is a step's time
 
 
 class CastWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker with CAST's tree."""
+
+    speculative_num_steps: int
 
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
@@ -71,6 +79,10 @@ class CastWorker(EAGLEWorkerV2):
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         draft.policy = self._build_policy()
+        self.calibration = None
+        if self.config.policy == "auto" and self.config.calibration == "on":
+            self.calibration = Calibration()
+        draft.calibration = self.calibration
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._last_done: float | None = None
@@ -109,6 +121,10 @@ class CastWorker(EAGLEWorkerV2):
         if config.policy == "eagle":
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
+        if config.policy == "auto":
+            # On the CPU draft extend runs as many rows as were accepted, see CastDraftWorker.
+            extends_by_outcome = self.device == "cpu"
+            return AutoPolicy(sizes, self.speculative_num_steps, extends_by_outcome)
         return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
 
     def cast_state(self) -> dict[str, Any]:
@@ -135,27 +151,40 @@ class CastWorker(EAGLEWorkerV2):
             context = _mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
+        speculates = draft.policy.speculate(batch_size, draft.costs, _plain_extra(draft.costs))
         self.clock.begin_step(batch_size, table)
         try:
-            result = super().forward_batch_generation(batch, *args, **kwargs)
+            with contextlib.nullcontext() if speculates else self._plain_step():
+                result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.clock.end_step()
-        shape = draft.last_shape
+        shape = draft.last_shape if speculates else PLAIN_SHAPE
         self.cast_stats.record_step(
             batch_size=batch_size,
-            num_layers=len(shape.widths) + 1,
-            num_draft_nodes=self.topk * (1 + sum(shape.widths)),
+            num_layers=len(shape.widths) + speculates,
+            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
             num_verify_rows=shape.num_draft_tokens,
             policy_us=shape.policy_seconds * 1e6,
         )
-        predicted_us = None
+        predicted_us = units = None
         if self.cost_model is not None:
-            predicted_us = self.cost_model.predict_us(
-                batch_size, context, shape.num_draft_tokens, shape.widths, draft.last_extend_rows
-            )
-        self._pending.append(_Step(predicted_us, not self._prefill_since_step))
+            passes = (shape.num_draft_tokens, shape.widths, draft.last_extend_rows)
+            predicted_us = self.cost_model.predict_us(batch_size, context, *passes)
+            if speculates:
+                rows, widths, extended = passes
+                units = step_units(draft.costs, widths, rows, extended)
+        self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
         self._prefill_since_step = False
         return result
+
+    @contextlib.contextmanager
+    def _plain_step(self) -> Iterator[None]:
+        """Let SGLang skip drafting and verify the root alone; the draft is extended as ever."""
+        num_steps, self.speculative_num_steps = self.speculative_num_steps, 0
+        try:
+            yield
+        finally:
+            self.speculative_num_steps = num_steps
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
@@ -200,7 +229,10 @@ class CastWorker(EAGLEWorkerV2):
         rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
         try:
             with self.clock.time("verify", rows):
-                return super().verify(batch, *args, **kwargs)
+                result = super().verify(batch, *args, **kwargs)
+            if self.calibration is not None and rows > 1:
+                self.calibration.verified(result.accept_index)
+            return result
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
 
@@ -216,6 +248,10 @@ class CastWorker(EAGLEWorkerV2):
             return
         step, now = self._pending.popleft(), time.perf_counter()
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
+        if step.units is not None and num_correct_drafts_per_req:
+            batch_size = len(num_correct_drafts_per_req)
+            accepted = sum(num_correct_drafts_per_req) / batch_size
+            self._draft_worker.policy.observe(batch_size, accepted, step.units)
         if step.predicted_us is not None and step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
             self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
@@ -223,6 +259,17 @@ class CastWorker(EAGLEWorkerV2):
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
+
+
+def _plain_extra(costs: StepCosts | None) -> float:
+    """Return what a step that verifies the root alone takes beyond plain decoding, in units.
+
+    It extends the draft, whose KV is warm then when speculation comes back.
+    """
+    if costs is None:
+        return 0.0
+    plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+    return step_units(costs, (), 1, 1) - plain
 
 
 def _mean_context(batch: ScheduleBatch) -> float:

@@ -1,0 +1,342 @@
+"""Prices that set themselves: the tree that makes a step's tokens per time as high as it can be.
+
+A step brings 1 + A tokens per request (A accepted drafts and the bonus token) and takes T, in units
+of one target pass over one row per request. The tree with the highest rate (1 + A) / T is the one
+that maximises
+
+    A - price * T        at price = the highest rate
+
+(Dinkelbach), so all thresholds of CAST are one number, and that number is what serving measures
+anyway. Where the rate is below the best, the tree that it prices has a better one, from either
+side; so following the measured rate leads to the fixed point.
+
+Source: Dinkelbach, "On nonlinear fractional programming" (Management Science 13, 1967).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.lookahead import Lookahead
+from cast_sglang.policy import Costs, TreePolicy
+
+__all__ = ["AutoPolicy", "Choice", "optimal_choice", "step_units"]
+
+# Steps after which a step counts half in the price.
+HALF_LIFE = 32
+_KEEP = 0.5 ** (1 / HALF_LIFE)
+# Weight of a new bucket's first price, in target passes: some steps, to be outvoted at once.
+START_WEIGHT = 4.0
+
+# What speculation may lose against plain decoding before it gives way, in target passes, at batch
+# size 1: more than bad luck, less than a second. Luck evens out with the root of the batch size.
+MAX_LOSS = 32.0
+# Share of plain decoding's time that tries of speculation may lose.
+PROBE_SHARE = 0.01
+# A try begins with credit for at least this loss, in target passes.
+MIN_PROBE = 0.25
+
+
+class Choice(NamedTuple):
+    """A depth and a number of verified nodes."""
+
+    num_layers: int
+    num_draft_tokens: int  # N, root included
+    value: float  # expected accepted tokens, less the price of the time
+
+
+def optimal_choice(
+    layer_scores: Sequence[torch.Tensor],
+    draft_costs: Sequence[float],
+    verify_costs: torch.Tensor,
+    sizes: Sequence[int],
+    price: float,
+) -> Choice:
+    """Search all depths and sizes of a tree that is fully grown: what a policy could at best do.
+
+    Definition: the first (d, N) that maximises
+        sum of the best N - 1 scores of layers 1..d (mean over the batch)
+        - price * (draft_costs[0] + ... + draft_costs[d - 2] + verify_costs[N - 1])
+
+    Args:
+        layer_scores: D tensors [B, M_d], the scores of each layer's candidates in any order.
+        draft_costs: D - 1 costs; entry d - 1 is that of growing layer d + 1.
+        verify_costs: [N] float32, cost of 1.. rows per request.
+        sizes: ascending values allowed for N, each >= 2.
+        price: accepted tokens per unit of cost.
+
+    Raises:
+        ValueError: no size fits into the first layer.
+    """
+    best: Choice | None = None
+    for depth in range(1, len(layer_scores) + 1):
+        scores = torch.cat(list(layer_scores[:depth]), dim=1)
+        allowed = torch.tensor(sizes[: bisect_right(sizes, scores.shape[1] + 1)])
+        if not len(allowed):
+            continue
+        utility = scores.sort(dim=1, descending=True).values.double().mean(dim=0).cumsum(dim=0)
+        time = verify_costs[allowed - 1].double() + sum(draft_costs[: depth - 1])
+        values = utility[allowed - 2] - price * time
+        index = int(values.argmax())
+        if best is None or float(values[index]) > best.value:
+            best = Choice(depth, int(allowed[index]), float(values[index]))
+    if best is None:
+        raise ValueError(f"no size of {tuple(sizes)} fits the tree")
+    return best
+
+
+def step_units(
+    costs: Costs, widths: Sequence[int], num_draft_tokens: int, num_extend_rows: int
+) -> float:
+    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
+
+    Args:
+        widths: nodes expanded per request in each layer below the root.
+        num_draft_tokens: N, rows verified per request.
+        num_extend_rows: rows per request of draft extend, 0 for none.
+    """
+    time = costs.overhead + float(costs.verify[num_draft_tokens - 1])
+    time += sum(float(costs.draft[width - 1]) for width in widths)
+    if num_extend_rows:
+        time += float(costs.draft_extend[num_extend_rows - 1])
+    return time
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """What is known of the batch sizes of one octave."""
+
+    tokens: float  # forgotten sums over steps; tokens per request
+    time: float
+    steps: float = 0.0
+    row_price: float = math.nan  # what a verified row has to bring, running mean; nan when unknown
+    ranked: int = 0
+    plain_units: float = math.inf  # time of a plain step; inf while plain is no candidate
+    max_account: float = MAX_LOSS
+    account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
+    is_plain: bool = False
+
+    @property
+    def price(self) -> float:
+        return max(self.tokens / self.time, 1.0 / self.plain_units)
+
+    def learn_row_price(self, row_price: float) -> None:
+        self.ranked += 1
+        if math.isnan(self.row_price):
+            self.row_price = row_price
+        self.row_price += (row_price - self.row_price) * max(1 / (1 + self.ranked), 1 - _KEEP)
+
+
+class _View(NamedTuple):
+    """A step's costs as the decisions read them, in units."""
+
+    costs: Costs
+    growth: np.ndarray  # [K], one more layer of 1.. nodes, extending the draft by it included
+    extend: np.ndarray  # [E], draft extend of 1.. rows
+    verify: np.ndarray  # [S], verifying each allowed size
+    next_row: np.ndarray  # [S], least time per further row from each size to a larger one
+    token: float  # what a further accepted token adds to draft extend
+
+
+class AutoPolicy(TreePolicy):
+    """CAST with the price found by itself; no constant depends on model or device.
+
+    The price of each octave of batch sizes is the rate it has reached lately: tokens over time, as
+    sums in which a step counts half after 32 more. So after a change of text nine tenths of the way
+    are gone within 110 steps. A change of batch size takes the other octave's own price at once; an
+    octave that is new starts from the nearest known one, and the very first from 1, the rate of
+    plain decoding without its overhead: a low price, so that the first trees err on the large side
+    and show what is accepted. That start weighs as much as about two steps.
+
+    Expansion looks one layer ahead, by the worth V of a node's unknown children (`lookahead.py`).
+    Their rows are worth a place among the verified ones at the *row price*: the price of a further
+    row, or, where the next size is too dear or there is none, the score of the node that would be
+    displaced. So the best k nodes are expanded, or the tree is left as it is, by
+
+        max over k of mean over the batch of sum over s <= k of V(v_s) - price * draft[k]
+
+    A worker that does not call `expanded` leaves it to the root's children to stand for all.
+
+    Args:
+        verify_sizes: ascending values allowed for N, each >= 2.
+        max_layers: D, layers a tree may grow to.
+        extend_by_outcome: draft extend runs as many rows as the longest accepted path, not as many
+            as the tree is deep.
+    """
+
+    def __init__(
+        self, verify_sizes: tuple[int, ...], max_layers: int, extend_by_outcome: bool = False
+    ) -> None:
+        self._sizes = verify_sizes
+        self._num_nodes = np.asarray(verify_sizes) - 1
+        self._max_layers = max_layers
+        self._extend_by_outcome = extend_by_outcome
+        self._buckets: dict[int, _Bucket] = {}
+        self._lookahead = Lookahead()
+        self._view: _View | None = None
+        self._layers = 1  # of the tree that grows
+        self._deepen = False
+        self._root_children: torch.Tensor | None = None  # until deeper ones are seen in the step
+
+    def price(self, batch_size: int) -> float:
+        """Return accepted tokens asked per unit of time at this batch size."""
+        return self._bucket(batch_size).price
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what is known of each octave of batch sizes, for people and as JSON."""
+        return [
+            {
+                "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
+                "price": bucket.price,
+                "row_price": None if math.isnan(bucket.row_price) else bucket.row_price,
+                "is_plain": bucket.is_plain,
+            }
+            for octave, bucket in sorted(self._buckets.items())
+        ]
+
+    def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
+        """Choose the layer's width, and whether it pays to expand it at all."""
+        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        ranked = scores.numpy(force=True)
+        if self._layers == 1:
+            self._root_children = scores
+            if not self._lookahead.has_learned:
+                self._lookahead.add(torch.ones_like(scores[:, 0]), scores)
+                self._lookahead.learn()
+        row_price = bucket.row_price
+        if math.isnan(row_price):  # before the first verify; a lone size has no price of a row
+            row_price = bucket.price * float(view.next_row[0]) if len(self._sizes) > 1 else 0.0
+        # An accepted token is one row more to extend, where its number decides that.
+        token = 1.0 - bucket.price * view.token
+        gains = self._lookahead.worth(token * ranked, row_price).sum(axis=0).cumsum()
+        net = gains - (len(ranked) * bucket.price) * view.growth[: len(gains)]
+        best = int(net.argmax())
+        self._deepen = bool(net[best] > 0.0) and self._layers < self._max_layers
+        return best + 1
+
+    def deepen(self) -> bool:
+        self._layers += self._deepen
+        return self._deepen
+
+    def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
+        """Take note of the children of the nodes just expanded.
+
+        The tensors must not be overwritten before `rerank`.
+        """
+        self._root_children = None
+        self._lookahead.add(parent_scores.flatten(), child_probs)
+
+    def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
+        """Choose the size whose nodes bring most beyond the price of their time."""
+        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
+        if num_sizes == 0:
+            raise ValueError(
+                f"the smallest verify size {self._sizes[0]} is larger than the tree of "
+                f"{scores.shape[1] + 1} nodes"
+            )
+        ranked = scores.numpy(force=True)
+        nodes = self._num_nodes[:num_sizes]
+        rank_means = ranked.sum(axis=0) / len(ranked)
+        utility = rank_means.cumsum()[nodes - 1]
+        time = view.verify[:num_sizes] + self._extend_time(view, ranked, nodes)
+        best = int((utility - bucket.price * time).argmax())
+
+        row_price = bucket.price * float(view.next_row[best])
+        bucket.learn_row_price(min(row_price, float(rank_means[nodes[best] - 1])))
+        if self._root_children is not None:
+            self._lookahead.add(torch.ones_like(scores[:, 0]), self._root_children)
+        self._lookahead.learn()
+        self._layers, self._root_children = 1, None
+        return self._sizes[best]
+
+    def _extend_time(self, view: _View, ranked: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """Return the time of draft extend after verifying each number of nodes."""
+        if self._extend_by_outcome:
+            longest = ranked.cumsum(axis=1)[:, nodes - 1].max(axis=0)
+        else:
+            longest = np.minimum(self._layers, nodes)
+        # One row more than drafts accepted, and index 0 is the time of one row.
+        return np.interp(longest, np.arange(len(view.extend)), view.extend)
+
+    def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
+        """Take note of what a step with a tree brought; plain steps are not reported.
+
+        The step may have been several steps ago. `step_units` gives its time.
+        """
+        bucket = self._bucket(batch_size)
+        tokens = 1.0 + accepted_mean
+        bucket.tokens = _KEEP * bucket.tokens + tokens
+        bucket.time = _KEEP * bucket.time + time_units
+        bucket.steps = _KEEP * bucket.steps + 1.0
+        if math.isfinite(bucket.plain_units):
+            gain = tokens * bucket.plain_units - time_units
+            bucket.account = min(bucket.max_account, bucket.account + gain)
+
+    def speculate(self, batch_size: int, costs: Costs | None, plain_extra: float = 0.0) -> bool:
+        """Return whether to draft in this step, or to decode plainly.
+
+        An account for each octave of batch sizes holds what speculation may still lose against
+        plain decoding: at most 32 target passes at batch size 1, less for more requests. When it is
+        used up, plain decoding takes over and pays in a hundredth of its time; from that, tries of
+        a step or some are paid, until one of them goes on earning. So by the costs no more than
+        that is ever lost at a batch size, however the luck falls. A try comes every 25 to 100
+        target passes, so within about a second where a pass takes 10 ms.
+        """
+        bucket = self._bucket(batch_size)
+        assert costs is not None
+        plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+        bucket.plain_units = plain + plain_extra
+        if not bucket.is_plain and bucket.account >= 0.0:
+            return True
+        mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / max(bucket.steps, 1.0)
+        bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss)
+        if bucket.is_plain:
+            bucket.account += PROBE_SHARE * bucket.plain_units
+        return not bucket.is_plain
+
+    def _bucket(self, batch_size: int) -> _Bucket:
+        octave = (batch_size - 1).bit_length()
+        bucket = self._buckets.get(octave)
+        if bucket is None:
+            price, row_price = 1.0, math.nan
+            if self._buckets:
+                nearest = self._buckets[min(self._buckets, key=lambda other: abs(other - octave))]
+                price, row_price = nearest.price, nearest.row_price
+            bucket = _Bucket(price * START_WEIGHT, START_WEIGHT, row_price=row_price)
+            bucket.max_account = bucket.account = MAX_LOSS / math.sqrt(2**octave)
+            self._buckets[octave] = bucket
+        return bucket
+
+    def _read(self, costs: Costs | None) -> _View:
+        assert costs is not None
+        # The same object comes again until batch size or context change.
+        if self._view is None or self._view.costs is not costs:
+            self._view = _view(costs, self._num_nodes, self._extend_by_outcome)
+        return self._view
+
+
+def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
+    verify = costs.verify.numpy(force=True)[num_nodes]
+    draft, extend = costs.draft.numpy(force=True), costs.draft_extend.numpy(force=True)
+    rows = num_nodes[None, :] - num_nodes[:, None]
+    slopes = np.divide(
+        verify[None, :] - verify[:, None], rows, out=np.full(rows.shape, np.inf), where=rows > 0
+    )
+    row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
+    row_of_layer, row_of_token = (0.0, row) if extend_by_outcome else (row, 0.0)
+    return _View(
+        costs,
+        growth=draft + row_of_layer,
+        extend=extend,
+        verify=verify,
+        next_row=np.maximum(slopes.min(axis=1), 0.0),
+        token=row_of_token,
+    )

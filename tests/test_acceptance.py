@@ -1,0 +1,258 @@
+"""Calibration: what it learns, what it must not learn from, and what it keeps."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cast_sglang.acceptance import Acceptance, _isotonic, verify_outcomes
+from cast_sglang.tree import DraftTree
+
+PROBS = torch.linspace(0.0, 1.0, 1001)
+DEPTHS = (1, 2, 3, 4, 5, 8, 9, 40)
+
+
+def flat(*columns):
+    return [np.asarray(column) for column in columns]
+
+
+def observe(acceptance: Acceptance, rng, truth, depth: int, updates: int, nodes: int = 64) -> None:
+    """Feed nodes whose parents were accepted and which are accepted with truth(p)."""
+    for _ in range(updates):
+        p = rng.random(nodes)
+        accepted = rng.random(nodes) < truth(p)
+        acceptance.update(p, np.full(nodes, depth), np.ones(nodes, dtype=bool), accepted)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_without_data_the_draft_is_believed(depth):
+    assert torch.equal(Acceptance().calibrated(PROBS, depth), PROBS)
+
+
+def test_a_known_distortion_is_recovered_at_each_depth():
+    acceptance, rng = Acceptance(), np.random.default_rng(0)
+    truths = {1: lambda p: p**1.3, 2: lambda p: 0.8 * p, 3: lambda p: 0.5 * p + 0.2 * p**2}
+    for depth, truth in truths.items():
+        observe(acceptance, rng, truth, depth, updates=200)
+    for depth, truth in truths.items():
+        error = acceptance.calibrated(PROBS, depth).numpy() - truth(PROBS.numpy())
+        assert np.abs(error).max() < 0.09
+        assert np.abs(error).mean() < 0.02
+    # Depths 3 and 4 share a curve; depth 9 has seen nothing.
+    assert torch.equal(acceptance.calibrated(PROBS, 3), acceptance.calibrated(PROBS, 4))
+    assert torch.equal(acceptance.calibrated(PROBS, 9), PROBS)
+
+
+def test_one_node_moves_the_curve_by_its_share_of_the_prior():
+    acceptance = Acceptance(prior_weight=9.0)
+    acceptance.update(*flat([0.5], [1], [True], [True]))
+    # 0.5 is a knot: nine imagined nodes accepted at 0.5 and a real one at 1.
+    assert float(acceptance.calibrated(torch.tensor([0.5]), 1)) == pytest.approx(5.5 / 10)
+
+
+def test_nodes_below_a_rejected_one_say_nothing():
+    """Depth-2 nodes are accepted at 0.9 where their parent was, and never where it was not."""
+    acceptance, rng = Acceptance(), np.random.default_rng(1)
+    wrong = Acceptance()
+    for _ in range(300):
+        parent = rng.random(32) < 0.5
+        accepted = parent & (rng.random(32) < 0.9)
+        nodes = flat(np.full(32, 0.9), np.full(32, 2))
+        acceptance.update(*nodes, parent, accepted)
+        wrong.update(*nodes, np.ones(32, dtype=bool), accepted)
+    p = torch.tensor([0.9])
+    assert float(acceptance.calibrated(p, 2)) == pytest.approx(0.9, abs=0.03)
+    assert float(wrong.calibrated(p, 2)) == pytest.approx(0.45, abs=0.06)
+    assert sum(row.num_nodes for row in wrong.reliability()) == pytest.approx(
+        2 * sum(row.num_nodes for row in acceptance.reliability()), rel=0.1
+    )
+
+
+def test_censored_nodes_leave_no_trace():
+    acceptance = Acceptance()
+    acceptance.update(*flat([0.7, 0.6], [2, 3], [False, False], [False, False]))
+    assert acceptance.reliability() == []
+    assert torch.equal(acceptance.calibrated(PROBS, 2), PROBS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), updates=st.integers(1, 20), weight=st.sampled_from([0.1, 8.0]))
+def test_curves_never_fall_and_stay_probabilities(seed, updates, weight):
+    rng = np.random.default_rng(seed)
+    acceptance = Acceptance(prior_weight=weight)
+    observe(acceptance, rng, lambda p: rng.random(p.shape), 1, updates, nodes=8)
+    values = acceptance.calibrated(PROBS, 1)
+    assert float(values.min()) >= 0.0 and float(values.max()) <= 1.0
+    assert float(values.diff().min()) >= -1e-6
+
+
+def pool_adjacent_violators(values, weights):
+    blocks: list[list[float]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        blocks.append([value, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, weight, length = blocks.pop()
+            last = blocks[-1]
+            total = last[1] + weight
+            last[:] = [(last[0] * last[1] + mean * weight) / total, total, last[2] + length]
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 3), n=st.integers(2, 20))
+def test_isotonic_is_pool_adjacent_violators(seed, rows, n):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.random((rows, n)), rng.random((rows, n)) + 0.01
+    expected = [pool_adjacent_violators(*row) for row in zip(values, weights, strict=True)]
+    np.testing.assert_allclose(_isotonic(values, weights), expected, atol=1e-9)
+
+
+def test_path_scores_stay_below_the_parents():
+    acceptance, rng = Acceptance(), np.random.default_rng(2)
+    observe(acceptance, rng, lambda p: np.minimum(1.0, 2 * p), 2, updates=50)
+    parents = torch.rand(4, 3, 1)
+    scores = parents * acceptance.calibrated(torch.rand(4, 3, 8), 2)
+    assert (scores <= parents).all()
+
+
+def test_old_evidence_is_forgotten():
+    acceptance, rng = Acceptance(half_life=20), np.random.default_rng(3)
+    observe(acceptance, rng, lambda p: 0.2 * p, 1, updates=100)
+    observe(acceptance, rng, lambda p: p, 1, updates=100)
+    assert float((acceptance.calibrated(PROBS, 1) - PROBS).abs().mean()) < 0.05
+    # A depth that is no longer reached goes back to the draft's word, so that it is tried again.
+    observe(acceptance, rng, lambda p: 0.0 * p, 2, updates=100)
+    observe(acceptance, rng, lambda p: p, 1, updates=400)
+    assert float((acceptance.calibrated(PROBS, 2) - PROBS).abs().max()) < 0.01
+
+
+def test_nonsense_probabilities_are_left_out():
+    acceptance = Acceptance()
+    acceptance.update(*flat([np.nan, np.inf, 1.0000001], [1] * 3, [True] * 3, [True] * 3))
+    assert sum(row.num_nodes for row in acceptance.reliability()) == pytest.approx(1.0)
+    assert torch.isfinite(acceptance.calibrated(PROBS, 1)).all()
+
+
+def test_reliability_counts_what_was_predicted_and_what_happened():
+    acceptance, rng = Acceptance(half_life=1e9), np.random.default_rng(4)
+    observe(acceptance, rng, lambda p: 0.5 * p, 1, updates=50, nodes=40)
+    observe(acceptance, rng, lambda p: p, 6, updates=10, nodes=40)
+    rows = acceptance.reliability()
+    assert {row.first_depth for row in rows} == {1, 5}
+    first = [row for row in rows if row.first_depth == 1]
+    assert sum(row.num_nodes for row in first) == pytest.approx(2000)
+    drafted, calibrated, accepted = (sum(column) for column in list(zip(*first, strict=True))[2:])
+    assert accepted == pytest.approx(0.5 * drafted, rel=0.1)
+    assert calibrated == pytest.approx(accepted, rel=0.1)
+
+
+def test_state_survives_json():
+    acceptance, rng = Acceptance(), np.random.default_rng(5)
+    observe(acceptance, rng, lambda p: 0.7 * p, 3, updates=30)
+    other = Acceptance()
+    other.load_state(json.loads(json.dumps(acceptance.state())))
+    for depth in DEPTHS:
+        assert torch.equal(other.calibrated(PROBS, depth), acceptance.calibrated(PROBS, depth))
+    assert other.reliability() == acceptance.reliability()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(format=2),
+        lambda state: state.pop("drafted"),
+        lambda state: state.update(nodes=[[1.0]]),
+        lambda state: state.update(nodes="many"),
+        lambda state: state["accepted"][0].__setitem__(0, 1.0),  # accepted beyond nodes
+        lambda state: state["nodes"][1].__setitem__(2, float("nan")),
+        lambda state: state["drafted"][1].__setitem__(2, -1.0),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change):
+    acceptance = Acceptance()
+    observe(acceptance, np.random.default_rng(6), lambda p: 0.7 * p, 1, updates=5)
+    before = acceptance.state()
+    state = json.loads(json.dumps(Acceptance().state()))
+    change(state)
+    with pytest.raises(ValueError, match="acceptance state"):
+        acceptance.load_state(state)
+    assert acceptance.state() == before
+    with pytest.raises(ValueError, match="acceptance state"):
+        acceptance.load_state([])  # type: ignore[arg-type]
+
+
+def test_equal_histories_give_equal_maps():
+    maps = [Acceptance(), Acceptance()]
+    for acceptance in maps:
+        observe(acceptance, np.random.default_rng(7), lambda p: 0.6 * p, 2, updates=20)
+    assert maps[0].state() == maps[1].state()
+
+
+def test_a_large_update_takes_no_loop_over_nodes():
+    acceptance, rng = Acceptance(), np.random.default_rng(8)
+    nodes = 200_000
+    p, accepted = rng.random(nodes), rng.random(nodes) < 0.5
+    began = time.perf_counter()
+    acceptance.update(p, np.ones(nodes, dtype=int), np.ones(nodes, dtype=bool), accepted)
+    assert time.perf_counter() - began < 1.0  # some 20 ms; a Python loop takes several seconds
+
+
+def random_selection(seed: int, batch: int, topk: int, layers: int, size: int):
+    """A grown tree with a random part of it selected; also each candidate's parent and depth."""
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    tokens = torch.zeros(batch, topk, dtype=torch.int64)
+    tree = DraftTree(tokens, rand(batch, topk).sort(dim=1, descending=True).values, layers)
+    parents = torch.full((batch, topk), -1)
+    depths = [1] * topk
+    widths = []
+    while tree.num_layers < layers:
+        frontier = tree.frontier()
+        width = int(rand(1) * topk) + 1
+        widths.append(width)
+        probs = rand(batch * width, topk).sort(dim=1, descending=True).values
+        tree.grow(frontier, width, tokens.repeat_interleave(width, 0), probs)
+        kept = frontier.node_index[:, :width].repeat_interleave(topk, dim=1)
+        parents = torch.cat((parents, kept), dim=1)
+        depths += [tree.num_layers] * (width * topk)
+    size = min(size, tree.num_candidates + 1)
+    return tree.select(tree.ranked(size - 1), size), widths, parents, depths
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 4),
+    topk=st.integers(1, 4),
+    layers=st.integers(1, 5),
+    size=st.integers(2, 24),
+)
+def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
+    selection, widths, parents, depths = random_selection(seed, batch, topk, layers, size)
+    index = selection.top_scores_index
+    size = index.shape[1] + 1
+    rng = np.random.default_rng(seed)
+    accept_index = np.full((batch, layers + 1), -1)
+    expected = {"depths": [], "parent_accepted": [], "accepted": []}
+    for b in range(batch):
+        nodes = index[b].tolist()
+        path, at = [], -1
+        while True:
+            children = [g for g in nodes if int(parents[b, g]) == at]
+            if not children or rng.random() < 0.3:
+                break
+            at = int(rng.choice(children))
+            path.append(at)
+        accept_index[b, 0] = b * size
+        accept_index[b, 1 : 1 + len(path)] = [b * size + 1 + nodes.index(g) for g in path]
+        expected["depths"].append([depths[g] for g in nodes])
+        expected["parent_accepted"].append([int(parents[b, g]) in (-1, *path) for g in nodes])
+        expected["accepted"].append([g in path for g in nodes])
+    outcomes = verify_outcomes(
+        selection.parent_list.numpy(), index.numpy(), accept_index, widths, topk
+    )
+    for name, values in expected.items():
+        assert getattr(outcomes, name).tolist() == values

@@ -1,0 +1,76 @@
+"""Feedback from verify into the scores: the right nodes count, with the right probabilities."""
+
+import numpy as np
+import torch
+
+from cast_sglang.serving.calibration import Calibration
+from cast_sglang.tree import DraftTree
+
+TOPK = 2
+# Two requests. The root's children 0 and 1; node 0 of each request is expanded into 2 and 3.
+ROOT_PROBS = torch.tensor([[0.8, 0.1], [0.6, 0.3]])
+CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
+
+
+def grown_tree(calibration):
+    tokens = torch.zeros((2, TOPK), dtype=torch.int64)
+    tree = DraftTree(tokens, calibration.apply(ROOT_PROBS, depth=1), max_layers=2)
+    frontier = tree.frontier()
+    tree.grow(frontier, 1, tokens, calibration.apply(CHILD_PROBS, depth=2))
+    return tree
+
+
+def step(calibration, accept_index, num_draft_tokens=4):
+    tree = grown_tree(calibration)
+    selection = tree.select(tree.ranked(num_draft_tokens - 1), num_draft_tokens)
+    calibration.selected(selection, (1,), TOPK)
+    calibration.verified(torch.tensor(accept_index))
+
+
+def observed(calibration):
+    """Return observed nodes and accepted ones by the first depth of their bucket."""
+    sums = {}
+    for row in calibration.acceptance.reliability():
+        nodes, accepted, drafted = sums.get(row.first_depth, (0.0, 0.0, 0.0))
+        sums[row.first_depth] = (
+            nodes + row.num_nodes,
+            accepted + row.accepted,
+            drafted + row.drafted,
+        )
+    return sums
+
+
+def test_before_any_outcome_scores_are_the_drafts_own():
+    calibration = Calibration()
+    tree = grown_tree(calibration)
+    expected = torch.tensor([0.8, 0.1, 0.8 * 0.9, 0.8 * 0.05])
+    ranked = tree.ranked(4)
+    torch.testing.assert_close(ranked.scores[0], expected.sort(descending=True).values)
+
+
+def test_children_of_rejected_nodes_do_not_count():
+    calibration = Calibration()
+    # Verified rows of a request: root, 0, 1, 2. Request 0 takes 0 and then 2; request 1 takes 1.
+    step(calibration, [[0, 1, 3], [4, 6, -1]])
+    assert observed(calibration) == {}  # learned when the next tree has been drafted
+    step(calibration, [[0, -1, -1], [4, -1, -1]])
+    first, second = observed(calibration)[1], observed(calibration)[2]
+    np.testing.assert_allclose(first, (4, 2, ROOT_PROBS.sum()), rtol=1e-5)
+    # Of request 1's node 2 the parent was rejected.
+    np.testing.assert_allclose(second, (1, 1, 0.9), rtol=1e-5)
+
+
+def test_probabilities_that_are_too_sure_are_lowered():
+    calibration = Calibration()
+    for _ in range(200):
+        step(calibration, [[0, -1, -1], [4, -1, -1]])
+    calibrated = calibration.apply(ROOT_PROBS, depth=1)
+    assert (calibrated < 0.3 * ROOT_PROBS).all()
+    assert calibrated[0, 0] >= calibrated[0, 1]
+
+
+def test_an_outcome_without_a_tree_is_ignored():
+    calibration = Calibration()
+    calibration.verified(torch.zeros((2, 1), dtype=torch.int64))
+    step(calibration, [[0, 1, 3], [4, 6, -1]])
+    assert observed(calibration) == {}
