@@ -10,8 +10,10 @@ own score: what hangs below a node that is hardly ever reached does not matter.
 
 One layer ahead is far enough. V is convex with V(0) = 0, so V(v p) <= p V(v), and probabilities of
 siblings sum to at most 1: the children of a layer together never promise more than the layer did. A
-layer that does not pay is not redeemed by those below it, nor is a node. (In the words of Chow and
-Robbins, "A martingale system theorem" (1961), the stopping problem is monotone.)
+layer that does not pay is not redeemed by those below it, nor is a node: the stopping problem is
+monotone.
+
+Source: Chow, Robbins, "A martingale system theorem and applications" (1961), the monotone case.
 """
 
 from __future__ import annotations

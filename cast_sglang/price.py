@@ -6,9 +6,9 @@ that maximises
 
     A - price * T        at price = the highest rate
 
-(Dinkelbach), so all thresholds of CAST are one number, and that number is what serving measures
-anyway. Where the rate is below the best, the tree that it prices has a better one, from either
-side; so following the measured rate leads to the fixed point.
+(Dinkelbach). So all thresholds of CAST are one number, which serving measures anyway. At a price
+below the best rate, the tree that is best at this price has a rate above the price; at a price
+above it, one below. So to take the rate just reached as the next price leads to the best one.
 
 Source: Dinkelbach, "On nonlinear fractional programming" (Management Science 13, 1967).
 """
@@ -287,8 +287,8 @@ class AutoPolicy(TreePolicy):
         plain decoding: at most 32 target passes at batch size 1, less for more requests. When it is
         used up, plain decoding takes over and pays in a hundredth of its time; from that, tries of
         a step or some are paid, until one of them goes on earning. So by the costs no more than
-        that is ever lost at a batch size, however the luck falls. A try comes every 25 to 100
-        target passes, so within about a second where a pass takes 10 ms.
+        that is ever lost at a batch size, however the luck falls. A try comes when it has been
+        saved for, mostly after 25 to 100 target passes: about a second where a pass takes 10 ms.
         """
         bucket = self._bucket(batch_size)
         assert costs is not None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from cast_sglang.metering import Limits
+from cast_sglang.policy import TreePolicy
 from cast_sglang.stats import StepStats
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class EngineMeter:
         return verify_input
 
 
-class _SmallTree:
+class _SmallTree(TreePolicy):
     """A policy of one grown layer and two verified rows."""
 
     def __init__(self) -> None:
