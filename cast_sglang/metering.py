@@ -96,8 +96,6 @@ class Sampling:
 
 # A visit times fewer passes when they are long: they average what short ones need repeats for.
 LONG_VISIT_SECONDS = 0.15
-# A single pass scatters as much as drift does within a second.
-REFERENCE_PASSES = 2
 # Short visits share their references: drift is slower than this.
 REFERENCE_SECONDS = 0.5
 
@@ -359,10 +357,14 @@ class Sampler:
         self._before_us = after_us
 
     def _time_references(self) -> list[float]:
-        return [
-            round(sum(self._timed_us(reference) for _ in range(REFERENCE_PASSES)), 3)
-            for reference in self._references
-        ]
+        return [self._timed_twice_us(reference) for reference in self._references]
+
+    def _timed_twice_us(self, reference: Point) -> float:
+        times_us = [self._timed_us(reference), self._timed_us(reference)]
+        if max(times_us) > (1 + self.sampling.max_drift) * min(times_us):
+            # One of them was disturbed; all visits until the next references would bear it.
+            times_us.append(self._timed_us(reference))
+        return float(np.median(times_us))
 
     def _run(self, point: Point) -> float:
         seconds = self._passes[point.operation](point)

@@ -24,9 +24,10 @@ PRIOR = {
     "height of steps": (np.log(0.05), 1.0),
     "length of steps": (np.log(0.7), 0.7),
 }
-# How far the power law that the process deviates from may lie from one.
-TREND_SCALE = 5.0
-JITTER = 1e-6
+# How steep the power law may be that the process deviates from.
+TREND_SCALE = 1.0
+# Relative errors below this are not believed; they would make the covariance singular.
+LEAST_NOISE = 2e-3
 
 
 def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -41,11 +42,13 @@ def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.nda
         [P] times in microseconds.
     """
     x, y = np.log(shapes), np.log(time_us)
+    x -= x.mean(axis=0)
     mean = y.mean()
+    variance = np.maximum(noise, LEAST_NOISE) ** 2
     prior, width = np.array(list(PRIOR.values())).T
 
     def covariance(parameters: np.ndarray) -> np.ndarray:
-        return _kernel(x, x, parameters) + np.diag(noise**2 + JITTER)
+        return _kernel(x, x, parameters) + np.diag(variance)
 
     def misfit(parameters: np.ndarray) -> float:
         """Return the negative logarithm of the posterior of the parameters."""
@@ -54,7 +57,8 @@ def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.nda
         penalty = 0.5 * (((parameters - prior) / width) ** 2).sum()
         return float(explained + np.log(np.diag(factor[0])).sum() + penalty)
 
-    parameters = minimize(misfit, prior, method="L-BFGS-B").x
+    bounds = list(zip(prior - 3 * width, prior + 3 * width, strict=True))
+    parameters = minimize(misfit, prior, method="L-BFGS-B", bounds=bounds).x
     weights = cho_solve(cho_factor(covariance(parameters), lower=True), y - mean)
     estimate: np.ndarray = np.exp(mean + _kernel(x, x, parameters) @ weights)
     return estimate
