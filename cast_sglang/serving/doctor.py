@@ -17,9 +17,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.config import CastConfig, flag_specs
-from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.cost import CostModel
 from cast_sglang.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
+from cast_sglang.grid import longest_context
 from cast_sglang.profiles import FoundProfile, find_profile
 
 if TYPE_CHECKING:
@@ -282,10 +283,7 @@ def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: st
     from sglang.srt.configs.model_config import ModelConfig
 
     tokens = args.speculative_num_draft_tokens
-    # The verified rows need their room in the context window, and its last bucket is not whole.
-    context = max(ModelConfig.from_server_args(args).context_len - tokens, 1)
-    if context > CONTEXT_BUCKET_TOKENS:
-        context -= context % CONTEXT_BUCKET_TOKENS
+    context = longest_context(ModelConfig.from_server_args(args).context_len, tokens)
     limits = {
         "max_batch_size": args.max_running_requests,
         "max_context": context,
