@@ -14,9 +14,9 @@ MAX_LINES = 400
 
 # A module may import those to its left. The edges, serving and cpu, come last.
 ORDER = (
-    "errors __init__ config profile_schema profiles tree journal cost residuals acceptance ops "
-    "policy lookahead price stats metering grid roofline smoothing tabulating profiler replay "
-    "plots report diagnosis cli cpu serving"
+    "errors __init__ config wish profile_schema profiles tree journal cost residuals acceptance "
+    "ops policy lookahead price optimal stats metering grid roofline smoothing tabulating profiler "
+    "replay plots report diagnosis cli cpu serving"
 ).split()
 EDGES = ("serving", "cpu")
 
@@ -95,7 +95,7 @@ def test_files_stay_readable(path):
         ("cast_sglang", ["sglang", "triton", "torch", "numpy", "msgspec"]),
         ("cast_sglang.cli", ["sglang", "triton", "torch"]),
         ("cast_sglang.config", ["sglang", "triton", "torch"]),
-        ("cast_sglang.profiles", ["sglang", "triton", "torch"]),
+        ("cast_sglang.profiles, cast_sglang.wish", ["sglang", "triton", "torch"]),
         ("cast_sglang.stats", ["sglang", "triton", "torch", "prometheus_client"]),
         ("cast_sglang.profiler, cast_sglang.policy, cast_sglang.tree", ["sglang", "triton"]),
     ],

@@ -18,17 +18,19 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from cast_sglang.config import CastConfig, flag_specs
 from cast_sglang.errors import CastError
 
+_SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm
+    from cast_sglang.serving import algorithm, wishes
 
     algorithm.register()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
+    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", wishes.check_wish, HookType.AFTER)
     for method, hook, kind in (
         ("__init__", _provide_profile, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),

@@ -1,0 +1,52 @@
+"""The wishes of requests: checked where a request arrives, read where it is served.
+
+SGLang carries custom parameters from the client to the scheduler whether or not a custom logit
+processor uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.runtime_context import get_spec
+
+from cast_sglang.errors import ConfigError
+from cast_sglang.wish import THROUGHPUT, parse_wish
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+__all__ = ["check_wish", "wishes_of"]
+
+
+def check_wish(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
+    """Refuse a request whose wish is none; runs after SGLang's check of its sampling parameters.
+
+    That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
+    400. A server of another algorithm takes custom parameters as ever.
+
+    Raises:
+        ConfigError: names the parameter, its value and what is allowed.
+    """
+    if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
+        parse_wish(params.custom_params)
+
+
+def wishes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
+    """Return the wish of each request of a batch.
+
+    A wish that never passed `check_wish`, because another front end than SGLang's Python server
+    took the request in, counts as throughput: the scheduler must outlive it.
+    """
+    return tuple([_wish_of(req.sampling_params.custom_params) for req in reqs])
+
+
+def _wish_of(custom_params: Any) -> str:
+    if custom_params is None:  # as in most requests
+        return THROUGHPUT
+    try:
+        return parse_wish(custom_params)
+    except ConfigError:
+        return THROUGHPUT

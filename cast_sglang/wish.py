@@ -1,0 +1,78 @@
+"""What a request asks of speculation: no drafts, more of them, or what pays for the batch.
+
+A client sets it as the custom parameter `cast` of its request:
+
+    off         the request is decoded plainly; no drafts are verified for it
+    latency     its tokens count as much as those of `LATENCY_WEIGHT` requests when the budget of
+                the batch is shared out
+    throughput  it gets the drafts that pay for the batch; the default
+"""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cast_sglang.errors import ConfigError
+
+__all__ = [
+    "LATENCY",
+    "LATENCY_WEIGHT",
+    "OFF",
+    "THROUGHPUT",
+    "WISHES",
+    "WISH_PARAMETER",
+    "parse_wish",
+    "request_weights",
+]
+
+WISH_PARAMETER = "cast"
+OFF = "off"
+LATENCY = "latency"
+THROUGHPUT = "throughput"
+WISHES = (OFF, LATENCY, THROUGHPUT)
+
+LATENCY_WEIGHT = 4.0
+
+_WEIGHTS = {OFF: 0.0, LATENCY: LATENCY_WEIGHT, THROUGHPUT: 1.0}
+
+
+def parse_wish(custom_params: Any) -> str:
+    """Return the wish in a request's custom parameters.
+
+    Args:
+        custom_params: what the client sent, of any type. Parameters other than `cast` are left to
+            whom they concern; None, no `cast` and a `cast` of None mean throughput.
+
+    Raises:
+        ConfigError: names the parameter, its value and what is allowed.
+    """
+    if custom_params is None:
+        return THROUGHPUT
+    if not isinstance(custom_params, Mapping):
+        raise ConfigError(
+            f"custom_params={_shown(custom_params)}: must be an object such as "
+            f'{{"{WISH_PARAMETER}": "{OFF}"}}'
+        )
+    wish = custom_params.get(WISH_PARAMETER)
+    if wish is None:
+        return THROUGHPUT
+    if not isinstance(wish, str) or wish not in WISHES:
+        raise ConfigError(
+            f"custom_params.{WISH_PARAMETER}={_shown(wish)}: must be {' | '.join(WISHES)}"
+        )
+    return wish
+
+
+def request_weights(wishes: Sequence[str]) -> list[float]:
+    """Return how much a token of each request counts, that of a throughput request being 1.
+
+    Args:
+        wishes: [B] members of `WISHES`, as `parse_wish` returns them.
+    """
+    return [_WEIGHTS[wish] for wish in wishes]
+
+
+def _shown(value: Any) -> str:
+    # A client may send anything; reprlib stops at a depth where repr would run out of stack.
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,108 @@
+"""Wishes of requests: what is understood, what is refused and how, what they weigh."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cast_sglang.errors import ConfigError
+from cast_sglang.serving import wishes
+from cast_sglang.wish import (
+    LATENCY,
+    LATENCY_WEIGHT,
+    OFF,
+    THROUGHPUT,
+    WISHES,
+    parse_wish,
+    request_weights,
+)
+
+NO_WISHES = [None, {}, {"cast": None}, {"thinking_budget": 7}]
+BAD_WISHES = ["", "fast", "OFF", " off", 0, 1, False, True, 1.5, [], ["off"], {}, {"off": 1}]
+BAD_CUSTOM_PARAMS = ["off", "cast", 0, False, [], ["cast"], [["cast", "off"]]]
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_wish_is_read(wish):
+    assert parse_wish({"cast": wish}) == wish
+    assert parse_wish({"thinking_budget": 7, "cast": wish}) == wish
+
+
+@pytest.mark.parametrize("custom_params", NO_WISHES, ids=repr)
+def test_no_wish_means_throughput(custom_params):
+    assert parse_wish(custom_params) == THROUGHPUT
+
+
+@pytest.mark.parametrize("value", BAD_WISHES, ids=repr)
+def test_a_bad_wish_is_refused_by_name(value):
+    with pytest.raises(ConfigError) as caught:
+        parse_wish({"cast": value})
+    assert str(caught.value) == f"custom_params.cast={value!r}: must be off | latency | throughput"
+
+
+@pytest.mark.parametrize("custom_params", BAD_CUSTOM_PARAMS, ids=repr)
+def test_custom_parameters_of_another_type_are_refused(custom_params):
+    with pytest.raises(ConfigError, match=r"^custom_params=.*: must be an object"):
+        parse_wish(custom_params)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON | st.dictionaries(st.just("cast"), JSON))
+def test_anything_is_a_wish_or_one_short_line(custom_params):
+    try:
+        assert parse_wish(custom_params) in WISHES
+    except ConfigError as error:
+        assert len(str(error)) < 160 and len(str(error).splitlines()) == 1
+
+
+def test_a_wish_of_any_depth_is_refused():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(ConfigError):
+        parse_wish({"cast": nested})
+    while nested:  # freed level by level
+        nested = nested.pop()
+
+
+def test_weights():
+    assert request_weights([OFF, THROUGHPUT, LATENCY]) == [0.0, 1.0, LATENCY_WEIGHT]
+    assert request_weights([]) == []
+    assert LATENCY_WEIGHT == 4.0
+
+
+def requests(*custom_params):
+    return [
+        SimpleNamespace(sampling_params=SimpleNamespace(custom_params=params))
+        for params in custom_params
+    ]
+
+
+def test_wishes_of_a_batch():
+    batch = requests(None, {"cast": "off"}, {"other": 1}, {"cast": "latency"})
+    assert wishes.wishes_of(batch) == (THROUGHPUT, OFF, THROUGHPUT, LATENCY)
+    assert wishes.wishes_of([]) == ()
+
+
+def test_a_wish_that_was_never_checked_does_not_end_the_scheduler():
+    batch = requests(*({"cast": value} for value in BAD_WISHES), *BAD_CUSTOM_PARAMS)
+    assert set(wishes.wishes_of(batch)) == {THROUGHPUT}
+
+
+@pytest.mark.parametrize("algorithm", ["CAST", "EAGLE3", None])
+def test_only_a_cast_server_checks_wishes(monkeypatch, algorithm):
+    spec = SimpleNamespace(speculative_algorithm=algorithm)
+    monkeypatch.setattr(wishes, "get_spec", lambda: spec)
+    good, bad = (SimpleNamespace(custom_params={"cast": value}) for value in ("off", "fast"))
+    wishes.check_wish(None, good, 32_000)
+    if algorithm == "CAST":
+        with pytest.raises(ConfigError, match="custom_params.cast"):
+            wishes.check_wish(None, bad, 32_000)
+    else:
+        wishes.check_wish(None, bad, 32_000)
