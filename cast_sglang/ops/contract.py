@@ -1,0 +1,192 @@
+"""What the ops take, return and refuse: one contract for `reference` and `fused`.
+
+All checks run on the host and read shapes, types and devices only, so they never wait for a device.
+What stands in the tensors is the caller's word.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cast_sglang.tree import Frontier
+
+__all__ = [
+    "MAX_CANDIDATES",
+    "MAX_DRAFT_TOKENS",
+    "CalibrationLines",
+    "GrownLayer",
+    "check_build_tree",
+    "check_choose_size",
+    "check_grow_layer",
+    "check_mean_utility",
+    "check_rank_nodes",
+    "check_select_count",
+    "check_select_nodes",
+]
+
+# One program ranks all candidates of a request, and links all its nodes.
+MAX_CANDIDATES = 16384
+MAX_DRAFT_TOKENS = 1024
+
+
+class CalibrationLines(NamedTuple):
+    """A piecewise linear map of probabilities, as `Acceptance` keeps it for one depth."""
+
+    knots: torch.Tensor  # [P - 1] float32, ascending; where piece i ends and piece i + 1 begins
+    starts: torch.Tensor  # [P] float32, value of each piece's line at probability 0
+    slopes: torch.Tensor  # [P] float32, >= 0
+
+
+class GrownLayer(NamedTuple):
+    """A new layer of the tree and the best of it."""
+
+    probs: torch.Tensor  # [B * W, K] float32, probabilities the layer grew by
+    scores: torch.Tensor  # [B, W * K] float32, path scores of its candidates
+    frontier: Frontier  # [B, K] each
+
+
+def check_grow_layer(
+    parent_scores: torch.Tensor,
+    probs: torch.Tensor,
+    tokens: torch.Tensor,
+    layer_start: int,
+    lines: CalibrationLines | None,
+) -> None:
+    """Raise ValueError unless these are arguments of `grow_layer`."""
+    _check("parent_scores", parent_scores, torch.float32, 2)
+    _check("probs", probs, torch.float32, 2)
+    _check("tokens", tokens, torch.int64, 2)
+    batch_size, width = parent_scores.shape
+    topk = probs.shape[1]
+    if probs.shape[0] != batch_size * width or tokens.shape != probs.shape:
+        raise ValueError(
+            f"probs and tokens must both be [{batch_size * width}, K], got {tuple(probs.shape)} "
+            f"and {tuple(tokens.shape)}"
+        )
+    _check_range("width", width, 1, topk)
+    _check_range("layer_start", layer_start, 0, 2**31 - 1 - width * topk)
+    _check_range("width * topk", width * topk, 1, MAX_CANDIDATES)
+    if lines is None:
+        return
+    for name, part in zip(lines._fields, lines, strict=True):
+        if part.dim() != 1 or part.dtype != torch.float32:
+            raise ValueError(f"{name} must be 1-d torch.float32, got {_describe(part)}")
+    pieces = len(lines.starts)
+    if pieces < 1 or len(lines.knots) != pieces - 1 or len(lines.slopes) != pieces:
+        raise ValueError(
+            f"P starts need P slopes and P - 1 knots, got {pieces}, {len(lines.slopes)} and "
+            f"{len(lines.knots)}"
+        )
+
+
+def check_mean_utility(scores: torch.Tensor) -> None:
+    """Raise ValueError unless this is an argument of `mean_utility`."""
+    _check("scores", scores, torch.float32, 2)
+    _check_range("n", scores.shape[1], 1, MAX_CANDIDATES)
+
+
+def check_select_count(utility: torch.Tensor, cost: torch.Tensor) -> None:
+    """Raise ValueError unless these are arguments of `select_count`."""
+    _check("cost", cost, torch.float32, 1)
+    if utility.dtype != torch.float32 or utility.dim() < 1 or utility.numel() == 0:
+        raise ValueError(f"utility must be [..., K] torch.float32, got {_describe(utility)}")
+    if utility.shape[-1] != cost.shape[0]:
+        raise ValueError(f"cost must be [{utility.shape[-1]}], got {_describe(cost)}")
+    _check_range("K", cost.shape[0], 1, MAX_CANDIDATES)
+
+
+def check_rank_nodes(scores: torch.Tensor, num_nodes: int) -> None:
+    """Raise ValueError unless these are arguments of `rank_nodes`."""
+    _check("scores", scores, torch.float32, 2)
+    _check_range("M", scores.shape[1], 1, MAX_CANDIDATES)
+    _check_range("num_nodes", num_nodes, 1, scores.shape[1])
+
+
+def check_choose_size(
+    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
+) -> None:
+    """Raise ValueError unless these are arguments of `choose_size`."""
+    check_mean_utility(scores)
+    _check("verify_cost", verify_cost, torch.float32, 1)
+    _check("sizes", sizes, torch.int64, 1)
+    if price.dtype != torch.float32 or price.dim() != 0:
+        raise ValueError(f"price must be 0-d torch.float32, got {_describe(price)}")
+
+
+def check_select_nodes(
+    node_index: torch.Tensor,
+    tokens: torch.Tensor,
+    num_draft_tokens: int,
+    num_rows: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless these are arguments of `select_nodes`."""
+    _check("node_index", node_index, torch.int64, 2)
+    _check("tokens", tokens, torch.int64, 2)
+    if tokens.shape[0] != node_index.shape[0]:
+        raise ValueError(
+            f"tokens must have {node_index.shape[0]} rows, got shape {tuple(tokens.shape)}"
+        )
+    most = min(node_index.shape[1] + 1, MAX_CANDIDATES)
+    _check_range("num_draft_tokens", num_draft_tokens, 2, most)
+    if num_rows is not None:
+        if num_rows.dtype != torch.int64 or num_rows.shape != (len(node_index),):
+            raise ValueError(
+                f"num_rows must be [{len(node_index)}] torch.int64, got {_describe(num_rows)}"
+            )
+
+
+def check_build_tree(
+    parent_list: torch.Tensor,
+    top_scores_index: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_mask: torch.Tensor,
+    positions: torch.Tensor,
+    retrieve_links: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    topk: int,
+    num_steps: int,
+) -> None:
+    """Raise ValueError unless these are arguments of `build_tree`."""
+    _check("top_scores_index", top_scores_index, torch.int64, 2)
+    batch_size, width = top_scores_index.shape[0], top_scores_index.shape[1] + 1
+    _check_range("num_draft_tokens", width, 2, MAX_DRAFT_TOKENS)
+    if parent_list.dtype != torch.int64 or parent_list.dim() != 2 or len(parent_list) != batch_size:
+        raise ValueError(
+            f"parent_list must be [{batch_size}, P] torch.int64, got {_describe(parent_list)}"
+        )
+    if seq_lens.dtype not in (torch.int64, torch.int32) or seq_lens.shape != (batch_size,):
+        raise ValueError(f"seq_lens must be [{batch_size}] int, got {_describe(seq_lens)}")
+    cells = batch_size * width * width
+    if tree_mask.dtype != torch.bool or tree_mask.dim() != 1 or len(tree_mask) < cells:
+        raise ValueError(
+            f"tree_mask must be 1-d torch.bool of {cells} cells or more, got {_describe(tree_mask)}"
+        )
+    if positions.dtype != torch.int64 or positions.shape != (batch_size * width,):
+        raise ValueError(
+            f"positions must be [{batch_size * width}] torch.int64, got {_describe(positions)}"
+        )
+    for links in retrieve_links:
+        if links.dtype != torch.int64 or links.shape != (batch_size, width):
+            raise ValueError(
+                f"retrieve_* must be [{batch_size}, {width}] torch.int64, got {_describe(links)}"
+            )
+    for written in (tree_mask, positions, *retrieve_links):
+        if not written.is_contiguous():
+            raise ValueError("tensors that are written must be contiguous")
+    _check_range("topk", topk, 1, MAX_CANDIDATES)
+    _check_range("num_steps", num_steps, 1, MAX_CANDIDATES)
+
+
+def _check(name: str, x: torch.Tensor, dtype: torch.dtype, dims: int) -> None:
+    if x.dtype != dtype or x.dim() != dims or x.numel() == 0:
+        raise ValueError(f"{name} must be {dims}-d {dtype} and not empty, got {_describe(x)}")
+
+
+def _check_range(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be in {least}..{most}, got {value}")
+
+
+def _describe(x: torch.Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"

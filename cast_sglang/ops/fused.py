@@ -1,0 +1,253 @@
+"""The ops as one Triton kernel each: names, signatures and meaning are those of `reference`.
+
+One program serves one request, so that its whole row stays in registers; sums over the batch run in
+one program, in a fixed order. There are no atomics and no products fused into sums, so results that
+must agree between ranks do so bit for bit, and the scores of a layer are the reference's own bits.
+Sizes that change from step to step are plain arguments: kernels are compiled anew only when a size
+passes a power of two, or for another K or depth.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from cast_sglang.ops import contract, kernels
+from cast_sglang.ops.contract import CalibrationLines, GrownLayer
+from cast_sglang.tree import Frontier, RankedNodes
+
+__all__ = [
+    "build_tree",
+    "choose_size",
+    "grow_layer",
+    "mean_utility",
+    "rank_nodes",
+    "select_count",
+    "select_nodes",
+]
+
+# Cells of a tile, and requests at most in one that is summed over the batch.
+_TILE = 4096
+_TILE_ROWS = 64
+
+
+def grow_layer(
+    parent_scores: torch.Tensor,
+    probs: torch.Tensor,
+    tokens: torch.Tensor,
+    layer_start: int,
+    lines: CalibrationLines | None = None,
+) -> GrownLayer:
+    """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
+    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
+    (batch_size, width), topk = parent_scores.shape, probs.shape[1]
+    parent_scores, probs, tokens = _rows(parent_scores), probs.contiguous(), tokens.contiguous()
+    scores = probs.new_empty(batch_size, width * topk)
+    best_scores = probs.new_empty(batch_size, topk)
+    best_index, best_tokens, best_parents = (tokens.new_empty(batch_size, topk) for _ in range(3))
+    grown_probs = probs if lines is None else torch.empty_like(probs)
+    # Without lines no cell of them is read, but the kernel still takes pointers.
+    knots, starts, slopes = lines if lines is not None else (probs, probs, probs)
+    num_children = _padded(width * topk)
+    kernels.grow_layer_kernel[(batch_size,)](
+        parent_scores,
+        parent_scores.stride(0),
+        probs,
+        tokens,
+        knots.contiguous(),
+        starts.contiguous(),
+        slopes.contiguous(),
+        0 if lines is None else len(knots),
+        grown_probs,
+        scores,
+        best_scores,
+        best_index,
+        best_tokens,
+        best_parents,
+        layer_start,
+        width,
+        TOPK=topk,
+        IS_CALIBRATED=lines is not None,
+        KNOTS=1 if lines is None else triton.next_power_of_2(max(1, len(knots))),
+        CHILDREN=num_children,
+        BEST=_padded(topk),
+        num_warps=_num_warps(num_children, 128),
+        enable_fp_fusion=False,
+    )
+    frontier = Frontier(best_scores, best_index, best_tokens, best_parents)
+    return GrownLayer(grown_probs, scores, frontier)
+
+
+def mean_utility(scores: torch.Tensor) -> torch.Tensor:
+    """Sum the scores of the best nodes, averaged over the batch; see `reference`."""
+    contract.check_mean_utility(scores)
+    scores = _rows(scores)
+    batch_size, n = scores.shape
+    out = scores.new_empty(n)
+    columns = triton.next_power_of_2(n)
+    rows = _tile_rows(columns)
+    kernels.mean_utility_kernel[(1,)](
+        scores,
+        scores.stride(0),
+        batch_size,
+        n,
+        out,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=_num_warps(rows * columns, 512),
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> torch.Tensor:
+    """Choose how many of the best nodes are worth their cost; see `policy.select_count`."""
+    contract.check_select_count(utility, cost)
+    out = torch.empty(utility.shape[:-1], dtype=torch.int64, device=utility.device)
+    columns = triton.next_power_of_2(len(cost))
+    kernels.select_count_kernel[(out.numel(),)](
+        utility.contiguous(),
+        cost.contiguous(),
+        float(price),
+        out,
+        len(cost),
+        COLUMNS=columns,
+        num_warps=_num_warps(columns, 256),
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
+    """Keep each request's best candidates, best first; see `reference`."""
+    contract.check_rank_nodes(scores, num_nodes)
+    scores = _rows(scores)
+    batch_size, n = scores.shape
+    best = scores.new_empty(batch_size, num_nodes)
+    index = torch.empty(batch_size, num_nodes, dtype=torch.int64, device=scores.device)
+    candidates = _padded(n)
+    kernels.rank_nodes_kernel[(batch_size,)](
+        scores,
+        scores.stride(0),
+        n,
+        best,
+        index,
+        num_nodes,
+        CANDIDATES=candidates,
+        BEST=_padded(num_nodes),
+        num_warps=_num_warps(candidates, 256),
+    )
+    return RankedNodes(best, index)
+
+
+def choose_size(
+    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
+) -> torch.Tensor:
+    """Choose how many nodes to verify, all on the device; see `reference`."""
+    contract.check_choose_size(scores, verify_cost, sizes, price)
+    scores = _rows(scores)
+    out = torch.empty((), dtype=torch.int64, device=scores.device)
+    columns = triton.next_power_of_2(scores.shape[1])
+    rows = _tile_rows(columns)
+    kernels.choose_size_kernel[(1,)](
+        scores,
+        scores.stride(0),
+        *scores.shape,
+        verify_cost.contiguous(),
+        len(verify_cost),
+        sizes.contiguous(),
+        len(sizes),
+        price,
+        out,
+        ROWS=rows,
+        COLUMNS=columns,
+        SIZES=triton.next_power_of_2(len(sizes)),
+        num_warps=_num_warps(rows * columns, 512),
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def select_nodes(
+    node_index: torch.Tensor,
+    tokens: torch.Tensor,
+    num_draft_tokens: int,
+    num_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take each request's best nodes in the order in which they were drafted; see `reference`."""
+    contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
+    node_index, tokens = _rows(node_index), _rows(tokens)
+    num_nodes = num_draft_tokens - 1
+    index, draft_tokens = (tokens.new_empty(len(tokens), num_nodes) for _ in range(2))
+    nodes = triton.next_power_of_2(num_nodes)
+    kernels.select_nodes_kernel[(len(tokens),)](
+        node_index,
+        node_index.stride(0),
+        tokens,
+        tokens.stride(0),
+        tokens if num_rows is None else num_rows.contiguous(),
+        index,
+        draft_tokens,
+        num_nodes,
+        tokens.shape[1],
+        IS_RAGGED=num_rows is not None,
+        NODES=nodes,
+        num_warps=_num_warps(nodes, 128),
+    )
+    return index, draft_tokens
+
+
+def build_tree(
+    parent_list: torch.Tensor,
+    top_scores_index: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_mask: torch.Tensor,
+    positions: torch.Tensor,
+    retrieve_index: torch.Tensor,
+    retrieve_next_token: torch.Tensor,
+    retrieve_next_sibling: torch.Tensor,
+    topk: int,
+    num_steps: int,
+) -> None:
+    """Link the selected candidates into a tree below the bonus token; see `reference`."""
+    links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
+    contract.check_build_tree(
+        parent_list, top_scores_index, seq_lens, tree_mask, positions, links, topk, num_steps
+    )
+    parent_list, top_scores_index = _rows(parent_list), _rows(top_scores_index)
+    batch_size, num_nodes = retrieve_index.shape
+    nodes = triton.next_power_of_2(num_nodes)
+    kernels.build_tree_kernel[(batch_size,)](
+        parent_list,
+        parent_list.stride(0),
+        parent_list.shape[1],
+        top_scores_index,
+        top_scores_index.stride(0),
+        seq_lens.contiguous(),
+        tree_mask,
+        positions,
+        *links,
+        num_nodes,
+        TOPK=topk,
+        STEPS=num_steps,
+        NODES=nodes,
+        TILE=min(nodes, max(1, _TILE // nodes)),
+        num_warps=_num_warps(nodes, 16),
+    )
+
+
+def _padded(n: int) -> int:
+    # At least 2: the best one of several would come out of `tl.topk` as a scalar.
+    return max(2, triton.next_power_of_2(n))
+
+
+def _tile_rows(columns: int) -> int:
+    return max(1, min(_TILE_ROWS, _TILE // columns))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _num_warps(cells: int, cells_per_warp: int) -> int:
+    return max(1, min(8, cells // cells_per_warp))

@@ -1,0 +1,283 @@
+"""Device code of `fused`: one Triton kernel for each op, and what kernels share.
+
+Names of sizes in capitals are compile-time constants, mostly powers of two; the rest of a kernel's
+numbers are plain arguments that do not specialise it, so that a server compiles a kernel a few
+times, not once for each batch size and width.
+
+A sort key holds the score's bits, ordered as integers, above the candidate's number, so that one
+integer sort is stable and descending.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "build_tree_kernel",
+    "choose_size_kernel",
+    "grow_layer_kernel",
+    "mean_utility_kernel",
+    "rank_nodes_kernel",
+    "select_count_kernel",
+    "select_nodes_kernel",
+]
+
+
+@triton.jit
+def _order(bits):  # type: ignore[no-untyped-def]
+    """Map the bits of floats to integers of the same order, and those back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best(scores, index, is_real, BEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the BEST largest scores and their indexes, descending, ties to the lower index."""
+    # To add 0 makes -0 equal to 0.
+    order = _order((scores + 0.0).to(tl.int32, bitcast=True))
+    keys = (order.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    keys = tl.topk(tl.where(is_real, keys, -0x8000000000000000), BEST)
+    bits = _order((keys >> 32).to(tl.int32))
+    best = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True), best
+
+
+@triton.jit(do_not_specialize=["parent_stride", "layer_start", "width", "num_knots"])
+def grow_layer_kernel(  # type: ignore[no-untyped-def]
+    parent_scores_ptr,
+    parent_stride,
+    probs_ptr,
+    tokens_ptr,
+    knots_ptr,
+    starts_ptr,
+    slopes_ptr,
+    num_knots,
+    grown_probs_ptr,
+    scores_ptr,
+    best_scores_ptr,
+    best_index_ptr,
+    best_tokens_ptr,
+    best_parents_ptr,
+    layer_start,
+    width,
+    TOPK: tl.constexpr,
+    IS_CALIBRATED: tl.constexpr,
+    KNOTS: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BEST: tl.constexpr,
+):
+    """Score the children of one request's expanded nodes and keep the best TOPK."""
+    request = tl.program_id(0)
+    first = request * width * TOPK
+    child = tl.arange(0, CHILDREN)
+    is_child = child < width * TOPK
+    probs = tl.load(probs_ptr + first + child, mask=is_child, other=0.0)
+    if IS_CALIBRATED:
+        knot = tl.arange(0, KNOTS)
+        knots = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
+        piece = tl.sum((knots[None, :] <= probs[:, None]).to(tl.int32), axis=1)
+        probs = tl.load(starts_ptr + piece) + tl.load(slopes_ptr + piece) * probs
+        probs = tl.minimum(tl.maximum(probs, 0.0), 1.0)
+        tl.store(grown_probs_ptr + first + child, probs, mask=is_child)
+    parents = parent_scores_ptr + request * parent_stride + child // TOPK
+    scores = tl.load(parents, mask=is_child, other=0.0) * probs
+    tl.store(scores_ptr + first + child, scores, mask=is_child)
+
+    best_scores, best = _best(scores, child, is_child, BEST)
+    rank = tl.arange(0, BEST)
+    kept = rank < TOPK
+    to = request * TOPK + rank
+    tl.store(best_scores_ptr + to, best_scores, mask=kept)
+    tl.store(best_index_ptr + to, (layer_start + best).to(tl.int64), mask=kept)
+    tl.store(best_parents_ptr + to, (best // TOPK).to(tl.int64), mask=kept)
+    tokens = tl.load(tokens_ptr + first + best, mask=kept, other=0)
+    tl.store(best_tokens_ptr + to, tokens, mask=kept)
+
+
+@triton.jit
+def _utility(  # type: ignore[no-untyped-def]
+    scores_ptr, stride, batch_size, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, batch_size, ROWS):
+        row = start + tl.arange(0, ROWS)
+        cells = scores_ptr + row[:, None] * stride + column[None, :]
+        is_real = (row < batch_size)[:, None] & (column < n)[None, :]
+        total += tl.sum(tl.load(cells, mask=is_real, other=0.0), axis=0)
+    return tl.cumsum(tl.div_rn(total, tl.zeros([COLUMNS], tl.float32) + batch_size), axis=0)
+
+
+@triton.jit(do_not_specialize=["stride", "batch_size", "n"])
+def mean_utility_kernel(  # type: ignore[no-untyped-def]
+    scores_ptr, stride, batch_size, n, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sum the scores of the whole batch; one program."""
+    column = tl.arange(0, COLUMNS)
+    utility = _utility(scores_ptr, stride, batch_size, n, ROWS, COLUMNS)
+    tl.store(out_ptr + column, utility, mask=column < n)
+
+
+@triton.jit(do_not_specialize=["n", "price"])
+def select_count_kernel(  # type: ignore[no-untyped-def]
+    utility_ptr, cost_ptr, price, out_ptr, n, COLUMNS: tl.constexpr
+):
+    """Choose one row's best count."""
+    row = tl.program_id(0)
+    k = tl.arange(0, COLUMNS)
+    utility = tl.load(utility_ptr + row * n + k, mask=k < n, other=float("-inf"))
+    value = utility - price * tl.load(cost_ptr + k, mask=k < n, other=0.0)
+    count = tl.argmax(value, axis=0, tie_break_left=True) + 1
+    tl.store(out_ptr + row, count.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["stride", "n", "num_nodes"])
+def rank_nodes_kernel(  # type: ignore[no-untyped-def]
+    scores_ptr,
+    stride,
+    n,
+    best_scores_ptr,
+    best_index_ptr,
+    num_nodes,
+    CANDIDATES: tl.constexpr,
+    BEST: tl.constexpr,
+):
+    """Keep one request's best candidates."""
+    request = tl.program_id(0)
+    candidate = tl.arange(0, CANDIDATES)
+    is_real = candidate < n
+    scores = tl.load(scores_ptr + request * stride + candidate, mask=is_real, other=0.0)
+    best_scores, best = _best(scores, candidate, is_real, BEST)
+    rank = tl.arange(0, BEST)
+    to = request * num_nodes + rank
+    tl.store(best_scores_ptr + to, best_scores, mask=rank < num_nodes)
+    tl.store(best_index_ptr + to, best.to(tl.int64), mask=rank < num_nodes)
+
+
+@triton.jit(do_not_specialize=["stride", "batch_size", "n", "num_costs", "num_sizes"])
+def choose_size_kernel(  # type: ignore[no-untyped-def]
+    scores_ptr,
+    stride,
+    batch_size,
+    n,
+    cost_ptr,
+    num_costs,
+    sizes_ptr,
+    num_sizes,
+    price_ptr,
+    out_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """Choose the batch's number of verified nodes; one program."""
+    utility = _utility(scores_ptr, stride, batch_size, n, ROWS, COLUMNS)
+    choice = tl.arange(0, SIZES)
+    sizes = tl.load(sizes_ptr + choice, mask=choice < num_sizes, other=0)
+    is_allowed = (sizes >= 2) & (sizes <= n + 1) & (sizes <= num_costs)
+    cost = tl.load(cost_ptr + sizes - 1, mask=is_allowed, other=0.0)
+    gain = tl.gather(utility, tl.where(is_allowed, sizes - 2, 0).to(tl.int32), 0)
+    value = tl.where(is_allowed, gain - tl.load(price_ptr) * cost, float("-inf"))
+    best = tl.argmax(value, axis=0, tie_break_left=True)
+    tl.store(out_ptr, tl.sum(tl.where(choice == best, sizes, 0), axis=0))
+
+
+@triton.jit(do_not_specialize=["index_stride", "tokens_stride", "num_nodes", "num_candidates"])
+def select_nodes_kernel(  # type: ignore[no-untyped-def]
+    node_index_ptr,
+    index_stride,
+    tokens_ptr,
+    tokens_stride,
+    num_rows_ptr,
+    index_ptr,
+    draft_tokens_ptr,
+    num_nodes,
+    num_candidates,
+    IS_RAGGED: tl.constexpr,
+    NODES: tl.constexpr,
+):
+    """Sort one request's nodes by number."""
+    request = tl.program_id(0)
+    node = tl.arange(0, NODES)
+    num_kept = num_nodes
+    if IS_RAGGED:
+        num_kept = tl.load(num_rows_ptr + request).to(tl.int32) - 1
+    kept = node_index_ptr + request * index_stride + node
+    index = tl.load(kept, mask=(node < num_kept) & (node < num_nodes), other=num_candidates)
+    index = tl.sort(index.to(tl.int32))
+    to = request * num_nodes + node
+    tl.store(index_ptr + to, index.to(tl.int64), mask=node < num_nodes)
+    tokens = tokens_ptr + request * tokens_stride + index
+    tokens = tl.load(tokens, mask=index < num_candidates, other=0)
+    tl.store(draft_tokens_ptr + to, tokens, mask=node < num_nodes)
+
+
+@triton.jit(do_not_specialize=["list_stride", "list_len", "index_stride", "num_nodes"])
+def build_tree_kernel(  # type: ignore[no-untyped-def]
+    parent_list_ptr,
+    list_stride,
+    list_len,
+    top_index_ptr,
+    index_stride,
+    seq_lens_ptr,
+    tree_mask_ptr,
+    positions_ptr,
+    index_ptr,
+    next_token_ptr,
+    next_sibling_ptr,
+    num_nodes,
+    TOPK: tl.constexpr,
+    STEPS: tl.constexpr,
+    NODES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Link one request's nodes."""
+    request = tl.program_id(0)
+    node = tl.arange(0, NODES)
+    is_node = (node > 0) & (node < num_nodes)
+    # Shifted by one, so that node i stands at place i.
+    top_index_ptr += request * index_stride - 1
+    under = tl.load(top_index_ptr + node, mask=is_node, other=0).to(tl.int32) // TOPK
+    has_list = is_node & (under > 0) & (under < list_len)
+    above = parent_list_ptr + request * list_stride + under
+    above = tl.load(above, mask=has_list, other=-1).to(tl.int32)
+    parent = tl.zeros([NODES], tl.int32)
+    for start in range(0, NODES, TILE):
+        other = start + tl.arange(0, TILE)
+        is_other = (other > 0) & (other < num_nodes)
+        candidate = tl.load(top_index_ptr + other, mask=is_other, other=-2).to(tl.int32)
+        matches = above[:, None] == candidate[None, :]
+        parent = tl.maximum(parent, tl.max(tl.where(matches, other[None, :], 0), axis=1))
+    is_linked = is_node & ((under == 0) | (parent > 0))
+    # What the tiles below compare: a node that hangs below none has no parent there.
+    linked_parent = tl.where(is_linked, parent, -1)
+
+    child = tl.full([NODES], NODES, tl.int32)
+    sibling = tl.full([NODES], NODES, tl.int32)
+    depth = tl.zeros([NODES], tl.int32)
+    for start in range(0, NODES, TILE):
+        other = start + tl.arange(0, TILE)
+        other_parent = tl.gather(linked_parent, other, 0)
+        below = other_parent[None, :] == node[:, None]
+        child = tl.minimum(child, tl.min(tl.where(below, other[None, :], NODES), axis=1))
+        beside = (other_parent[None, :] == linked_parent[:, None]) & is_linked[:, None]
+        beside = beside & (other[None, :] > node[:, None])
+        sibling = tl.minimum(sibling, tl.min(tl.where(beside, other[None, :], NODES), axis=1))
+
+        sees = (other[None, :] == node[:, None]) | (other[None, :] == 0)
+        ancestor = parent
+        for _ in range(STEPS - 1):
+            sees = sees | (other[None, :] == ancestor[:, None])
+            ancestor = tl.gather(parent, ancestor, 0)
+        depth += tl.sum(sees.to(tl.int32), axis=1)
+        cells = (request * num_nodes + node[:, None]) * num_nodes + other[None, :]
+        is_cell = (node < num_nodes)[:, None] & (other < num_nodes)[None, :]
+        tl.store(tree_mask_ptr + cells, sees, mask=is_cell)
+
+    to = request * num_nodes + node
+    written = node < num_nodes
+    seq_len = tl.load(seq_lens_ptr + request).to(tl.int64)
+    tl.store(positions_ptr + to, seq_len + depth - 1, mask=written)
+    tl.store(index_ptr + to, to.to(tl.int64), mask=written)
+    child = tl.where(child < NODES, child, -1).to(tl.int64)
+    tl.store(next_token_ptr + to, child, mask=written)
+    sibling = tl.where(sibling < NODES, sibling, -1).to(tl.int64)
+    tl.store(next_sibling_ptr + to, sibling, mask=written)

@@ -1,0 +1,283 @@
+"""The ops in plain torch: their definition, their CPU path, and the oracle for `fused`.
+
+Shape letters are those of `tree.py`: B requests, K `topk`, W expanded nodes, M candidates, N
+`num_draft_tokens`, root included; P pieces of a calibration curve, S allowed sizes.
+
+Effects, of all ops: pure but for the outputs that `build_tree` is given; no host sync; static
+output shapes, so safe under CUDA graphs. Nothing is random and no sum depends on a race, so equal
+inputs give equal outputs, on every rank. Scores and probabilities must not be NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cast_sglang.ops import contract
+from cast_sglang.ops.contract import CalibrationLines, GrownLayer
+from cast_sglang.policy import select_count
+from cast_sglang.tree import Frontier, RankedNodes
+
+__all__ = [
+    "build_tree",
+    "choose_size",
+    "grow_layer",
+    "mean_utility",
+    "rank_nodes",
+    "select_count",
+    "select_nodes",
+]
+
+
+def grow_layer(
+    parent_scores: torch.Tensor,
+    probs: torch.Tensor,
+    tokens: torch.Tensor,
+    layer_start: int,
+    lines: CalibrationLines | None = None,
+) -> GrownLayer:
+    """Score the children of a layer's expanded nodes and rank the best K of them.
+
+    Definition: for b in range(B):
+        for w in range(W), k in range(K): scores[b, w * K + k] = parent_scores[b, w] * g(p)
+            where p = probs[b * W + w, k], g(p) = p without `lines`, and with them
+            g(p) = min(1, max(0, starts[i] + slopes[i] * p)), i = number of knots <= p
+        best = the K largest of scores[b], descending; ties to the lower index
+        frontier.scores[b] = scores[b, best]; frontier.tokens[b] = tokens of b at best
+        frontier.node_index[b] = layer_start + best; frontier.parents[b] = best // K
+
+    Args:
+        parent_scores: [B, W] float32 in [0, 1], path scores of the expanded nodes; ones [B, 1] for
+            the root. Rows may be strided. 1 <= W <= K.
+        probs: [B * W, K] float32 in [0, 1], request-major; the draft's probabilities of children.
+        tokens: [B * W, K] int64, the children.
+        layer_start: candidate number of the layer's first child.
+        lines: g at the children's depth; None for probabilities as they are.
+
+    Returns:
+        probs [B * W, K] float32, g of the given ones (those themselves without `lines`); scores
+        [B, W * K] float32, never above the parent's; and the frontier, [B, K] each.
+
+    Raises:
+        ValueError: shape, dtype or width out of range.
+
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase; contract of
+        `tree.DraftTree.grow` and `frontier`, and of `acceptance.Acceptance.calibrated`.
+    """
+    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
+    (batch_size, width), topk = parent_scores.shape, probs.shape[1]
+    if lines is not None:
+        piece = torch.bucketize(probs, lines.knots, right=True)
+        # Product and sum are rounded one by one: the same bits on every device.
+        probs = (lines.starts[piece] + lines.slopes[piece] * probs).clamp_(0.0, 1.0)
+    scores = parent_scores.unsqueeze(2) * probs.view(batch_size, width, topk)
+    scores = scores.view(batch_size, width * topk)
+    best = rank_nodes(scores, topk)
+    return GrownLayer(
+        probs,
+        scores,
+        Frontier(
+            best.scores,
+            best.node_index + layer_start,
+            tokens.view(batch_size, width * topk).gather(1, best.node_index),
+            best.node_index // topk,
+        ),
+    )
+
+
+def mean_utility(scores: torch.Tensor) -> torch.Tensor:
+    """Sum the scores of the best nodes, averaged over the batch.
+
+    Definition: out[k - 1] = sum over requests b, sum over s < k of scores[b, s] / B
+
+    Args:
+        scores: [B, n] float32, each request's best nodes, descending. Rows may be strided.
+
+    Returns:
+        [n] float32, expected accepted tokens per request of the best k nodes, k = 1..n.
+
+    Raises:
+        ValueError: shape or dtype out of range.
+
+    Source: CAST (arXiv 2510.26577), the utility u_k of breadth pruning and reranking.
+    """
+    contract.check_mean_utility(scores)
+    return scores.mean(dim=0).cumsum(dim=0)
+
+
+def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
+    """Keep each request's best candidates, best first.
+
+    Definition: for b in range(B): the num_nodes largest of scores[b], descending; ties to the lower
+        candidate number, so that a parent comes before a child that ties with it.
+
+    Args:
+        scores: [B, M] float32 in [0, 1]. Rows may be strided.
+        num_nodes: n, nodes to keep; 1 <= n <= M.
+
+    Returns:
+        scores [B, n] float32, and node_index [B, n] int64, candidate numbers.
+
+    Raises:
+        ValueError: shape, dtype or `num_nodes` out of range.
+
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.2, reranking phase; contract of
+        `tree.DraftTree.ranked`.
+    """
+    contract.check_rank_nodes(scores, num_nodes)
+    best, index = torch.sort(scores, dim=1, descending=True, stable=True)
+    return RankedNodes(best[:, :num_nodes], index[:, :num_nodes])
+
+
+def choose_size(
+    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
+) -> torch.Tensor:
+    """Choose how many nodes to verify, all on the device.
+
+    Definition: u = mean_utility(scores); allowed = [N in sizes if 2 <= N <= min(n + 1, R)]
+        out = the N in allowed that maximises u[N - 2] - price * verify_cost[N - 1]; ties to the
+        first in `sizes`; sizes[0] if none is allowed
+
+    N nodes are N - 1 drafts and N verified rows.
+
+    Args:
+        scores: [B, n] float32, each request's best nodes, descending. Rows may be strided.
+        verify_cost: [R] float32, finite; index k - 1: time of one verify pass over k rows per
+            request.
+        sizes: [S] int64, ascending; sizes beyond what was ranked or costed are passed over.
+        price: [] float32 >= 0, accepted tokens asked per unit of time. A tensor, so that a captured
+            graph reads the price of the day.
+
+    Returns:
+        [] int64 on the device of `scores`, N for the whole batch.
+
+    Raises:
+        ValueError: shape or dtype out of range.
+
+    Source: CAST (arXiv 2510.26577), dynamic reranking; contract of `policy.FixedPolicy.rerank`.
+    """
+    contract.check_choose_size(scores, verify_cost, sizes, price)
+    utility = mean_utility(scores)
+    limit = min(scores.shape[1] + 1, verify_cost.shape[0])
+    allowed = (sizes >= 2) & (sizes <= limit)
+    rows = torch.where(allowed, sizes, 2)
+    gain = utility[rows - 2].masked_fill(~allowed, -torch.inf)
+    # A lone cost stands for one row, at which nothing is allowed.
+    time = verify_cost[(rows - 1).clamp(max=verify_cost.shape[0] - 1)]
+    return torch.take(sizes, select_count(gain, price * time, 1.0) - 1)
+
+
+def select_nodes(
+    node_index: torch.Tensor,
+    tokens: torch.Tensor,
+    num_draft_tokens: int,
+    num_rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take each request's best nodes in the order in which they were drafted.
+
+    Definition: for b in range(B): n = num_rows[b] - 1, or N - 1 without `num_rows`
+        index[b] = sorted(node_index[b, :n]) + [M] * (N - 1 - n)
+        draft_tokens[b] = [tokens[b, i] if i < M else 0 for i in index[b]]
+
+    Args:
+        node_index: [B, n] int64, distinct candidate numbers, best first. Rows may be strided.
+        tokens: [B, M] int64, of all candidates. Rows may be strided.
+        num_draft_tokens: N, root included; 2 <= N <= n + 1.
+        num_rows: [B] int64 in 1..N, nodes of each request, root included; None for N of each.
+
+    Returns:
+        index [B, N - 1] int64, ascending, so parents come before children, and M, which is no
+        candidate's number, where a request has no further node; draft_tokens [B, N - 1] int64.
+
+    Raises:
+        ValueError: shape, dtype or `num_draft_tokens` out of range.
+
+    Source: contract of `tree.DraftTree.select` and of SGLang's `organize_draft_results`.
+    """
+    contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
+    index = node_index[:, : num_draft_tokens - 1]
+    if num_rows is not None:
+        row = torch.arange(1, num_draft_tokens, device=index.device)
+        index = index.masked_fill(row >= num_rows.unsqueeze(1), tokens.shape[1])
+        tokens = torch.nn.functional.pad(tokens, (0, 1))
+    index = index.sort(dim=1).values
+    return index, tokens.gather(1, index)
+
+
+def build_tree(
+    parent_list: torch.Tensor,
+    top_scores_index: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_mask: torch.Tensor,
+    positions: torch.Tensor,
+    retrieve_index: torch.Tensor,
+    retrieve_next_token: torch.Tensor,
+    retrieve_next_sibling: torch.Tensor,
+    topk: int,
+    num_steps: int,
+) -> None:
+    """Link the selected candidates of each request into a tree below its bonus token.
+
+    Definition: node 0 is the root, node i > 0 is candidate top_scores_index[b, i - 1] = c. Its
+        parent is the root if c < topk, else the node of candidate parent_list[b, c // topk].
+        for b in range(B), i in range(N):
+            tree_mask[b, i, j] = j in (0, i, ancestors of i)
+            positions[b, i] = seq_lens[b] + number of ancestors of i
+            retrieve_index[b, i] = b * N + i
+            retrieve_next_token[b, i] = first child of i, -1 for none
+            retrieve_next_sibling[b, i] = next node with the parent of i, -1 for none
+
+    A node whose parent was not selected is no child of any, so verification cannot reach it; it
+    sees the root and itself.
+
+    Args:
+        parent_list: [B, P] int64; may be empty where only the root's children were drafted.
+        top_scores_index: [B, N - 1] int64, ascending; 2 <= N <= MAX_DRAFT_TOKENS. Only a number
+            that is in no parent_list may come again, as `select_nodes` fills its rows.
+        seq_lens: [B] int64 or int32, committed tokens.
+        tree_mask: at least [B * N * N] bool, written; the layout that SGLang names QLEN_ONLY.
+        positions: [B * N] int64, written.
+        retrieve_index, retrieve_next_token, retrieve_next_sibling: [B, N] int64, written.
+        topk: K.
+        num_steps: D, a depth that no node exceeds.
+
+    Raises:
+        ValueError: shape, dtype or layout out of range.
+
+    Effects: every named cell is written, whatever stood there; the rest of `tree_mask` is left.
+    Source: contract of SGLang's `build_tree_kernel_efficient` with a QLEN_ONLY mask.
+    """
+    links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
+    contract.check_build_tree(
+        parent_list, top_scores_index, seq_lens, tree_mask, positions, links, topk, num_steps
+    )
+    batch_size, width = top_scores_index.shape[0], top_scores_index.shape[1] + 1
+    device = top_scores_index.device
+    nodes = torch.arange(width, device=device)
+
+    under = top_scores_index // topk  # [B, N - 1], expanded node that drafted it; 0 the root
+    # With a column for the root, an empty list can be read too.
+    lists = torch.nn.functional.pad(parent_list, (0, 1), value=-1)
+    above = lists.gather(1, under.clamp(max=lists.shape[1] - 1))
+    matches = above.unsqueeze(2) == top_scores_index.unsqueeze(1)  # [B, child, parent]
+    found = matches.any(dim=2) & (under > 0)
+    parent = torch.where(found, matches.to(torch.uint8).argmax(dim=2) + 1, 0)
+    parent = torch.nn.functional.pad(parent, (1, 0))  # [B, N]
+    linked = torch.nn.functional.pad(found | (under == 0), (1, 0))
+
+    is_child = (parent.unsqueeze(1) == nodes.unsqueeze(1)) & linked.unsqueeze(1)  # [B, parent, i]
+    first = torch.where(is_child, nodes, width).amin(dim=2)
+    same_parent = is_child.gather(1, parent.unsqueeze(2).expand(-1, -1, width))
+    later = same_parent & (nodes > nodes.unsqueeze(1)) & linked.unsqueeze(2)
+    following = torch.where(later, nodes, width).amin(dim=2)
+    retrieve_next_token.copy_(torch.where(first == width, -1, first))
+    retrieve_next_sibling.copy_(torch.where(following == width, -1, following))
+    retrieve_index.copy_(torch.arange(batch_size * width, device=device).view(batch_size, width))
+
+    sees = torch.eye(width, dtype=torch.bool, device=device).repeat(batch_size, 1, 1)
+    sees[:, :, 0] = True
+    ancestor = parent
+    for _ in range(num_steps - 1):
+        sees.scatter_(2, ancestor.unsqueeze(2), True)
+        ancestor = parent.gather(1, ancestor)
+    positions.copy_((seq_lens.unsqueeze(1) + sees.sum(dim=2) - 1).flatten())
+    tree_mask[: sees.numel()].copy_(sees.flatten())

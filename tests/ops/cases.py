@@ -1,0 +1,138 @@
+"""Inputs for the ops, at odd sizes and with the values at which kernels go wrong."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cast_sglang.acceptance import Acceptance
+from cast_sglang.ops.contract import CalibrationLines
+
+KINDS = ("random", "ties", "zeros", "ones", "denormal", "mixed")
+
+
+def values(generator: torch.Generator, shape: tuple[int, ...], kind: str) -> torch.Tensor:
+    """Draw float32 values in [0, 1]."""
+    x = torch.rand(shape, generator=generator)
+    if kind == "ties":
+        return (x * 4).round() / 4
+    if kind == "zeros":
+        return torch.zeros(shape)
+    if kind == "ones":
+        return torch.ones(shape)
+    if kind == "denormal":
+        return x * 1e-39
+    if kind == "mixed":
+        special = torch.tensor([0.0, 1.0, 1e-40, 1e-45, 0.5])
+        drawn = special[torch.randint(5, shape, generator=generator)]
+        return torch.where(x < 0.6, drawn, x)
+    return x
+
+
+class LayerCase(NamedTuple):
+    """Arguments of `grow_layer`."""
+
+    parent_scores: torch.Tensor
+    probs: torch.Tensor
+    tokens: torch.Tensor
+    layer_start: int
+
+
+def layer(generator: torch.Generator, batch: int, width: int, topk: int, kind: str) -> LayerCase:
+    # Parents are columns of a wider frontier, as in a step.
+    parents = values(generator, (batch, topk), kind)[:, :width]
+    shape = (batch * width, topk)
+    tokens = torch.randint(2**40, shape, generator=generator)
+    start = int(torch.randint(2000, (), generator=generator))
+    return LayerCase(parents, values(generator, shape, kind), tokens, start)
+
+
+def learned(seed: int) -> Acceptance:
+    """Return an acceptance map that has seen a draft model too sure of itself."""
+    acceptance, generator = Acceptance(), torch.Generator().manual_seed(seed)
+    probs = torch.rand(600, generator=generator)
+    accepted = torch.rand(600, generator=generator) < probs**1.5
+    depths = torch.randint(1, 12, (600,), generator=generator)
+    acceptance.update(
+        probs.numpy(), depths.numpy(), torch.ones(600, dtype=torch.bool).numpy(), accepted.numpy()
+    )
+    return acceptance
+
+
+def lines_at(acceptance: Acceptance, bucket: int) -> CalibrationLines:
+    """Return the lines by which `acceptance` calibrates nodes of a bucket of depths."""
+    acceptance.calibrated(torch.zeros(1), 1)
+    [(knots, starts, slopes)] = acceptance._lines.values()
+    return CalibrationLines(knots, starts[bucket], slopes[bucket])
+
+
+class TreeCase(NamedTuple):
+    """Arguments of `build_tree` that are read."""
+
+    parent_list: torch.Tensor
+    top_scores_index: torch.Tensor
+    seq_lens: torch.Tensor
+    topk: int
+    num_steps: int
+
+
+def tree(
+    generator: torch.Generator,
+    batch: int,
+    topk: int,
+    widths: list[int],
+    num_draft_tokens: int,
+    kind: str = "random",
+    is_ragged: bool = False,
+) -> TreeCase:
+    """Draw trees of the given widths and choose nodes as a step does.
+
+    With kind "orphans" the nodes are drawn at random, so that some lack their parents.
+    """
+    num_candidates = topk + topk * sum(widths)
+    num_nodes = min(num_draft_tokens - 1, num_candidates)
+    parent_list = torch.full((batch, 1 + topk * len(widths) + is_ragged), -1)
+    index = torch.empty(batch, num_nodes, dtype=torch.int64)
+    for b in range(batch):
+        scores = values(generator, (topk,), kind).sort(descending=True).values.tolist()
+        newest, expanded = range(topk), 1
+        for width in widths:
+            ranked = sorted(newest, key=lambda node: (-scores[node], node))[:width]
+            parent_list[b, expanded : expanded + width] = torch.tensor(ranked)
+            expanded += width
+            newest = range(len(scores), len(scores) + width * topk)
+            probs = values(generator, (width, topk), kind).sort(dim=1, descending=True).values
+            scores += [
+                scores[p] * q for p, row in zip(ranked, probs.tolist(), strict=True) for q in row
+            ]
+        if kind == "orphans":
+            order = torch.randperm(num_candidates, generator=generator).tolist()
+        else:
+            order = sorted(range(num_candidates), key=lambda node: (-scores[node], node))
+        kept = sorted(order[:num_nodes])
+        if is_ragged:
+            # Fewer nodes, and a number that no candidate has in the rest of the row.
+            rows = int(torch.randint(num_nodes + 1, (), generator=generator))
+            kept = sorted(order[:rows]) + [num_candidates] * (num_nodes - rows)
+        index[b] = torch.tensor(kept)
+    seq_lens = torch.randint(1, 100_000, (batch,), generator=generator)
+    return TreeCase(parent_list, index, seq_lens, topk, len(widths) + 1)
+
+
+class TreeLinks(NamedTuple):
+    """Outputs of `build_tree`."""
+
+    tree_mask: torch.Tensor
+    positions: torch.Tensor
+    retrieve_index: torch.Tensor
+    retrieve_next_token: torch.Tensor
+    retrieve_next_sibling: torch.Tensor
+
+
+def poisoned_links(batch: int, num_draft_tokens: int) -> TreeLinks:
+    """Return outputs full of what the op must overwrite; the mask has cells to spare."""
+    cells = batch * num_draft_tokens
+    links = torch.full((3, batch, num_draft_tokens), -77)
+    mask = torch.arange(cells * num_draft_tokens + 5) % 2 == 0
+    return TreeLinks(mask, torch.full((cells,), -77), *links)

@@ -1,0 +1,277 @@
+"""The reference ops against their definitions as loops, and against the code they stand for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cast_sglang.ops import ops_for, reference
+from cast_sglang.policy import FixedPolicy
+from cast_sglang.tree import DraftTree
+from tests.ops import cases
+
+seeds = st.integers(0, 2**31)
+kinds = st.sampled_from(cases.KINDS)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def best_first(scores):
+    """Return places by descending score, ties to the lower place."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.data(), kinds, seeds)
+def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
+    width = data.draw(st.integers(1, topk))
+    case = cases.layer(generator(seed), batch, width, topk, kind)
+    acceptance = cases.learned(seed % 7)
+    lines = data.draw(st.sampled_from([None, *(cases.lines_at(acceptance, i) for i in range(5))]))
+    grown = reference.grow_layer(*case, lines)
+    for b in range(batch):
+        scores, tokens = [], []
+        for w in range(width):
+            for k in range(topk):
+                p = float(case.probs[b * width + w, k])
+                if lines is not None:
+                    piece = sum(float(knot) <= p for knot in lines.knots)
+                    line = float(lines.starts[piece]) + float(lines.slopes[piece]) * p
+                    g = min(1.0, max(0.0, line))
+                    assert float(grown.probs[b * width + w, k]) == pytest.approx(g, abs=2e-7)
+                p = grown.probs[b * width + w, k]
+                scores.append(float(case.parent_scores[b, w] * p))
+                assert scores[-1] <= float(case.parent_scores[b, w])
+                tokens.append(int(case.tokens[b * width + w, k]))
+        best = best_first(scores)[:topk]
+        assert grown.scores[b].tolist() == scores
+        assert grown.frontier.scores[b].tolist() == [scores[i] for i in best]
+        assert grown.frontier.tokens[b].tolist() == [tokens[i] for i in best]
+        assert grown.frontier.node_index[b].tolist() == [case.layer_start + i for i in best]
+        assert grown.frontier.parents[b].tolist() == [i // topk for i in best]
+
+
+def test_lines_are_those_of_acceptance():
+    acceptance = cases.learned(5)
+    probs = torch.rand(40, 3, generator=generator(1))
+    probs[:3] = torch.tensor([0.0, 1.0, 1e-40])
+    for bucket, depth in enumerate((1, 2, 3, 5, 9)):
+        lines = cases.lines_at(acceptance, bucket)
+        grown = reference.grow_layer(torch.ones(40, 1), probs, torch.zeros(40, 3).long(), 0, lines)
+        calibrated = acceptance.calibrated(probs, depth)
+        torch.testing.assert_close(grown.probs, calibrated, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(grown.probs, probs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.lists(st.integers(1, 6), max_size=5), seeds)
+def test_ops_grow_the_tree_that_draft_tree_grows(batch, topk, widths, seed):
+    """Layer by layer, ranked whole, cut and selected: the whole of a step."""
+    draw = generator(seed)
+    widths = [min(width, topk) for width in widths]
+
+    def children(rows):
+        # Distinct scores, since `DraftTree.frontier` leaves open how ties fall.
+        probs = torch.rand(rows, topk, generator=draw).sort(dim=1, descending=True).values
+        return torch.randint(1000, (rows, topk), generator=draw), probs
+
+    tokens, probs = children(batch)
+    tree = DraftTree(tokens, probs, max_layers=len(widths) + 1)
+    root = reference.grow_layer(torch.ones(batch, 1), probs, tokens, 0)
+    frontier, scores, all_tokens = root.frontier, [root.scores], [tokens]
+    for name, part in zip(frontier._fields, tree.frontier(), strict=True):
+        assert torch.equal(getattr(frontier, name), part), name
+    for width in widths:
+        start = tree.num_candidates
+        tokens, probs = children(batch * width)
+        tree.grow(tree.frontier(), width, tokens, probs)
+        grown = reference.grow_layer(frontier.scores[:, :width], probs, tokens, start)
+        frontier = grown.frontier
+        scores.append(grown.scores)
+        all_tokens.append(tokens.view(batch, -1))
+        for name, part in zip(frontier._fields, tree.frontier(), strict=True):
+            assert torch.equal(getattr(frontier, name), part), name
+    num_nodes = max(1, tree.num_candidates // 2)
+    ours, theirs = reference.rank_nodes(torch.cat(scores, 1), num_nodes), tree.ranked(num_nodes)
+    assert torch.equal(ours.scores, theirs.scores)
+    assert torch.equal(ours.node_index, theirs.node_index)
+    selection = tree.select(theirs, num_nodes + 1)
+    index, draft = reference.select_nodes(ours.node_index, torch.cat(all_tokens, 1), num_nodes + 1)
+    assert torch.equal(index, selection.top_scores_index)
+    assert torch.equal(draft, selection.draft_tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.data(), kinds, seeds)
+def test_rank_nodes_is_its_loop(batch, num_candidates, data, kind, seed):
+    num_nodes = data.draw(st.integers(1, num_candidates))
+    scores = cases.values(generator(seed), (batch, num_candidates), kind)
+    ranked = reference.rank_nodes(scores, num_nodes)
+    for row, best, index in zip(scores.tolist(), *(part.tolist() for part in ranked), strict=True):
+        assert index == best_first(row)[:num_nodes]
+        assert best == [row[i] for i in index]
+
+
+@given(st.integers(1, 5), st.integers(1, 30), kinds, seeds)
+def test_mean_utility_is_its_sum(batch, n, kind, seed):
+    scores = cases.values(generator(seed), (batch, n), kind)
+    expected = torch.tensor([sum(map(sum, scores[:, : k + 1].tolist())) / batch for k in range(n)])
+    torch.testing.assert_close(reference.mean_utility(scores), expected, rtol=1e-6, atol=1e-44)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.sampled_from([1, 2, 4]),
+    n=st.integers(1, 20),
+    num_costs=st.integers(1, 24),
+    sizes=st.sets(st.integers(1, 26), min_size=1, max_size=12),
+    price=st.sampled_from([0.0, 0.5, 1.0, 2.5, 8.0]),
+    seed=seeds,
+)
+def test_choose_size_is_its_loop_and_the_policys_choice(batch, n, num_costs, sizes, price, seed):
+    draw = generator(seed)
+    # Exact in float32, so ties are real ties.
+    scores = torch.randint(0, 9, (batch, n), generator=draw).sort(1, True).values / 8
+    cost = (torch.randint(0, 9, (num_costs,), generator=draw) / 64).cumsum(0)
+    ordered = sorted(sizes)
+    chosen = int(reference.choose_size(scores, cost, torch.tensor(ordered), torch.tensor(price)))
+    utility = [sum(map(sum, scores[:, :k].tolist())) / batch for k in range(n + 1)]
+    allowed = [size for size in ordered if 2 <= size <= min(n + 1, num_costs)]
+    if not allowed:
+        assert chosen == ordered[0]
+        return
+    values = [utility[size - 1] - price * float(cost[size - 1]) for size in allowed]
+    assert chosen == allowed[values.index(max(values))]
+    policy = FixedPolicy(0.0, 0.0, price, 4, tuple(allowed))
+    assert chosen == policy.rerank(scores, type("Costs", (), {"verify": cost}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 20), st.data(), seeds)
+def test_select_nodes_is_its_loop(batch, num_candidates, data, seed):
+    draw, num_nodes = generator(seed), data.draw(st.integers(1, num_candidates))
+    node_index = torch.stack([torch.randperm(num_candidates, generator=draw) for _ in range(batch)])
+    tokens = torch.randint(1000, node_index.shape, generator=draw)
+    rows = torch.randint(1, num_nodes + 2, (batch,), generator=draw)
+    for num_rows in (None, rows):
+        index, draft = reference.select_nodes(node_index, tokens, num_nodes + 1, num_rows)
+        for b in range(batch):
+            kept = num_nodes if num_rows is None else int(num_rows[b]) - 1
+            absent = num_nodes - kept
+            expected = sorted(node_index[b, :kept].tolist())
+            assert index[b].tolist() == expected + [num_candidates] * absent
+            assert draft[b].tolist() == [int(tokens[b, i]) for i in expected] + [0] * absent
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.lists(st.integers(1, 5), max_size=4),
+    st.integers(2, 24),
+    st.sampled_from([*cases.KINDS, "orphans", "ragged"]),
+    seeds,
+)
+def test_build_tree_is_its_loop(batch, topk, widths, num_tokens, kind, seed):
+    widths = [min(width, topk) for width in widths]
+    case = cases.tree(generator(seed), batch, topk, widths, num_tokens, kind, kind == "ragged")
+    n = case.top_scores_index.shape[1] + 1
+    links = cases.poisoned_links(batch, n)
+    beyond = links.tree_mask[batch * n * n :].clone()
+    reference.build_tree(*case[:3], *links, topk, case.num_steps)
+    assert torch.equal(links.tree_mask[batch * n * n :], beyond)
+    mask = links.tree_mask[: batch * n * n].view(batch, n, n)
+    for b in range(batch):
+        chosen = case.top_scores_index[b].tolist()
+        parents: list[int | None] = [None]  # None for what hangs below no node
+        for c in chosen:
+            above = -1 if c < topk else int(case.parent_list[b, c // topk])
+            parents.append(0 if c < topk else chosen.index(above) + 1 if above in chosen else None)
+        children: list[list[int]] = [[] for _ in range(n)]
+        for node in range(1, n):
+            if parents[node] is not None:
+                children[parents[node]].append(node)
+        for node in range(n):
+            path, up = [node], parents[node]
+            while up is not None:
+                path.append(up)
+                up = parents[up]
+            sees = sorted({0, *path})
+            assert mask[b, node].nonzero().flatten().tolist() == sees
+            assert links.positions[b * n + node] == case.seq_lens[b] + len(sees) - 1
+            assert links.retrieve_index[b, node] == b * n + node
+            assert links.retrieve_next_token[b, node] == [*children[node], -1][0]
+            siblings = [] if parents[node] is None else children[parents[node]]
+            later = [other for other in siblings if other > node]
+            assert links.retrieve_next_sibling[b, node] == [*later, -1][0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.lists(st.integers(1, 5), max_size=4),
+    st.integers(2, 24),
+    st.sampled_from([*cases.KINDS, "orphans", "ragged"]),
+    seeds,
+)
+def test_build_tree_is_that_of_the_cpu_platform(batch, topk, widths, num_tokens, kind, seed):
+    pytest.importorskip("sglang")
+    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+    from cast_sglang.cpu import kernels
+
+    widths = [min(width, topk) for width in widths]
+    case = cases.tree(generator(seed), batch, topk, widths, num_tokens, kind, kind == "ragged")
+    n = case.top_scores_index.shape[1] + 1
+    ours, theirs = cases.poisoned_links(batch, n), cases.poisoned_links(batch, n)
+    reference.build_tree(*case[:3], *ours, topk, case.num_steps)
+    mode = TreeMaskMode.QLEN_ONLY
+    kernels.build_tree(*case[:3], *theirs, topk, case.num_steps, n, mode)
+    for name, part, expected in zip(ours._fields, ours, theirs, strict=True):
+        assert torch.equal(part, expected), name
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("grow_layer", (torch.ones(2), torch.ones(2, 3), ints(2, 3), 0), "parent_scores must be"),
+        ("grow_layer", (torch.ones(1, 2), torch.ones(3, 2), ints(3, 2), 0), r"must both be \[2, K"),
+        ("grow_layer", (torch.ones(1, 3), torch.ones(3, 2), ints(3, 2), 0), "width must be in"),
+        ("grow_layer", (torch.ones(1, 1), torch.ones(1, 2), ints(1, 2), -1), "layer_start must be"),
+        ("mean_utility", (torch.ones(0, 3),), "not empty"),
+        ("rank_nodes", (torch.ones(2, 3), 0), r"num_nodes must be in 1..3, got 0"),
+        ("select_nodes", (ints(2, 3), ints(1, 3), 2), "tokens must have 2 rows"),
+        ("select_nodes", (ints(2, 3), ints(2, 3), 5), "num_draft_tokens must be in 2..4, got 5"),
+        ("select_nodes", (ints(2, 3), ints(2, 3), 3, ints(3)), r"num_rows must be \[2\]"),
+        ("choose_size", (torch.ones(1, 2), torch.ones(3), ints(2).int(), torch.ones(())), "sizes"),
+    ],
+)  # fmt: skip
+def test_misuse_is_refused(op, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(reference, op)(*arguments)
+
+
+def test_build_tree_refuses_outputs_that_do_not_fit():
+    case = cases.tree(generator(0), 2, 3, [2], 5)
+    links = cases.poisoned_links(2, 5)
+    for change, message in (
+        ({"tree_mask": links.tree_mask[:49]}, "tree_mask must be 1-d torch.bool of 50 cells"),
+        ({"positions": links.positions.int()}, r"positions must be \[10\]"),
+        ({"retrieve_index": ints(2, 4)}, r"retrieve_\* must be \[2, 5\]"),
+        ({"retrieve_next_token": ints(5, 2).t()}, "must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reference.build_tree(*case[:3], *links._replace(**change), 3, 2)
+
+
+def test_the_device_chooses_the_module():
+    assert ops_for("cpu") is reference
+    pytest.importorskip("triton")
+    assert ops_for(torch.device("cuda", 0)).__name__ == "cast_sglang.ops.fused"
