@@ -29,26 +29,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.arms import Arm, parse_arm
 from benchmarks.bench_serving import (
-    Cell,
-    Result,
     add_workload_options,
     check_workload,
     choose_pair,
-    choose_prompts,
     list_of,
-    num_identical,
-    ratios,
-    read_prompts,
-    run,
-    speeds,
-    take_turns,
-    warm_up,
     workload_settings,
 )
-from benchmarks.pairs import OUT, CommandError
+from benchmarks.cells import Cell, Result, choose_prompts, run, take_turns, warm_up
+from benchmarks.counters import TREE_MEANS, cast_state, tree_means
+from benchmarks.pairs import OUT, CommandError, tiny_directory
+from benchmarks.prompt_files import read_prompts
 from benchmarks.provenance import provenance
-from benchmarks.servers import Arm, Server, ServerError, exit_on_sigterm, parse_arm, serving
+from benchmarks.rows import num_identical, ratios, speeds
+from benchmarks.servers import Server, ServerError, exit_on_sigterm, serving
 from benchmarks.streams import Answer, accept_length
 from benchmarks.variant_figure import draw
 from benchmarks.variants import (
@@ -62,14 +57,6 @@ from benchmarks.variants import (
 )
 from cast_sglang.profile_schema import CostProfile
 from cast_sglang.profiles import load_profile, save_profile
-
-# Means of a cell, as quotients of what the server counts.
-TREE_MEANS = {
-    "mean_layers": ("layers_grown", "steps"),
-    "mean_nodes_drafted": ("nodes_drafted", "requests"),
-    "mean_verify_rows": ("nodes_verified", "requests"),
-    "predicted_to_measured": ("predicted_us", "measured_us"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +154,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=OUT / "profile-study",
         help="gets results.json, a figure, the tables and logs",
     )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        default=[tiny_directory() / "heldout_prompts.jsonl"],
+        metavar="FILE",
+        help="JSON lines with a field `prompt`; the name of a file names its task",
+    )
     add_workload_options(parser)
     args = parser.parse_args(argv)
     check_workload(parser, args)
@@ -256,24 +251,12 @@ def measure(
                     run(servers[contender.arm.name], waves, cell, args.tokens)
             warm_up(arms, servers, cell, prompts)
             before = {name: cast_state(server) for name, server in servers.items()}
-            results = take_turns(args, arms, servers, cell, prompts, progress, bar)
+            results = take_turns(
+                args.repeats, args.tokens, arms, servers, cell, prompts, progress, bar
+            )
             trees = {name: tree_means(before[name], cast_state(servers[name])) for name in servers}
             rows += study_rows(cell, number, group, results, trees)
     return rows
-
-
-def cast_state(server: Server) -> dict[str, Any]:
-    """Return what a server counted since its start."""
-    return server.get("/server_info")["internal_states"][0]["cast"]
-
-
-def tree_means(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the means of the steps between two states; None where nothing was counted."""
-    means: dict[str, float | None] = {}
-    for name, (part, whole) in TREE_MEANS.items():
-        counted = after[whole] - before[whole]
-        means[name] = round((after[part] - before[part]) / counted, 4) if counted else None
-    return means
 
 
 def study_rows(
@@ -321,8 +304,8 @@ def study_rows(
         )
     rates = [tabulated_rate(reference.profile, row) for row in rows]
     for row, rate in zip(rows, rates, strict=True):
-        known = rate is not None and rates[0] is not None
-        row["vs_right_by_table"] = round(rate / rates[0], 4) if known else None
+        known = None if rate is None or rates[0] is None else round(rate / rates[0], 4)
+        row["vs_right_by_table"] = known
     return rows
 
 

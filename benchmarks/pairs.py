@@ -104,6 +104,23 @@ def measured_profile(
     return profile
 
 
+def found_profile_covers(pair: Pair, flags: Sequence[str] = ()) -> bool:
+    """Return whether a server with these flags will find a cost profile that covers its batches.
+
+    Raises:
+        CommandError: CAST could not serve the pair at all.
+    """
+    command = [str(Path(sys.executable).with_name("cast-sglang")), "doctor", "--json"]
+    command += ["--model-path", pair.target, "--speculative-draft-model-path", pair.draft, *flags]
+    printed = _run(command, platform_environment(), ok=(0, 1))
+    answer = next(line for line in printed.splitlines() if line.startswith('{"ok"'))
+    checks = {check["name"]: check for check in json.loads(answer)["checks"]}
+    for name, check in checks.items():
+        if check["status"] == "fail":
+            raise CommandError(f"{shlex.join(command)}: {name}: {check['found']}")
+    return checks.get("profile range", {}).get("status") == "ok"
+
+
 def device_name() -> str:
     """Return the name of the GPU, or that of the CPU and how many cores this process may use."""
     if not platform_environment():
@@ -118,7 +135,10 @@ def device_name() -> str:
     return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+def _run(
+    command: Sequence[str], env: dict[str, str] | None = None, ok: Sequence[int] = (0,)
+) -> str:
+    """Run a command and return what it printed."""
     done = subprocess.run(
         command,
         env={**os.environ, **(env or {})},
@@ -128,6 +148,7 @@ def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
         text=True,
         errors="replace",
     )
-    if done.returncode != 0:
+    if done.returncode not in ok:
         tail = "\n".join(done.stdout.splitlines()[-25:])
         raise CommandError(f"{shlex.join(command)} failed ({done.returncode}):\n{tail}")
+    return done.stdout

@@ -4,84 +4,31 @@ The one home of launching: the demo, the benchmarks and the tests use it.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+
+from benchmarks.arms import Arm
 
 CPU_PLATFORM = {"SGLANG_PLATFORM": "cast_cpu"}
 STARTUP_SECONDS = 600.0
 # Longer than SGLang takes to drain; what is left then is killed.
 STOP_SECONDS = 15.0
 LOG_TAIL_LINES = 25
-DEFAULT_STATIC = "5-4-8"
 
 
 class ServerError(RuntimeError):
     """A server did not come up or went away; the message ends with the tail of its log."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to serve the same model, as flags and environment of a server."""
-
-    name: str
-    kind: str  # plain | static | cast
-    flags: tuple[str, ...] = ()
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The arm's name for people."""
-        name, _, detail = self.name.partition(":")
-        label = {"plain": "plain", "static": "EAGLE-3", "cast": "CAST"}[name]
-        return f"{label} {detail}".strip()
-
-
-def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
-    """Read an arm.
-
-    Args:
-        text: `plain`; `static` or `static:STEPS-TOPK-TOKENS`, SGLang's EAGLE-3 with a fixed tree;
-            `cast`, `cast:POLICY` or `cast:POLICY:C1-C2-C3`.
-        draft: path or hub id of the draft model.
-        profile: cost profile for CAST; None to let it search.
-
-    Raises:
-        ValueError: the text is none of these.
-    """
-    kind, _, detail = text.partition(":")
-    draft_flag = ("--speculative-draft-model-path", draft)
-    if kind == "plain" and not detail:
-        return Arm("plain", kind)
-    if kind == "static" and len(shape := (detail or DEFAULT_STATIC).split("-")) == 3:
-        steps, topk, tokens = (str(int(size)) for size in shape)
-        flags = ("--speculative-algorithm", "EAGLE3", *draft_flag, "--speculative-num-steps", steps)
-        flags += ("--speculative-eagle-topk", topk, "--speculative-num-draft-tokens", tokens)
-        return Arm(f"static:{steps}-{topk}-{tokens}", kind, flags)
-    if kind == "cast":
-        flags = ("--speculative-algorithm", "CAST", *draft_flag)
-        if profile is not None:
-            flags += ("--cast-profile", profile)
-        policy, _, prices = detail.partition(":")
-        if policy:
-            flags += ("--cast-policy", policy)
-        if prices:
-            c1, c2, c3 = prices.split("-")
-            flags += ("--cast-c1", c1, "--cast-c2", c2, "--cast-c3", c3)
-        return Arm(text, kind, flags)
-    raise ValueError(
-        f"{text!r} is no arm; use plain, static[:STEPS-TOPK-TOKENS] or cast[:POLICY[:C1-C2-C3]]"
-    )
 
 
 @functools.cache
@@ -119,7 +66,7 @@ class Server:
         startup_seconds: float = STARTUP_SECONDS,
     ) -> None:
         self.name = name
-        self.log_path = log_dir / f"{name.replace(':', '-')}.log"
+        self.log_path = log_dir / f"{re.sub(r'[^A-Za-z0-9_.+=-]', '-', name)}.log"
         self._flags = flags
         self._env = {**os.environ, **(env or {})}
         self._startup_seconds = startup_seconds
@@ -182,6 +129,12 @@ class Server:
         """Forget all prefixes; the server must be idle."""
         httpx.post(f"{self.url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
 
+    def refuse_log_line(self, phrase: str) -> None:
+        """Raise ServerError with the line of the log that has the phrase, if there is one."""
+        for line in self.log_path.read_text(errors="replace").splitlines():
+            if phrase in line:
+                raise ServerError(f"server {self.name} is not what it is to be: {line.strip()}")
+
     def log_tail(self) -> str:
         """Return the last lines of the log."""
         lines = self.log_path.read_text(errors="replace").splitlines()
@@ -213,8 +166,19 @@ def serving(
     model: str,
     log_dir: Path,
     flags: Sequence[str] = (),
+    on_start: Callable[[Arm], contextlib.AbstractContextManager[object]] | None = None,
 ) -> Iterator[dict[str, Server]]:
-    """Run one server for each arm, all of them at once, and yield them by the arm's name."""
+    """Run one server for each arm, all of them at once, and yield them by the arm's name.
+
+    Args:
+        model: the target.
+        log_dir: gets a log for each arm.
+        flags: for every server, after those of its arm.
+        on_start: entered while an arm's server comes up, to show it.
+
+    Raises:
+        ServerError: a server did not come up, or not as its arm asks.
+    """
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
         for arm in arms:
@@ -224,7 +188,10 @@ def serving(
                 log_dir,
                 {**platform_environment(), **arm.env},
             )
-            servers[arm.name] = stack.enter_context(server)
+            with contextlib.nullcontext() if on_start is None else on_start(arm):
+                servers[arm.name] = stack.enter_context(server)
+            if arm.refusal is not None:
+                server.refuse_log_line(arm.refusal)
         yield servers
 
 

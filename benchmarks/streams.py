@@ -11,22 +11,31 @@ import numpy as np
 
 REQUEST_SECONDS = 1200.0
 
+Prompt = str | list[int]  # text, or tokens
+
 
 @dataclasses.dataclass
 class Answer:
     """What one request streamed."""
 
+    sent: float = 0.0
     times: list[float] = dataclasses.field(default_factory=list)
     counts: list[int] = dataclasses.field(default_factory=list)  # tokens so far, at each time
     output_ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
     verify_passes: int = 0
     num_prompt_tokens: int = 0
 
 
 async def stream_batch(
-    url: str, prompts: Sequence[str], temperature: float, num_tokens: int
+    url: str, prompts: Sequence[Prompt], temperature: float, num_tokens: int
 ) -> list[Answer]:
-    """Send the prompts at once and return what each streams."""
+    """Send the prompts at once and return what each streams.
+
+    Raises:
+        ValueError: a request failed, or ended before `num_tokens`.
+        httpx.HTTPError: the server did not answer.
+    """
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=limits) as client:
         streams = (_stream(client, url, prompt, temperature, num_tokens) for prompt in prompts)
@@ -34,13 +43,15 @@ async def stream_batch(
 
 
 async def _stream(
-    client: httpx.AsyncClient, url: str, prompt: str, temperature: float, num_tokens: int
+    client: httpx.AsyncClient, url: str, prompt: Prompt, temperature: float, num_tokens: int
 ) -> Answer:
     sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
-    body = {"text": prompt, "sampling_params": sampling, "stream": True}
+    kind = "text" if isinstance(prompt, str) else "input_ids"
+    body = {kind: prompt, "sampling_params": sampling, "stream": True}
     answer = Answer()
     last: dict[str, Any] = {}
     loop = asyncio.get_running_loop()
+    answer.sent = loop.time()
     async with client.stream("POST", f"{url}/generate", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -54,7 +65,7 @@ async def _stream(
             answer.counts.append(last["meta_info"]["completion_tokens"])
     if not answer.counts or answer.counts[-1] != num_tokens:
         raise ValueError(f"a request ended after {answer.counts[-1:]} of {num_tokens} tokens")
-    answer.output_ids = last["output_ids"]
+    answer.output_ids, answer.text = last["output_ids"], last["text"]
     answer.verify_passes = last["meta_info"].get("spec_verify_ct", 0)
     answer.num_prompt_tokens = last["meta_info"]["prompt_tokens"]
     return answer
@@ -82,3 +93,26 @@ def accept_length(answers: Sequence[Answer]) -> float | None:
     """Return the tokens gained per verify pass, or None without speculation."""
     passes = sum(answer.verify_passes for answer in answers)
     return round(sum(answer.counts[-1] for answer in answers) / passes, 4) if passes else None
+
+
+def latencies(answers: Sequence[Answer]) -> dict[str, float | None]:
+    """Return quantiles over requests of the time to the first token, over tokens of the gaps.
+
+    Time is the client's. Tokens that arrive together share the time since the arrival before
+    equally: a step of speculation brings several at once.
+    """
+    firsts = [(answer.times[0] - answer.sent) * 1e3 for answer in answers if answer.times]
+    gaps = np.concatenate([_token_gaps_ms(answer) for answer in answers] or [np.empty(0)])
+    return {
+        f"{name}_p{quantile}_ms": round(float(np.percentile(values, quantile)), 3)
+        if len(values)
+        else None
+        for name, values in (("ttft", firsts), ("itl", gaps))
+        for quantile in (50, 99)
+    }
+
+
+def _token_gaps_ms(answer: Answer) -> np.ndarray:
+    gained, waited = np.diff(answer.counts), np.diff(answer.times)
+    brought = gained > 0
+    return np.repeat(waited[brought] / gained[brought], gained[brought]) * 1e3

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.arms import Arm, parse_arm
 from benchmarks.pairs import (
     INFLATED_NOTE,
     INFLATED_PARAMS,
@@ -32,7 +33,7 @@ from benchmarks.pairs import (
     inflated_pair,
     measured_profile,
 )
-from benchmarks.servers import Arm, Server, ServerError, exit_on_sigterm, parse_arm, serving
+from benchmarks.servers import Server, ServerError, exit_on_sigterm, serving
 
 MODEL = f"tiny pair at {INFLATED_PARAMS}"
 ARMS = ("plain", "static", "cast")  # static is SGLang's EAGLE-3

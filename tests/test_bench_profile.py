@@ -9,18 +9,19 @@ import msgspec
 import numpy as np
 import pytest
 
-from benchmarks import bench_profile, bench_serving
+from benchmarks import bench_profile, cells
+from benchmarks.arms import Arm
 from benchmarks.bench_profile import (
     Contender,
     choose_contenders,
     joined,
     parse_args,
     study_rows,
-    tree_means,
 )
-from benchmarks.bench_serving import Answer, Cell, Result
+from benchmarks.cells import Cell, Result
+from benchmarks.counters import TREE_MEANS, tree_means
 from benchmarks.pairs import Pair
-from benchmarks.servers import Arm
+from benchmarks.streams import Answer
 from benchmarks.variant_figure import error_points
 from benchmarks.variants import (
     DEFAULT_VARIANTS,
@@ -250,7 +251,7 @@ def test_draws_of_one_error_become_one_point_and_the_figure_is_written(right, tm
     group += [contender("error-20+residuals", right, nominal_error=0.2, residuals=True)]
     speeds = [[10.0] * 2, [9.0, 9.5], [8.0] * 2, [9.2] * 2, [10.0] * 2, [9.9] * 2, [10.0] * 2]
     results = {c.arm.name: result(values) for c, values in zip(group, speeds, strict=True)}
-    trees = {c.arm.name: dict.fromkeys(bench_profile.TREE_MEANS) for c in group}
+    trees = {c.arm.name: dict.fromkeys(TREE_MEANS) for c in group}
     rows = [
         row
         for batch in (1, 4)
@@ -266,7 +267,7 @@ def test_draws_of_one_error_become_one_point_and_the_figure_is_written(right, tm
 
 def test_a_whole_study_without_servers(right, tmp_path, monkeypatch):
     runs: list[tuple[str, int, int]] = []  # arm, requests, tokens
-    counters = dict.fromkeys(itertools.chain(*bench_profile.TREE_MEANS.values()), 0)
+    counters = dict.fromkeys(itertools.chain(*TREE_MEANS.values()), 0)
 
     class FakeServer:
         def __init__(self, name: str) -> None:
@@ -294,7 +295,7 @@ def test_a_whole_study_without_servers(right, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_profile, "serving", serving)
     monkeypatch.setattr(bench_profile, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
-    for module in (bench_profile, bench_serving):
+    for module in (bench_profile, cells):
         monkeypatch.setattr(module, "run", run)
     save_profile(right, tmp_path / "right.json")
     (tmp_path / "task.jsonl").write_text('{"prompt": "x"}\n' * 3)

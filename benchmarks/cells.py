@@ -1,0 +1,126 @@
+"""Cells of a benchmark, and running every arm in them, in turns."""
+
+import asyncio
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from rich.progress import Progress, TaskID
+
+from benchmarks.arms import Arm
+from benchmarks.counters import cast_state, gained
+from benchmarks.dialogues import Dialogue
+from benchmarks.servers import Server
+from benchmarks.streams import Answer, Prompt, steady_window, stream_batch
+
+WARMUP_TOKENS = 16
+
+T = TypeVar("T")
+Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
+
+
+class Cell(NamedTuple):
+    """One condition under which every arm is measured."""
+
+    batch: int
+    temperature: float
+    task: str
+
+
+@dataclasses.dataclass
+class Result:
+    """One arm in one cell."""
+
+    tok_s: list[float] = dataclasses.field(default_factory=list)  # one a repeat
+    answers: list[Answer] = dataclasses.field(default_factory=list)  # of all repeats
+    totals: Counter[str] = dataclasses.field(default_factory=Counter)  # CAST's, of all repeats
+
+
+def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
+    """Return whole batches of prompts, at least `num_requests`, repeating them if they run out."""
+    count = -(-num_requests // batch) * batch
+    return list(itertools.islice(itertools.cycle(prompts), count))
+
+
+def warm_up(
+    arms: Sequence[Arm],
+    servers: Mapping[str, Server],
+    cell: Cell,
+    requests: Sequence[Request],
+    num_tokens: int = WARMUP_TOKENS,
+) -> None:
+    """Let every arm decode a few tokens in the cell's batch size."""
+    for arm in arms:
+        run(servers[arm.name], requests[: cell.batch], cell, num_tokens)
+
+
+def take_turns(
+    repeats: int,
+    num_tokens: int,
+    arms: Sequence[Arm],
+    servers: Mapping[str, Server],
+    cell: Cell,
+    requests: Sequence[Request],
+    progress: Progress,
+    bar: TaskID,
+) -> dict[str, Result]:
+    """Run every arm once in each repeat; return the results by the arm's name."""
+    results = {arm.name: Result() for arm in arms}
+    for repeat in range(repeats):
+        # Another order each time, so that no arm always follows the same one.
+        for arm in _rotated(arms, repeat):
+            progress.update(bar, description=f"{cell.task} batch {cell.batch} {arm.name}")
+            server, result = servers[arm.name], results[arm.name]
+            before = cast_state(server) if arm.kind == "cast" else {}
+            tok_s, answers = run(server, requests, cell, num_tokens)
+            result.tok_s.append(tok_s)
+            result.answers += answers
+            if before:
+                result.totals.update(gained(before, cast_state(server)))
+            progress.advance(bar)
+    return results
+
+
+def run(
+    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
+) -> tuple[float, list[Answer]]:
+    """Send the requests in batches; return tokens per second of steady decoding, and the answers.
+
+    A batch of dialogues sends its first prompts together, then, when all are answered, its second
+    ones; the steady windows of all turns count.
+    """
+    server.check()
+    server.flush_cache()
+    answers: list[Answer] = []
+    tokens = seconds = 0.0
+    for start in range(0, len(requests), cell.batch):
+        batch = requests[start : start + cell.batch]
+        texts: list[list[str]] = [[] for _ in batch]
+        for _ in range(num_turns(batch)):
+            prompts = [
+                next_prompt(request, said) for request, said in zip(batch, texts, strict=True)
+            ]
+            wave = asyncio.run(stream_batch(server.url, prompts, cell.temperature, num_tokens))
+            gained_tokens, elapsed = steady_window(wave)
+            tokens, seconds = tokens + gained_tokens, seconds + elapsed
+            for said, answer in zip(texts, wave, strict=True):
+                said.append(answer.text)
+            answers += wave
+    return tokens / seconds, answers
+
+
+def num_turns(batch: Sequence[Request]) -> int:
+    """Return how many prompts each request of a batch sends."""
+    return min(request.num_turns if isinstance(request, Dialogue) else 1 for request in batch)
+
+
+def next_prompt(request: Request, answers: Sequence[str]) -> Prompt:
+    """Return what a request sends after these answers."""
+    return request.prompt(answers) if isinstance(request, Dialogue) else request
+
+
+def _rotated(arms: Sequence[Arm], by: int) -> list[Arm]:
+    by %= len(arms)
+    return [*arms[by:], *arms[:by]]

@@ -1,0 +1,111 @@
+"""Results of a benchmark on disk: every run of a directory, the latest one first in sight."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ORIGIN_FIELDS = ("date", "device", "target", "draft", "git_commit")
+
+
+class Ledger:
+    """`results.json` and `results.csv` of a directory; runs are added to them and none is lost.
+
+    `results.json` is the latest run, {"provenance", "complete", "rows", "summary"}, and under
+    "runs" all of them, the latest last. `results.csv` has a line for each row, with its provenance.
+
+    Args:
+        directory: made if need be.
+        provenance: of the run to add.
+        summarise: from the run's rows to its summary.
+
+    Raises:
+        ValueError: what lies there was not written by a ledger of these columns.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        provenance: Mapping[str, Any],
+        summarise: Callable[[Sequence[Row]], list[Row]],
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path, self.csv_path = directory / "results.json", directory / "results.csv"
+        self._summarise = summarise
+        self._earlier = _read_runs(self.path)
+        self._origin = _flat_origin(provenance)
+        self._run: dict[str, Any] = {"provenance": dict(provenance), "complete": False, "rows": []}
+        self._columns: list[str] | None = None
+        if self.csv_path.exists():
+            with open(self.csv_path, newline="") as file:
+                self._columns = next(csv.reader(file), None)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of this run so far."""
+        return list(self._run["rows"])
+
+    def describe(self, **facts: Any) -> None:
+        """Add to the provenance what became known since."""
+        self._run["provenance"] |= facts
+
+    def check_columns(self, fields: Sequence[str]) -> None:
+        """Refuse, before anything is measured, a CSV file of other columns.
+
+        Raises:
+            ValueError: names the file.
+        """
+        expected = [*self._origin, *fields]
+        if self._columns is not None and self._columns != expected:
+            raise ValueError(
+                f"{self.csv_path} has other columns than this version writes; use another directory"
+            )
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add the rows of a finished cell, on disk at once."""
+        self._run["rows"] += rows
+        self._write_json()
+        lines = [{**self._origin, **{name: _cell(row[name]) for name in row}} for row in rows]
+        is_new = not self.csv_path.exists()
+        with open(self.csv_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerows(lines)
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self._run["complete"] = True
+        self._write_json()
+
+    def _write_json(self) -> None:
+        run = {**self._run, "summary": self._summarise(self._run["rows"])}
+        partial = self.path.with_suffix(".partial")
+        content = {**run, "runs": [*self._earlier, run]}
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        # A run that is killed while it writes leaves the old file.
+        os.replace(partial, self.path)
+
+
+def _read_runs(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        # Before runs were added, a file held one.
+        return list(content.get("runs") or [{**content, "complete": True, "summary": []}])
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results: {error}; use another directory") from error
+
+
+def _flat_origin(provenance: Mapping[str, Any]) -> Row:
+    versions = {f"{name}_version": found for name, found in provenance["versions"].items()}
+    origin = {name: provenance[name] for name in ORIGIN_FIELDS}
+    return {**origin, **versions, "command": provenance["command"]}
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
