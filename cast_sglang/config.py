@@ -23,7 +23,7 @@ from cast_sglang.errors import ConfigError
 
 __all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_cache_dir"]
 
-POLICIES = ("auto", "fixed", "eagle")
+POLICIES = ("auto", "fixed", "eagle", "optimal")
 LOOKUPS = ("linear", "nearest")
 MAX_VERIFY_TOKENS = 4096
 
@@ -119,6 +119,13 @@ class CastConfig:
         "on",
         "choice",
         "policy auto: learn how far the draft's probabilities can be trusted",
+        choices=("on", "off"),
+    )
+    joint_budget: str = _knob(
+        "on",
+        "choice",
+        "policy auto: rank the nodes of all requests together, where the attention backend runs "
+        "requests of unequal sizes",
         choices=("on", "off"),
     )
     lookup: str = _knob(

@@ -16,7 +16,7 @@ import torch
 from cast_sglang.config import LOOKUPS
 from cast_sglang.profile_schema import CostTable, CostTables
 
-__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts"]
+__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts", "cost_of"]
 
 CONTEXT_BUCKET_TOKENS = 64
 MAX_CACHED_STEPS = 4096
@@ -46,6 +46,18 @@ class _Entry(NamedTuple):
     verify: np.ndarray  # host copies of the tensors, so that a prediction costs no device sync
     draft: np.ndarray
     draft_extend: np.ndarray
+
+
+def cost_of(costs: torch.Tensor | np.ndarray, count: float) -> float:
+    """Return the cost of `count` tokens per request, linear between whole counts.
+
+    Args:
+        costs: [n], on the host; index k - 1 is the cost of k tokens.
+        count: in [1, n]; not whole where it is a mean over requests.
+    """
+    whole = int(count)
+    cost = float(costs[whole - 1])
+    return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
 
 
 class CostModel:
@@ -136,25 +148,26 @@ class CostModel:
         self,
         batch_size: int,
         context: float,
-        num_verify_rows: int,
+        num_verify_rows: float,
         draft_widths: Sequence[int],
-        num_extend_rows: int,
+        num_extend_rows: float,
     ) -> float:
         """Predict the time of a step in microseconds; host arithmetic only.
 
         Definition: unit_us * (verify[rows] + sum of draft[width] + draft_extend[rows] + overhead)
 
         Args:
-            num_verify_rows: rows per request of the target pass, root included; in [1, N].
+            num_verify_rows: rows per request of the target pass, root included; in [1, N]. A mean
+                over requests need not be whole, here and below.
             draft_widths: nodes per request of each draft layer that ran; each in [1, K].
             num_extend_rows: rows per request of the draft's extend pass; in [0, E], 0 for none.
         """
         entry = self._entry(batch_size, context)
-        units = float(entry.verify[num_verify_rows - 1]) + entry.costs.overhead
+        units = cost_of(entry.verify, num_verify_rows) + entry.costs.overhead
         for width in draft_widths:
-            units += float(entry.draft[width - 1])
+            units += cost_of(entry.draft, width)
         if num_extend_rows:
-            units += float(entry.draft_extend[num_extend_rows - 1])
+            units += cost_of(entry.draft_extend, num_extend_rows)
         return units * entry.costs.unit_us
 
     def _entry(self, batch_size: int, context: float) -> _Entry:

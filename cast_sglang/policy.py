@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 __all__ = ["Costs", "EaglePolicy", "FixedPolicy", "TreePolicy", "select_count"]
@@ -74,13 +75,28 @@ class Costs(Protocol):
 class TreePolicy(ABC):
     """The decisions of one step. A policy carries state from step to step, so it has one owner."""
 
-    def speculate(self, batch_size: int, costs: Costs | None, plain_extra: float = 0.0) -> bool:
+    def speculate(
+        self,
+        batch_size: int,
+        costs: Costs | None,
+        plain_extra: float = 0.0,
+        catch_up: float = 0.0,
+    ) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         Args:
-            plain_extra: what else a plain step takes, in units, as keeping the draft's KV warm.
+            plain_extra: what a plain step takes here beyond plain decoding, in units.
+            catch_up: time in units to give the draft what plain steps have left undone.
         """
         return True
+
+    def weigh(self, weights: np.ndarray | None) -> None:
+        """Let the requests of this step count unequally, where the policy can.
+
+        Args:
+            weights: [B] >= 0, what a request's tokens are worth; None for all alike.
+        """
+        return
 
     @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
@@ -104,6 +120,21 @@ class TreePolicy(ABC):
                 grows by them.
         """
         return
+
+    def depth(self, num_layers: int, costs: Costs | None) -> int:
+        """Return how many of the grown layers stay, in 1..num_layers."""
+        return num_layers
+
+    def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
+        """Return [B] int64, the rows to verify of each request, roots included; not all are 1.
+
+        In place of `rerank` where the target runs requests of unequal numbers of rows. None from a
+        policy that treats all requests alike.
+
+        Args:
+            scores: as for `rerank`.
+        """
+        return None
 
     @abstractmethod
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.cost import cost_of
 from cast_sglang.lookahead import Lookahead
 from cast_sglang.policy import Costs, TreePolicy
 
-__all__ = ["AutoPolicy", "Choice", "optimal_choice", "step_units"]
+__all__ = ["AutoPolicy", "step_units"]
 
 # Steps after which a step counts half in the price.
 HALF_LIFE = 32
@@ -44,68 +45,20 @@ PROBE_SHARE = 0.01
 MIN_PROBE = 0.25
 
 
-class Choice(NamedTuple):
-    """A depth and a number of verified nodes."""
-
-    num_layers: int
-    num_draft_tokens: int  # N, root included
-    value: float  # expected accepted tokens, less the price of the time
-
-
-def optimal_choice(
-    layer_scores: Sequence[torch.Tensor],
-    draft_costs: Sequence[float],
-    verify_costs: torch.Tensor,
-    sizes: Sequence[int],
-    price: float,
-) -> Choice:
-    """Search all depths and sizes of a tree that is fully grown: what a policy could at best do.
-
-    Definition: the first (d, N) that maximises
-        sum of the best N - 1 scores of layers 1..d (mean over the batch)
-        - price * (draft_costs[0] + ... + draft_costs[d - 2] + verify_costs[N - 1])
-
-    Args:
-        layer_scores: D tensors [B, M_d], the scores of each layer's candidates in any order.
-        draft_costs: D - 1 costs; entry d - 1 is that of growing layer d + 1.
-        verify_costs: [N] float32, cost of 1.. rows per request.
-        sizes: ascending values allowed for N, each >= 2.
-        price: accepted tokens per unit of cost.
-
-    Raises:
-        ValueError: no size fits into the first layer.
-    """
-    best: Choice | None = None
-    for depth in range(1, len(layer_scores) + 1):
-        scores = torch.cat(list(layer_scores[:depth]), dim=1)
-        allowed = torch.tensor(sizes[: bisect_right(sizes, scores.shape[1] + 1)])
-        if not len(allowed):
-            continue
-        utility = scores.sort(dim=1, descending=True).values.double().mean(dim=0).cumsum(dim=0)
-        time = verify_costs[allowed - 1].double() + sum(draft_costs[: depth - 1])
-        values = utility[allowed - 2] - price * time
-        index = int(values.argmax())
-        if best is None or float(values[index]) > best.value:
-            best = Choice(depth, int(allowed[index]), float(values[index]))
-    if best is None:
-        raise ValueError(f"no size of {tuple(sizes)} fits the tree")
-    return best
-
-
 def step_units(
-    costs: Costs, widths: Sequence[int], num_draft_tokens: int, num_extend_rows: int
+    costs: Costs, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
 ) -> float:
     """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
 
     Args:
         widths: nodes expanded per request in each layer below the root.
-        num_draft_tokens: N, rows verified per request.
+        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
         num_extend_rows: rows per request of draft extend, 0 for none.
     """
-    time = costs.overhead + float(costs.verify[num_draft_tokens - 1])
-    time += sum(float(costs.draft[width - 1]) for width in widths)
+    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
+    time += sum(cost_of(costs.draft, width) for width in widths)
     if num_extend_rows:
-        time += float(costs.draft_extend[num_extend_rows - 1])
+        time += cost_of(costs.draft_extend, num_extend_rows)
     return time
 
 
@@ -140,6 +93,7 @@ class _View(NamedTuple):
     costs: Costs
     growth: np.ndarray  # [K], one more layer of 1.. nodes, extending the draft by it included
     extend: np.ndarray  # [E], draft extend of 1.. rows
+    rows: np.ndarray  # [N], verifying 1.. rows
     verify: np.ndarray  # [S], verifying each allowed size
     next_row: np.ndarray  # [S], least time per further row from each size to a larger one
     token: float  # what a further accepted token adds to draft extend
@@ -164,11 +118,16 @@ class AutoPolicy(TreePolicy):
 
     A worker that does not call `expanded` leaves it to the root's children to stand for all.
 
+    Where the target runs requests of unequal numbers of rows, `share_out` ranks the nodes of all
+    requests together and cuts once, where a further row no longer pays; so a request that drafts
+    well gets the rows of one that is hopeless. With equal numbers a row that another request has
+    paid for is free, and `rerank` fills all of them.
+
     Args:
         verify_sizes: ascending values allowed for N, each >= 2.
         max_layers: D, layers a tree may grow to.
-        extend_by_outcome: draft extend runs as many rows as the longest accepted path, not as many
-            as the tree is deep.
+        extend_by_outcome: draft extend runs the accepted rows of each request, not as many as the
+            tree is deep.
     """
 
     def __init__(
@@ -184,6 +143,7 @@ class AutoPolicy(TreePolicy):
         self._layers = 1  # of the tree that grows
         self._deepen = False
         self._root_children: torch.Tensor | None = None  # until deeper ones are seen in the step
+        self._weights: np.ndarray | None = None  # [B, 1]
 
     def price(self, batch_size: int) -> float:
         """Return accepted tokens asked per unit of time at this batch size."""
@@ -201,10 +161,13 @@ class AutoPolicy(TreePolicy):
             for octave, bucket in sorted(self._buckets.items())
         ]
 
+    def weigh(self, weights: np.ndarray | None) -> None:
+        self._weights = None if weights is None else weights[:, None]
+
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and whether it pays to expand it at all."""
         view, bucket = self._read(costs), self._bucket(scores.shape[0])
-        ranked = scores.numpy(force=True)
+        ranked = self._weighed(scores)
         if self._layers == 1:
             self._root_children = scores
             if not self._lookahead.has_learned:
@@ -242,27 +205,49 @@ class AutoPolicy(TreePolicy):
                 f"the smallest verify size {self._sizes[0]} is larger than the tree of "
                 f"{scores.shape[1] + 1} nodes"
             )
-        ranked = scores.numpy(force=True)
+        ranked = self._weighed(scores)
         nodes = self._num_nodes[:num_sizes]
         rank_means = ranked.sum(axis=0) / len(ranked)
         utility = rank_means.cumsum()[nodes - 1]
-        time = view.verify[:num_sizes] + self._extend_time(view, ranked, nodes)
+        time = view.verify[:num_sizes] + self._extend_time(view, nodes, utility)
         best = int((utility - bucket.price * time).argmax())
+        self._close_step(bucket, view, best, float(rank_means[nodes[best] - 1]), scores)
+        return self._sizes[best]
 
-        row_price = bucket.price * float(view.next_row[best])
-        bucket.learn_row_price(min(row_price, float(rank_means[nodes[best] - 1])))
+    def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
+        """Rank the nodes of all requests together and verify those worth their time."""
+        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
+        batch_size, num_nodes = ranked.shape
+        # Stable, so that a request's parent comes before a child of the same score.
+        order = np.argsort(-ranked, axis=None, kind="stable")
+        shares = ranked.ravel()[order] / batch_size
+        utility = shares.cumsum()
+        nodes = np.arange(1, len(order) + 1) / batch_size
+        verify = np.interp(1.0 + nodes, np.arange(1, len(view.rows) + 1), view.rows)
+        time = verify + self._extend_time(view, nodes, utility)
+        best = int((utility - bucket.price * time).argmax())
+        size = min(int(np.searchsorted(self._num_nodes, nodes[best])), len(self._sizes) - 1)
+        self._close_step(bucket, view, size, float(shares[best]) * batch_size, scores)
+        return 1 + np.bincount(order[: best + 1] // num_nodes, minlength=batch_size)
+
+    def _weighed(self, scores: torch.Tensor) -> np.ndarray:
+        ranked = scores.numpy(force=True)
+        return ranked if self._weights is None else ranked * self._weights
+
+    def _close_step(
+        self, bucket: _Bucket, view: _View, size: int, least: float, scores: torch.Tensor
+    ) -> None:
+        """Learn the row price and the children of this step, whose tree is chosen."""
+        bucket.learn_row_price(min(bucket.price * float(view.next_row[size]), least))
         if self._root_children is not None:
             self._lookahead.add(torch.ones_like(scores[:, 0]), self._root_children)
         self._lookahead.learn()
         self._layers, self._root_children = 1, None
-        return self._sizes[best]
 
-    def _extend_time(self, view: _View, ranked: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    def _extend_time(self, view: _View, nodes: np.ndarray, utility: np.ndarray) -> np.ndarray:
         """Return the time of draft extend after verifying each number of nodes."""
-        if self._extend_by_outcome:
-            longest = ranked.cumsum(axis=1)[:, nodes - 1].max(axis=0)
-        else:
-            longest = np.minimum(self._layers, nodes)
+        longest = utility if self._extend_by_outcome else np.minimum(self._layers, nodes)
         # One row more than drafts accepted, and index 0 is the time of one row.
         return np.interp(longest, np.arange(len(view.extend)), view.extend)
 
@@ -280,7 +265,13 @@ class AutoPolicy(TreePolicy):
             gain = tokens * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
-    def speculate(self, batch_size: int, costs: Costs | None, plain_extra: float = 0.0) -> bool:
+    def speculate(
+        self,
+        batch_size: int,
+        costs: Costs | None,
+        plain_extra: float = 0.0,
+        catch_up: float = 0.0,
+    ) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         An account for each octave of batch sizes holds what speculation may still lose against
@@ -288,18 +279,20 @@ class AutoPolicy(TreePolicy):
         used up, plain decoding takes over and pays in a hundredth of its time; from that, tries of
         a step or some are paid, until one of them goes on earning. So by the costs no more than
         that is ever lost at a batch size, however the luck falls. A try comes when it has been
-        saved for, mostly after 25 to 100 target passes: about a second where a pass takes 10 ms.
+        saved for, what the draft has to catch up on included: mostly after 25 to 100 target
+        passes, about a second where a pass takes 10 ms.
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
         plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
         bucket.plain_units = plain + plain_extra
-        if not bucket.is_plain and bucket.account >= 0.0:
-            return True
-        mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / max(bucket.steps, 1.0)
-        bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss)
+        if bucket.is_plain or bucket.account < 0.0:
+            mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / max(bucket.steps, 1.0)
+            bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss) + catch_up
         if bucket.is_plain:
             bucket.account += PROBE_SHARE * bucket.plain_units
+        else:
+            bucket.account -= catch_up
         return not bucket.is_plain
 
     def _bucket(self, batch_size: int) -> _Bucket:
@@ -324,7 +317,8 @@ class AutoPolicy(TreePolicy):
 
 
 def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
-    verify = costs.verify.numpy(force=True)[num_nodes]
+    rows_verified = costs.verify.numpy(force=True)
+    verify = rows_verified[num_nodes]
     draft, extend = costs.draft.numpy(force=True), costs.draft_extend.numpy(force=True)
     rows = num_nodes[None, :] - num_nodes[:, None]
     slopes = np.divide(
@@ -336,6 +330,7 @@ def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View
         costs,
         growth=draft + row_of_layer,
         extend=extend,
+        rows=rows_verified,
         verify=verify,
         next_row=np.maximum(slopes.min(axis=1), 0.0),
         token=row_of_token,

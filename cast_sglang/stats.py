@@ -22,6 +22,7 @@ class _Totals:
     """Sums over steps; "nodes" and "drafts" are summed over the requests of each step."""
 
     steps: int = 0
+    plain_steps: int = 0  # that drafted nothing
     requests: int = 0
     layers_grown: int = 0
     nodes_drafted: int = 0
@@ -88,7 +89,7 @@ class StepStats:
         batch_size: int,
         num_layers: int,
         num_draft_nodes: int,
-        num_verify_rows: int,
+        num_verify_rows: float,
         policy_us: float = 0.0,
     ) -> None:
         """Count the trees of one step.
@@ -97,7 +98,7 @@ class StepStats:
             batch_size: B, requests in the step.
             num_layers: draft layers grown.
             num_draft_nodes: nodes drafted per request.
-            num_verify_rows: rows per request that the target verified, root included.
+            num_verify_rows: rows per request that the target verified, root included; a mean.
             policy_us: host time spent choosing the trees, in microseconds.
         """
         totals = self._totals
@@ -105,13 +106,15 @@ class StepStats:
         totals.requests += batch_size
         totals.layers_grown += num_layers
         totals.nodes_drafted += batch_size * num_draft_nodes
-        totals.nodes_verified += batch_size * num_verify_rows
+        nodes_verified = round(batch_size * num_verify_rows)
+        totals.nodes_verified += nodes_verified
+        totals.plain_steps += num_layers == 0
         totals.policy_us += policy_us
         if metrics := self._exported():
             metrics.steps.inc()
             metrics.layers_grown.inc(num_layers)
             metrics.nodes_drafted.inc(batch_size * num_draft_nodes)
-            metrics.nodes_verified.inc(batch_size * num_verify_rows)
+            metrics.nodes_verified.inc(nodes_verified)
             metrics.policy_seconds.inc(policy_us / 1e6)
             metrics.last_layers.set(num_layers)
             metrics.last_verify_rows.set(num_verify_rows)

@@ -37,7 +37,12 @@ class RankedNodes(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The nodes to verify, as SGLang's tree builder takes them."""
+    """The nodes to verify, as SGLang's tree builder takes them.
+
+    Where requests have unequal numbers of nodes, the rows behind a request's last one hold
+    candidate number M, which does not exist and whose parent, -1, is no candidate: nothing links
+    to it.
+    """
 
     parent_list: torch.Tensor  # [B, 1 + K * (num_layers - 1)] int64, -1 for the root
     top_scores_index: torch.Tensor  # [B, N - 1] int64, ascending candidate numbers
@@ -126,23 +131,30 @@ class DraftTree:
         self._scores.append(scores.view(batch_size, -1))
         self._tokens.append(tokens.view(batch_size, -1))
 
-    def ranked(self, num_nodes: int) -> RankedNodes:
+    def ranked(self, num_nodes: int, num_layers: int | None = None) -> RankedNodes:
         """Rank all candidates and return each request's best `num_nodes` (or all, if fewer).
 
         The sort is stable, so of equal scores the shallower node comes first: without that, a
         child of probability 1 could displace its own parent and the cut would not be a tree.
+
+        Args:
+            num_layers: look at the first layers only; None for all.
         """
         scores, index = torch.sort(
-            torch.cat(self._scores, dim=1), dim=1, descending=True, stable=True
+            torch.cat(self._scores[:num_layers], dim=1), dim=1, descending=True, stable=True
         )
         return RankedNodes(scores[:, :num_nodes], index[:, :num_nodes])
 
-    def select(self, ranked: RankedNodes, num_draft_tokens: int) -> Selection:
+    def select(
+        self, ranked: RankedNodes, num_draft_tokens: int, num_rows: torch.Tensor | None = None
+    ) -> Selection:
         """Take each request's best N - 1 nodes, in the form SGLang's tree builder reads.
 
         Args:
             ranked: this tree's `ranked(n)` with n >= N - 1.
             num_draft_tokens: N, root included; 2 <= N <= M + 1.
+            num_rows: [B] int64 in 1..N, for fewer nodes of some requests, root included; the
+                parent list then has one more entry.
         """
         num_nodes = num_draft_tokens - 1
         if not 1 <= num_nodes <= ranked.node_index.shape[1]:
@@ -150,17 +162,18 @@ class DraftTree:
                 f"num_draft_tokens must be in 2..{ranked.node_index.shape[1] + 1}, "
                 f"got {num_draft_tokens}"
             )
-        index = ranked.node_index[:, :num_nodes].sort(dim=1).values
-        draft_tokens = torch.cat(self._tokens, dim=1).gather(1, index)
+        index, tokens = ranked.node_index[:, :num_nodes], torch.cat(self._tokens, dim=1)
         batch_size, device = index.shape[0], index.device
         # The builder strides this list by its depth times K, however narrow the layers were.
-        parent_list = torch.full(
-            (batch_size, 1 + self.topk * (self.num_layers - 1)),
-            -1,
-            dtype=torch.int64,
-            device=device,
-        )
+        num_parents = 1 + self.topk * (self.num_layers - 1)
+        if num_rows is not None:
+            absent = torch.arange(1, num_draft_tokens, device=device) >= num_rows.unsqueeze(1)
+            index = index.masked_fill(absent, self.num_candidates)
+            tokens = torch.nn.functional.pad(tokens, (0, 1))
+            num_parents += 1
+        index = index.sort(dim=1).values
+        parent_list = torch.full((batch_size, num_parents), -1, dtype=torch.int64, device=device)
         if self._expanded:
             expanded = torch.cat(self._expanded, dim=1)
             parent_list[:, 1 : 1 + expanded.shape[1]] = expanded
-        return Selection(parent_list, index, draft_tokens)
+        return Selection(parent_list, index, tokens.gather(1, index))

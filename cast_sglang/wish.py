@@ -64,12 +64,17 @@ def parse_wish(custom_params: Any) -> str:
 
 
 def request_weights(wishes: Sequence[str]) -> list[float]:
-    """Return how much a token of each request counts, that of a throughput request being 1.
+    """Return how much a token of each request counts.
+
+    Those that want drafts count 1 in the mean, so where all wish the same, all count 1: a wish
+    moves rows from one request to another and leaves the price of a row as it is.
 
     Args:
         wishes: [B] members of `WISHES`, as `parse_wish` returns them.
     """
-    return [_WEIGHTS[wish] for wish in wishes]
+    weights = [_WEIGHTS[wish] for wish in wishes]
+    mean = sum(weights) / max(1, sum(weight > 0.0 for weight in weights))
+    return [weight / mean if mean else weight for weight in weights]
 
 
 def _shown(value: Any) -> str:

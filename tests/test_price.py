@@ -24,7 +24,8 @@ from simulator import (
 
 from cast_sglang.acceptance import Acceptance
 from cast_sglang.lookahead import Lookahead
-from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy, optimal_choice, step_units
+from cast_sglang.optimal import optimal_choice
+from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy, step_units
 
 
 def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:
@@ -83,7 +84,7 @@ def test_rerank_is_an_exhaustive_search(batch, nodes, sizes, price, seed, by_out
     def value(size):
         per_request = scores.double()[:, : size - 1].sum(dim=1)
         # A tree of one layer accepts one draft at most; by outcome, as many as are expected.
-        longest = float(per_request.max()) if by_outcome else 1.0
+        longest = float(per_request.mean()) if by_outcome else 1.0
         time = verify[size - 1] + np.interp(longest, range(9), extend)
         return float(per_request.mean()) - price * time
 

@@ -72,8 +72,12 @@ def test_a_wish_of_any_depth_is_refused():
 
 
 def test_weights():
-    assert request_weights([OFF, THROUGHPUT, LATENCY]) == [0.0, 1.0, LATENCY_WEIGHT]
-    assert request_weights([]) == []
+    off, throughput, latency = request_weights([OFF, THROUGHPUT, LATENCY])
+    assert off == 0.0 and latency == LATENCY_WEIGHT * throughput
+    assert throughput + latency == 2.0  # one each in the mean of those that want drafts
+    for wish in (THROUGHPUT, LATENCY):
+        assert request_weights([wish, OFF, wish]) == [1.0, 0.0, 1.0]
+    assert request_weights([OFF]) == [0.0] and request_weights([]) == []
     assert LATENCY_WEIGHT == 4.0
 
 

@@ -53,6 +53,8 @@ class Calibration:
         self._learn()
         batch_size = selection.top_scores_index.shape[0]
         candidates = torch.cat([probs.reshape(batch_size, -1) for probs in self._probs], dim=1)
+        # The candidate that does not exist has no probability either, and teaches nothing.
+        candidates = torch.nn.functional.pad(candidates, (0, 1), value=torch.nan)
         probs = candidates.gather(1, selection.top_scores_index)
         self._drafted = _Drafted(selection, probs, widths, topk)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from cast_sglang.cost import cost_of
+
 if TYPE_CHECKING:
     from cast_sglang.cost import StepCosts
 
@@ -52,16 +54,16 @@ class PassClock:
         self._costs = None
 
     @contextlib.contextmanager
-    def time(self, operation: str, num_tokens: int) -> Iterator[None]:
-        """Time the pass inside."""
+    def time(self, operation: str, num_tokens: float) -> Iterator[None]:
+        """Time the pass inside, of so many rows or nodes per request in the mean."""
         costs = self._costs
         if costs is None:
             yield
             return
         begin = self._now()
         yield
-        predicted_us = float(getattr(costs, operation)[num_tokens - 1]) * costs.unit_us
-        timed = TimedPass(operation, self._batch_size, num_tokens, predicted_us, 0.0)
+        predicted_us = cost_of(getattr(costs, operation), num_tokens) * costs.unit_us
+        timed = TimedPass(operation, self._batch_size, round(num_tokens), predicted_us, 0.0)
         self._running.append((timed, begin, self._now()))
 
     def finished(self) -> Iterator[TimedPass]:

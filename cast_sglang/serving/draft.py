@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import dataclasses
+import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
+from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from sglang.srt.speculative.spec_utils import renorm_draft_probs
 from sglang.srt.utils.common import fast_topk
 
 from cast_sglang.serving.draft_attention import create_tree_backend
+from cast_sglang.serving.ragged import kept_rows, running_only
 from cast_sglang.tree import DraftTree
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
-    from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
@@ -35,16 +41,27 @@ if TYPE_CHECKING:
     from cast_sglang.cost import StepCosts
     from cast_sglang.policy import TreePolicy
     from cast_sglang.residuals import Residuals
+    from cast_sglang.serving.backlog import Backlog
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
 
 
+# What a draft input says of the next root's children.
+_NEXT_CHILDREN = ("topk_p", "topk_index", "hidden_states")
+
+
 class DraftShape(NamedTuple):
-    """What one step drafted and chose, for the counters."""
+    """What one step drafted and chose."""
 
     widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
-    num_draft_tokens: int  # nodes verified per request, root included
+    num_draft_tokens: int  # N, nodes verified per request, root included
+    num_rows: np.ndarray | None  # [B], of each request where they differ; at most N
     policy_seconds: float  # host time of the decisions, waiting for the device included
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows verified per request, root included."""
+        return float(self.num_draft_tokens if self.num_rows is None else self.num_rows.mean())
 
 
 class CastDraftWorker(EagleDraftWorker):
@@ -56,8 +73,13 @@ class CastDraftWorker(EagleDraftWorker):
     residuals: Residuals | None  # None without correction
     verify_sizes: tuple[int, ...]
     clock: PassClock
+    weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
+    is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
+    shares_out: bool  # one budget of verified nodes for the batch
+    backlog: Backlog
+    deferring: EagleDraftInput | None  # in a plain step, what it began with
     last_shape: DraftShape
-    last_extend_rows: int
+    last_extend_rows: float
 
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
@@ -88,6 +110,7 @@ class CastDraftWorker(EagleDraftWorker):
 
         Effects: writes draft KV into slots past each request's committed length.
         """
+        self.catch_up(batch)
         draft_input = batch.spec_info
         forward_batch, _, _ = prepare_for_draft(
             draft_input,
@@ -101,21 +124,19 @@ class CastDraftWorker(EagleDraftWorker):
         tree, widths, policy_seconds = self._grow_tree(forward_batch)
 
         began = time.perf_counter()
-        ranked = tree.ranked(self.max_draft_tokens - 1)
-        num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
-        if self.residuals is not None and self.costs is not None:
-            most = ranked.scores.shape[1] + 1
-            sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, most)]
-            num_draft_tokens = self.residuals.explore(
-                "verify", len(batch.reqs), num_draft_tokens, sizes, self.costs.verify
-            )
+        num_layers = self.policy.depth(tree.num_layers, self.costs)
+        widths = widths[: num_layers - 1]
+        ranked = tree.ranked(self.max_draft_tokens - 1, num_layers)
+        num_draft_tokens, num_rows = self._rows_to_verify(ranked.scores)
         policy_seconds += time.perf_counter() - began
-        selection = tree.select(ranked, num_draft_tokens)
+        selection = tree.select(
+            ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
+        )
         if self.calibration is not None:
             began = time.perf_counter()
             self.calibration.selected(selection, widths, self.topk)
             policy_seconds += time.perf_counter() - began
-        self.last_shape = DraftShape(widths, num_draft_tokens, policy_seconds)
+        self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, policy_seconds)
         verify_input = build_eagle_verify_input(
             batch,
             draft_input,
@@ -131,8 +152,31 @@ class CastDraftWorker(EagleDraftWorker):
             device=self.device,
         )
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
-        verify_input.spec_steps = min(tree.num_layers, num_draft_tokens - 1)
+        verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
+        verify_input.num_rows = num_rows
+        if self.weights is not None:
+            # Nothing hangs below the root of a request that wants no drafts.
+            wanted = torch.from_numpy(self.weights > 0.0).to(self.device).unsqueeze(1)
+            verify_input.retrieve_next_token.masked_fill_(~wanted, -1)
         return verify_input
+
+    def _rows_to_verify(self, scores: torch.Tensor) -> tuple[int, np.ndarray | None]:
+        """Return N, and the rows of each request where they differ."""
+        num_rows = self.policy.share_out(scores, self.costs) if self.shares_out else None
+        if num_rows is None:
+            size = self.policy.rerank(scores, self.costs)
+        else:
+            size = math.ceil(num_rows.mean())
+        if self.residuals is not None and self.costs is not None:
+            sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)]
+            explored = self.residuals.explore(
+                "verify", len(scores), size, sizes, self.costs.verify
+            )
+            if explored != size:
+                return explored, None
+        if num_rows is None or num_rows.min() == num_rows.max():
+            return size, None
+        return int(num_rows.max()), num_rows
 
     def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
         spec_info = forward_batch.spec_info
@@ -218,14 +262,74 @@ class CastDraftWorker(EagleDraftWorker):
         After verify the accepted path stands at the front of each request's block, so only the
         columns that an accepted path can reach are run, not all verified nodes.
         """
-        rows = batch_result.accept_index.shape[1]
-        if batch_result.accept_lens.device.type == "cpu":
-            rows = min(rows, int(batch_result.accept_lens.max()))  # free where nothing is in flight
+        if self.deferring is not None:
+            self._defer(batch, batch_result)
+            return
+        rows, kept = batch_result.accept_index.shape[1], None
         self.last_extend_rows = rows
-        with self._width(rows), self.clock.time("draft_extend", rows):
+        if batch_result.accept_lens.device.type == "cpu":  # free where nothing is in flight
+            rows = int(batch_result.accept_lens.max())
+            self.last_extend_rows = rows
+            if self.is_ragged:
+                kept = kept_rows(batch_result.accept_lens, rows)
+                self.last_extend_rows = float(batch_result.accept_lens.sum()) / len(batch.reqs)
+        with (
+            self._width(rows),
+            self.clock.time("draft_extend", self.last_extend_rows),
+            running_only(self.draft_runner, kept),
+        ):
             super()._draft_extend_for_decode(
                 batch, _first_columns(batch, batch_result, rows), **kwargs
             )
+
+    def _defer(self, batch: ScheduleBatch, batch_result: GenerationBatchResult) -> None:
+        """Keep what the draft would be extended by, after a plain step."""
+        hidden_states = batch_result.logits_output.hidden_states
+        slots = batch.req_pool_indices_cpu.numpy()
+        self.backlog.add(slots, hidden_states, batch_result.next_token_ids)
+        self.last_extend_rows = 0
+        # Of the right shape; what it says is replaced before it is read.
+        for name in _NEXT_CHILDREN:
+            setattr(batch_result.next_draft_input, name, getattr(self.deferring, name))
+
+    def catch_up(self, batch: ScheduleBatch) -> None:
+        """Extend the draft by what plain steps have left undone.
+
+        Args:
+            batch: the decode batch; its `EagleDraftInput` gets the next roots' children.
+        """
+        slots = batch.req_pool_indices_cpu.numpy()
+        if not self.backlog.num_missing(slots):
+            return
+        missing = self.backlog.take(slots)
+        num_rows = torch.from_numpy(missing.num_rows)
+        width = len(missing.tokens) // len(batch.reqs)
+        # A request that lacks nothing writes behind its end, where the next step writes anyway.
+        is_missing = torch.from_numpy(missing.is_missing)
+        back = num_rows * is_missing
+        past = copy.copy(batch)
+        past.seq_lens = batch.seq_lens - back.to(self.device)
+        if batch.seq_lens_cpu is not None:
+            past.seq_lens_cpu = batch.seq_lens_cpu - back
+            past.seq_lens_sum = int(past.seq_lens_cpu.sum())
+        columns = past.seq_lens.unsqueeze(1) + torch.arange(width, device=self.device)
+        table = self.req_to_token_pool.req_to_token
+        places = table[batch.req_pool_indices.unsqueeze(1), columns]
+        past.out_cache_loc = places.flatten().to(torch.int64)
+        result = GenerationBatchResult(
+            logits_output=LogitsProcessorOutput(None, missing.hidden_states),
+            next_token_ids=missing.tokens,
+            accept_lens=num_rows.to(self.device, torch.int32),
+            next_draft_input=EagleDraftInput(),
+            speculative_num_draft_tokens=width,
+        )
+        kept = kept_rows(num_rows, width) if self.is_ragged else None
+        with self._width(width), running_only(self.draft_runner, kept):
+            super()._draft_extend_for_decode(past, result)
+        for name in _NEXT_CHILDREN:
+            now, before = getattr(result.next_draft_input, name), getattr(batch.spec_info, name)
+            took = is_missing.to(self.device).unsqueeze(1)
+            setattr(batch.spec_info, name, torch.where(took, now, before))
 
     @contextlib.contextmanager
     def _width(self, num_tokens: int):  # type: ignore[no-untyped-def]

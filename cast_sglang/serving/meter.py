@@ -66,6 +66,7 @@ class EngineMeter:
         self.worker = worker
         self._batches: dict[tuple[int, int], _Rows] = {}
         self._verify_result: Any = None
+        worker.draft_worker.backlog.clear()
         self._fill_slots()
 
     def limits(self) -> Limits:
@@ -334,7 +335,8 @@ class _Rows:
         batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
         batch.seq_lens_sum = self._context * batch_size
         # Row 0 is where SGLang lets padded requests write.
-        batch.req_pool_indices = torch.arange(1, batch_size + 1, device=device)
+        batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
+        batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
         batch.multimodal_inputs = [None] * batch_size
         batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, model_config.vocab_size)
         batch.spec_info = self._draft_input(batch_size)

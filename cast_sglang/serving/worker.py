@@ -14,24 +14,32 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative import eagle_worker_v2
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts
+from cast_sglang.cost import CostModel, StepCosts, cost_of
 from cast_sglang.grid import longest_context
+from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
 from cast_sglang.price import AutoPolicy, step_units
 from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
+from cast_sglang.serving.backlog import Backlog
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker, DraftShape
+from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
+from cast_sglang.wish import OFF, THROUGHPUT, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -42,7 +50,11 @@ if TYPE_CHECKING:
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 32
 
-PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, policy_seconds=0.0)
+# In plain decoding the draft is brought up to date every so many steps if that takes less than this
+# share of their time, and else only when it is needed.
+KEEP_UP_SHARE = 0.01
+
+PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, policy_seconds=0.0)
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +90,11 @@ class CastWorker(EAGLEWorkerV2):
         draft.costs = draft.residuals = None
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
-        draft.policy = self._build_policy()
         self.calibration = None
-        if self.config.policy == "auto" and self.config.calibration == "on":
+        if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
             self.calibration = Calibration()
         draft.calibration = self.calibration
+        draft.weights = draft.deferring = None
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._last_done: float | None = None
@@ -91,6 +103,18 @@ class CastWorker(EAGLEWorkerV2):
         found = find_server_profile(self.config, resolving_view(server_args))
         if found is not None:
             self.use_profile(found)
+
+    def init_attention_backends(self) -> None:
+        """Build the backends and what depends on them and on the memory pools."""
+        super().init_attention_backends()
+        draft = self._draft_worker
+        runners = (self.target_worker.model_runner, draft.draft_runner)
+        draft.is_ragged = all(runs_kept_rows(runner) for runner in runners)
+        draft.shares_out = draft.is_ragged and self.config.joint_budget == "on"
+        draft.policy = self._build_policy()
+        # As many rows as verify may have, so that catching up fits wherever verify does.
+        num_slots = self.req_to_token_pool.req_to_token.shape[0]
+        draft.backlog = Backlog(num_slots, self.max_draft_tokens)
 
     @property
     def lacks_profile(self) -> bool:
@@ -121,10 +145,9 @@ class CastWorker(EAGLEWorkerV2):
         if config.policy == "eagle":
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
-        if config.policy == "auto":
-            # On the CPU draft extend runs as many rows as were accepted, see CastDraftWorker.
-            extends_by_outcome = self.device == "cpu"
-            return AutoPolicy(sizes, self.speculative_num_steps, extends_by_outcome)
+        if config.policy in ("auto", "optimal"):
+            policy = AutoPolicy if config.policy == "auto" else OptimalPolicy
+            return policy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
         return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
 
     def cast_state(self) -> dict[str, Any]:
@@ -133,14 +156,24 @@ class CastWorker(EAGLEWorkerV2):
         if self.profile is not None:
             estimated = self.profile.profile.provenance.estimated
             profile = {"path": str(self.profile.path), "estimated": estimated}
-        rows = [] if self.residuals is None else [row._asdict() for row in self.residuals]
-        return {**self.cast_stats.snapshot(), "profile": profile, "residuals": rows}
+        residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
+        policy, reliability = self._draft_worker.policy, []
+        if self.calibration is not None:
+            reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
+        return {
+            **self.cast_stats.snapshot(),
+            "profile": profile,
+            "residuals": residuals,
+            "prices": policy.state() if isinstance(policy, AutoPolicy) else [],
+            "reliability": reliability,
+        }
 
     def forward_batch_generation(
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any
     ) -> GenerationBatchResult:
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             self._prefill_since_step = True
+            self._draft_worker.backlog.forget(batch.req_pool_indices_cpu.numpy())
             return super().forward_batch_generation(batch, *args, **kwargs)
 
         draft, batch_size = self._draft_worker, len(batch.reqs)
@@ -151,10 +184,10 @@ class CastWorker(EAGLEWorkerV2):
             context = _mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
-        speculates = draft.policy.speculate(batch_size, draft.costs, _plain_extra(draft.costs))
+        speculates = self._speculates(batch)
         self.clock.begin_step(batch_size, table)
         try:
-            with contextlib.nullcontext() if speculates else self._plain_step():
+            with contextlib.nullcontext() if speculates else self._plain_step(batch):
                 result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.clock.end_step()
@@ -163,28 +196,54 @@ class CastWorker(EAGLEWorkerV2):
             batch_size=batch_size,
             num_layers=len(shape.widths) + speculates,
             num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
-            num_verify_rows=shape.num_draft_tokens,
+            num_verify_rows=shape.mean_rows,
             policy_us=shape.policy_seconds * 1e6,
         )
         predicted_us = units = None
         if self.cost_model is not None:
-            passes = (shape.num_draft_tokens, shape.widths, draft.last_extend_rows)
-            predicted_us = self.cost_model.predict_us(batch_size, context, *passes)
+            extended = draft.last_extend_rows
+            predicted_us = self.cost_model.predict_us(
+                batch_size, context, shape.mean_rows, shape.widths, extended
+            )
             if speculates:
-                rows, widths, extended = passes
-                units = step_units(draft.costs, widths, rows, extended)
+                units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
         self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
         self._prefill_since_step = False
         return result
 
+    def _speculates(self, batch: ScheduleBatch) -> bool:
+        """Decide whether this step drafts, and weigh its requests."""
+        draft = self._draft_worker
+        wishes = wishes_of(batch.reqs)
+        draft.weights = None
+        if any(wish != THROUGHPUT for wish in wishes):
+            draft.weights = np.array(request_weights(wishes))
+        draft.policy.weigh(draft.weights)
+        missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
+        if draft.costs is None:
+            return any(wish != OFF for wish in wishes)
+        catch_up = _extend_units(draft.costs, missing)
+        plain_extra = _plain_extra(draft.costs)
+        if all(wish == OFF for wish in wishes) or not draft.policy.speculate(
+            len(batch.reqs), draft.costs, plain_extra, catch_up
+        ):
+            is_full = missing == draft.backlog.capacity
+            if is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]:
+                with draft_tp_context(draft.parallel_layout):
+                    draft.catch_up(batch)
+            return False
+        return True
+
     @contextlib.contextmanager
-    def _plain_step(self) -> Iterator[None]:
-        """Let SGLang skip drafting and verify the root alone; the draft is extended as ever."""
+    def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
+        """Let SGLang skip drafting and verify the root alone; the draft learns of it later."""
+        draft = self._draft_worker
         num_steps, self.speculative_num_steps = self.speculative_num_steps, 0
+        draft.deferring = batch.spec_info
         try:
             yield
         finally:
-            self.speculative_num_steps = num_steps
+            self.speculative_num_steps, draft.deferring = num_steps, None
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
@@ -227,8 +286,13 @@ class CastWorker(EAGLEWorkerV2):
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the step's tree at the step's width."""
         rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
+        mean_rows, kept = float(rows), None
+        num_rows = getattr(batch.spec_info, "num_rows", None)
+        if num_rows is not None:
+            mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
         try:
-            with self.clock.time("verify", rows):
+            runner = self.target_worker.model_runner
+            with self.clock.time("verify", mean_rows), running_only(runner, kept):
                 result = super().verify(batch, *args, **kwargs)
             if self.calibration is not None and rows > 1:
                 self.calibration.verified(result.accept_index)
@@ -261,15 +325,21 @@ class CastWorker(EAGLEWorkerV2):
             logger.info(self.cast_stats.log_line())
 
 
-def _plain_extra(costs: StepCosts | None) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units.
-
-    It extends the draft, whose KV is warm then when speculation comes back.
-    """
-    if costs is None:
-        return 0.0
+def _plain_extra(costs: StepCosts) -> float:
+    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
     plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
-    return step_units(costs, (), 1, 1) - plain
+    return step_units(costs, (), 1, 0) - plain
+
+
+def _extend_units(costs: StepCosts, num_rows: int) -> float:
+    """Return the time of draft extend of any number of rows, in units."""
+    if num_rows == 0:
+        return 0.0
+    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
+    if num_rows <= measured:
+        return cost_of(costs.draft_extend, num_rows)
+    row = max(0.0, float(last - first)) / max(1, measured - 1)
+    return float(last) + row * (num_rows - measured)
 
 
 def _mean_context(batch: ScheduleBatch) -> float:
