@@ -71,9 +71,10 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     is_child = child < width * TOPK
     probs = tl.load(probs_ptr + first + child, mask=is_child, other=0.0)
     if IS_CALIBRATED:
-        knot = tl.arange(0, KNOTS)
-        knots = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
-        piece = tl.sum((knots[None, :] <= probs[:, None]).to(tl.int32), axis=1)
+        piece = tl.zeros([CHILDREN], tl.int32)
+        for knot in tl.static_range(KNOTS):
+            end = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
+            piece += (end <= probs).to(tl.int32)
         probs = tl.load(starts_ptr + piece) + tl.load(slopes_ptr + piece) * probs
         probs = tl.minimum(tl.maximum(probs, 0.0), 1.0)
         tl.store(grown_probs_ptr + first + child, probs, mask=is_child)

@@ -138,6 +138,17 @@ def test_calibration_with_one_line_needs_no_knots(fused):
 
 
 @compares
+def test_a_probability_at_a_knot_belongs_to_the_piece_above(fused):
+    from cast_sglang.ops.contract import CalibrationLines
+
+    case = cases.layer(torch.Generator().manual_seed(0), 3, 3, 5, "ties")
+    steps = CalibrationLines(
+        torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.zeros(4)
+    )
+    assert_same(run(fused.grow_layer, *case, steps), reference.grow_layer(*case, steps), steps)
+
+
+@compares
 def test_mean_utility(fused):
     for (batch, n), kind, generator in kinds(MATRICES):
         wide = cases.values(generator, (batch, n + 3), kind).sort(dim=1, descending=True).values
@@ -182,7 +193,8 @@ def test_rank_nodes(fused):
     # Values beyond the contract's range are ranked too, and a row may be strided.
     scores = torch.tensor([[0.5, -1.0, 0.0, -0.0, float("inf"), -float("inf"), -1e-40, 7.0]])
     for view in (scores, scores[:, :5], scores[:, ::2]):
-        assert_same(run(fused.rank_nodes, view, 3), reference.rank_nodes(view, 3), view)
+        n = view.shape[1]
+        assert_same(run(fused.rank_nodes, view, n), reference.rank_nodes(view, n), view)
     assert launches(fused, "rank_nodes") == len(RANKINGS) + 3 >= 20
 
 
