@@ -52,7 +52,7 @@ from benchmarks.pairs import (
 )
 from benchmarks.provenance import provenance
 from benchmarks.rows import as_rows, as_table, row_fields, summarise, summary_table
-from benchmarks.servers import Server, ServerError, exit_on_sigterm, serving
+from benchmarks.servers import Server, ServerError, device_kind, exit_on_sigterm, serving
 from benchmarks.tasks import Task, load_task
 
 WARMUP_TOKENS = 64
@@ -67,7 +67,7 @@ CONTEXT_MARGIN = 64
 SMOKE = {
     "arms": ["plain", "cast:auto"],
     "batches": [1, 4],
-    "tokens": 48,
+    "tokens": 96,
     "warmup_tokens": 8,
     "requests": 4,
     "repeats": 1,
@@ -94,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = choose_arms(args, pair)
         flags = shlex.split(args.server_flags)
         on_start = start_display(len(arms))
-        with serving(arms, pair.target, args.out / "logs", flags, on_start) as servers:
+        # Several that start together would each take what the others leave of a GPU's memory.
+        at_once = args.start_at_once or (1 if device_kind() == "cuda" else 2)
+        logs = args.out / "logs"
+        with serving(arms, pair.target, logs, flags, on_start, at_once) as servers:
             ledger.describe(profiles=profiles_in_use(arms, servers))
             for rows in measure(args, arms, servers, cells, tasks):
                 ledger.add(rows)
@@ -154,6 +157,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="per answer, of every arm before each cell; arms that learn, learn from them too "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start-at-once",
+        type=int,
+        metavar="N",
+        help="servers that come up together (default: 2, on a GPU 1)",
     )
     parser.add_argument("--profile", help="cost profile for CAST (default: search, else measure)")
     parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results and logs")
@@ -279,31 +288,38 @@ def choose_cells(args: argparse.Namespace, tasks: Mapping[str, Task]) -> list[Ce
     return cells
 
 
-def start_display(total: int) -> Callable[[Arm], contextlib.AbstractContextManager[None]]:
-    """Return what shows, on stderr, a server while it starts and how long it took."""
-    numbers = itertools.count(1)
+def start_display(
+    total: int,
+) -> Callable[[Sequence[Arm]], contextlib.AbstractContextManager[None]]:
+    """Return what shows, on stderr, servers while they start and how long it took."""
+    num_up = 0
 
     @contextlib.contextmanager
-    def shown(arm: Arm) -> Iterator[None]:
-        start = time.monotonic()
+    def shown(arms: Sequence[Arm]) -> Iterator[None]:
+        nonlocal num_up
+        start, console = time.monotonic(), Console(stderr=True)
+        names = ", ".join(arm.name for arm in arms)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        console, number = Console(stderr=True), next(numbers)
-        with Progress(*columns, console=console, transient=True) as progress:
-            progress.add_task(f"server {number} of {total}: {arm.name}", total=None)
+        shown_live = console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=not shown_live) as bar:
+            bar.add_task(f"{num_up} of {total} servers are up; starting {names}", total=None)
             yield
+        num_up += len(arms)
         seconds = time.monotonic() - start
         console.print(
-            f"server {number} of {total}: {arm.name} is up after {seconds:.0f} s", highlight=False
+            f"{num_up} of {total} servers are up: {names} after {seconds:.0f} s",
+            highlight=False,
+            soft_wrap=True,
         )
 
     return shown
 
 
 def profiles_in_use(arms: Sequence[Arm], servers: Mapping[str, Server]) -> dict[str, str | None]:
-    """Return the name of the cost profile that each CAST server found."""
+    """Return the name of the cost profile that each CAST server uses."""
     states = {arm.name: cast_state(servers[arm.name]) for arm in arms if arm.kind == "cast"}
     return {
-        name: Path(state["profile"]["path"]).name if state["profile"] else None
+        name: state["profile"] and Path(state["profile"]["path"]).name
         for name, state in states.items()
     }
 
@@ -324,7 +340,14 @@ def measure(
             results = take_turns(
                 args.repeats, args.tokens, arms, servers, cell, dialogues, progress, bar
             )
-            yield as_rows(cell, arms, results)
+            rows = as_rows(cell, arms, results)
+            told = ", ".join(f"{row['arm']} {row['tok_s_median']:.1f}" for row in rows)
+            progress.console.print(
+                f"{cell.task} T={cell.temperature:g} batch {cell.batch}, tokens/s: {told}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            yield rows
 
 
 def list_of(kind: type) -> Any:

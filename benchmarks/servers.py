@@ -73,6 +73,19 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        self.launch()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def launch(self) -> None:
+        """Start the process, which then needs a while."""
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,15 +98,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
 
     @property
     def pid(self) -> int:
@@ -140,7 +144,12 @@ class Server:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Wait for the server that was launched.
+
+        Raises:
+            ServerError: it ended, or was not ready in time.
+        """
         deadline = time.monotonic() + self._startup_seconds
         while time.monotonic() < deadline:
             self.check()
@@ -166,7 +175,8 @@ def serving(
     model: str,
     log_dir: Path,
     flags: Sequence[str] = (),
-    on_start: Callable[[Arm], contextlib.AbstractContextManager[object]] | None = None,
+    on_start: Callable[[Sequence[Arm]], contextlib.AbstractContextManager[object]] | None = None,
+    at_once: int = 1,
 ) -> Iterator[dict[str, Server]]:
     """Run one server for each arm, all of them at once, and yield them by the arm's name.
 
@@ -174,24 +184,35 @@ def serving(
         model: the target.
         log_dir: gets a log for each arm.
         flags: for every server, after those of its arm.
-        on_start: entered while an arm's server comes up, to show it.
+        on_start: entered while the servers of these arms come up, to show it.
+        at_once: servers that come up together. It takes more than one core little longer, but on a
+            GPU each measures what the others left of the memory.
 
     Raises:
         ServerError: a server did not come up, or not as its arm asks.
     """
+    env = platform_environment()
     with contextlib.ExitStack() as stack:
-        servers: dict[str, Server] = {}
-        for arm in arms:
-            server = Server(
+        servers = {
+            arm.name: Server(
                 arm.name,
                 ["--model-path", model, *arm.flags, *flags],
                 log_dir,
-                {**platform_environment(), **arm.env},
+                {**env, **arm.env},
             )
-            with contextlib.nullcontext() if on_start is None else on_start(arm):
-                servers[arm.name] = stack.enter_context(server)
-            if arm.refusal is not None:
-                server.refuse_log_line(arm.refusal)
+            for arm in arms
+        }
+        for start in range(0, len(arms), at_once):
+            group = arms[start : start + at_once]
+            with contextlib.nullcontext() if on_start is None else on_start(group):
+                for arm in group:
+                    stack.callback(servers[arm.name].stop)
+                    servers[arm.name].launch()
+                for arm in group:
+                    servers[arm.name].wait_until_ready()
+            for arm in group:
+                if arm.refusal is not None:
+                    servers[arm.name].refuse_log_line(arm.refusal)
         yield servers
 
 
