@@ -158,6 +158,7 @@ def check_build_tree(
     if seq_lens.dtype not in (torch.int64, torch.int32) or seq_lens.shape != (batch_size,):
         raise ValueError(f"seq_lens must be [{batch_size}] int, got {_describe(seq_lens)}")
     cells = batch_size * width * width
+    _check_range("cells of the mask", cells, 1, 2**31 - 1)
     if tree_mask.dtype != torch.bool or tree_mask.dim() != 1 or len(tree_mask) < cells:
         raise ValueError(
             f"tree_mask must be 1-d torch.bool of {cells} cells or more, got {_describe(tree_mask)}"

@@ -191,7 +191,7 @@ def test_rank_nodes(fused):
             run(fused.rank_nodes, scores, n), reference.rank_nodes(scores, n), (batch, m, n, kind)
         )
     # Values beyond the contract's range are ranked too, and a row may be strided.
-    scores = torch.tensor([[0.5, -1.0, 0.0, -0.0, float("inf"), -float("inf"), -1e-40, 7.0]])
+    scores = torch.tensor([[0.5, -1.0, -0.0, 0.0, float("inf"), -float("inf"), -1e-40, 7.0]])
     for view in (scores, scores[:, :5], scores[:, ::2]):
         n = view.shape[1]
         assert_same(run(fused.rank_nodes, view, n), reference.rank_nodes(view, n), view)

@@ -1,5 +1,10 @@
 """The reference ops against their definitions as loops, and against the code they stand for."""
 
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -269,6 +274,26 @@ def test_build_tree_refuses_outputs_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             reference.build_tree(*case[:3], *links._replace(**change), 3, 2)
+
+
+@pytest.mark.parametrize("name", ["__init__", "contract", "reference", "fused", "kernels"])
+def test_all_is_complete_and_documented(name):
+    path = Path(reference.__file__).with_name(f"{name}.py")
+    module = importlib.import_module(f"cast_sglang.ops.{name}".removesuffix(".__init__"))
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    public = [n for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
+    assert {node.name for node in public} <= set(module.__all__)
+    assert all(ast.get_docstring(node) for node in public)
+    assert len(module.__all__) == len(set(module.__all__)) and module.__doc__
+
+
+def test_fused_has_the_names_and_signatures_of_the_reference():
+    fused = pytest.importorskip("cast_sglang.ops.fused")
+    assert fused.__all__ == reference.__all__
+    for op in reference.__all__:
+        signatures = [inspect.signature(getattr(module, op)) for module in (fused, reference)]
+        assert signatures[0] == signatures[1], op
 
 
 def test_the_device_chooses_the_module():
