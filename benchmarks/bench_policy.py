@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=8, help="K (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="layers (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="N (default: %(default)s)")
+    parser.add_argument(
+        "--uniform", action="store_true", help="the same number of nodes for each request"
+    )
     parser.add_argument("--repeats", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -39,8 +42,8 @@ def main() -> None:
         decider = Decider(options)
         seconds = [decider.step(batch) for _ in range(options.repeats + 5)][5:]
         rows.append({"batch": batch, "policy_us": round(statistics.median(seconds) * 1e6, 1)})
-    shape = {"policy": options.policy, "topk": options.topk, "steps": options.steps}
-    shape["tokens"] = options.tokens
+    shape = {"policy": options.policy, "uniform": options.uniform, "topk": options.topk}
+    shape |= {"steps": options.steps, "tokens": options.tokens}
     table = Table("batch", "policy us per step", title=f"{shape}, all layers grown")
     for row in rows:
         table.add_row(str(row["batch"]), str(row["policy_us"]))
@@ -97,9 +100,17 @@ class Decider:
             widths.append(width)
         began = time.perf_counter()
         ranked = tree.ranked(self.options.tokens - 1)
-        num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
+        num_rows = None
+        if not self.options.uniform:
+            num_rows = self.policy.share_out(ranked.scores, self.costs)
+        if num_rows is None:
+            num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
+        else:
+            num_draft_tokens = int(num_rows.max())
         spent += time.perf_counter() - began
-        selection = tree.select(ranked, num_draft_tokens)
+        selection = tree.select(
+            ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
+        )
         began = time.perf_counter()
         if self.calibration is not None:
             self.calibration.selected(selection, tuple(widths), topk)

@@ -121,8 +121,13 @@ class CastConfig:
         "policy auto: learn how far the draft's probabilities can be trusted",
         choices=("on", "off"),
     )
+    calibration_file: str = _knob(
+        "none",
+        "text",
+        "file that keeps what calibration learned for the next start, or none",
+    )
     joint_budget: str = _knob(
-        "on",
+        "off",
         "choice",
         "policy auto: rank the nodes of all requests together, where the attention backend runs "
         "requests of unequal sizes",

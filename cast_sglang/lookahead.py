@@ -18,6 +18,8 @@ Source: Chow, Robbins, "A martingale system theorem and applications" (1961), th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -100,8 +102,10 @@ class Lookahead:
             row_price: m >= 0, accepted tokens asked of a verified row.
         """
         row_price = max(row_price, _LEAST_PRICE)
-        places = (_places(scores / row_price) + 0.5).astype(np.int64)
-        return row_price * self._worth.take(places)
+        # The nearest place; few calls, as each is slow when a model has just swept the caches.
+        places = np.log2(np.maximum(scores, row_price)) * _PER_OCTAVE
+        places += 0.5 - _PER_OCTAVE * math.log2(row_price)
+        return row_price * self._worth.take(places.astype(np.int64), mode="clip")
 
 
 def _places(ratios: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ __all__ = [
     "profile_filename",
     "save_profile",
     "user_profile_path",
+    "write_atomically",
 ]
 
 MAX_FILE_BYTES = 64 << 20
@@ -108,7 +109,7 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
         fields = msgspec.to_builtins(profile)
         # What a person looks for first comes first.
         head = {name: fields[name] for name in ("schema_version", "provenance")}
-        _write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))
+        write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))
     except ProfileError as error:
         raise ProfileError(f"profile {path}: {error}") from error
     except OSError as error:
@@ -328,14 +329,20 @@ def _readable(data: bytes) -> bytes:
     return lines.encode() + b"\n"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a file so that readers see the old content or the new one, never a part.
+
+    Args:
+        sync: wait until the disk has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

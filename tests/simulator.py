@@ -35,10 +35,10 @@ class Text:
     """Requests with their difficulties.
 
     Args:
-        ease: mean of the log odds of the best child.
+        ease: mean of the log odds of the best child; [B, 1] for requests that differ in it.
     """
 
-    def __init__(self, batch_size: int, seed: int, ease: float = 1.0) -> None:
+    def __init__(self, batch_size: int, seed: int, ease: float | np.ndarray = 1.0) -> None:
         self.rng = np.random.default_rng(seed)
         self.ease = ease
         self.states = [self.rng.normal(size=batch_size)]
@@ -83,8 +83,13 @@ def run(
     steps: int,
     acceptance: Acceptance | None = None,
     on_step: Callable[[int], None] | None = None,
+    joint: bool = False,
 ) -> Result:
-    """Run a policy as a worker does: speculate, grow, rerank, verify, observe."""
+    """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
+
+    Args:
+        joint: share one budget of nodes out among the requests, which may then differ in rows.
+    """
     rows = []
     for step in range(steps):
         if on_step is not None:
@@ -95,7 +100,7 @@ def run(
         if auto and not auto.speculate(batch_size, costs):
             rows.append((1.0, costs.plain, price, True))
             continue
-        tokens, accepted, time = _step(policy, text, costs, batch_size, acceptance)
+        tokens, accepted, time = _step(policy, text, costs, batch_size, acceptance, joint)
         if auto:
             auto.observe(batch_size, accepted, time)
         rows.append((tokens, time, price, False))
@@ -108,6 +113,7 @@ def _step(
     costs: StepCosts,
     batch_size: int,
     acceptance: Acceptance | None,
+    joint: bool,
 ) -> tuple[float, float, float]:
     """Return expected tokens, sampled accepted drafts and time of one step."""
 
@@ -135,13 +141,16 @@ def _step(
         tree.grow(frontier, width, tokens, probs)
         widths.append(width)
     ranked = tree.ranked(TOKENS - 1)
-    size = policy.rerank(ranked.scores, costs)
-    selection = tree.select(ranked, size)
+    num_rows = policy.share_out(ranked.scores, costs) if joint else None
+    size = policy.rerank(ranked.scores, costs) if num_rows is None else int(num_rows.max())
+    mean_rows = size if num_rows is None else float(num_rows.mean())
+    selection = tree.select(ranked, size, None if num_rows is None else torch.from_numpy(num_rows))
     index, parents = selection.top_scores_index.numpy(), selection.parent_list.numpy()
 
     # Walk all requests down at once: at each layer the target picks a child, or none.
     true_probs = np.concatenate(true, axis=1)
-    paths = np.empty_like(true_probs)
+    # One column more, of a candidate that does not exist.
+    paths = np.zeros((batch_size, true_probs.shape[1] + 1))
     accept_index = np.full((batch_size, LAYERS + 1), -1)
     requests = np.arange(batch_size)
     accept_index[:, 0] = requests * size
@@ -166,10 +175,11 @@ def _step(
     lens = (accept_index >= 0).sum(axis=1)
     if acceptance is not None:
         seen = verify_outcomes(parents, index, accept_index, widths, TOPK)
-        verified = np.take_along_axis(np.concatenate(raw, axis=1), index, axis=1)
+        candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
+        verified = np.take_along_axis(candidates, index, axis=1)
         acceptance.update(verified.ravel(), *(part.ravel() for part in (seen.depths, *seen[1:])))
     rows = min(tree.num_layers, size - 1) + 1
-    return expected, float(lens.mean()) - 1.0, step_units(costs, widths, size, rows)
+    return expected, float(lens.mean()) - 1.0, step_units(costs, widths, mean_rows, rows)
 
 
 def make_costs(

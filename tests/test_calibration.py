@@ -1,9 +1,17 @@
 """Feedback from verify into the scores: the right nodes count, with the right probabilities."""
 
-import numpy as np
-import torch
+import json
 
-from cast_sglang.serving.calibration import Calibration
+import msgspec
+import numpy as np
+import pytest
+import torch
+from builders import make_identity
+
+from cast_sglang.config import CastConfig
+from cast_sglang.errors import ConfigError
+from cast_sglang.serving import calibration as module
+from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.tree import DraftTree
 
 TOPK = 2
@@ -69,8 +77,85 @@ def test_probabilities_that_are_too_sure_are_lowered():
     assert calibrated[0, 0] >= calibrated[0, 1]
 
 
+def test_rows_that_hold_no_node_teach_nothing():
+    calibration = Calibration()
+    for _ in range(2):  # learned when the next tree has been drafted
+        tree = grown_tree(calibration)
+        # Request 0 has the root and one node, request 1 all four rows.
+        selection = tree.select(tree.ranked(3), 4, torch.tensor([2, 4]))
+        calibration.selected(selection, (1,), TOPK)
+        calibration.verified(torch.tensor([[0, 1, -1], [4, 5, 7]]))
+    np.testing.assert_allclose(observed(calibration)[1], (3, 2, 0.8 + 0.6 + 0.3), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
+
+
 def test_an_outcome_without_a_tree_is_ignored():
     calibration = Calibration()
     calibration.verified(torch.zeros((2, 1), dtype=torch.int64))
     step(calibration, [[0, 1, 3], [4, 6, -1]])
     assert observed(calibration) == {}
+
+
+def test_what_was_learned_outlives_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    file = CalibrationFile(tmp_path / "new" / "pair.json", make_identity())
+    first = Calibration(file)
+    for _ in range(3):  # the last outcome is not learned yet
+        step(first, [[0, 1, 3], [4, 6, -1]])
+    second = Calibration(file)
+    np.testing.assert_array_equal(second.acceptance.curves(), first.acceptance.curves())
+    bystander = Calibration(file, saves=False)
+    for _ in range(5):
+        step(bystander, [[0, -1, -1], [4, -1, -1]])
+    np.testing.assert_array_equal(Calibration(file).acceptance.curves(), first.acceptance.curves())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("[1]", "another pair"),
+        ('{"pair": ["x", "y"]}', "another pair"),
+        ('{"pair": PAIR}', "not an acceptance state"),
+        ('{"pair": PAIR, "acceptance": {"format": 1}}', "table is missing"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_bad_file_stops_the_launch(tmp_path, content, reason):
+    identity = make_identity()
+    pair = json.dumps([identity.target.config_hash, identity.draft.config_hash])
+    path = tmp_path / "pair.json"
+    path.write_text(content.replace("PAIR", pair))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        CalibrationFile(path, identity).load()
+    assert f"--cast-calibration-file {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_pairs_file_is_refused(tmp_path):
+    identity = make_identity()
+    other = msgspec.structs.replace(
+        identity, draft=msgspec.structs.replace(identity.draft, config_hash="c" * 64)
+    )
+    file = CalibrationFile(tmp_path / "pair.json", identity)
+    file.save(Calibration().acceptance)
+    file.load()
+    with pytest.raises(ConfigError, match="another pair"):
+        CalibrationFile(tmp_path / "pair.json", other).load()
+
+
+def test_a_server_that_cannot_write_goes_on(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    CalibrationFile(tmp_path / "file" / "pair.json", make_identity()).save(Calibration().acceptance)
+    assert "--cast-calibration-file" in caplog.text
+
+
+def test_the_file_is_optional():
+    identity = make_identity()
+    assert CalibrationFile.of(CastConfig(), identity) is None
+    named = CastConfig(calibration_file="a.json")
+    assert CalibrationFile.of(named, identity) is not None
+    assert (
+        CalibrationFile.of(CastConfig(calibration="off", calibration_file="a.json"), identity)
+        is None
+    )

@@ -94,6 +94,48 @@ def test_rerank_is_an_exhaustive_search(batch, nodes, sizes, price, seed, by_out
     assert value(chosen) >= max(value(size) for size in allowed) - 1e-4
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    nodes=st.integers(1, 8),
+    price=st.sampled_from([1.0, 1.7, 4.0]),
+    seed=st.integers(0, 2**31),
+    weighed=st.booleans(),
+)
+def test_sharing_out_is_an_exhaustive_search(batch, nodes, price, seed, weighed):
+    """No other number of nodes, and no other way to place them, is worth more."""
+    scores, rng = sorted_scores(batch, nodes, seed), np.random.default_rng(seed)
+    verify = 1 + rng.random(9).cumsum() / 4
+    extend = (0.1 + rng.random(9).cumsum() / 9).tolist()
+    policy = priced(AutoPolicy(tuple(range(2, 10)), 8, True), price, batch)
+    weights = rng.random(batch) if weighed else np.ones(batch)
+    policy.weigh(weights if weighed else None)
+    rows = policy.share_out(scores, costs(verify=verify.tolist(), extend=extend))
+    assert rows.shape == (batch,) and rows.min() >= 1 and rows.sum() > batch
+    ranked = scores.numpy() * weights[:, None]
+
+    def value(rows):
+        tokens = sum(ranked[b, : rows[b] - 1].sum() for b in range(batch)) / batch
+        time = np.interp(np.mean(rows), range(1, 10), verify) + np.interp(tokens, range(9), extend)
+        return tokens - price * time
+
+    choices = itertools.product(range(1, nodes + 2), repeat=batch)
+    best = max(value(np.array(choice)) for choice in choices if sum(choice) > batch)
+    assert value(rows) >= best - 1e-4
+
+
+def test_the_budget_goes_where_drafts_are_good():
+    hopeless, easy = [0.2, 0.02, 0.01, 0.01], [0.95, 0.9, 0.85, 0.8]
+    policy = priced(AutoPolicy(tuple(range(2, 6)), 8, True), 2.0, 2)
+    step_costs = costs(verify=[1.0, 1.3, 1.6, 1.9, 2.2])
+    assert policy.share_out(torch.tensor([hopeless, easy]), step_costs).tolist() == [1, 5]
+    # A request whose tokens count more gets more of the rows, one that wants none gets none.
+    alike = torch.tensor([[0.7, 0.5, 0.35, 0.2]] * 3)
+    policy.weigh(np.array([1.8, 0.2, 0.0]))
+    rows = policy.share_out(alike, step_costs)
+    assert rows[0] > rows[1] >= rows[2] == 1
+
+
 def test_a_paid_size_is_filled_and_ties_go_to_the_smaller():
     scores = torch.tensor([[0.9, 0.6, 0.3, 0.1, 0.05, 0.0, 0.0]])
     stairs = [1.0, 1.0, 1.0, 1.2, 1.2, 1.2, 2.0, 2.0]
@@ -271,6 +313,18 @@ def test_regret_against_the_best_depth_and_size_of_every_step(regime, batch_size
     assert 1.0 - result.rate(WARM_UP) / best < 0.05
 
 
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_one_budget_gains_where_requests_differ(batch_size):
+    """Half of the requests can hardly be drafted, and rows cost time."""
+    step_costs, rates = make_costs("compute", batch_size), []
+    ease = np.repeat([-3.0, 2.5], batch_size // 2)[:, None]
+    for joint in (False, True):
+        policy, text = AutoPolicy(SIZES, LAYERS, True), Text(batch_size, 9, ease)
+        result = run(policy, text, step_costs, batch_size, 300, Acceptance(), joint=joint)
+        rates.append(result.rate(WARM_UP))
+    assert rates[1] > 1.05 * rates[0]
+
+
 class Deaf(AutoPolicy):
     """As under a worker that does not report children."""
 
@@ -376,6 +430,24 @@ def test_plain_time_includes_what_else_is_paid():
                 policy.observe(8, 0.5, 2.0)  # 1.5 tokens in 2 passes: 0.75 against 1 / (1 + extra)
         assert decisions[-1] is stays
         assert all(decisions) is stays
+
+
+def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
+    step_costs, waits = make_costs("compute", 4), []
+    for catch_up in (0.0, 1.0):
+        policy, behind, lost, tries = AutoPolicy(SIZES, LAYERS), 0.0, 0.0, []
+        for step in range(4000):
+            if policy.speculate(4, step_costs, catch_up=behind):
+                policy.observe(4, 0.0, 1.5)
+                if step >= 2000:
+                    lost += 1.5 + behind - step_costs.plain
+                    tries.append(step)
+                behind = 0.0
+            else:
+                behind = catch_up
+        waits.append(np.diff(tries).mean())
+        assert lost <= 1.2 * 0.01 * 2000 * step_costs.plain
+    assert waits[1] > 1.5 * waits[0]
 
 
 def test_each_batch_size_decides_for_itself():

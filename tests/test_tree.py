@@ -63,6 +63,66 @@ def test_every_cut_of_the_ranking_is_a_tree(batch, topk, seed, shape, certain):
             assert parent == -1 or parent in chosen[:index]
 
 
+@settings(max_examples=80, deadline=None)
+@given(batch=st.integers(1, 4), topk=st.integers(2, 4), seed=st.integers(0, 2**31), shape=st.data())
+def test_requests_of_unequal_numbers_of_nodes(batch, topk, seed, shape):
+    """A request has the nodes it would have alone, and no link leads to a row behind them."""
+    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+    from cast_sglang.cpu.kernels import build_tree
+
+    generator = torch.Generator().manual_seed(seed)
+    widths = shape.draw(st.lists(st.integers(1, topk), max_size=4))
+    # At times as many layers as may be, so that the parent list has no entry to spare.
+    tree = grown(generator, batch, topk, widths)
+    ranked = tree.ranked(tree.num_candidates)
+    counts = st.integers(1, tree.num_candidates + 1)
+    num_rows = shape.draw(st.lists(counts, min_size=batch, max_size=batch))
+    width = max(2, *num_rows)
+    selection = tree.select(ranked, width, torch.tensor(num_rows))
+    seq_lens = torch.randint(0, 9, (batch,), generator=generator)
+    mask, positions = torch.zeros(batch * width**2, dtype=torch.bool), torch.zeros(batch * width)
+    links = torch.zeros((3, batch, width), dtype=torch.int64)
+    build_tree(
+        selection.parent_list,
+        selection.top_scores_index,
+        seq_lens,
+        mask,
+        positions,
+        *links,
+        topk,
+        tree.num_layers,
+        width,
+        TreeMaskMode.QLEN_ONLY,
+    )
+    for row, count in enumerate(num_rows):
+        alone = tree.select(ranked, max(2, count))
+        assert torch.equal(
+            selection.top_scores_index[row, : count - 1], alone.top_scores_index[row, : count - 1]
+        )
+        assert torch.equal(
+            selection.draft_tokens[row, : count - 1], alone.draft_tokens[row, : count - 1]
+        )
+        assert (links[1:, row] < count).all()
+        reached, todo = set(), [0]
+        while todo:
+            node = todo.pop()
+            reached.add(node)
+            child = int(links[1, row, node])
+            while child >= 0:
+                todo.append(child)
+                child = int(links[2, row, child])
+        assert reached == set(range(count))
+
+
+def test_a_ranking_may_leave_deep_layers_out():
+    generator = torch.Generator().manual_seed(1)
+    tree = grown(generator, 2, 3, [2, 3])
+    shallow = tree.ranked(tree.num_candidates, num_layers=2)
+    assert shallow.scores.shape == (2, 3 + 2 * 3)
+    assert int(shallow.node_index.max()) == 3 + 2 * 3 - 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 3),

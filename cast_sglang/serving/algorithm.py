@@ -18,6 +18,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from cast_sglang.config import CastConfig
 from cast_sglang.errors import HostError, MissingProfileError
 from cast_sglang.profiles import FoundProfile, find_profile
+from cast_sglang.serving.calibration import CalibrationFile
 from cast_sglang.serving.identity import host_identity, is_eagle3_config, read_draft_config
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ class CastAlgorithm(CustomSpecAlgo):
             _run_decode_eagerly(server_args)
 
         found = find_server_profile(config, server_args)
+        file = CalibrationFile.of(config, host_identity(server_args))
+        if file is not None:
+            file.load()  # so that a bad file stops the launch
         logger.info(
             "CAST: policy %s, C1=%g C2=%g C3=%g R=%d; envelope steps %d, topk %d, tokens %d; %s",
             config.policy,

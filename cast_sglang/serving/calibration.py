@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cast_sglang.acceptance import Acceptance, verify_outcomes
+from cast_sglang.errors import ConfigError
+from cast_sglang.profiles import write_atomically
 
 if TYPE_CHECKING:
+    from cast_sglang.config import CastConfig
+    from cast_sglang.profile_schema import HostIdentity
     from cast_sglang.tree import Selection
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "CalibrationFile"]
+
+# Steps with drafts between two writes of the file, each a fraction of a millisecond.
+SAVE_EVERY = 1024
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrationFile:
+    """Where a server keeps what it learned about a pair, from one start to the next.
+
+    Args:
+        path: the file; made when there is something to keep.
+        identity: of the server; another pair's file is refused.
+    """
+
+    def __init__(self, path: Path, identity: HostIdentity) -> None:
+        self._path = path
+        self._pair = [identity.target.config_hash, identity.draft.config_hash]
+
+    @classmethod
+    def of(cls, config: CastConfig, identity: HostIdentity) -> CalibrationFile | None:
+        """Return the configured file, None for none."""
+        if config.calibration == "off" or config.calibration_file == "none":
+            return None
+        return cls(Path(config.calibration_file).expanduser(), identity)
+
+    def load(self) -> Acceptance:
+        """Return what was learned before; nothing yet where there is no file.
+
+        Raises:
+            ConfigError: names the flag, the file and what is wrong with it.
+        """
+        acceptance = Acceptance()
+        try:
+            content = json.loads(self._path.read_bytes())
+            if not isinstance(content, dict) or content.get("pair") != self._pair:
+                raise ValueError("learned with another pair; name a file of its own for each")
+            acceptance.load_state(content.get("acceptance", {}))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--cast-calibration-file {self._path}: {reason}") from error
+        return acceptance
+
+    def save(self, acceptance: Acceptance) -> None:
+        """Keep what was learned; a server that cannot write goes on and says so in its log."""
+        content = {"pair": self._pair, "acceptance": acceptance.state()}
+        try:
+            # After a power cut the older file would do.
+            write_atomically(self._path, json.dumps(content).encode(), sync=False)
+        except OSError as error:
+            logger.warning(
+                "CAST: --cast-calibration-file %s: cannot be written: %s", self._path, error
+            )
 
 
 class _Drafted(NamedTuple):
@@ -30,8 +92,11 @@ class Calibration:
     so on a GPU the copies to the host wait for nothing.
     """
 
-    def __init__(self) -> None:
-        self.acceptance = Acceptance()
+    def __init__(self, file: CalibrationFile | None = None, saves: bool = True) -> None:
+        """Start from what the file holds; `saves` is for one of several ranks."""
+        self.acceptance = Acceptance() if file is None else file.load()
+        self._file = file if saves else None
+        self._num_learned = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._drafted: _Drafted | None = None
         self._outcome: tuple[_Drafted, torch.Tensor] | None = None
@@ -83,3 +148,6 @@ class Calibration:
         self.acceptance.update(
             drafted.probs.numpy(force=True).ravel(), *(part.ravel() for part in outcomes)
         )
+        self._num_learned += 1
+        if self._file is not None and self._num_learned % SAVE_EVERY == 0:
+            self._file.save(self.acceptance)

@@ -169,11 +169,11 @@ class CastDraftWorker(EagleDraftWorker):
             size = math.ceil(num_rows.mean())
         if self.residuals is not None and self.costs is not None:
             sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)]
-            explored = self.residuals.explore(
-                "verify", len(scores), size, sizes, self.costs.verify
-            )
+            explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
             if explored != size:
-                return explored, None
+                size, num_rows = explored, None
+        if num_rows is None and self.is_ragged and self.weights is not None:
+            num_rows = np.where(self.weights > 0.0, size, 1)
         if num_rows is None or num_rows.min() == num_rows.max():
             return size, None
         return int(num_rows.max()), num_rows

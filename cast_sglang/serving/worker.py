@@ -33,9 +33,10 @@ from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
 from cast_sglang.serving.backlog import Backlog
-from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker, DraftShape
+from cast_sglang.serving.identity import host_identity
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
@@ -92,7 +93,9 @@ class CastWorker(EAGLEWorkerV2):
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self.calibration = None
         if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
-            self.calibration = Calibration()
+            identity = host_identity(resolving_view(server_args))
+            file = CalibrationFile.of(self.config, identity)
+            self.calibration = Calibration(file, saves=get_parallel().tp_rank == 0)
         draft.calibration = self.calibration
         draft.weights = draft.deferring = None
         self._num_steps = 0
