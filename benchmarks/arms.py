@@ -97,6 +97,27 @@ def parse_arms(
     return list(arms.values())
 
 
+def split(arms: Sequence[Arm], at_once: int) -> list[list[Arm]]:
+    """Split arms into groups of at most `at_once` servers, as even as can be.
+
+    Several groups all begin with the plain arm, by which arms of different groups are compared.
+
+    Raises:
+        ValueError: they do not fit together, and cannot be split.
+    """
+    if len(arms) <= at_once:
+        return [list(arms)]
+    plain = [arm for arm in arms if arm.kind == "plain"][:1]
+    others = [arm for arm in arms if arm not in plain]
+    if at_once < 2 or not plain:
+        raise ValueError(
+            f"{len(arms)} arms are more than --at-once {at_once}; groups of them need the arm "
+            "plain, by which they are compared, and room for 2"
+        )
+    num_groups = -(-len(others) // (at_once - 1))
+    return [[*plain, *others[start::num_groups]] for start in range(num_groups)]
+
+
 def _shape_flags(steps: str, topk: str, tokens: str) -> tuple[str, ...]:
     steps, topk, tokens = (str(int(size)) for size in (steps, topk, tokens))
     flags = ("--speculative-num-steps", steps, "--speculative-eagle-topk", topk)

@@ -3,10 +3,11 @@
     python benchmarks/bench_serving.py --arms plain,static-grid,adaptive,cast:auto,cast:fixed \\
         --batches 1,8,32 --temperatures 0,1 --tasks code,hostile --repeats 3 --out DIR
 
-All servers are up at once; those that are not measured sleep. A run starts `batch` requests of the
-same length together and counts tokens from the moment all of them stream until the first one ends,
-so every step counted has exactly `batch` requests and no prefill. Arms take turns within a repeat,
-and ratios are formed within a repeat, so that a drift of the machine cancels.
+All servers are up at once, or as many as fit into memory; those that are not measured sleep. A run
+starts `batch` requests of the same length together and counts tokens from the moment all of them
+stream until the first one ends, so every step counted has exactly `batch` requests and no prefill.
+Arms take turns within a repeat, and ratios are formed within a repeat, so that a drift of the
+machine cancels.
 
 Arms: plain | static[:STEPS-TOPK-TOKENS] (SGLang's EAGLE-3, a fixed tree) | static-grid (one static
 arm for each shape of --static-grid) | adaptive (SGLang's --speculative-adaptive) |
@@ -18,12 +19,11 @@ summarise | qa | reasoning | best-of-N[:TASK] | multi-round[-ROUNDS][:TASK] | FI
 """
 
 import argparse
-import contextlib
 import itertools
 import shlex
+import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ if __package__ in (None, ""):
 
 import httpx
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from benchmarks.arms import STATIC_GRID, Arm, parse_arms
-from benchmarks.cells import Cell, choose_prompts, take_turns, warm_up
-from benchmarks.counters import cast_state
+from benchmarks.arms import STATIC_GRID, Arm, parse_arms, split
+from benchmarks.cells import Cell, Group, Result, choose_prompts, take_turns, warm_up
+from benchmarks.counters import profiles_in_use
 from benchmarks.dialogues import Encoder
 from benchmarks.ledger import Ledger
 from benchmarks.pairs import (
@@ -53,6 +53,7 @@ from benchmarks.pairs import (
 from benchmarks.provenance import provenance
 from benchmarks.rows import as_rows, as_table, row_fields, summarise, summary_table
 from benchmarks.servers import Server, ServerError, device_kind, exit_on_sigterm, serving
+from benchmarks.startup import servers_at_once, start_display
 from benchmarks.tasks import Task, load_task
 
 WARMUP_TOKENS = 64
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     exit_on_sigterm()
     ledger = None
-    code = 0
+    code = 1
     try:
         pair, note = (tiny_pair(), "") if args.smoke else choose_pair(args)
         tasks = load_tasks(args, pair)
@@ -91,23 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         origin = provenance("benchmarks.bench_serving", argv, pair, note, settings(args, tasks))
         ledger = Ledger(args.out, origin, summarise)
         ledger.check_columns(row_fields())
-        arms = choose_arms(args, pair)
-        flags = shlex.split(args.server_flags)
-        on_start = start_display(len(arms))
-        # Several that start together would each take what the others leave of a GPU's memory.
-        at_once = args.start_at_once or (1 if device_kind() == "cuda" else 2)
-        logs = args.out / "logs"
-        with serving(arms, pair.target, logs, flags, on_start, at_once) as servers:
-            ledger.describe(profiles=profiles_in_use(arms, servers))
-            for rows in measure(args, arms, servers, cells, tasks):
-                ledger.add(rows)
-        ledger.finish()
+        groups = split(choose_arms(args, pair), args.at_once or servers_at_once())
+        run_groups(args, pair, groups, cells, tasks, ledger)
+        code = 0
     except (CommandError, ServerError, OSError, ValueError, httpx.HTTPError) as error:
         print(f"bench_serving: error: {error}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("bench_serving: interrupted", file=sys.stderr)
         code = 130
+    finally:
+        if ledger is not None:
+            ledger.close(is_complete=code == 0)
     if ledger is not None and ledger.rows:
         # A file or pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 170)
@@ -163,6 +158,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="servers that come up together (default: 2, on a GPU 1)",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="servers in memory; more arms run in groups, each with a plain arm of its own "
+        "(default: as many as fit)",
     )
     parser.add_argument("--profile", help="cost profile for CAST (default: search, else measure)")
     parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results and logs")
@@ -288,40 +290,30 @@ def choose_cells(args: argparse.Namespace, tasks: Mapping[str, Task]) -> list[Ce
     return cells
 
 
-def start_display(
-    total: int,
-) -> Callable[[Sequence[Arm]], contextlib.AbstractContextManager[None]]:
-    """Return what shows, on stderr, servers while they start and how long it took."""
-    num_up = 0
-
-    @contextlib.contextmanager
-    def shown(arms: Sequence[Arm]) -> Iterator[None]:
-        nonlocal num_up
-        start, console = time.monotonic(), Console(stderr=True)
-        names = ", ".join(arm.name for arm in arms)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        shown_live = console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not shown_live) as bar:
-            bar.add_task(f"{num_up} of {total} servers are up; starting {names}", total=None)
-            yield
-        num_up += len(arms)
-        seconds = time.monotonic() - start
-        console.print(
-            f"{num_up} of {total} servers are up: {names} after {seconds:.0f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    return shown
-
-
-def profiles_in_use(arms: Sequence[Arm], servers: Mapping[str, Server]) -> dict[str, str | None]:
-    """Return the name of the cost profile that each CAST server uses."""
-    states = {arm.name: cast_state(servers[arm.name]) for arm in arms if arm.kind == "cast"}
-    return {
-        name: state["profile"] and Path(state["profile"]["path"]).name
-        for name, state in states.items()
-    }
+def run_groups(
+    args: argparse.Namespace,
+    pair: Pair,
+    groups: Sequence[Sequence[Arm]],
+    cells: Sequence[Cell],
+    tasks: Mapping[str, Task],
+    ledger: Ledger,
+) -> None:
+    """Serve and measure one group of arms after the other; put every cell into the ledger."""
+    done: dict[Cell, list[Group]] = {cell: [] for cell in cells}
+    profiles: dict[str, str | None] = {}
+    # Several that start together would each take what the others leave of a GPU's memory.
+    start_at_once = args.start_at_once or (1 if device_kind() == "cuda" else 2)
+    for number, arms in enumerate(groups, start=1):
+        told = f"group {number} of {len(groups)}: " if len(groups) > 1 else ""
+        on_start = start_display(told, len(arms))
+        logs = args.out / "logs" / (f"group-{number}" if told else "")
+        flags = shlex.split(args.server_flags)
+        with serving(arms, pair.target, logs, flags, on_start, start_at_once) as servers:
+            profiles |= profiles_in_use(arms, servers)
+            ledger.describe(profiles=profiles, num_groups=len(groups))
+            for cell, results in measure(args, arms, servers, cells, tasks):
+                done[cell].append(Group(arms, results))
+                ledger.put(cell, as_rows(cell, done[cell]), is_final=number == len(groups))
 
 
 def measure(
@@ -330,8 +322,8 @@ def measure(
     servers: Mapping[str, Server],
     cells: Sequence[Cell],
     tasks: Mapping[str, Task],
-) -> Iterator[list[dict[str, Any]]]:
-    """Measure every arm in every cell and yield the rows of each cell once it is finished."""
+) -> Iterator[tuple[Cell, dict[str, Result]]]:
+    """Measure every arm in every cell and yield each cell with its results, by the arm's name."""
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(cells) * args.repeats * len(arms))
         for cell in cells:
@@ -340,14 +332,15 @@ def measure(
             results = take_turns(
                 args.repeats, args.tokens, arms, servers, cell, dialogues, progress, bar
             )
-            rows = as_rows(cell, arms, results)
-            told = ", ".join(f"{row['arm']} {row['tok_s_median']:.1f}" for row in rows)
+            told = ", ".join(
+                f"{name} {statistics.median(result.tok_s):.1f}" for name, result in results.items()
+            )
             progress.console.print(
                 f"{cell.task} T={cell.temperature:g} batch {cell.batch}, tokens/s: {told}",
                 highlight=False,
                 soft_wrap=True,
             )
-            yield rows
+            yield cell, results
 
 
 def list_of(kind: type) -> Any:

@@ -38,6 +38,19 @@ class Result:
     totals: Counter[str] = dataclasses.field(default_factory=Counter)  # CAST's, of all repeats
 
 
+class Group(NamedTuple):
+    """Arms that were measured in turns, and what each did in one cell."""
+
+    arms: Sequence[Arm]
+    results: Mapping[str, Result]  # by the arm's name
+
+    @property
+    def plain(self) -> Result | None:
+        """What plain decoding did in this group."""
+        names = [arm.name for arm in self.arms if arm.kind == "plain"]
+        return self.results[names[0]] if names else None
+
+
 def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
     """Return whole batches of prompts, at least `num_requests`, repeating them if they run out."""
     count = -(-num_requests // batch) * batch

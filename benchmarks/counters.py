@@ -1,8 +1,10 @@
 """What a CAST server counted between two moments, as means of its steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import Arm
 from benchmarks.servers import Server
 
 # Sums since the server's start; what they mean is said in `cast_sglang/stats.py`.
@@ -71,6 +73,15 @@ def step_means(totals: Mapping[str, float]) -> dict[str, float | None]:
     if predicted_us and steps:
         means["table_rate"] = round(tokens / steps / predicted_us * 1e6, 2)
     return means
+
+
+def profiles_in_use(arms: Sequence[Arm], servers: Mapping[str, Server]) -> dict[str, str | None]:
+    """Return the name of the cost profile that each CAST server uses."""
+    states = {arm.name: cast_state(servers[arm.name]) for arm in arms if arm.kind == "cast"}
+    return {
+        name: state["profile"] and Path(state["profile"]["path"]).name
+        for name, state in states.items()
+    }
 
 
 def _means(

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Ledger:
         self._summarise = summarise
         self._earlier = _read_runs(self.path)
         self._origin = _flat_origin(provenance)
-        self._run: dict[str, Any] = {"provenance": dict(provenance), "complete": False, "rows": []}
+        self._run: dict[str, Any] = {"provenance": dict(provenance), "complete": False}
+        self._cells: dict[Hashable, tuple[list[Row], bool]] = {}
         self._columns: list[str] | None = None
         if self.csv_path.exists():
             with open(self.csv_path, newline="") as file:
@@ -46,7 +47,7 @@ class Ledger:
     @property
     def rows(self) -> list[Row]:
         """The rows of this run so far."""
-        return list(self._run["rows"])
+        return [row for rows, _ in self._cells.values() for row in rows]
 
     def describe(self, **facts: Any) -> None:
         """Add to the provenance what became known since."""
@@ -64,10 +65,28 @@ class Ledger:
                 f"{self.csv_path} has other columns than this version writes; use another directory"
             )
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Add the rows of a finished cell, on disk at once."""
-        self._run["rows"] += rows
+    def put(self, cell: Hashable, rows: Sequence[Row], is_final: bool = True) -> None:
+        """Set the rows of a cell, on disk at once.
+
+        Args:
+            is_final: no more of the cell will come, so that its lines can be appended.
+        """
+        self._cells[cell] = (list(rows), is_final)
         self._write_json()
+        if is_final:
+            self._append_lines(rows)
+
+    def close(self, is_complete: bool) -> None:
+        """End the run; what it has of unfinished cells is appended too."""
+        if not self._cells:
+            return
+        self._run["complete"] = is_complete
+        self._write_json()
+        for rows, is_final in self._cells.values():
+            if not is_final:
+                self._append_lines(rows)
+
+    def _append_lines(self, rows: Sequence[Row]) -> None:
         lines = [{**self._origin, **{name: _cell(row[name]) for name in row}} for row in rows]
         is_new = not self.csv_path.exists()
         with open(self.csv_path, "a", newline="") as file:
@@ -76,13 +95,9 @@ class Ledger:
                 writer.writeheader()
             writer.writerows(lines)
 
-    def finish(self) -> None:
-        """Mark the run as complete."""
-        self._run["complete"] = True
-        self._write_json()
-
     def _write_json(self) -> None:
-        run = {**self._run, "summary": self._summarise(self._run["rows"])}
+        rows = self.rows
+        run = {**self._run, "rows": rows, "summary": self._summarise(rows)}
         partial = self.path.with_suffix(".partial")
         content = {**run, "runs": [*self._earlier, run]}
         partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.arms import Arm
-from benchmarks.cells import Cell, Result
+from benchmarks.cells import Cell, Group, Result
 from benchmarks.counters import FIELDS, step_means
 from benchmarks.streams import accept_length, latencies
 
@@ -17,46 +17,83 @@ ALL = "all"
 NOT_COUNTED = dict.fromkeys(FIELDS)
 
 
-def as_rows(cell: Cell, arms: Sequence[Arm], results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Summarise a cell: one row for each arm.
+def as_rows(cell: Cell, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Summarise a cell: one row for each arm, and of plain decoding one for each group.
 
     Ratios are medians over repeats of the ratio within a repeat, with the least and the greatest.
     The best static arm is that of the greatest median in this very cell: a choice in hindsight,
-    which no server could have made before.
+    which no server could have made before. Arms of different groups ran at different times; what
+    they are compared by is their ratio to plain decoding, each in its own group.
     """
-    plain = next((results[arm.name] for arm in arms if arm.kind == "plain"), None)
-    statics = [arm.name for arm in arms if arm.kind == "static"]
-    best = max(statics, key=lambda name: statistics.median(results[name].tok_s), default=None)
+    home, best = _best_static(groups)
     rows = []
-    for arm in arms:
-        result = results[arm.name]
-        num_same = None
-        if plain is not None and cell.temperature == 0:
-            num_same = num_identical(result, plain)
-        rows.append(
-            {
-                "arm": arm.name,
-                **cell._asdict(),
-                **speeds(result),
-                **_compared("vs_plain", result, plain),
-                "best_static": best,
-                **_compared("vs_best_static", result, None if best is None else results[best]),
-                "accept_length": accept_length(result.answers),
-                "identical_to_plain": (
-                    None if num_same is None else num_same == len(result.answers)
-                ),
-                "num_identical": num_same,
-                "num_requests": len(result.answers),
-                **latencies(result.answers),
-                **(step_means(result.totals) if arm.kind == "cast" else NOT_COUNTED),
-            }
-        )
+    for number, group in enumerate(groups, start=1):
+        plain = group.plain
+        for arm in group.arms:
+            result = group.results[arm.name]
+            num_same = None
+            if plain is not None and cell.temperature == 0:
+                num_same = num_identical(result, plain)
+            vs_plain = [] if plain is None else ratios(result, plain)
+            rows.append(
+                {
+                    "arm": arm.name,
+                    **cell._asdict(),
+                    **speeds(result),
+                    **_compared("vs_plain", vs_plain),
+                    "best_static": best,
+                    **_compared("vs_best_static", _vs_best(group, arm.name, home, best)),
+                    "accept_length": accept_length(result.answers),
+                    "identical_to_plain": (
+                        None if num_same is None else num_same == len(result.answers)
+                    ),
+                    "num_identical": num_same,
+                    "num_requests": len(result.answers),
+                    **latencies(result.answers),
+                    **(step_means(result.totals) if arm.kind == "cast" else NOT_COUNTED),
+                    "group": number,
+                }
+            )
     return rows
+
+
+def _best_static(groups: Sequence[Group]) -> tuple[Group | None, str | None]:
+    """Return the group and the name of the fastest static arm."""
+    candidates = [
+        (_speed(group, arm.name, len(groups) > 1), group, arm.name)
+        for group in groups
+        for arm in group.arms
+        if arm.kind == "static"
+    ]
+    if not candidates:
+        return None, None
+    _, group, name = max(candidates, key=lambda candidate: candidate[0])
+    return group, name
+
+
+def _speed(group: Group, name: str, by_plain: bool) -> float:
+    """Return what arms are ranked by: across groups only the ratio to plain decoding says much."""
+    result = group.results[name]
+    if by_plain and group.plain is not None:
+        return statistics.median(ratios(result, group.plain))
+    return statistics.median(result.tok_s)
+
+
+def _vs_best(group: Group, name: str, home: Group | None, best: str | None) -> list[float]:
+    """Return the ratio to the best static arm within each repeat; none if there is no such arm."""
+    if home is None or best is None:
+        return []
+    result, base = group.results[name], home.results[best]
+    if home is group or group.plain is None or home.plain is None:
+        return ratios(result, base)
+    ours, theirs = ratios(result, group.plain), ratios(base, home.plain)
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
 def row_fields() -> list[str]:
     """Return the names of a row's fields, in order."""
-    return list(as_rows(Cell(1, 0.0, ""), [Arm("plain", "plain")], {"plain": Result([1.0])})[0])
+    group = Group([Arm("plain", "plain")], {"plain": Result([1.0])})
+    return list(as_rows(Cell(1, 0.0, ""), [group])[0])
 
 
 def speeds(result: Result) -> dict[str, Any]:
@@ -73,11 +110,6 @@ def num_identical(result: Result, base: Result) -> int:
     """Return how many answers are those of the other arm, token for token."""
     answers = zip(result.answers, base.answers, strict=True)
     return sum(ours.output_ids == theirs.output_ids for ours, theirs in answers)
-
-
-def ratio(result: Result, base: Result | None) -> float | None:
-    """Return the median over repeats of the ratio within a repeat."""
-    return None if base is None else round(statistics.median(ratios(result, base)), 4)
 
 
 def ratios(result: Result, base: Result) -> list[float]:
@@ -158,10 +190,10 @@ def shown(value: float | None, unit: str = "", digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _compared(name: str, result: Result, base: Result | None) -> dict[str, float | None]:
-    within = [] if base is None else ratios(result, base)
+def _compared(name: str, within: Sequence[float]) -> dict[str, float | None]:
+    """Return the fields of a ratio, from its values within the repeats."""
     return {
-        name: ratio(result, base),
+        name: round(statistics.median(within), 4) if within else None,
         f"{name}_min": round(min(within), 4) if within else None,
         f"{name}_max": round(max(within), 4) if within else None,
     }

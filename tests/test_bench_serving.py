@@ -1,6 +1,6 @@
 """The arithmetic behind the benchmark's numbers, on streams whose speed is known."""
 
-import csv
+import contextlib
 import itertools
 import json
 
@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import cells
-from benchmarks.arms import STATIC_GRID, Arm, parse_arm, parse_arms
+from benchmarks import bench_serving, cells
+from benchmarks.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
 from benchmarks.bench_serving import choose_cells, parse_args
-from benchmarks.cells import Cell, Result, choose_prompts, run
-from benchmarks.counters import TOTALS, gained, step_means
+from benchmarks.cells import Cell, choose_prompts, run
+from benchmarks.counters import TOTALS
 from benchmarks.dialogues import Dialogue
-from benchmarks.ledger import Ledger
-from benchmarks.rows import as_rows, as_table, ratio, row_fields, summarise, summary_table
+from benchmarks.pairs import Pair
 from benchmarks.streams import Answer, accept_length, latencies, steady_window
 from benchmarks.tasks import Task
 
@@ -94,100 +93,24 @@ def test_gaps_add_up_to_the_time_in_which_tokens_came(gains, seconds):
         assert least - 1e-2 <= told <= seconds * 1e3 + 1e-2
 
 
-def test_ratio_is_formed_within_a_repeat():
-    # The machine halves its speed in the second repeat; the ratio does not move.
-    assert ratio(Result(tok_s=[20, 10, 20]), Result(tok_s=[10, 5, 10])) == 2.0
-    assert ratio(Result(tok_s=[1.0]), None) is None
-
-
-ARMS = [Arm("plain", "plain"), Arm("a", "static"), Arm("b", "static"), Arm("cast", "cast")]
 SPEEDS = {"plain": 10.0, "a": 15.0, "b": 20.0, "cast": 30.0}
 
 
-def result(name: str, speed: float | None = None) -> Result:
-    ids = [1, 2] if name == "a" else [1, 3]
-    answer = Answer(
-        times=[0.1, 0.2],
-        counts=[1, 12],
-        output_ids=ids,
-        verify_passes=0 if name == "plain" else 4,
-    )
-    return Result(tok_s=[SPEEDS[name] if speed is None else speed] * 3, answers=[answer])
-
-
-def rows_of(cell: Cell, **changes: float) -> list[dict]:
-    return as_rows(cell, ARMS, {arm.name: result(arm.name, changes.get(arm.name)) for arm in ARMS})
-
-
-def test_rows_compare_with_plain_and_with_the_best_static_arm():
-    by_arm = {row["arm"]: row for row in rows_of(Cell(8, 0.0, "t"))}
-    cast = by_arm["cast"]
-    assert (cast["vs_plain"], cast["vs_best_static"], cast["best_static"]) == (3.0, 1.5, "b")
-    assert (cast["vs_plain_min"], cast["vs_plain_max"]) == (3.0, 3.0)
-    assert (by_arm["a"]["vs_best_static"], by_arm["b"]["vs_best_static"]) == (0.75, 1.0)
-    assert (by_arm["plain"]["accept_length"], cast["accept_length"]) == (None, 3.0)
-    assert (by_arm["a"]["identical_to_plain"], cast["identical_to_plain"]) == (False, True)
-    assert cast["ttft_p50_ms"] == 100.0
-    assert {row["identical_to_plain"] for row in rows_of(Cell(8, 0.8, "t"))} == {None}
-    assert all(list(row) == row_fields() for row in by_arm.values())
-
-
-def test_rows_without_plain_and_static_have_no_ratios():
-    [row] = as_rows(Cell(1, 0.0, "t"), ARMS[3:], {"cast": result("cast")})
-    assert (row["vs_plain"], row["vs_best_static"], row["best_static"]) == (None, None, None)
-    assert (row["identical_to_plain"], row["num_identical"]) == (None, None)
-
-
-def test_the_summary_is_a_geometric_mean_over_batches():
-    rows = rows_of(Cell(1, 0.0, "t"), cast=20.0) + rows_of(Cell(8, 0.0, "t"), cast=80.0)
-    [told] = [row for row in summarise(rows) if row["arm"] == "cast"]
-    assert (told["task"], told["vs_plain"], told["vs_best_static"]) == ("t", 4.0, 2.0)
-    # Several tasks or temperatures also get a mean over all cells.
-    rows += rows_of(Cell(1, 1.0, "u"), cast=10.0)
-    summary = {
-        (row["task"], row["temperature"]): row for row in summarise(rows) if row["arm"] == "cast"
-    }
-    assert list(summary) == [("t", 0.0), ("u", 1.0), ("all", None)]
-    assert summary["all", None]["vs_plain"] == pytest.approx(16 ** (1 / 3), abs=1e-4)
-    assert as_table(rows).row_count == len(rows)
-    assert summary_table(summarise(rows)).row_count == 3 * len(ARMS)
-
-
-@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=6))
-def test_the_summary_lies_between_the_cells(ratios):
-    rows = [
-        {"arm": "x", "batch": batch, "temperature": 0, "task": "t", "vs_plain": value}
-        | {"vs_best_static": None}
-        for batch, value in enumerate(ratios)
-    ]
-    [told] = summarise(rows)
-    assert min(ratios) - 1e-3 <= told["vs_plain"] <= max(ratios) + 1e-3
-    assert told["vs_best_static"] is None
-
-
-def test_counters_are_those_between_two_states():
-    before = dict.fromkeys(TOTALS, 1000)
-    moved = {
-        "steps": 10,
-        "plain_steps": 1,
-        "requests": 80,
-        "layers_grown": 45,
-        "nodes_drafted": 800,
-    }
-    moved |= {"nodes_verified": 480, "accepted_requests": 80, "drafts_accepted": 160}
-    moved |= {"timed_steps": 8, "predicted_us": 8000.0, "measured_us": 16000.0, "policy_us": 500.0}
-    after = {name: before[name] + moved[name] for name in TOTALS} | {"mean_layers": 7.0}
-    assert gained(before, after) == moved
-    told = step_means(moved)
-    assert told["plain_share"] == 0.1
-    assert (told["mean_layers"], told["mean_verify_rows"]) == (4.5, 6.0)
-    assert (told["mean_predicted_us"], told["predicted_to_measured"]) == (1000.0, 0.5)
-    assert (told["mean_policy_us"], told["policy_share"]) == (50.0, 0.025)
-    del moved["plain_steps"]
-    assert step_means(moved)["plain_share"] is None, "not every version counts them"
-    # 24 tokens a step of a predicted millisecond.
-    assert told["table_rate"] == pytest.approx(24_000)
-    assert set(step_means(gained(before, before)).values()) == {None}
+@given(st.integers(1, 12), st.integers(2, 8))
+def test_every_group_fits_and_has_the_plain_arm(num_others, at_once):
+    others = [Arm(f"cast+r={number}", "cast") for number in range(num_others)]
+    arms = [*others, Arm("plain", "plain")]
+    made = split(arms, at_once)
+    assert max(map(len, made)) <= at_once
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+    assert all([arm.kind for arm in each].count("plain") == 1 for each in made)
+    names = [arm.name for each in made for arm in each if arm.kind != "plain"]
+    assert sorted(names) == sorted(arm.name for arm in others)
+    if len(made) == 1:
+        assert made == [arms]
+    if len(others) > at_once:
+        with pytest.raises(ValueError, match="need the arm plain"):
+            split(others, at_once)
 
 
 def test_accept_length_weighs_by_passes():
@@ -283,57 +206,6 @@ def test_the_grid_is_static_arms_beside_those_named():
         parse_arms(["cast", "cast"], "d")
 
 
-PROVENANCE = {
-    "date": "2026-01-01",
-    "device": "d",
-    "target": "t",
-    "draft": "e",
-    "git_commit": "c",
-    "versions": {"sglang": "0"},
-    "command": "python x",
-}
-
-
-def test_results_are_appended_and_an_interrupted_run_keeps_its_cells(tmp_path):
-    rows = rows_of(Cell(1, 0.0, "t"))
-    first = Ledger(tmp_path, PROVENANCE, summarise)
-    first.add(rows)
-    del first  # interrupted after one cell of several
-    second = Ledger(tmp_path, {**PROVENANCE, "date": "2026-01-02"}, summarise)
-    second.check_columns(row_fields())
-    second.describe(profiles={"cast": "p.json"})
-    second.add(rows[:2])
-    second.add(rows[2:])
-    second.finish()
-
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert [run["complete"] for run in content["runs"]] == [False, True]
-    assert content["rows"] == content["runs"][1]["rows"] == content["runs"][0]["rows"]
-    assert content["provenance"]["profiles"] == {"cast": "p.json"}
-    assert content["summary"] == summarise(rows)
-    with open(tmp_path / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["date"] for line in lines] == ["2026-01-01"] * 4 + ["2026-01-02"] * 4
-    assert lines[0]["tok_s"] == "10.0 10.0 10.0"
-    assert lines[0]["sglang_version"] == "0"
-
-
-def test_results_of_another_kind_are_left_alone(tmp_path):
-    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    ledger = Ledger(tmp_path, PROVENANCE, summarise)
-    with pytest.raises(ValueError, match="other columns"):
-        ledger.check_columns(row_fields())
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="another directory"):
-        Ledger(tmp_path, PROVENANCE, summarise)
-    # A file of one run, as earlier versions wrote it, becomes the first of several.
-    (tmp_path / "results.json").write_text('{"provenance": {}, "rows": [{"arm": "old"}]}')
-    (tmp_path / "results.csv").unlink()
-    Ledger(tmp_path, PROVENANCE, summarise).add(rows_of(Cell(1, 0.0, "t")))
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert [run["rows"][0]["arm"] for run in runs] == ["old", "plain"]
-
-
 def tasks() -> dict[str, Task]:
     once = Dialogue(1, lambda answers: [1])
     return {"code": Task("code", [once]), "best-of-2": Task("best-of-2", [once], samples=2)}
@@ -373,3 +245,42 @@ def test_wrong_command_lines_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse_args(words)
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
+    started: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def serving(arms, model, log_dir, flags, on_start, at_once):
+        started.append([arm.name for arm in arms])
+        with on_start(arms):
+            pass
+        yield {arm.name: FakeServer(arm.name, arm.kind) for arm in arms}
+
+    def run_one(server, requests, cell, num_tokens):
+        if server.name == "static:3-1-4" and cell.batch == 4:
+            raise ValueError("no moment at which all requests decoded")
+        answer = Answer(times=[0.1, 1.1], counts=[1, num_tokens], verify_passes=8)
+        return SPEEDS.get(server.kind, 20.0), [answer] * len(requests)
+
+    monkeypatch.setattr(bench_serving, "serving", serving)
+    monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
+    monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())
+    monkeypatch.setattr(cells, "run", run_one)
+    words = "--arms plain,static,cast:auto,static:3-1-4 --profile p.json --at-once 3 --repeats 2"
+    words += f" --out {tmp_path} --temperatures 0,1 --tokens 40 --batches"
+    assert bench_serving.main([*words.split(), "1,2"]) == 0
+    assert started == [["plain", "static:5-4-8", "static:3-1-4"], ["plain", "cast:auto"]]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["complete"] and content["provenance"]["profiles"] == {"cast:auto": "p.json"}
+    assert len(content["rows"]) == 6 * 5
+    assert {row["vs_best_static"] for row in content["rows"] if row["arm"] == "cast:auto"} == {1.5}
+
+    # An arm fails in the second cell of the first group; the first cell is kept.
+    assert bench_serving.main([*words.split(), "1,4"]) == 1
+    assert "no moment" in capsys.readouterr().err
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [run["complete"] for run in content["runs"]] == [True, False]
+    assert {(row["batch"], row["task"]) for row in content["rows"]} == {(1, "code")}
+    assert {row["arm"] for row in content["rows"]} == {"plain", "static:5-4-8", "static:3-1-4"}
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6 * 5 + 3
