@@ -12,8 +12,12 @@ BATCH_SIZES = [1, 4, 16]
 CONTEXTS = [128, 1024]
 
 
-def write_profile(path: Path, **changes: Any) -> Path:
-    """Write a valid profile, with some fields of its provenance changed."""
+def write_profile(path: Path, row_us: float = 60.0, **changes: Any) -> Path:
+    """Write a valid profile, with some fields of its provenance changed.
+
+    Args:
+        row_us: what each further verified row takes.
+    """
     model = {"name": "made/up", "config_hash": "0" * 64, "architectures": ["LlamaForCausalLM"]}
     provenance = {
         "device_name": "made up",
@@ -36,7 +40,7 @@ def write_profile(path: Path, **changes: Any) -> Path:
     }
     # Cheap drafts and a slow rise with the rows: trees of every size pay at some point.
     tables = {
-        "target": _table([1, 8, 32, 64], base_us=20_000, per_row_us=60),
+        "target": _table([1, 8, 32, 64], base_us=20_000, per_row_us=row_us),
         "draft": _table([1, 8, 16], base_us=400, per_row_us=20),
         "draft_extend": _table([1, 8, 32, 64], base_us=400, per_row_us=20),
     }

@@ -1,0 +1,64 @@
+"""A server that decodes plainly, since no draft pays, and tries again now and then."""
+
+import pytest
+
+from tests.server.client import generate, greedy_ids, in_parallel
+from tests.server.conftest import NUM_TOKENS
+from tests.server.profiles import write_profile
+
+# The limit includes the start of servers, which a busy machine stretches.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def reluctant(start_server, tmp_path_factory):
+    """A server whose profile makes a verified row as dear as a pass."""
+    profile = write_profile(tmp_path_factory.mktemp("dear") / "dear.json", row_us=30_000.0)
+    # What it measures while it serves would soon teach it better.
+    flags = ("--cast-residuals", "off")
+    with start_server("cast", *flags, profile=profile, name="reluctant") as server:
+        yield server
+
+
+def counters(server) -> dict:
+    return server.get("/server_info")["internal_states"][0]["cast"]
+
+
+def test_it_decodes_plainly_and_the_answers_are_those_of_plain_decoding(
+    reluctant, prompts, expected_ids
+):
+    assert greedy_ids(reluctant, prompts[:16], 8, NUM_TOKENS) == expected_ids[:16]
+    assert greedy_ids(reluctant, prompts[:2], 1, NUM_TOKENS) == expected_ids[:2]
+    state = counters(reluctant)
+    assert state["plain_steps"] > 0.5 * state["steps"]
+    assert any(row["is_plain"] for row in state["prices"])
+
+
+def test_tries_after_a_pause_draft_as_well_as_ever(reluctant, cast, prompts):
+    """What plain steps left undone is done before a try, so drafts are accepted again at once."""
+    before = counters(reluctant)
+    for start in range(0, 24, 8):
+        generate(reluctant, prompts[start : start + 8], max_new_tokens=160)
+    after = counters(reluctant)
+    tries = after["steps"] - after["plain_steps"] - before["steps"] + before["plain_steps"]
+    assert 0 < tries < 0.2 * (after["steps"] - before["steps"])
+    drafts = after["drafts_accepted"] - before["drafts_accepted"]
+    nodes = after["nodes_verified"] - before["nodes_verified"]
+    nodes -= after["requests"] - before["requests"]
+    # A try verifies a node or two of each request; most are accepted.
+    assert drafts > 0.5 * min(nodes, 8 * tries)
+
+
+def test_a_request_without_drafts_between_others(cast, prompts, expected_ids):
+    """Such a request takes one pass a token, while others in its batch take several."""
+    wishes = ["off", "throughput", "latency", "off"]
+
+    def ask(index: int) -> dict:
+        params = {"cast": wishes[index]}
+        return generate(cast, prompts[index], max_new_tokens=NUM_TOKENS, custom_params=params)
+
+    answers = in_parallel(ask, range(4), workers=4)
+    assert [answer["output_ids"] for answer in answers] == expected_ids[:4]
+    passes = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+    assert passes[0] == passes[3] == NUM_TOKENS - 1
+    assert max(passes[1:3]) < NUM_TOKENS - 1
