@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from rich.progress import Progress, TaskID
@@ -66,7 +66,9 @@ def warm_up(
 ) -> None:
     """Let every arm decode a few tokens in the cell's batch size."""
     for arm in arms:
-        run(servers[arm.name], requests[: cell.batch], cell, num_tokens)
+        # Too short for a steady window.
+        for _ in play(servers[arm.name], requests[: cell.batch], cell, num_tokens):
+            pass
 
 
 def take_turns(
@@ -101,13 +103,28 @@ def run(
 ) -> tuple[float, list[Answer]]:
     """Send the requests in batches; return tokens per second of steady decoding, and the answers.
 
+    Raises:
+        ValueError: a batch was never decoded all together.
+    """
+    answers: list[Answer] = []
+    tokens = seconds = 0.0
+    for wave in play(server, requests, cell, num_tokens):
+        gained_tokens, elapsed = steady_window(wave)
+        tokens, seconds = tokens + gained_tokens, seconds + elapsed
+        answers += wave
+    return tokens / seconds, answers
+
+
+def play(
+    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
+) -> Iterator[list[Answer]]:
+    """Send the requests in batches; yield the answers that were streamed together.
+
     A batch of dialogues sends its first prompts together, then, when all are answered, its second
-    ones; the steady windows of all turns count.
+    ones.
     """
     server.check()
     server.flush_cache()
-    answers: list[Answer] = []
-    tokens = seconds = 0.0
     for start in range(0, len(requests), cell.batch):
         batch = requests[start : start + cell.batch]
         texts: list[list[str]] = [[] for _ in batch]
@@ -116,12 +133,9 @@ def run(
                 next_prompt(request, said) for request, said in zip(batch, texts, strict=True)
             ]
             wave = asyncio.run(stream_batch(server.url, prompts, cell.temperature, num_tokens))
-            gained_tokens, elapsed = steady_window(wave)
-            tokens, seconds = tokens + gained_tokens, seconds + elapsed
             for said, answer in zip(texts, wave, strict=True):
                 said.append(answer.text)
-            answers += wave
-    return tokens / seconds, answers
+            yield wave
 
 
 def num_turns(batch: Sequence[Request]) -> int:

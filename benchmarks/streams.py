@@ -81,7 +81,7 @@ def steady_window(answers: Sequence[Answer]) -> tuple[float, float]:
     begin = max(answer.times[0] for answer in answers)
     end = min(answer.times[-1] for answer in answers)
     if end <= begin:
-        raise ValueError("no moment at which all requests decoded; use more --tokens")
+        raise ValueError("no moment at which all requests of a batch decoded; use more --tokens")
     gained = sum(
         float(np.diff(np.interp([begin, end], answer.times, answer.counts))[0])
         for answer in answers

@@ -122,6 +122,9 @@ def test_prompts_fill_whole_batches():
     assert choose_prompts(["a", "b", "c"], batch=4, num_requests=5) == list("abcabcab")
 
 
+ARM = Arm("plain", "plain")
+
+
 class FakeServer:
     """What `run` asks of a server."""
 
@@ -160,6 +163,10 @@ def test_a_batch_of_dialogues_answers_each_turn_together(monkeypatch):
     assert waves == [[[1], [2]], [[1, 8], [2, 8]]]
     assert tok_s == pytest.approx(2 * (2 * 20) / (1.0 + 2.0))
     assert len(answers) == 4
+    # To warm up, answers may be too short to be measured.
+    monkeypatch.setattr(cells, "steady_window", None)
+    cells.warm_up([ARM], {"plain": FakeServer()}, Cell(2, 0.0, "t"), ["a", "b", "c"])
+    assert waves[2:] == [["a", "b"]]
 
 
 def test_arms():
@@ -267,6 +274,7 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
     monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())
     monkeypatch.setattr(cells, "run", run_one)
+    monkeypatch.setattr(cells, "play", lambda *words: [])
     words = "--arms plain,static,cast:auto,static:3-1-4 --profile p.json --at-once 3 --repeats 2"
     words += f" --out {tmp_path} --temperatures 0,1 --tokens 40 --batches"
     assert bench_serving.main([*words.split(), "1,2"]) == 0
