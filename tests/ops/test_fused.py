@@ -256,8 +256,9 @@ def test_build_tree(fused, kind):
 
 @compares
 def test_build_tree_without_a_parent_list(fused):
-    """As SGLang hands it over where only the root's children were drafted."""
-    empty, index = torch.zeros(3, 0, dtype=torch.int64), torch.tensor([[0, 2, 3]] * 3)
+    """As SGLang hands it over where only the root's children were drafted; others hang nowhere."""
+    empty = torch.zeros(3, 0, dtype=torch.int64)
+    index = torch.tensor([[0, 2, 3], [1, 2, 9], [0, 8, 9]])
     seq_lens = torch.tensor([4, 0, 9])
     expected = cases.poisoned_links(3, 4)
     ours = cases.TreeLinks(*(part.clone().to(DEVICE) for part in expected))
