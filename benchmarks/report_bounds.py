@@ -1,0 +1,104 @@
+"""What a cost table and the acceptance allow: the speed that trees are worth without any clock."""
+
+import logging
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.report_data import Row, Run, cell_of
+from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.profile_schema import CostProfile
+
+# The model continues the tables for batches and contexts that they do not reach.
+MAX_BATCH = 4096
+MAX_CONTEXT = 1 << 20
+
+
+class NamedProfile(NamedTuple):
+    """A cost profile with the name of its file."""
+
+    name: str
+    profile: CostProfile
+
+
+class Bounds:
+    """Bounds of runs by the profiles that their servers used.
+
+    Args:
+        profiles: those at hand.
+        prompt_tokens: mean prompt length of runs that do not state theirs; None if unknown.
+    """
+
+    def __init__(self, profiles: Sequence[NamedProfile], prompt_tokens: float | None) -> None:
+        self._profiles = profiles
+        self._prompt_tokens = prompt_tokens
+        self._models = {given.name: _model(given.profile) for given in profiles}
+
+    def profile_of(self, run: Run) -> str | None:
+        """Return the name of the profile, of those at hand, that the run's servers used."""
+        used = run.provenance.get("profiles")
+        words = shlex.split(run.provenance["command"]) if used is None else used.values()
+        names = {Path(word).name for word in words if word}
+        return next((given.name for given in self._profiles if given.name in names), None)
+
+    def lacks(self, run: Run) -> str | None:
+        """Say what is missing for the bounds of a run; None if nothing is."""
+        rows = [row for row in run.rows if row["table_rate"] is not None]
+        if not rows:
+            return "its rows have no `table_rate`; this version of the benchmark writes it"
+        if self.profile_of(run) is None:
+            return "give the cost profile that its servers used: `--profile PROFILE.json`"
+        if any(self.prompt_tokens(run, row) is None for row in rows):
+            return "it does not state the prompts' length; give the mean: `--prompt-tokens N`"
+        return None
+
+    def prompt_tokens(self, run: Run, row: Row) -> float | None:
+        """Return the mean prompt length of a row's cell."""
+        for cell in run.provenance.get("prompt_tokens", ()):
+            if cell_of(cell) == cell_of(row):
+                return float(cell["mean"])
+        return self._prompt_tokens
+
+    def of(self, run: Run, row: Row) -> float | None:
+        """Return how much faster than plain decoding a row's trees are, by the table.
+
+        Definition: table_rate / (batch / mean predicted time of a plain step), the mean over the
+        contexts from the prompt's end to the answer's. None where something is missing.
+        """
+        name, prompt_tokens = self.profile_of(run), self.prompt_tokens(run, row)
+        if row["table_rate"] is None or name is None or prompt_tokens is None:
+            return None
+        # As the server does, which looks costs up anew in each bucket of contexts.
+        contexts = [prompt_tokens + token for token in range(run.provenance["tokens"])]
+        buckets = [math.ceil(context / CONTEXT_BUCKET_TOKENS) for context in contexts]
+        plain_us = {
+            bucket: _plain_us(self._models[name], row["batch"], bucket * CONTEXT_BUCKET_TOKENS)
+            for bucket in set(buckets)
+        }
+        plain_step_us = statistics.mean(plain_us[bucket] for bucket in buckets)
+        return float(row["table_rate"] * plain_step_us / 1e6 / row["batch"])
+
+
+def _model(profile: CostProfile) -> CostModel:
+    logger = logging.getLogger(CostModel.__module__)
+    # It warns a server of what happens here on purpose.
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        return CostModel(
+            profile,
+            max_batch_size=MAX_BATCH,
+            max_context=MAX_CONTEXT,
+            max_verify_tokens=1,
+            max_width=1,
+        )
+    finally:
+        logger.disabled = was_disabled
+
+
+def _plain_us(model: CostModel, batch: int, context: int) -> float:
+    costs = model.step_costs(batch, context)
+    plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+    return (plain + costs.overhead) * costs.unit_us
