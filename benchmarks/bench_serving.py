@@ -313,7 +313,22 @@ def run_groups(
             ledger.describe(profiles=profiles, num_groups=len(groups))
             for cell, results in measure(args, arms, servers, cells, tasks):
                 done[cell].append(Group(arms, results))
+                ledger.describe(prompt_tokens=prompt_tokens(done))
                 ledger.put(cell, as_rows(cell, done[cell]), is_final=number == len(groups))
+
+
+def prompt_tokens(done: Mapping[Cell, Sequence[Group]]) -> list[dict[str, Any]]:
+    """Return the mean prompt length of each cell, for predictions of what its steps take."""
+    lengths = {
+        cell: [a.num_prompt_tokens for a in groups[0].results[groups[0].arms[0].name].answers]
+        for cell, groups in done.items()
+        if groups
+    }
+    return [
+        {**cell._asdict(), "mean": round(statistics.mean(found), 1)}
+        for cell, found in lengths.items()
+        if found
+    ]
 
 
 def measure(
