@@ -28,7 +28,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .3rem .7rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid #e1e4e8; }
 th { border-bottom: 2px solid #8c959f; vertical-align: bottom; }
-th.number, td.number { text-align: right; white-space: nowrap; }
+th.number, td.number { text-align: right; }
+td.number { white-space: nowrap; }
 tr.first td { border-top: 1px solid #8c959f; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
