@@ -153,7 +153,7 @@ def ablations(run: Run) -> list[Block]:
     headings = ("batch", "arm", "compared with", "speed", "by the table", "accept length")
     for title, rows in _titled(run):
         arms = _arms(rows)
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for arm in arms:
             base = base_of(arm, arms)
             if base is None:
