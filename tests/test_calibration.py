@@ -89,6 +89,17 @@ def test_rows_that_hold_no_node_teach_nothing():
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
 
+def test_requests_that_want_no_drafts_teach_nothing():
+    calibration = Calibration()
+    for _ in range(2):  # learned when the next tree has been drafted
+        tree = grown_tree(calibration)
+        selection = tree.select(tree.ranked(3), 4)
+        calibration.selected(selection, (1,), TOPK, torch.tensor([False, True]))
+        calibration.verified(torch.tensor([[0, -1, -1], [4, 5, 7]]))
+    np.testing.assert_allclose(observed(calibration)[1], (2, 1, 0.6 + 0.3), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
+
+
 def test_an_outcome_without_a_tree_is_ignored():
     calibration = Calibration()
     calibration.verified(torch.zeros((2, 1), dtype=torch.int64))

@@ -113,14 +113,26 @@ class Calibration:
         self._probs.append(probs)
         return self.acceptance.calibrated(probs, depth)
 
-    def selected(self, selection: Selection, widths: tuple[int, ...], topk: int) -> None:
-        """Take note of what the step verifies, and learn from the step before."""
+    def selected(
+        self,
+        selection: Selection,
+        widths: tuple[int, ...],
+        topk: int,
+        wanted: torch.Tensor | None = None,
+    ) -> None:
+        """Take note of what the step verifies, and learn from the step before.
+
+        Args:
+            wanted: [B] bool, False for requests whose nodes cannot be accepted; None for none such.
+        """
         self._learn()
         batch_size = selection.top_scores_index.shape[0]
         candidates = torch.cat([probs.reshape(batch_size, -1) for probs in self._probs], dim=1)
         # The candidate that does not exist has no probability either, and teaches nothing.
         candidates = torch.nn.functional.pad(candidates, (0, 1), value=torch.nan)
         probs = candidates.gather(1, selection.top_scores_index)
+        if wanted is not None:
+            probs = probs.masked_fill(~wanted.unsqueeze(1), torch.nan)
         self._drafted = _Drafted(selection, probs, widths, topk)
 
     def verified(self, accept_index: torch.Tensor) -> None:

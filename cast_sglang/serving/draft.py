@@ -132,9 +132,12 @@ class CastDraftWorker(EagleDraftWorker):
         selection = tree.select(
             ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
         )
+        wanted = None
+        if self.weights is not None:
+            wanted = torch.from_numpy(self.weights > 0.0).to(self.device)
         if self.calibration is not None:
             began = time.perf_counter()
-            self.calibration.selected(selection, widths, self.topk)
+            self.calibration.selected(selection, widths, self.topk, wanted)
             policy_seconds += time.perf_counter() - began
         self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, policy_seconds)
         verify_input = build_eagle_verify_input(
@@ -154,10 +157,9 @@ class CastDraftWorker(EagleDraftWorker):
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
         verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
         verify_input.num_rows = num_rows
-        if self.weights is not None:
+        if wanted is not None:
             # Nothing hangs below the root of a request that wants no drafts.
-            wanted = torch.from_numpy(self.weights > 0.0).to(self.device).unsqueeze(1)
-            verify_input.retrieve_next_token.masked_fill_(~wanted, -1)
+            verify_input.retrieve_next_token.masked_fill_(~wanted.unsqueeze(1), -1)
         return verify_input
 
     def _rows_to_verify(self, scores: torch.Tensor) -> tuple[int, np.ndarray | None]:

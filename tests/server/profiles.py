@@ -12,11 +12,14 @@ BATCH_SIZES = [1, 4, 16]
 CONTEXTS = [128, 1024]
 
 
-def write_profile(path: Path, row_us: float = 60.0, **changes: Any) -> Path:
+def write_profile(
+    path: Path, row_us: float = 60.0, draft_us: float = 400.0, **changes: Any
+) -> Path:
     """Write a valid profile, with some fields of its provenance changed.
 
     Args:
         row_us: what each further verified row takes.
+        draft_us: what each pass of the draft takes at least.
     """
     model = {"name": "made/up", "config_hash": "0" * 64, "architectures": ["LlamaForCausalLM"]}
     provenance = {
@@ -41,8 +44,8 @@ def write_profile(path: Path, row_us: float = 60.0, **changes: Any) -> Path:
     # Cheap drafts and a slow rise with the rows: trees of every size pay at some point.
     tables = {
         "target": _table([1, 8, 32, 64], base_us=20_000, per_row_us=row_us),
-        "draft": _table([1, 8, 16], base_us=400, per_row_us=20),
-        "draft_extend": _table([1, 8, 32, 64], base_us=400, per_row_us=20),
+        "draft": _table([1, 8, 16], base_us=draft_us, per_row_us=20),
+        "draft_extend": _table([1, 8, 32, 64], base_us=draft_us, per_row_us=20),
     }
     profile = msgspec.convert({"provenance": provenance, **tables}, type=CostProfile)
     save_profile(profile, path)

@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def reluctant(start_server, tmp_path_factory):
-    """A server whose profile makes a verified row as dear as a pass."""
-    profile = write_profile(tmp_path_factory.mktemp("dear") / "dear.json", row_us=30_000.0)
+    """A server by whose profile even drafts that are all accepted lose."""
+    path = tmp_path_factory.mktemp("dear") / "dear.json"
+    profile = write_profile(path, row_us=2_000.0, draft_us=30_000.0)
     # What it measures while it serves would soon teach it better.
     flags = ("--cast-residuals", "off")
     with start_server("cast", *flags, profile=profile, name="reluctant") as server:
