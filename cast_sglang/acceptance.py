@@ -124,7 +124,20 @@ class Acceptance:
         if probs.device.type == "cpu":
             row = self.curves()[int(np.searchsorted(_DEPTH_ENDS, depth))]
             return torch.from_numpy(np.interp(probs.numpy(), _KNOTS, row).astype(np.float32))
-        lines = self._lines.get(probs.device)
+        knots, starts, slopes = self.lines(probs.device)
+        row = int(np.searchsorted(_DEPTH_ENDS, depth))
+        piece = torch.bucketize(probs, knots, right=True)
+        result = torch.addcmul(starts[row][piece], slopes[row][piece], probs)
+        return result.clamp_(0.0, 1.0)
+
+    def lines(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the inner knots of g, and where each piece starts and how it rises, on a device.
+
+        Returns:
+            knots [P - 1], starts [R, P] and slopes [R, P], float32, of P pieces and R buckets of
+            depths: g(p) = starts[r, i] + slopes[r, i] * p in piece i.
+        """
+        lines = self._lines.get(device)
         if lines is None:
             curves = self.curves()
             slopes = np.diff(curves, axis=1) / _WIDTHS
@@ -133,14 +146,10 @@ class Acceptance:
             packed = np.zeros((1 + 2 * _SHAPE[0], len(_WIDTHS)), dtype=np.float32)
             packed[0, :-1] = _KNOTS[1:-1]
             packed[1 : 1 + _SHAPE[0]], packed[1 + _SHAPE[0] :] = starts, slopes
-            table = torch.from_numpy(packed).to(probs.device, non_blocking=True)
+            table = torch.from_numpy(packed).to(device, non_blocking=True)
             lines = (table[0, :-1], table[1 : 1 + _SHAPE[0]], table[1 + _SHAPE[0] :])
-            self._lines[probs.device] = lines
-        knots, starts_at, slopes_at = lines
-        row = int(np.searchsorted(_DEPTH_ENDS, depth))
-        piece = torch.bucketize(probs, knots, right=True)
-        result = torch.addcmul(starts_at[row][piece], slopes_at[row][piece], probs)
-        return result.clamp_(0.0, 1.0)
+            self._lines[device] = lines
+        return lines
 
     def curves(self) -> np.ndarray:
         """Return g at the knots, one row for each bucket of depths."""
