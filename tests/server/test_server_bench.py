@@ -39,7 +39,9 @@ def test_smoke(tmp_path):
         assert row["identical_to_plain"] is (True if temperature == 0 else None)
         if arm == "cast:auto":
             assert row["accept_length"] >= 1 and row["mean_verify_rows"] >= 1
-            assert row["table_rate"] > 0 and row["mean_policy_us"] > 0
+            assert row["table_rate"] > 0
+            # Where no draft pays, every step may be plain, and nothing is decided about trees.
+            assert row["mean_policy_us"] > 0 or row["plain_share"] == 1
     assert content["complete"] and content["summary"]
     assert content["provenance"]["profiles"]["cast:auto"]
     with open(tmp_path / "results.csv", newline="") as file:
