@@ -1,6 +1,5 @@
 """What a cost table and the acceptance allow: the speed that trees are worth without any clock."""
 
-import logging
 import math
 import shlex
 import statistics
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.report_data import Row, Run, cell_of
-from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel, plain_cost
 from cast_sglang.profile_schema import CostProfile
 
 # The model continues the tables for batches and contexts that they do not reach.
@@ -83,22 +82,16 @@ class Bounds:
 
 
 def _model(profile: CostProfile) -> CostModel:
-    logger = logging.getLogger(CostModel.__module__)
-    # It warns a server of what happens here on purpose.
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        return CostModel(
-            profile,
-            max_batch_size=MAX_BATCH,
-            max_context=MAX_CONTEXT,
-            max_verify_tokens=1,
-            max_width=1,
-        )
-    finally:
-        logger.disabled = was_disabled
+    return CostModel(
+        profile,
+        max_batch_size=MAX_BATCH,
+        max_context=MAX_CONTEXT,
+        max_verify_tokens=1,
+        max_width=1,
+        warns=False,  # what lies beyond is asked for on purpose
+    )
 
 
 def _plain_us(model: CostModel, batch: int, context: int) -> float:
     costs = model.step_costs(batch, context)
-    plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
-    return (plain + costs.overhead) * costs.unit_us
+    return (plain_cost(costs) + costs.overhead) * costs.unit_us

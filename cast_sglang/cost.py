@@ -8,7 +8,7 @@ import bisect
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from cast_sglang.config import LOOKUPS
 from cast_sglang.profile_schema import CostTable, CostTables
 
-__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts", "cost_of"]
+__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts", "cost_of", "plain_cost"]
 
 CONTEXT_BUCKET_TOKENS = 64
 MAX_CACHED_STEPS = 4096
@@ -60,6 +60,15 @@ def cost_of(costs: torch.Tensor | np.ndarray, count: float) -> float:
     return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
 
 
+def plain_cost(costs: Any) -> float:
+    """Return the cost of a plain step; that of verifying one row where it was not measured.
+
+    Args:
+        costs: `StepCosts`, or a policy's view of them.
+    """
+    return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+
+
 class CostModel:
     """Costs of a step at any batch size and context, from the tables of a profile.
 
@@ -87,6 +96,7 @@ class CostModel:
         max_extend_rows: int | None = None,
         lookup: str = "linear",
         device: torch.device | str = "cpu",
+        warns: bool = True,
     ) -> None:
         """Densify the tables of a profile that `load_profile` accepted.
 
@@ -98,6 +108,7 @@ class CostModel:
             max_extend_rows: E, largest number of rows per request in draft extend; None for N.
             lookup: "linear" or "nearest".
             device: where the tensors of `step_costs` live.
+            warns: log that the profile does not cover the limits.
 
         Raises:
             ValueError: a limit is below 1 or `lookup` is unknown.
@@ -120,7 +131,7 @@ class CostModel:
         self._max_batch_size = max_batch_size
         self._cache: dict[tuple[int, int], _Entry] = {}
         self.extrapolated = _exceeded(tables, *limits)
-        if self.extrapolated:
+        if self.extrapolated and warns:
             logger.warning(
                 "Cost profile does not cover this server; extrapolating %s",
                 ", ".join(sorted(self.extrapolated)),

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.cost import cost_of
+from cast_sglang.cost import cost_of, plain_cost
 from cast_sglang.lookahead import Lookahead
 from cast_sglang.policy import Costs, TreePolicy
 
@@ -284,8 +284,7 @@ class AutoPolicy(TreePolicy):
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
-        plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
-        bucket.plain_units = plain + plain_extra
+        bucket.plain_units = plain_cost(costs) + plain_extra
         if bucket.is_plain or bucket.account < 0.0:
             mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / max(bucket.steps, 1.0)
             bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss) + catch_up

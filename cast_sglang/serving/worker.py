@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts, cost_of
+from cast_sglang.cost import CostModel, StepCosts, cost_of, plain_cost
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
@@ -330,8 +329,7 @@ class CastWorker(EAGLEWorkerV2):
 
 def _plain_extra(costs: StepCosts) -> float:
     """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    plain = costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
-    return step_units(costs, (), 1, 0) - plain
+    return step_units(costs, (), 1, 0) - plain_cost(costs)
 
 
 def _extend_units(costs: StepCosts, num_rows: int) -> float:
