@@ -99,6 +99,7 @@ class CastWorker(EAGLEWorkerV2):
         draft.weights = draft.deferring = None
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
+        self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
         self._prefill_since_step = True
         self._reported = False
@@ -178,6 +179,7 @@ class CastWorker(EAGLEWorkerV2):
             self._draft_worker.backlog.forget(batch.req_pool_indices_cpu.numpy())
             return super().forward_batch_generation(batch, *args, **kwargs)
 
+        began = time.perf_counter()
         draft, batch_size = self._draft_worker, len(batch.reqs)
         self._num_steps += 1
         self._correct_costs()
@@ -186,21 +188,19 @@ class CastWorker(EAGLEWorkerV2):
             context = _mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
-        speculates = self._speculates(batch)
+        speculates, catches_up = self._decide(batch)
+        policy_seconds = time.perf_counter() - began
+        if catches_up:
+            with draft_tp_context(draft.parallel_layout):
+                draft.catch_up(batch)
         self.clock.begin_step(batch_size, table)
         try:
             with contextlib.nullcontext() if speculates else self._plain_step(batch):
                 result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.clock.end_step()
+        began = time.perf_counter()
         shape = draft.last_shape if speculates else PLAIN_SHAPE
-        self.cast_stats.record_step(
-            batch_size=batch_size,
-            num_layers=len(shape.widths) + speculates,
-            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
-            num_verify_rows=shape.mean_rows,
-            policy_us=shape.policy_seconds * 1e6,
-        )
         predicted_us = units = None
         if self.cost_model is not None:
             extended = draft.last_extend_rows
@@ -211,10 +211,22 @@ class CastWorker(EAGLEWorkerV2):
                 units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
         self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
         self._prefill_since_step = False
+        policy_seconds += shape.policy_seconds + time.perf_counter() - began
+        self.cast_stats.record_step(
+            batch_size=batch_size,
+            num_layers=len(shape.widths) + speculates,
+            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
+            num_verify_rows=shape.mean_rows,
+            policy_us=(policy_seconds + self._observing) * 1e6,
+        )
+        self._observing = 0.0
         return result
 
-    def _speculates(self, batch: ScheduleBatch) -> bool:
-        """Decide whether this step drafts, and weigh its requests."""
+    def _decide(self, batch: ScheduleBatch) -> tuple[bool, bool]:
+        """Decide whether this step drafts, and if not, whether to bring the draft up to date.
+
+        Effects: weighs the requests of the step.
+        """
         draft = self._draft_worker
         wishes = wishes_of(batch.reqs)
         draft.weights = None
@@ -223,18 +235,15 @@ class CastWorker(EAGLEWorkerV2):
         draft.policy.weigh(draft.weights)
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
-            return any(wish != OFF for wish in wishes)
+            return any(wish != OFF for wish in wishes), False
         catch_up = _extend_units(draft.costs, missing)
         plain_extra = _plain_extra(draft.costs)
         if all(wish == OFF for wish in wishes) or not draft.policy.speculate(
             len(batch.reqs), draft.costs, plain_extra, catch_up
         ):
             is_full = missing == draft.backlog.capacity
-            if is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]:
-                with draft_tp_context(draft.parallel_layout):
-                    draft.catch_up(batch)
-            return False
-        return True
+            return False, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
+        return True, False
 
     @contextlib.contextmanager
     def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
@@ -322,6 +331,7 @@ class CastWorker(EAGLEWorkerV2):
             # From the end of the last step to the end of this one: right with and without overlap.
             self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
         self._last_done = now
+        self._observing += time.perf_counter() - now
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
