@@ -310,9 +310,9 @@ def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 @compiled("f8[:, :](f8[:, :, :], f8)")
 def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
     """Return g at the knots, a row for each bucket of depths, from [3, buckets, knots]."""
-    values, weights = np.empty(sums.shape[1:]), np.empty(sums.shape[1:])
-    for bucket in range(values.shape[0]):
-        for knot in range(values.shape[1]):
+    values, weights = np.empty(_SHAPE), np.empty(_SHAPE)
+    for bucket in range(_SHAPE[0]):
+        for knot in range(_SHAPE[1]):
             weight = sums[0, bucket, knot] + prior_weight
             shift = (sums[2, bucket, knot] - sums[1, bucket, knot]) / weight
             values[bucket, knot] = min(max(_KNOTS[knot] + shift, 0.0), 1.0)
