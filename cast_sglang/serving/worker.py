@@ -301,6 +301,9 @@ class CastWorker(EAGLEWorkerV2):
         num_rows = getattr(batch.spec_info, "num_rows", None)
         if num_rows is not None:
             mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
+        topk = self.topk
+        if rows == 1:
+            self.topk = 1  # a lone root stands where it belongs, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
             with self.clock.time("verify", mean_rows), running_only(runner, kept):
@@ -309,7 +312,7 @@ class CastWorker(EAGLEWorkerV2):
                 self.calibration.verified(result.accept_index)
             return result
         finally:
-            self.speculative_num_draft_tokens = self.max_draft_tokens
+            self.topk, self.speculative_num_draft_tokens = topk, self.max_draft_tokens
 
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
