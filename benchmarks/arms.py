@@ -33,6 +33,11 @@ class Arm:
         return f"{LABELS[self.kind]} {self.name[len(self.kind) :].lstrip(':')}".strip()
 
 
+def kind_of(name: str) -> str:
+    """Return the kind of the arm of this name: plain, static, adaptive or cast."""
+    return name.split("+")[0].split(":")[0]
+
+
 def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
     """Read an arm.
 

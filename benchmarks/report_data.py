@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.arms import parse_arm
+from benchmarks.arms import kind_of, parse_arm
 from benchmarks.rows import row_fields
 
 Row = dict[str, Any]
@@ -117,11 +117,6 @@ def workloads(rows: Sequence[Row]) -> list[tuple[str, float, list[Row]]]:
         (task, heat, [row for row in rows if (row["task"], row["temperature"]) == (task, heat)])
         for task, heat in names
     ]
-
-
-def kind_of(arm: str) -> str:
-    """Return the kind of an arm: plain, static, adaptive or cast."""
-    return arm.split("+")[0].split(":")[0]
 
 
 def is_plain(row: Mapping[str, Any]) -> bool:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import bench_calibration, variant_figure
-from benchmarks.report_data import Row, is_plain, kind_of, label_of, ratio_of
+from benchmarks.arms import kind_of
+from benchmarks.report_data import Row, is_plain, label_of, ratio_of
 from cast_sglang.plots import plot_profiles
 from cast_sglang.profile_schema import CostProfile
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.arms import kind_of
 from benchmarks.report_bounds import Bounds
 from benchmarks.report_data import (
     COMPARED,
@@ -13,7 +14,6 @@ from benchmarks.report_data import (
     cell_of,
     geometric_mean,
     is_plain,
-    kind_of,
     label_of,
     ratio_of,
     speed_ratio,
