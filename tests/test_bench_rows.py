@@ -47,7 +47,8 @@ def rows_of(cell: Cell, **changes: float) -> list[dict]:
 def test_rows_compare_with_plain_and_with_the_best_static_arm():
     by_arm = {row["arm"]: row for row in rows_of(Cell(8, 0.0, "t"))}
     cast = by_arm["cast"]
-    assert (cast["vs_plain"], cast["vs_best_static"], cast["best_static"]) == (3.0, 1.5, "static:b")
+    assert (cast["vs_plain"], cast["vs_best_static"]) == (3.0, 1.5)
+    assert cast["best_static"] == "static:b"
     assert (cast["vs_plain_min"], cast["vs_plain_max"]) == (3.0, 3.0)
     assert (by_arm["static:a"]["vs_best_static"], by_arm["static:b"]["vs_best_static"]) == (
         0.75,
