@@ -11,6 +11,7 @@ from benchmarks.rows import row_fields
 
 Row = dict[str, Any]
 COMPARED = ("vs_plain", "vs_best_static")
+MEAN = "all"  # in place of a batch size: the geometric mean over batch sizes
 
 
 class ReportError(ValueError):
@@ -147,7 +148,10 @@ def base_of(arm: str, arms: Sequence[str]) -> str | None:
         for other in arms
         if settings_of(other)[0] == head and settings_of(other)[1] < settings
     ]
-    return max(bases, key=lambda other: len(settings_of(other)[1]), default=None)
+    counts = [len(settings_of(other)[1]) for other in bases]
+    # Of several that are as near, none is the base: then it is one with fewer settings.
+    single = [base for base, count in zip(bases, counts, strict=True) if counts.count(count) == 1]
+    return max(single, key=lambda other: len(settings_of(other)[1]), default=None)
 
 
 def ratio_of(row: Mapping[str, Any], name: str) -> Ratio | None:
@@ -166,6 +170,15 @@ def speed_ratio(row: Row, base: Row) -> Ratio | None:
     if not ours or len(ours) != len(theirs):
         return None
     return _as_ratio([mine / other for mine, other in zip(ours, theirs, strict=True)])
+
+
+def spread(ratio: Ratio | None) -> str:
+    """Return a ratio with its ends."""
+    if ratio is None:
+        return "-"
+    if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
+        return f"{ratio.median:.2f}x"
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def geometric_mean(values: Sequence[float | None]) -> float | None:

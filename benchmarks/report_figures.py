@@ -82,10 +82,10 @@ def draw_speedups(
         bounds: the bound by the table against plain decoding, by arm and batch size.
     """
     with _settings():
-        figure = _empty(13.0, 5.0)
+        figure = _empty(13.0, 9.0)
         places = _places(rows)
         arms = list(dict.fromkeys(row["arm"] for row in rows))
-        for axes, (name, title) in zip(figure.subplots(1, 2), SPEED_PANELS, strict=True):
+        for axes, (name, title) in zip(figure.subplots(2, 1), SPEED_PANELS, strict=True):
             for arm, shift in _dodged(arms):
                 _draw_ratios(axes, rows, arm, name, places, shift, styles[arm])
                 if name == "vs_plain":
@@ -129,6 +129,14 @@ def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes:
             axes.set_ylim(0.0, 1.08 * highest)
             _label_batches(axes, places)
         _add_legend(figure, False)
+        return _as_svg(figure)
+
+
+def draw(width: float, height: float, draw_on: Callable[[Figure], None]) -> bytes:
+    """Return what a function draws on a figure of this size in inches."""
+    with _settings():
+        figure = _empty(width, height)
+        draw_on(figure)
         return _as_svg(figure)
 
 

@@ -7,24 +7,23 @@ from benchmarks.arms import kind_of
 from benchmarks.report_bounds import Bounds
 from benchmarks.report_data import (
     COMPARED,
-    Ratio,
+    MEAN,
     Row,
     Run,
     base_of,
-    cell_of,
     geometric_mean,
     is_plain,
     label_of,
     ratio_of,
-    speed_ratio,
+    spread,
     workloads,
 )
 from benchmarks.report_page import Block, Grid, Paragraph
 from benchmarks.rows import shown
 
 DEFAULT_STATIC_ARM = "static:5-4-8"
-MEAN = "all"  # in place of a batch size: the geometric mean over batch sizes
 HEADLINE = ("batch", "arm", "tokens/s", "vs plain", "vs best static", "accept length")
+BOUND = "bound"  # a column between the two ratios
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LATENCY_HEADINGS = ("TTFT p50, ms", "TTFT p99, ms", "inter-token p50, ms", "inter-token p99, ms")
 TREE_HEADINGS = (
@@ -55,13 +54,42 @@ FACTS = {
 }
 
 
-def headline(run: Run, is_short: bool = False) -> list[Block]:
+def in_short(run: Run) -> list[str]:
+    """Say in a sentence for each task and temperature how fast each CAST policy was."""
+    texts = []
+    for task, temperature, rows in workloads(run.rows):
+        told = []
+        for arm in _arms(rows):
+            mine = _of(rows, arm)
+            if kind_of(arm) != "cast" or base_of(arm, _arms(rows)) is not None:
+                continue
+            ranges = [_range([row[name] for row in mine]) for name in COMPARED]
+            if all(ranges):
+                told.append(f"**{label_of(arm)}** {ranges[0]} ({ranges[1]})")
+        if told:
+            sizes = [str(size) for size, _ in by_batch(rows)]
+            where = f"batch {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
+            texts.append(
+                f"{workload_title(task, temperature)}, {where}: speed-up over plain decoding (over "
+                f"the best static tree of each batch size): {'; '.join(told)}."
+            )
+    return texts
+
+
+def headline(run: Run, bounds: Bounds | None = None, is_short: bool = False) -> list[Block]:
     """Return the table of speeds, one for each task and temperature.
 
     Args:
+        bounds: to show what the table allows beside each measured speed-up.
         is_short: without the static arms that are neither SGLang's default nor the best of a batch
             size, and without arms that differ from another by settings only.
     """
+
+    def told(row: Row) -> list[str]:
+        return [] if bounds is None else [shown(bounds.of(run, row), "x")]
+
+    heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
+    between = [""] * (bounds is not None)
     blocks: list[Block] = []
     for title, rows in _titled(run):
         arms = _arms(rows)
@@ -69,7 +97,7 @@ def headline(run: Run, is_short: bool = False) -> list[Block]:
         blocks += title
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
-            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch]))
+            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *told(row)))
             for batch, mine in by_batch(chosen)
             for row in mine
         ]
@@ -77,10 +105,10 @@ def headline(run: Run, is_short: bool = False) -> list[Block]:
         if len(fastest) > 1:
             means = {arm: [_mean(rows, arm, name) for name in COMPARED] for arm in everywhere}
             lines += [
-                (MEAN, label_of(arm), "", *(shown(mean, "x") for mean in pair), "")
-                for arm, pair in means.items()
+                (MEAN, label_of(arm), "", shown(plain, "x"), *between, shown(best, "x"), "")
+                for arm, (plain, best) in means.items()
             ]
-        blocks.append(_grid(HEADLINE, lines))
+        blocks.append(_grid(heading, lines))
     return blocks
 
 
@@ -125,7 +153,7 @@ def trees(rows: Sequence[Row]) -> Grid:
 
 
 def bounds_table(run: Run, bounds: Bounds, rows: Sequence[Row]) -> Grid:
-    """Return measured speed-ups of CAST arms beside what the table allows."""
+    """Return measured speed-ups beside what the table allows."""
     lines = []
     for batch, mine in by_batch(rows):
         optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
@@ -147,40 +175,6 @@ def bounds_table(run: Run, bounds: Bounds, rows: Sequence[Row]) -> Grid:
     return _grid(("batch", "arm", *headings, "bound of `cast:optimal`"), lines)
 
 
-def ablations(run: Run) -> list[Block]:
-    """Return how arms compare to those from which they differ by settings only."""
-    blocks: list[Block] = []
-    headings = ("batch", "arm", "compared with", "speed", "by the table", "accept length")
-    for title, rows in _titled(run):
-        arms = _arms(rows)
-        lines: list[tuple[str, ...]] = []
-        for arm in arms:
-            base = base_of(arm, arms)
-            if base is None:
-                continue
-            names = (label_of(arm), label_of(base))
-            pairs = list(_paired(rows, arm, base))
-            for row, other in pairs:
-                lines.append(
-                    (
-                        str(row["batch"]),
-                        *names,
-                        spread(speed_ratio(row, other)),
-                        shown(_quotient(row["table_rate"], other["table_rate"]), "x"),
-                        f"{shown(row['accept_length'])} to {shown(other['accept_length'])}",
-                    )
-                )
-            if len(pairs) > 1:
-                speeds = [speed_ratio(row, other) for row, other in pairs]
-                rates = [_quotient(row["table_rate"], o["table_rate"]) for row, o in pairs]
-                means = (geometric_mean([r and r.median for r in speeds]), geometric_mean(rates))
-                lines.append((MEAN, *names, *(shown(mean, "x") for mean in means), ""))
-        if lines:
-            breaks = frozenset(i for i in range(1, len(lines)) if lines[i][1] != lines[i - 1][1])
-            blocks += [*title, Grid(headings, lines, num_words=3, breaks=breaks)]
-    return blocks
-
-
 def how_measured(run: Run) -> Grid:
     """Return where and how a run was measured."""
     origin = run.provenance
@@ -194,7 +188,13 @@ def how_measured(run: Run) -> Grid:
     lines += [(f"task `{name}`", str(note)) for name, note in origin.get("tasks", {}).items()]
     for name, profile in (origin.get("profiles") or {}).items():
         lines.append((f"profile of `{name}`", f"`{profile}`" if profile else "none"))
-    lines.append(("finished", "yes" if run.is_complete else "no: cut short, cells are missing"))
+    for part in origin.get("resumed", ()):
+        commit = f"{part['date']}, commit {part['git_commit']}"
+        lines.append(("resumed", f"{commit}: `{part['command']}`"))
+    for lost in origin.get("failures", ()):
+        cell = f"{workload_title(lost['task'], lost['temperature'])}, batch {lost['batch']}"
+        lines.append((f"failed: `{lost['arm']}`", f"{cell}: {lost['error']}"))
+    lines.append(("finished", "yes" if run.is_complete else "no: cells or arms are missing"))
     return Grid(("what", "value"), lines, num_words=2)
 
 
@@ -229,15 +229,6 @@ def by_batch(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
     return [(size, [row for row in rows if row["batch"] == size]) for size in sizes]
 
 
-def spread(ratio: Ratio | None) -> str:
-    """Return a ratio with its ends."""
-    if ratio is None:
-        return "-"
-    if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
-        return f"{ratio.median:.2f}x"
-    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
-
-
 def workload_title(task: str, temperature: float) -> str:
     """Name a task at a temperature."""
     return f"{task}, " + ("greedy" if temperature == 0 else f"temperature {temperature:g}")
@@ -257,7 +248,7 @@ def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Grid:
     return Grid(headings, lines, num_words=2, breaks=breaks)
 
 
-def _headline_cells(row: Row, is_fastest: bool) -> tuple[str, ...]:
+def _headline_cells(row: Row, is_fastest: bool, *bound: str) -> tuple[str, ...]:
     name = label_of(row["arm"])
     if row["arm"] == row["best_static"]:
         name += " (best static)"
@@ -267,7 +258,9 @@ def _headline_cells(row: Row, is_fastest: bool) -> tuple[str, ...]:
     return (
         name,
         f"{speed} ({low} to {high})",
-        *(spread(ratio_of(row, compared)) for compared in COMPARED),
+        spread(ratio_of(row, "vs_plain")),
+        *bound,
+        spread(ratio_of(row, "vs_best_static")),
         "" if is_plain(row) else shown(row["accept_length"]),
     )
 
@@ -287,12 +280,6 @@ def _is_main(row: Row, arms: Sequence[str]) -> bool:
     return base_of(row["arm"], arms) is None
 
 
-def _paired(rows: Sequence[Row], arm: str, base: str) -> Iterator[tuple[Row, Row]]:
-    others = {cell_of(row): row for row in _of(rows, base)}
-    for _, mine in by_batch(_of(rows, arm)):
-        yield from ((row, others[cell_of(row)]) for row in mine if cell_of(row) in others)
-
-
 def _arms(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
@@ -305,12 +292,16 @@ def _mean(rows: Sequence[Row], arm: str, name: str) -> float | None:
     return geometric_mean([row[name] for row in _of(rows, arm)])
 
 
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = f"{min(known):.2f}x", f"{max(known):.2f}x"
+    return low if low == high else f"{low} to {high}"
+
+
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _quotient(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
 
 
 def _raw(value: Any) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.arms import Arm, kind_of
+from benchmarks.arms import Arm, kind_of, static_shape
 from benchmarks.cells import Cell, Group, Result
 from benchmarks.counters import FIELDS, step_means
 from benchmarks.streams import accept_length, latencies
 
 Row = dict[str, Any]
 ALL = "all"
-# What a CAST arm is without its counters: an arm of another kind.
 NOT_COUNTED = dict.fromkeys(FIELDS)
 
 
@@ -53,11 +52,19 @@ def measured(cell: Cell, group: Group, number: int) -> list[Row]:
                 "num_identical": num_same,
                 "num_requests": len(result.answers),
                 **latencies(result.answers),
-                **(step_means(result.totals) if arm.kind == "cast" else NOT_COUNTED),
+                **_steps(arm, result),
                 "group": number,
             }
         )
     return rows
+
+
+def _steps(arm: Arm, result: Result) -> Row:
+    """Return what is known of an arm's steps: what CAST counts, or a fixed number of rows."""
+    if arm.kind == "cast":
+        return step_means(result.totals)
+    shape = (0, 0, 1) if arm.kind == "plain" else static_shape(arm.name)
+    return {**NOT_COUNTED, "mean_verify_rows": None if shape is None else float(shape[2])}
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
