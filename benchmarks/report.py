@@ -188,15 +188,20 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     """Return what there is to say about one run."""
     blocks: list[Block] = [Heading("Results", level)]
     if not run.is_complete:
-        blocks.append(
-            Paragraph("This run was cut short; cells or arms are missing.", is_notice=True)
-        )
+        blocks.append(Paragraph("This run was cut short; cells or arms are missing.", True))
     if note := run.provenance.get("note"):
         blocks.append(Paragraph(note))
     if texts := tables.in_short(run):
         blocks.append(Bullets(texts))
-    blocks += tables.headline(run, None if inputs.bounds.lacks(run) else inputs.bounds)
-    blocks += speed_section(inputs, run, name, level)
+    blocks += speed_pictures(inputs, run, name)
+    lacking = inputs.bounds.lacks(run)
+    blocks.append(Heading("Speeds", level))
+    blocks += tables.headline(run, None if lacking else inputs.bounds)
+    blocks.append(Heading("What the costs allow", level))
+    if lacking:
+        blocks.append(Paragraph(f"No bounds by the table: {lacking}.", is_notice=True))
+    else:
+        blocks += [Paragraph(BOUND), *tables.bounds(run, inputs.bounds)]
     blocks.append(Heading("Latency", level))
     blocks += tables.latency(run) or [
         _missing(
@@ -213,27 +218,18 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     return blocks
 
 
-def speed_section(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
+def speed_pictures(inputs: Inputs, run: Run, name: str) -> list[Block]:
     """Return the speed-ups against the batch size, with the bounds by the table."""
-    blocks: list[Block] = [Heading("Speed-up against batch size", level)]
-    lacking = inputs.bounds.lacks(run)
-    blocks.append(
-        Paragraph(f"No bounds by the table: {lacking}.", is_notice=True)
-        if lacking
-        else Paragraph(BOUND)
-    )
+    blocks: list[Block] = []
     for number, (task, temperature, rows) in enumerate(workloads(run.rows), start=1):
-        title = tables.workload_title(task, temperature)
         found = {
             (row["arm"], row["batch"]): bound
             for row in rows
             if (bound := inputs.bounds.of(run, row)) is not None
         }
         svg = figures.draw_speedups(rows, inputs.styles, found)
-        caption = f"Speed-up against batch size: {title}"
+        caption = f"Speed-up against batch size: {tables.workload_title(task, temperature)}"
         blocks.append(Picture(f"{name}-speed-{number}", svg, caption))
-        if found:
-            blocks.append(tables.bounds_table(run, inputs.bounds, rows))
     return blocks
 
 

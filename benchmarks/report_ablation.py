@@ -95,40 +95,42 @@ def draw_switched(figure: Figure, found: Sequence[Switched]) -> None:
     Bars reach from the least to the greatest repeat; the small strokes are the ratios by the table.
     """
     axes = figure.subplots()
-    groups = list(_by_arm(found))
     batches = sorted({one.batch for one in found})
-    for place, mine in enumerate(groups):
+    ticks: list[str] = []
+    base = None
+    for mine in _by_arm(found):
+        if mine[0].base != base:
+            base = mine[0].base
+            ticks.append(f"{label_of(base)} with")
         for one in mine:
-            index = batches.index(one.batch)
-            at = place + DODGE * (index - (len(batches) - 1) / 2) / len(batches)
-            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-            if one.speed is not None:
-                low, high = _ends(one.speed)
-                axes.errorbar(
-                    [one.speed.median],
-                    [at],
-                    xerr=[[one.speed.median - low], [high - one.speed.median]],
-                    color=color,
-                    marker=marker,
-                    linestyle="",
-                    capsize=2,
-                    label=f"batch {one.batch}",
-                )
-            if one.by_table is not None:
-                axes.plot(
-                    [one.by_table], [at], marker="|", color=color, markersize=11, linestyle=""
-                )
-    several = len({mine[0].base for mine in groups}) > 1
-    names = [
-        f"{mine[0].change}\nof {label_of(mine[0].base)}" if several else mine[0].change
-        for mine in groups
-    ]
-    axes.set_yticks(range(len(groups)), names)
-    axes.set_ylim(len(groups) - 0.4, -0.6)
+            _draw_one(axes, one, len(ticks), batches)
+        ticks.append(mine[0].change)
+    axes.set_yticks(range(len(ticks)), ticks)
+    axes.set_ylim(len(ticks) - 0.4, -0.6)
     axes.axvline(1.0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_xlabel("speed relative to the arm without the setting; strokes: by the table")
+    axes.set_xlabel("speed relative to the arm without the setting (strokes: by the table)")
     axes.grid(axis="x", alpha=0.25)
     _legend(figure, axes)
+
+
+def _draw_one(axes: Axes, one: Switched, place: int, batches: Sequence[int]) -> None:
+    index = batches.index(one.batch)
+    at = place + DODGE * (index - (len(batches) - 1) / 2) / len(batches)
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    if one.speed is not None:
+        low, high = _ends(one.speed)
+        axes.errorbar(
+            [one.speed.median],
+            [at],
+            xerr=[[one.speed.median - low], [high - one.speed.median]],
+            color=color,
+            marker=marker,
+            linestyle="",
+            capsize=2,
+            label=f"batch {one.batch}",
+        )
+    if one.by_table is not None:
+        axes.plot([one.by_table], [at], marker="|", color=color, markersize=11, linestyle="")
 
 
 def sweeps(found: Sequence[Switched]) -> dict[tuple[str, str], dict[float, list[Switched]]]:

@@ -23,7 +23,8 @@ from cast_sglang.profile_schema import CostProfile
 COLORS = {
     "plain": ("0.35",),
     "adaptive": ("#e69f00",),
-    "static": ("#0072b2", "#56b4e9", "#332288"),
+    # The first is SGLang's default or the one that was named; the rest of a grid stays pale.
+    "static": ("#0072b2", "#9db7cf", "#b3b3c6", "#9fc5c1"),
     "cast": ("#d55e00", "#009e73", "#cc79a7", "#882255"),
 }
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
@@ -33,6 +34,9 @@ MARKERS = {
     "static": "s^<>PX",
     "cast": "oDph*8",
 }
+# Width of lines and size of markers, so that what the page is about is seen first.
+WEIGHTS = {"plain": (0.9, 6.0), "adaptive": (1.2, 6.0), "static": (1.2, 6.0), "cast": (1.9, 7.5)}
+PALE = (0.7, 4.0)
 # Of the space of a batch size, what its arms take side by side.
 DODGE = 0.6
 SPEED_PANELS = (
@@ -55,6 +59,8 @@ class Style(NamedTuple):
     color: str
     marker: str
     line: str
+    width: float
+    size: float
 
 
 def styles_of(arms: Sequence[str]) -> dict[str, Style]:
@@ -69,7 +75,8 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
         # A marker per arm, so that arms which share a colour differ by it.
         marker = markers[number % len(markers)]
         line = "-" if number < len(colors) else "--"
-        styles[arm] = Style(colors[number % len(colors)], marker, line)
+        weight = PALE if kind == "static" and number else WEIGHTS[kind]
+        styles[arm] = Style(colors[number % len(colors)], marker, line, *weight)
     return styles
 
 
@@ -79,7 +86,8 @@ def draw_speedups(
     """Draw the speed-ups of one task and temperature against the batch size.
 
     Args:
-        bounds: the bound by the table against plain decoding, by arm and batch size.
+        bounds: the bound by the table against plain decoding, by arm and batch size; those of CAST
+            are drawn.
     """
     with _settings():
         figure = _empty(13.0, 9.0)
@@ -88,7 +96,7 @@ def draw_speedups(
         for axes, (name, title) in zip(figure.subplots(2, 1), SPEED_PANELS, strict=True):
             for arm, shift in _dodged(arms):
                 _draw_ratios(axes, rows, arm, name, places, shift, styles[arm])
-                if name == "vs_plain":
+                if name == "vs_plain" and kind_of(arm) == "cast":
                     ends = {places[b] + shift: bounds.get((arm, b)) for b in places}
                     _draw_bounds(axes, ends, styles[arm])
             axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
@@ -118,8 +126,9 @@ def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes:
                     if row["arm"] == arm and row[name] is not None
                 }
                 if known:
-                    color, marker, line = styles[arm]
-                    look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line}
+                    style = styles[arm]
+                    look: dict[str, Any] = {"color": style.color, "linestyle": style.line}
+                    look |= {"marker": style.marker, "linewidth": style.width}
                     axes.plot(list(known), list(known.values()), label=label_of(arm), **look)
             if name == "predicted_to_measured":
                 axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
@@ -221,11 +230,12 @@ def _draw_ratios(
         [below, above],
         color=style.color,
         marker=style.marker,
-        markersize=6,
+        markersize=style.size,
         linestyle=style.line,
-        linewidth=0.9,
-        elinewidth=1.4,
-        capsize=3,
+        linewidth=style.width,
+        elinewidth=1.2,
+        capsize=style.size / 2,
+        zorder=2 + style.width,
         label=label_of(arm),
     )
 
@@ -259,7 +269,7 @@ def _add_legend(figure: Figure, has_bounds: bool) -> None:
     if has_bounds:
         # Drawn nowhere: it only stands for the marks of all arms.
         (mark,) = figure.axes[0].plot([], [], "_", color="0.2", markersize=12, markeredgewidth=2.0)
-        entries["bound by the table"] = mark
+        entries["CAST's bound by the table"] = mark
     if entries:
         figure.legend(
             list(entries.values()),

@@ -152,27 +152,30 @@ def trees(rows: Sequence[Row]) -> Grid:
     return _grid(("batch", "arm", *TREE_HEADINGS), lines)
 
 
-def bounds_table(run: Run, bounds: Bounds, rows: Sequence[Row]) -> Grid:
-    """Return measured speed-ups beside what the table allows."""
-    lines = []
-    for batch, mine in by_batch(rows):
-        optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
-        best = None if optimal is None else bounds.of(run, optimal)
-        for row in mine:
-            bound = bounds.of(run, row)
-            if bound is not None:
-                lines.append(
-                    (
-                        str(batch),
-                        label_of(row["arm"]),
-                        spread(ratio_of(row, "vs_plain")),
-                        shown(bound, "x"),
-                        shown(_scaled(row["vs_plain"], 1 / bound)),
-                        shown(best, "x"),
+def bounds(run: Run, allowed: Bounds) -> list[Block]:
+    """Return measured speed-ups beside what the table allows, for each task and temperature."""
+    headings = ("batch", "arm", "measured vs plain", "bound by the table", "measured / bound")
+    blocks: list[Block] = []
+    for title, rows in _titled(run):
+        lines = []
+        for batch, mine in by_batch(rows):
+            optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
+            best = None if optimal is None else allowed.of(run, optimal)
+            for row in mine:
+                bound = allowed.of(run, row)
+                if bound is not None:
+                    lines.append(
+                        (
+                            str(batch),
+                            label_of(row["arm"]),
+                            spread(ratio_of(row, "vs_plain")),
+                            shown(bound, "x"),
+                            shown(_scaled(row["vs_plain"], 1 / bound)),
+                            shown(best, "x"),
+                        )
                     )
-                )
-    headings = ("measured vs plain", "bound by the table", "measured / bound")
-    return _grid(("batch", "arm", *headings, "bound of `cast:optimal`"), lines)
+        blocks += [*title, _grid((*headings, "bound of `cast:optimal`"), lines)]
+    return blocks
 
 
 def how_measured(run: Run) -> Grid:

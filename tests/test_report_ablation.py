@@ -104,7 +104,8 @@ def test_settings_are_named_compared_and_drawn():
 
     lines, panels = Figure(), Figure()
     draw_switched(lines, found)
-    assert [text.get_text() for text in lines.axes[0].get_yticklabels()] == changes
+    labels = [text.get_text() for text in lines.axes[0].get_yticklabels()]
+    assert labels == ["CAST fixed:2-2-1.5 with", *changes]
     draw_sweeps(panels, swept)
     ticks = [[text.get_text() for text in axes.get_xticklabels()] for axes in panels.axes]
     assert ticks[2:] == [["0", "0.75", "1.5", "3"], ["1", "4", "16", "64"]]

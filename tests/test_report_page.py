@@ -26,7 +26,7 @@ from benchmarks.report_data import (
 from benchmarks.report_figures import styles_of
 from benchmarks.report_page import Grid, Heading, Paragraph, as_html, markdown_of
 from benchmarks.report_readme import is_marked, marked, readme_block, results_shown
-from benchmarks.report_tables import headline
+from benchmarks.report_tables import headline, how_measured, in_short
 from benchmarks.rows import as_rows, summarise
 from benchmarks.streams import Answer
 from cast_sglang.cost import CostModel
