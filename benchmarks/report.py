@@ -201,7 +201,8 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     if lacking:
         blocks.append(Paragraph(f"No bounds by the table: {lacking}.", is_notice=True))
     else:
-        blocks += [Paragraph(BOUND), *tables.bounds(run, inputs.bounds)]
+        blocks.append(Paragraph(BOUND))
+        blocks.append(Details("Measured over bound", tables.bounds(run, inputs.bounds)))
     blocks.append(Heading("Latency", level))
     blocks += tables.latency(run) or [
         _missing(

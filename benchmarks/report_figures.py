@@ -41,7 +41,7 @@ PALE = (0.7, 4.0)
 DODGE = 0.6
 SPEED_PANELS = (
     ("vs_plain", "plain decoding"),
-    ("vs_best_static", "the best static arm of hindsight"),
+    ("vs_best_static", "the best static tree of each batch size, known only in hindsight"),
 )
 TREE_PANELS = (
     ("mean_layers", "layers drafted", 1.0),
@@ -75,8 +75,10 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
         # A marker per arm, so that arms which share a colour differ by it.
         marker = markers[number % len(markers)]
         line = "-" if number < len(colors) else "--"
-        weight = PALE if kind == "static" and number else WEIGHTS[kind]
-        styles[arm] = Style(colors[number % len(colors)], marker, line, *weight)
+        is_pale = kind == "static" and number > 0
+        pale = colors[1:] or colors
+        color = pale[(number - 1) % len(pale)] if is_pale else colors[number % len(colors)]
+        styles[arm] = Style(color, marker, line, *(PALE if is_pale else WEIGHTS[kind]))
     return styles
 
 
@@ -100,8 +102,8 @@ def draw_speedups(
                     ends = {places[b] + shift: bounds.get((arm, b)) for b in places}
                     _draw_bounds(axes, ends, styles[arm])
             axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-            axes.set_title(f"against {title}", loc="left")
-            axes.set_ylabel("ratio of tokens per second")
+            axes.set_title(f"Speed relative to {title}", loc="left")
+            axes.set_ylabel("tokens/s over tokens/s")
             _label_batches(axes, places)
             if not any(row[name] is not None for row in rows):
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")

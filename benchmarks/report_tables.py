@@ -21,7 +21,6 @@ from benchmarks.report_data import (
 from benchmarks.report_page import Block, Grid, Paragraph
 from benchmarks.rows import shown
 
-DEFAULT_STATIC_ARM = "static:5-4-8"
 HEADLINE = ("batch", "arm", "tokens/s", "vs plain", "vs best static", "accept length")
 BOUND = "bound"  # a column between the two ratios
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
@@ -59,9 +58,9 @@ def in_short(run: Run) -> list[str]:
     texts = []
     for task, temperature, rows in workloads(run.rows):
         told = []
-        for arm in _arms(rows):
-            mine = _of(rows, arm)
-            if kind_of(arm) != "cast" or base_of(arm, _arms(rows)) is not None:
+        for arm in arms_in(rows):
+            mine = rows_of(rows, arm)
+            if kind_of(arm) != "cast" or base_of(arm, arms_in(rows)) is not None:
                 continue
             ranges = [_range([row[name] for row in mine]) for name in COMPARED]
             if all(ranges):
@@ -76,13 +75,11 @@ def in_short(run: Run) -> list[str]:
     return texts
 
 
-def headline(run: Run, bounds: Bounds | None = None, is_short: bool = False) -> list[Block]:
+def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
     """Return the table of speeds, one for each task and temperature.
 
     Args:
         bounds: to show what the table allows beside each measured speed-up.
-        is_short: without the static arms that are neither SGLang's default nor the best of a batch
-            size, and without arms that differ from another by settings only.
     """
 
     def told(row: Row) -> list[str]:
@@ -91,24 +88,20 @@ def headline(run: Run, bounds: Bounds | None = None, is_short: bool = False) -> 
     heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
     between = [""] * (bounds is not None)
     blocks: list[Block] = []
-    for title, rows in _titled(run):
-        arms = _arms(rows)
-        chosen = [row for row in rows if not is_short or _is_main(row, arms)]
-        blocks += title
+    for title, rows in titled(run):
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
             (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *told(row)))
-            for batch, mine in by_batch(chosen)
+            for batch, mine in by_batch(rows)
             for row in mine
         ]
-        everywhere = [arm for arm in _arms(chosen) if len(_of(chosen, arm)) == len(_of(rows, arm))]
         if len(fastest) > 1:
-            means = {arm: [_mean(rows, arm, name) for name in COMPARED] for arm in everywhere}
-            lines += [
-                (MEAN, label_of(arm), "", shown(plain, "x"), *between, shown(best, "x"), "")
-                for arm, (plain, best) in means.items()
-            ]
-        blocks.append(_grid(heading, lines))
+            # Means over other batch sizes could not be compared.
+            everywhere = [a for a in arms_in(rows) if len(rows_of(rows, a)) == len(fastest)]
+            for arm in everywhere:
+                plain, best = (shown(mean_of(rows, arm, name), "x") for name in COMPARED)
+                lines.append((MEAN, label_of(arm), "", plain, *between, best, ""))
+        blocks += [*title, _grid(heading, lines)]
     return blocks
 
 
@@ -117,7 +110,7 @@ def latency(run: Run) -> list[Block]:
     if all(row["itl_p50_ms"] is None for row in run.rows):
         return []
     blocks: list[Block] = []
-    for title, rows in _titled(run):
+    for title, rows in titled(run):
         lines = [
             (str(batch), label_of(row["arm"]), *(shown(row[name], digits=1) for name in LATENCY))
             for batch, mine in by_batch(rows)
@@ -156,7 +149,7 @@ def bounds(run: Run, allowed: Bounds) -> list[Block]:
     """Return measured speed-ups beside what the table allows, for each task and temperature."""
     headings = ("batch", "arm", "measured vs plain", "bound by the table", "measured / bound")
     blocks: list[Block] = []
-    for title, rows in _titled(run):
+    for title, rows in titled(run):
         lines = []
         for batch, mine in by_batch(rows):
             optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
@@ -232,12 +225,34 @@ def by_batch(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
     return [(size, [row for row in rows if row["batch"] == size]) for size in sizes]
 
 
+def speed_of(row: Row, is_bold: bool = False) -> str:
+    """Return the tokens per second of a row with the least and the greatest repeat."""
+    digits = 0 if row["tok_s_median"] >= 100 else 1
+    low, middle, high = (shown(row[f"tok_s_{x}"], digits=digits) for x in ("min", "median", "max"))
+    return f"{f'**{middle}**' if is_bold else middle} ({low} to {high})"
+
+
+def arms_in(rows: Sequence[Row]) -> list[str]:
+    """Return the arms of rows, in order."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def rows_of(rows: Sequence[Row], arm: str) -> list[Row]:
+    """Return the rows of an arm."""
+    return [row for row in rows if row["arm"] == arm]
+
+
+def mean_of(rows: Sequence[Row], arm: str, name: str) -> float | None:
+    """Return the geometric mean over batch sizes of a field of an arm."""
+    return geometric_mean([row[name] for row in rows_of(rows, arm)])
+
+
 def workload_title(task: str, temperature: float) -> str:
     """Name a task at a temperature."""
     return f"{task}, " + ("greedy" if temperature == 0 else f"temperature {temperature:g}")
 
 
-def _titled(run: Run) -> Iterator[tuple[list[Block], list[Row]]]:
+def titled(run: Run) -> Iterator[tuple[list[Block], list[Row]]]:
     """Yield the rows of each task and temperature with its name, if there are several."""
     groups = workloads(run.rows)
     for task, temperature, rows in groups:
@@ -255,12 +270,9 @@ def _headline_cells(row: Row, is_fastest: bool, *bound: str) -> tuple[str, ...]:
     name = label_of(row["arm"])
     if row["arm"] == row["best_static"]:
         name += " (best static)"
-    digits = 0 if row["tok_s_median"] >= 100 else 1
-    low, middle, high = (shown(row[f"tok_s_{x}"], digits=digits) for x in ("min", "median", "max"))
-    speed = f"**{middle}**" if is_fastest else middle
     return (
         name,
-        f"{speed} ({low} to {high})",
+        speed_of(row, is_fastest),
         spread(ratio_of(row, "vs_plain")),
         *bound,
         spread(ratio_of(row, "vs_best_static")),
@@ -275,24 +287,6 @@ def _fastest(rows: Sequence[Row]) -> str:
 
     groups = {row["group"] for row in rows}
     return str(max(rows, key=speed)["arm"])
-
-
-def _is_main(row: Row, arms: Sequence[str]) -> bool:
-    if kind_of(row["arm"]) == "static":
-        return row["arm"] in (row["best_static"], DEFAULT_STATIC_ARM)
-    return base_of(row["arm"], arms) is None
-
-
-def _arms(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in rows))
-
-
-def _of(rows: Sequence[Row], arm: str) -> list[Row]:
-    return [row for row in rows if row["arm"] == arm]
-
-
-def _mean(rows: Sequence[Row], arm: str, name: str) -> float | None:
-    return geometric_mean([row[name] for row in _of(rows, arm)])
 
 
 def _range(values: Sequence[float | None]) -> str:

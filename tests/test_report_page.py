@@ -25,7 +25,13 @@ from benchmarks.report_data import (
 )
 from benchmarks.report_figures import styles_of
 from benchmarks.report_page import Grid, Heading, Paragraph, as_html, markdown_of
-from benchmarks.report_readme import is_marked, marked, readme_block, results_shown
+from benchmarks.report_readme import (
+    is_marked,
+    marked,
+    overview,
+    readme_block,
+    results_shown,
+)
 from benchmarks.report_tables import headline, how_measured, in_short
 from benchmarks.rows import as_rows, summarise
 from benchmarks.streams import Answer
@@ -184,7 +190,7 @@ def test_groups_of_servers_give_the_same_tables_as_one(results):
     )
 
 
-def test_headlines_have_means_and_short_ones_the_static_arms_that_matter(results):
+def test_headlines_have_means(results):
     run = latest(load_runs(results))
     assert run.is_complete and not load_runs(results)[0].is_complete
     title, table, *_ = headline(run)
@@ -193,9 +199,22 @@ def test_headlines_have_means_and_short_ones_the_static_arms_that_matter(results
     assert [line[0] for line in auto] == ["1", "8", "all"]
     assert auto[0][2:] == ("**72.0** (64.8 to 79.2)", "1.80x", "1.20x", "4.00")
     assert auto[2][2:] == ("", "1.80x", "1.20x", "")
-    names = {line[1] for line in headline(run, is_short=True)[1].rows}
-    assert "EAGLE-3 3-1-4 (best static)" in names and "EAGLE-3 5-4-8" in names
-    assert not names & {"EAGLE-3 2-2-4", "CAST auto +calibration=off"}
+
+
+def test_the_overview_has_a_column_for_each_batch_size_and_the_arms_that_matter(results):
+    [title, table, *_] = overview(latest(load_runs(results)))
+    assert title == Paragraph("**code, greedy**")
+    assert table.headings[1:] == ["arm", "batch 1", "batch 8"]
+    lines = {(line[0], line[1]): line[2:] for line in table.rows}
+    names = {name for _, name in lines}
+    assert names == {
+        *("plain", "EAGLE-3 5-4-8", "EAGLE-3, best of the grid", "SGLang adaptive", "CAST auto"),
+        "CAST optimal",
+    }
+    assert lines["tokens/s", "CAST auto"][0] == "72.0 (64.8 to 79.2)"
+    assert lines["vs plain", "EAGLE-3, best of the grid"] == ["1.50x", "1.50x"]
+    assert lines["vs best static", "CAST auto"] == ["1.20x", "1.20x"]
+    assert ("vs plain", "plain") not in lines and ("accept length", "plain") not in lines
 
 
 def test_arms_that_differ_by_settings_are_compared(results):
@@ -297,7 +316,7 @@ def test_a_readme_is_rewritten_between_its_markers(tmp_path, results):
     assert report.main(words) == 0
     text = readme.read_text()
     assert text.startswith("# Name\n\n<!-- results:begin -->\n") and text.endswith("\n\nrest\n")
-    assert "old" not in text and "[All numbers](bench/results.json)" in text
+    assert "old" not in text and "[All numbers and their command](bench/results.json)" in text
     assert results_shown(readme) == [results]
     assert report.main(words) == 0 and readme.read_text() == text
 
