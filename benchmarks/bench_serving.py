@@ -281,7 +281,8 @@ def measure(
                 f"{name} {statistics.median(result.tok_s):.1f}" for name, result in results.items()
             )
             tell(f"{name}, tokens/s: {', '.join(speeds)}")
-            yield cell, results
+            if results:
+                yield cell, results
 
 
 if __name__ == "__main__":
