@@ -331,7 +331,7 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     assert bench_serving.main([*words.split(), "1,2", "--resume"]) == 1
     assert "differs in batches" in capsys.readouterr().err
     # Where every arm fails, the run says so and ends.
-    broken |= {"plain", "static:5-4-8", "cast:auto"}
+    broken |= {"plain", "static:5-4-8", "static:3-1-4", "cast:auto"}
     assert bench_serving.main([*words.split(), "1,4", "--repeats", "1"]) == 1
     content = json.loads((tmp_path / "results.json").read_text())
     assert {row["batch"] for row in content["rows"]} == {1}
