@@ -5,7 +5,7 @@
         --batches 1,8,32 --temperatures 0,1 --tasks code,hostile --repeats 3 --out DIR
 
 Without options it measures all arms at batch 1, 8 and 32 (on a GPU also 64), greedy, on held-out
-source: about half an hour on two CPU cores. --full takes every batch size, temperature 0 and 1 and
+source: roughly 40 minutes on two CPU cores. --full takes every batch size, temperature 0 and 1 and
 all tasks, hours; --smoke takes less than three minutes.
 
 All servers are up at once, or as many as fit into memory; those that are not measured sleep. A run
