@@ -3,21 +3,26 @@
 import asyncio
 import dataclasses
 import itertools
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import httpx
 from rich.progress import Progress, TaskID
 
 from benchmarks.arms import Arm
 from benchmarks.counters import cast_state, gained
 from benchmarks.dialogues import Dialogue
-from benchmarks.servers import Server
+from benchmarks.servers import Server, ServerError
 from benchmarks.streams import Answer, Prompt, steady_window, stream_batch
 
 WARMUP_TOKENS = 16
+# What an arm may end with while it is measured; anything else is a mistake of the benchmark.
+FAILURES = (ServerError, ValueError, httpx.HTTPError)
 
 T = TypeVar("T")
+OnFailure = Callable[[Arm, Exception], None]
 Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
 
 
@@ -42,13 +47,13 @@ class Group(NamedTuple):
     """Arms that were measured in turns, and what each did in one cell."""
 
     arms: Sequence[Arm]
-    results: Mapping[str, Result]  # by the arm's name
+    results: Mapping[str, Result]  # by the arm's name; an arm that failed has none
 
     @property
     def plain(self) -> Result | None:
         """What plain decoding did in this group."""
         names = [arm.name for arm in self.arms if arm.kind == "plain"]
-        return self.results[names[0]] if names else None
+        return self.results.get(names[0]) if names else None
 
 
 def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
@@ -63,12 +68,22 @@ def warm_up(
     cell: Cell,
     requests: Sequence[Request],
     num_tokens: int = WARMUP_TOKENS,
+    on_failure: OnFailure | None = None,
 ) -> None:
-    """Let every arm decode a few tokens in the cell's batch size."""
-    for arm in arms:
-        # Too short for a steady window.
-        for _ in play(servers[arm.name], requests[: cell.batch], cell, num_tokens):
-            pass
+    """Let every arm decode a few tokens in the cell's batch size.
+
+    Args:
+        on_failure: told of an arm that fails; None to raise.
+    """
+    for arm in list(arms):
+        try:
+            # Too short for a steady window.
+            for _ in play(servers[arm.name], requests[: cell.batch], cell, num_tokens):
+                pass
+        except FAILURES as error:
+            if on_failure is None:
+                raise
+            on_failure(arm, error)
 
 
 def take_turns(
@@ -80,22 +95,48 @@ def take_turns(
     requests: Sequence[Request],
     progress: Progress,
     bar: TaskID,
+    on_failure: OnFailure | None = None,
+    cooldown: float = 0.0,
 ) -> dict[str, Result]:
-    """Run every arm once in each repeat; return the results by the arm's name."""
+    """Run every arm once in each repeat; return the results by the arm's name.
+
+    Args:
+        on_failure: told of an arm that fails, which then has no result; None to raise.
+        cooldown: seconds of rest before each run.
+    """
     results = {arm.name: Result() for arm in arms}
     for repeat in range(repeats):
         # Another order each time, so that no arm always follows the same one.
         for arm in _rotated(arms, repeat):
+            if arm.name not in results:
+                continue
             progress.update(bar, description=f"{cell.task} batch {cell.batch} {arm.name}")
-            server, result = servers[arm.name], results[arm.name]
-            before = cast_state(server) if arm.kind == "cast" else {}
-            tok_s, answers = run(server, requests, cell, num_tokens)
-            result.tok_s.append(tok_s)
-            result.answers += answers
-            if before:
-                result.totals.update(gained(before, cast_state(server)))
+            time.sleep(cooldown)
+            try:
+                _take_turn(arm, servers[arm.name], results[arm.name], cell, requests, num_tokens)
+            except FAILURES as error:
+                if on_failure is None:
+                    raise
+                del results[arm.name]
+                on_failure(arm, error)
             progress.advance(bar)
     return results
+
+
+def _take_turn(
+    arm: Arm,
+    server: Server,
+    result: Result,
+    cell: Cell,
+    requests: Sequence[Request],
+    num_tokens: int,
+) -> None:
+    before = cast_state(server) if arm.kind == "cast" else {}
+    tok_s, answers = run(server, requests, cell, num_tokens)
+    result.tok_s.append(tok_s)
+    result.answers += answers
+    if before:
+        result.totals.update(gained(before, cast_state(server)))
 
 
 def run(

@@ -1,6 +1,7 @@
 """The arithmetic behind the benchmark's numbers, on streams whose speed is known."""
 
 import contextlib
+import csv
 import itertools
 import json
 
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from benchmarks import bench_serving, cells
 from benchmarks.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
-from benchmarks.bench_serving import choose_cells, parse_args
+from benchmarks.bench_serving import choose_cells
 from benchmarks.cells import Cell, choose_prompts, run
 from benchmarks.counters import TOTALS
 from benchmarks.dialogues import Dialogue
+from benchmarks.options import parse_args
 from benchmarks.pairs import Pair
 from benchmarks.streams import Answer, accept_length, latencies, steady_window
 from benchmarks.tasks import Task
@@ -234,6 +236,10 @@ def test_smoke_only_changes_defaults():
     args = parse_args(["--smoke", "--batches", "2"])
     assert (args.arms, args.batches, args.repeats) == (["plain", "cast:auto"], [2], 1)
     assert parse_args([]).tasks == ["code"]
+    kinds = {arm.kind for arm in parse_arms(parse_args([]).arms, "d")}
+    assert kinds == {"plain", "static", "adaptive", "cast"}
+    full = parse_args(["--full", "--temperatures", "0"])
+    assert (full.temperatures, full.batches[:6]) == ([0.0], [1, 2, 4, 8, 16, 32])
     assert parse_args(["--prompts", "x.jsonl"]).tasks == []
 
 
@@ -246,6 +252,8 @@ def test_smoke_only_changes_defaults():
         ["--batches", "0"],
         ["--repeats", "0"],
         ["--warmup-tokens", "1"],
+        ["--smoke", "--full"],
+        ["--cooldown", "-1"],
     ],
 )
 def test_wrong_command_lines_are_refused(words, capsys):
@@ -256,6 +264,8 @@ def test_wrong_command_lines_are_refused(words, capsys):
 
 def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     started: list[list[str]] = []
+    measured_cells: list[Cell] = []
+    broken = {"static:3-1-4"}
 
     @contextlib.contextmanager
     def serving(arms, model, log_dir, flags, on_start, at_once):
@@ -265,7 +275,8 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
         yield {arm.name: FakeServer(arm.name, arm.kind) for arm in arms}
 
     def run_one(server, requests, cell, num_tokens):
-        if server.name == "static:3-1-4" and cell.batch == 4:
+        measured_cells.append(cell)
+        if server.name in broken and cell.batch == 4:
             raise ValueError("no moment at which all requests decoded")
         answer = Answer(times=[0.1, 1.1], counts=[1, num_tokens], verify_passes=8)
         return SPEEDS.get(server.kind, 20.0), [answer] * len(requests)
@@ -284,11 +295,44 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     assert len(content["rows"]) == 6 * 5
     assert {row["vs_best_static"] for row in content["rows"] if row["arm"] == "cast:auto"} == {1.5}
 
-    # An arm fails in the second cell of the first group; the first cell is kept.
+    # An arm fails in the second cell of the first group; only its own later rows are missing.
     assert bench_serving.main([*words.split(), "1,4"]) == 1
-    assert "no moment" in capsys.readouterr().err
+    assert "static:3-1-4 failed and is left out from here on: no moment" in capsys.readouterr().err
     content = json.loads((tmp_path / "results.json").read_text())
     assert [run["complete"] for run in content["runs"]] == [True, False]
-    assert {(row["batch"], row["task"]) for row in content["rows"]} == {(1, "code")}
-    assert {row["arm"] for row in content["rows"]} == {"plain", "static:5-4-8", "static:3-1-4"}
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6 * 5 + 3
+    assert len(content["rows"]) == 6 * 5 - 5
+    cells_of = [(row["batch"], row["task"]) for row in content["rows"] if "3-1-4" in row["arm"]]
+    assert cells_of == [(1, "code")]
+    [failure] = content["provenance"]["failures"]
+    assert (failure["arm"], failure["batch"]) == ("static:3-1-4", 4)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 6 * 5 - 5
+
+    # The arm is well again: only its group is served, without the cell that was finished.
+    started.clear()
+    measured_cells.clear()
+    broken.clear()
+    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0
+    assert started == [["plain", "static:5-4-8", "static:3-1-4"]]
+    assert len(set(measured_cells)) == 5 and Cell(1, 0.0, "code") not in measured_cells
+    resumed = json.loads((tmp_path / "results.json").read_text())
+    assert [run["complete"] for run in resumed["runs"]] == [True, True]
+    assert len(resumed["rows"]) == 6 * 5 and not resumed["provenance"]["failures"]
+    assert resumed["provenance"]["date"] == content["provenance"]["date"]
+    assert [part["command"][-8:] for part in resumed["provenance"]["resumed"]] == ["--resume"]
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = [(line["batch"], line["arm"], line["vs_plain"]) for line in csv.DictReader(file)]
+    assert len(lines) == 2 * 6 * 5
+    assert sorted(lines[30:]) == sorted(
+        (str(row["batch"]), row["arm"], str(row["vs_plain"])) for row in resumed["rows"]
+    )
+    # Of a run that is complete nothing is left to do; of another one nothing can be taken.
+    started.clear()
+    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0 and not started
+    assert bench_serving.main([*words.split(), "1,2", "--resume"]) == 1
+    assert "differs in batches" in capsys.readouterr().err
+    # Where every arm fails, the run says so and ends.
+    broken |= {"plain", "static:5-4-8", "static:3-1-4", "cast:auto"}
+    assert bench_serving.main([*words.split(), "1,4", "--repeats", "1"]) == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {row["batch"] for row in content["rows"]} == {1}
+    assert len(content["provenance"]["failures"]) == 5
