@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from itertools import pairwise
-
 import numpy as np
 
-from cast_sglang.errors import TraceError
 from cast_sglang.reward import TreeReward, tree_reward
-from cast_sglang.trace import Trace, TracedRequest, TracedStep, parents_of, unpacked
+from cast_sglang.trace import TracedRequest, TracedStep, parents_of, unpacked
 from cast_sglang.tree import DraftTree
 
-__all__ = ["RecordedTrees", "ReplayedTree", "children_by_depth", "recorded_reward"]
+__all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
 
 
 class RecordedTrees:
@@ -25,6 +21,15 @@ class RecordedTrees:
         self.target_probs = np.stack(target_probs)  # [B, M + 1], nan where the target did not say
         self.accepted = np.stack(accepted)  # [B, M + 1], 1 or 0, nan where it is not known
         self.first_child = np.stack(first_child)  # [B, M + 1], -1 for none
+        self._bounds = np.cumsum([0, 1, *step.widths])  # of the expanded nodes of each layer
+
+    def children(self, depth: int) -> np.ndarray:
+        """Return [n, K], chances of the children at a depth, or at the deepest that there is."""
+        depth = min(depth, len(self._bounds) - 1)
+        start, end = self._bounds[depth - 1 : depth + 1]
+        topk = (self.chances.shape[1] - 1) // self._bounds[-1]
+        chances = self.chances[:, topk * start : topk * end]
+        return chances.reshape(-1, topk)
 
 
 class ReplayedTree:
@@ -44,6 +49,8 @@ class ReplayedTree:
         requests = np.arange(len(nodes))[:, None, None]
         accepted = self._recorded.accepted[requests, nodes]
         is_known = ~np.isnan(accepted)
+        # At most one child is accepted, which calibrated chances do not know.
+        chances = chances / np.maximum(chances.sum(axis=2, keepdims=True), 1.0)
         reach = np.where(is_known, accepted, parent_reach[..., None] * chances) * self._is_wanted
         self.reach.append(reach.reshape(len(nodes), -1))
         is_sure = is_known | (parent_reach == 0.0)[..., None] | ~self._is_wanted
@@ -110,20 +117,3 @@ def _tree_of(
             is_below[node] = parent == last or (parent >= 0 and is_below[parent])
         accepted[is_below] = np.nan
     return np.append(chances, np.float32(0.0)), target_probs, accepted, first_child
-
-
-def children_by_depth(trace: Trace) -> list[np.ndarray]:
-    """Return [n, K] float32 for each depth: chances of the children of all expanded nodes there."""
-    topk = trace.header.topk
-    layers: dict[int, list[np.ndarray]] = defaultdict(list)
-    for step in trace.steps:
-        bounds = np.cumsum([0, 1, *step.widths])
-        for request in step.requests if not step.is_plain else ():
-            chances = unpacked(request.chances or request.probs, "float32").reshape(-1, topk)
-            for depth, (start, end) in enumerate(pairwise(bounds.tolist())):
-                layers[depth].append(chances[start:end])
-    if not layers:
-        raise TraceError(
-            f"trace {trace.path}: it holds no step with drafts, so none can be decided"
-        )
-    return [np.concatenate(layers[depth]) for depth in sorted(layers)]

@@ -11,7 +11,8 @@ recorded end, is their calibrated chance. `Outcome.assumed` says how much of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.cost import CostModel, StepCosts, cost_of
+from cast_sglang.errors import TraceError
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
 from cast_sglang.price import AutoPolicy, extend_units, plain_extra, step_units
 from cast_sglang.profile_schema import CostTables
-from cast_sglang.recorded import RecordedTrees, ReplayedTree, children_by_depth
+from cast_sglang.recorded import RecordedTrees, ReplayedTree
 from cast_sglang.residuals import CorrectedCosts, Residuals
 from cast_sglang.reward import TreeReward
 from cast_sglang.trace import (
@@ -39,6 +41,8 @@ __all__ = ["Outcome", "Replay", "make_policy"]
 
 # Steps between two corrections of the costs, as while serving.
 REFRESH_EVERY = 32
+# Steps of which the time that no pass covers is the mean.
+REST_WINDOW = 64
 # Share of plain decoding's time in which the draft is kept up to date, as while serving.
 KEEP_UP_SHARE = 0.01
 
@@ -50,6 +54,7 @@ class Outcome(NamedTuple):
     accepted: float  # drafts
     assumed: float  # the part of `accepted` that is not known from the trace
     time_us: float
+    table_us: float  # the same by the tables as they are
     price: float  # nan for a policy without one
     reward: TreeReward | None  # None for a plain step, and where not asked for
 
@@ -82,8 +87,8 @@ class Replay:
 
     Args:
         tables: a profile's, of any device.
-        correct: learn from the recorded times of passes how far the tables are off, as the server
-            did; only for tables of the device where the trace was recorded.
+        correct: learn from the recorded times of earlier steps how far the tables are off, as the
+            server did; only for tables of the device where the trace was recorded.
         lookup: "linear" or "nearest"; None as recorded.
         seed: of the draws of children that were not recorded.
         rewards: compute the reward of each tree, which takes half of the time.
@@ -116,7 +121,7 @@ class Replay:
         self._model = CostModel(
             tables,
             max_batch_size=max(batch_size, header.max_batch_size),
-            max_context=int(max((step.context for step in trace.steps), default=1)) + 1,
+            max_context=header.max_context,
             max_verify_tokens=header.num_draft_tokens,
             max_width=header.topk,
             max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
@@ -133,15 +138,26 @@ class Replay:
             and not header.is_full
             and not isinstance(policy, EaglePolicy)
         )
-        self._pool = children_by_depth(trace)
+        drafted = next((step for step in trace.steps if not step.is_plain), None)
+        if drafted is not None:
+            self._drawn_from = RecordedTrees(drafted, header.topk)
+        elif trace.steps:
+            raise TraceError(f"trace {trace.path}: no step drafted, so none can be decided")
         self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
+        # Time of recorded steps that no pass covers, in us, by octave of the batch size and kind.
+        self._rest: dict[tuple[int, bool], deque[float]] = {}
 
     def __iter__(self) -> Iterator[Outcome]:
         """Yield the outcome of each step."""
         for step in self._steps:
-            yield self._step(step)
-            self._learn(step)
+            yield self.decide(step)
+
+    def decide(self, step: TracedStep) -> Outcome:
+        """Return the outcome of the next step."""
+        outcome = self._step(step)
+        self._learn(step)
+        return outcome
 
     def _step(self, step: TracedStep) -> Outcome:
         if self._corrected is not None and step.step % REFRESH_EVERY == 0:
@@ -162,8 +178,8 @@ class Replay:
         )
         if not drafts:
             self._defer(step, missing, catch_up, costs)
-            time_us = step_units(corrected, (), 1, 0) * corrected.unit_us
-            return Outcome(Choice(is_plain=True), 0.0, 0.0, time_us, price, None)
+            times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)
+            return Outcome(Choice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
         grown = self._grow(step, costs, weights)
@@ -182,18 +198,40 @@ class Replay:
             extend_rows = 1.0 + float(accepted.mean())
         else:
             extend_rows = 1.0 + float(accepted.max())
+        # Sums of chances may exceed the depth by a rounding error.
+        extend_rows = min(extend_rows, float(len(costs.draft_extend)))
         mean_rows = float(num_rows.mean())
         units = step_units(costs, widths, mean_rows, extend_rows)
         policy.observe(batch_size, float(accepted.mean()), units)
-        time_us = step_units(corrected, widths, mean_rows, extend_rows) + catch_up
+        times = self._times(widths, mean_rows, extend_rows, catch_up, raw, corrected, batch_size)
         return Outcome(
             choice=Choice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
             accepted=float(accepted.mean()),
             assumed=float((reach * ~sure).sum()) / batch_size,
-            time_us=time_us * corrected.unit_us,
+            time_us=times[0],
+            table_us=times[1],
             price=price,
             reward=grown.reward(nodes, is_verified) if self._rewards else None,
         )
+
+    def _times(
+        self,
+        widths: Sequence[int],
+        num_rows: float,
+        extend_rows: float,
+        catch_up: float,
+        raw: StepCosts,
+        corrected: StepCosts,
+        batch_size: int,
+    ) -> tuple[float, float]:
+        """Return a step's time in us, and the same by the tables as they are."""
+        time_us, table_us = (
+            (step_units(costs, widths, num_rows, extend_rows) + catch_up) * costs.unit_us
+            for costs in (corrected, raw)
+        )
+        if rest := self._rest.get(((batch_size - 1).bit_length(), num_rows == 1.0)):
+            time_us += sum(rest) / len(rest) - raw.overhead * raw.unit_us
+        return time_us, table_us
 
     def _defer(self, step: TracedStep, missing: int, catch_up: float, costs: StepCosts) -> None:
         """Count what a plain step leaves for the draft to catch up on."""
@@ -206,6 +244,8 @@ class Replay:
 
     def _grow(self, step: TracedStep, costs: StepCosts, weights: np.ndarray) -> ReplayedTree:
         recorded = RecordedTrees(step, self._header.topk)
+        if not step.is_plain:
+            self._drawn_from = recorded
         policy, header, batch_size = self._policy, self._header, step.batch_size
         grown = ReplayedTree(recorded, weights > 0.0)
         root = np.zeros((batch_size, 1), dtype=np.int64)
@@ -247,7 +287,7 @@ class Replay:
         requests = np.arange(len(first))[:, None, None]
         chances = recorded.chances[requests, nodes]
         if not is_known.all():
-            pool = self._pool[min(depth, len(self._pool)) - 1]
+            pool = self._drawn_from.children(depth)
             drawn = pool[self._random.integers(len(pool), size=first.shape)]
             chances = np.where(is_known, chances, drawn)
         return nodes, chances
@@ -280,3 +320,7 @@ class Replay:
                 predicted_us = cost * costs.unit_us
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+        if step.measured_us is not None and step.passes:
+            key = ((step.batch_size - 1).bit_length(), step.is_plain)
+            rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
+            rest.append(step.measured_us - sum(timed.measured_us for timed in step.passes))

@@ -50,9 +50,11 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of the records. Unknown fields are ignored: a later minor release may add some."""
 
 
-class TraceHeader(_Record, frozen=True, kw_only=True):
+class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     """Where and how a trace was recorded."""
 
+    format: str = TRACE_FORMAT
+    version: int = TRACE_VERSION
     identity: HostIdentity
     profile: Provenance | None  # of the cost profile in use; None for none
     tables: str  # digest of its tables
@@ -69,8 +71,6 @@ class TraceHeader(_Record, frozen=True, kw_only=True):
     is_full: bool  # every step grew and verified the whole envelope
     has_tokens: bool
     date: str
-    format: str = TRACE_FORMAT
-    version: int = TRACE_VERSION
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):

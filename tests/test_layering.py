@@ -16,7 +16,7 @@ MAX_LINES = 400
 ORDER = (
     "errors __init__ config wish profile_schema profiles tree journal cost residuals acceptance "
     "policy ops lookahead price optimal stats metering grid roofline smoothing tabulating profiler "
-    "trace reward recorded replay tuning plots drawing gallery report diagnosis cli cpu serving"
+    "trace reward recorded replay comparison tuning offline plots drawing gallery report diagnosis cli cpu serving"
 ).split()
 EDGES = ("serving", "cpu")
 
