@@ -1,7 +1,7 @@
 """Tuning: thresholds of policy `fixed` that would have served a trace best.
 
-The objective is speed as a share of that of `optimal` at the same batch size, in the mean over steps,
-so that batch sizes of different speeds count alike.
+The objective is speed as a share of that of `optimal` at the same batch size, in the mean over
+steps, so that batch sizes of different speeds count alike.
 """
 
 from __future__ import annotations
