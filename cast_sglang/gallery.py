@@ -103,8 +103,8 @@ def parse_numbers(text: str, flag: str) -> list[int]:
     numbers: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            low, high = int(first), int(last or first)
+            first, dash, last = part.strip().partition("-")
+            low, high = int(first), int(last if dash else first)
             if not 0 <= low <= high or high - low > 1_000_000:
                 raise ValueError
             numbers.update(range(low, high + 1))

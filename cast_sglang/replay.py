@@ -41,8 +41,9 @@ __all__ = ["Outcome", "Replay", "make_policy"]
 
 # Steps between two corrections of the costs, as while serving.
 REFRESH_EVERY = 32
-# Steps of which the time that no pass covers is the mean.
-REST_WINDOW = 64
+# Steps whose time, beyond that of their passes by the corrected tables, is averaged: few, so that a
+# machine whose speed changes within seconds is followed.
+REST_WINDOW = 16
 # Share of plain decoding's time in which the draft is kept up to date, as while serving.
 KEEP_UP_SHARE = 0.01
 
@@ -145,7 +146,7 @@ class Replay:
             raise TraceError(f"trace {trace.path}: no step drafted, so none can be decided")
         self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
-        # Time of recorded steps that no pass covers, in us, by octave of the batch size and kind.
+        # What steps took beyond their passes, in us, by octave of the batch size and kind of step.
         self._rest: dict[tuple[int, bool], deque[float]] = {}
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -312,15 +313,21 @@ class Replay:
         """Take the step's measured passes into the costs of the next ones."""
         if self._corrected is None:
             return
+        raw = self._model.step_costs(step.batch_size, step.context)
+        corrected = self._corrected.step_costs(step.batch_size, step.context)
+        expected_us = 0.0
         for timed in step.passes:
             predicted_us = timed.predicted_us
             if not self._is_same:
-                costs = self._model.step_costs(timed.batch_size, step.context)
-                cost = cost_of(getattr(costs, timed.operation), timed.num_tokens)
-                predicted_us = cost * costs.unit_us
+                predicted_us = raw.unit_us * cost_of(
+                    getattr(raw, timed.operation), timed.num_tokens
+                )
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+            expected_us += corrected.unit_us * cost_of(
+                getattr(corrected, timed.operation), timed.num_tokens
+            )
         if step.measured_us is not None and step.passes:
             key = ((step.batch_size - 1).bit_length(), step.is_plain)
             rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
-            rest.append(step.measured_us - sum(timed.measured_us for timed in step.passes))
+            rest.append(step.measured_us - expected_us)
