@@ -11,7 +11,7 @@ from cast_sglang.tuning import print_tuned, sample_steps, tune
 
 @pytest.fixture(scope="module")
 def full():
-    """Thresholds of the settings are far too high for these costs, so hardly anything is drafted."""
+    """A trace whose recorded thresholds are far too high for its costs."""
     tables = make_tables(row_us=20.0, draft_us=100.0)
     trace = Recorder(make_policy("eagle", make_header(tables)), tables, 1, seed=5).run(60)
     settings = {**SETTINGS, "c1": 30.0, "c2": 30.0, "c3": 30.0}
