@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.config import LOOKUPS
+from cast_sglang.config import LOOKUPS, POLICIES
 from cast_sglang.cost import CostModel, StepCosts, cost_of
 from cast_sglang.errors import TraceError
 from cast_sglang.optimal import OptimalPolicy
@@ -71,7 +71,12 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
     Args:
         name: auto, fixed, eagle or optimal.
         thresholds: c1, c2, c3 and r of `fixed`; those of the recording where not given.
+
+    Raises:
+        TraceError: there is no such policy.
     """
+    if name not in POLICIES:
+        raise TraceError(f"policy {name}: expected {' | '.join(POLICIES)}")
     sizes = tuple(header.verify_sizes)
     if name == "eagle":
         return EaglePolicy(header.num_draft_tokens)

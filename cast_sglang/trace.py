@@ -290,6 +290,8 @@ def _check_step(step: TracedStep, topk: int) -> None:
             raise ValueError(f"expected {num_candidates} candidates, {num_expanded} expanded")
         if len(request.chances) not in (0, len(request.probs)):
             raise ValueError("as many chances as candidates are needed")
+        if len(request.tokens) not in (0, len(request.probs)):
+            raise ValueError("as many tokens as candidates are needed")
         if len(request.target_probs) not in (0, 4 * len(verified)):
             raise ValueError("as many target probabilities as verified nodes are needed")
         named = [*request.accepted, *request.follows, *verified.tolist()]

@@ -62,7 +62,7 @@ def test_damage_before_the_end_is_an_error(trace, tmp_path):
         ({"follows": [100_000]}, "candidate that does not exist"),
         ({"accepted": [-1]}, "candidate that does not exist"),
         ({"target_probs": "AAAA"}, "target probabilities"),
-        ({"probs": 3}, "Expected `str`"),
+        ({"probs": 3}, "Expected `bytes`"),
         ({"probs": "?"}, "base64"),
     ],
 )

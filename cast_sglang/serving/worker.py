@@ -164,6 +164,7 @@ class CastWorker(EAGLEWorkerV2):
         residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
         policy, reliability = self._draft_worker.policy, []
         if self._draft_worker.tracer is not None:
+            self._take_times()
             self._draft_worker.tracer.flush()
         if self.calibration is not None:
             reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
@@ -257,13 +258,7 @@ class CastWorker(EAGLEWorkerV2):
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
-        tracer = self._draft_worker.tracer
-        for timed in self.clock.finished():
-            if tracer is not None:
-                tracer.timed(timed)
-            if self.residuals is not None:
-                ratio = timed.measured_us / timed.predicted_us
-                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+        self._take_times()
         if self.residuals is None or self._num_steps % REFRESH_EVERY:
             return
         state = None
@@ -274,6 +269,15 @@ class CastWorker(EAGLEWorkerV2):
         self.residuals.refresh(state)
         self.cast_stats.record_residuals(self.residuals)
         self._report(self.residuals.suspects())
+
+    def _take_times(self) -> None:
+        tracer = self._draft_worker.tracer
+        for timed in self.clock.finished():
+            if tracer is not None:
+                tracer.timed(timed)
+            if self.residuals is not None:
+                ratio = timed.measured_us / timed.predicted_us
+                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
 
     def _report(self, suspects: list[Residual]) -> None:
         """Say once that the profile is off, and again when it was right in between."""
