@@ -180,9 +180,8 @@ def _add_trace_commands(commands: Any) -> None:
         )
         command.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
-        command.set_defaults(
-            run=lambda arguments, extra, parser=command: _replay(arguments, extra, parser)
-        )
+    replay.set_defaults(run=lambda arguments, extra: _replay(arguments, extra, replay))
+    tune.set_defaults(run=lambda arguments, extra: _tune(arguments, extra, tune))
     replay.add_argument(
         "--policy",
         choices=POLICIES,
@@ -282,24 +281,13 @@ def _replay(
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     from rich.console import Console
 
-    from cast_sglang.offline import open_session
-
-    session = open_session(
-        arguments.trace,
-        arguments.profile,
-        allow_foreign=arguments.allow_foreign,
-        corrects=not arguments.no_correction,
-        seed=arguments.seed,
-    )
-    if parser.prog.endswith("tune"):
-        return _tune(session, arguments)
     thresholds = {
         name: getattr(arguments, name)
         for name in ("c1", "c2", "c3", "r")
         if getattr(arguments, name) is not None
     }
     policy = arguments.policy or ("fixed" if thresholds else None)
-    result = session.replay(policy, thresholds)
+    result = _session(arguments).replay(policy, thresholds)
     if arguments.json:
         print(json.dumps(result.as_dict()), flush=True)
     else:
@@ -307,12 +295,15 @@ def _replay(
     return 0
 
 
-def _tune(session: Any, arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser) -> int:
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     from rich.console import Console
     from rich.progress import Progress
 
     from cast_sglang.tuning import print_tuned, tune
 
+    session = _session(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("replaying", total=None)
         tuned = tune(
@@ -330,6 +321,18 @@ def _tune(session: Any, arguments: argparse.Namespace) -> int:
         session.print_notes(Console())
         print_tuned(tuned, Console())
     return 0
+
+
+def _session(arguments: argparse.Namespace) -> Any:
+    from cast_sglang.offline import open_session
+
+    return open_session(
+        arguments.trace,
+        arguments.profile,
+        allow_foreign=arguments.allow_foreign,
+        corrects=not arguments.no_correction,
+        seed=arguments.seed,
+    )
 
 
 def _trace_show(

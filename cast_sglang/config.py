@@ -146,7 +146,7 @@ class CastConfig:
         0, "count", "steps between two statistics lines in the log, 0 for none", low=0, high=10**9
     )
     trace: str = _knob("none", "text", "file that records every step for replay, or none")
-    trace_mb: int = _knob(64, "count", "size in MiB at which recording stops", low=1, high=1 << 20)
+    trace_mb: int = _knob(64, "count", "size in MiB at which recording stops", low=1, high=10**6)
     trace_tokens: bool = _knob(
         False, "switch", "record the tokens of drafted nodes too, so that pictures can show text"
     )

@@ -29,8 +29,8 @@ from cast_sglang.recorded import RecordedTrees, ReplayedTree
 from cast_sglang.residuals import CorrectedCosts, Residuals
 from cast_sglang.reward import TreeReward
 from cast_sglang.trace import (
-    Choice,
     Trace,
+    TracedChoice,
     TracedStep,
     TraceHeader,
     tables_digest,
@@ -51,7 +51,7 @@ KEEP_UP_SHARE = 0.01
 class Outcome(NamedTuple):
     """What a step would have chosen and brought, per request in the mean."""
 
-    choice: Choice
+    choice: TracedChoice
     accepted: float  # drafts
     assumed: float  # the part of `accepted` that is not known from the trace
     time_us: float
@@ -185,7 +185,7 @@ class Replay:
         if not drafts:
             self._defer(step, missing, catch_up, costs)
             times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)
-            return Outcome(Choice(is_plain=True), 0.0, 0.0, *times, price, None)
+            return Outcome(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
         grown = self._grow(step, costs, weights)
@@ -211,7 +211,7 @@ class Replay:
         policy.observe(batch_size, float(accepted.mean()), units)
         times = self._times(widths, mean_rows, extend_rows, catch_up, raw, corrected, batch_size)
         return Outcome(
-            choice=Choice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
+            choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
             accepted=float(accepted.mean()),
             assumed=float((reach * ~sure).sum()) / batch_size,
             time_us=times[0],

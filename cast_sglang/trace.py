@@ -24,11 +24,11 @@ from cast_sglang.profile_schema import CostTables, HostIdentity, Provenance
 
 __all__ = [
     "TRACE_VERSION",
-    "Choice",
     "Continuation",
     "Trace",
     "TraceHeader",
     "TraceWriter",
+    "TracedChoice",
     "TracedPass",
     "TracedRequest",
     "TracedStep",
@@ -100,7 +100,7 @@ class TracedRequest(_Record, frozen=True, kw_only=True):
     tokens: bytes = b""  # [M] int32
 
 
-class Choice(_Record, frozen=True, kw_only=True):
+class TracedChoice(_Record, frozen=True, kw_only=True):
     """What a policy chose."""
 
     is_plain: bool = False
@@ -124,7 +124,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     policy_us: float = 0.0
     price: float | None = None
     passes: list[TracedPass] = []  # that became known during the step
-    own_choice: Choice | None = None  # the policy's, where the whole envelope was verified
+    own_choice: TracedChoice | None = None  # the policy's, where the whole envelope was verified
 
     @property
     def batch_size(self) -> int:

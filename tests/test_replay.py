@@ -49,7 +49,7 @@ def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size
 
 
 def test_plain_steps_are_replayed(tables):
-    dear = make_tables(row_us=40_000.0, draft_us=60_000.0)
+    dear = make_tables(row_us=40_000.0, draft_us=200_000.0)
     trace = Recorder(default_policy(), dear, seed=1).run(150)
     assert 20 < sum(step.is_plain for step in trace.steps) < 150
     outcomes = list(Replay(trace, dear, default_policy()))
@@ -129,7 +129,7 @@ def test_what_is_not_known_is_assumed_and_said(full, tables):
     # What is assumed is about right: other text of the same kind, all of it known.
     known = Recorder(Shape(LAYERS, TOKENS), tables, seed=4).run(200)
     truth = np.mean([len(r.accepted) for step in known.steps for r in step.requests])
-    assert np.mean([o.accepted for o in outcomes]) == pytest.approx(truth, rel=0.3)
+    assert np.mean([o.accepted for o in outcomes]) == pytest.approx(truth, rel=0.5)
 
 
 def test_the_end_of_a_request_is_not_known(tables):
