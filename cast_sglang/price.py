@@ -29,7 +29,7 @@ from cast_sglang.cost import cost_of, plain_cost
 from cast_sglang.lookahead import Lookahead
 from cast_sglang.policy import Costs, TreePolicy
 
-__all__ = ["AutoPolicy", "step_units"]
+__all__ = ["AutoPolicy", "extend_units", "plain_extra", "step_units"]
 
 # Steps after which a step counts half in the price.
 HALF_LIFE = 32
@@ -61,6 +61,22 @@ def step_units(
     if num_extend_rows:
         time += cost_of(costs.draft_extend, num_extend_rows)
     return time
+
+
+def plain_extra(costs: Costs) -> float:
+    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
+    return step_units(costs, (), 1, 0) - plain_cost(costs)
+
+
+def extend_units(costs: Costs, num_rows: int) -> float:
+    """Return the time of draft extend of any number of rows, in units."""
+    if num_rows == 0:
+        return 0.0
+    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
+    if num_rows <= measured:
+        return cost_of(costs.draft_extend, num_rows)
+    row = max(0.0, float(last - first)) / max(1, measured - 1)
+    return float(last) + row * (num_rows - measured)
 
 
 @dataclass(slots=True, eq=False)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.backlog import Backlog
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
+    from cast_sglang.serving.tracing import Tracer
 
 
 # What a draft input says of the next root's children.
@@ -73,6 +74,7 @@ class CastDraftWorker(EagleDraftWorker):
     residuals: Residuals | None  # None without correction
     verify_sizes: tuple[int, ...]
     clock: PassClock
+    tracer: Tracer | None  # None without recording
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
     shares_out: bool  # one budget of verified nodes for the batch
@@ -139,6 +141,8 @@ class CastDraftWorker(EagleDraftWorker):
             began = time.perf_counter()
             self.calibration.selected(selection, widths, self.topk, wanted)
             policy_seconds += time.perf_counter() - began
+        if self.tracer is not None:
+            self.tracer.selected(tree, num_layers, selection)
         self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, policy_seconds)
         verify_input = build_eagle_verify_input(
             batch,
@@ -228,7 +232,10 @@ class CastDraftWorker(EagleDraftWorker):
         return tree, tuple(widths), policy_seconds
 
     def _calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
-        return probs if self.calibration is None else self.calibration.apply(probs, depth)
+        chances = probs if self.calibration is None else self.calibration.apply(probs, depth)
+        if self.tracer is not None:
+            self.tracer.drafted(depth, probs, chances)
+        return chances
 
     def forward_layer(
         self, forward_batch: ForwardBatch, path_slots: torch.Tensor

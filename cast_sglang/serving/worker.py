@@ -23,11 +23,11 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts, cost_of, plain_cost
+from cast_sglang.cost import CostModel
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy, step_units
+from cast_sglang.price import AutoPolicy, extend_units, plain_extra, step_units
 from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
@@ -37,6 +37,7 @@ from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker, DraftShape
 from cast_sglang.serving.identity import host_identity
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.tracing import Tracer
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
 from cast_sglang.wish import OFF, THROUGHPUT, request_weights
@@ -115,6 +116,7 @@ class CastWorker(EAGLEWorkerV2):
         draft.is_ragged = all(runs_kept_rows(runner) for runner in runners)
         draft.shares_out = draft.is_ragged and self.config.joint_budget == "on"
         draft.policy = self._build_policy()
+        draft.tracer = Tracer.of(self)
         # As many rows as verify may have, so that catching up fits wherever verify does.
         num_slots = self.req_to_token_pool.req_to_token.shape[0]
         draft.backlog = Backlog(num_slots, self.max_draft_tokens)
@@ -140,12 +142,13 @@ class CastWorker(EAGLEWorkerV2):
         )
         residuals = Residuals(get_schedule().max_running_requests, self.max_draft_tokens)
         self.costs = CorrectedCosts(self.cost_model, residuals)
-        if self.config.residuals == "on" and self.config.policy != "eagle":
+        explores = self.config.policy != "eagle" and not self.config.trace_full
+        if self.config.residuals == "on" and explores:
             self.residuals = self._draft_worker.residuals = residuals
 
     def _build_policy(self) -> TreePolicy:
         config = self.config
-        if config.policy == "eagle":
+        if config.policy == "eagle" or config.trace_full:
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
         if config.policy in ("auto", "optimal"):
@@ -161,6 +164,9 @@ class CastWorker(EAGLEWorkerV2):
             profile = {"path": str(self.profile.path), "estimated": estimated}
         residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
         policy, reliability = self._draft_worker.policy, []
+        if self._draft_worker.tracer is not None:
+            self._take_times()
+            self._draft_worker.tracer.flush()
         if self.calibration is not None:
             reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
         return {
@@ -182,6 +188,8 @@ class CastWorker(EAGLEWorkerV2):
         began = time.perf_counter()
         draft, batch_size = self._draft_worker, len(batch.reqs)
         self._num_steps += 1
+        if draft.tracer is not None:
+            draft.tracer.begin(batch)
         self._correct_costs()
         table = None
         if self.cost_model is not None:
@@ -209,6 +217,8 @@ class CastWorker(EAGLEWorkerV2):
             )
             if speculates:
                 units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
+        if draft.tracer is not None:
+            draft.tracer.record(self._num_steps, shape, draft, predicted_us)
         self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
         self._prefill_since_step = False
         policy_seconds += shape.policy_seconds + time.perf_counter() - began
@@ -236,10 +246,9 @@ class CastWorker(EAGLEWorkerV2):
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
             return any(wish != OFF for wish in wishes), False
-        catch_up = _extend_units(draft.costs, missing)
-        plain_extra = _plain_extra(draft.costs)
+        catch_up = extend_units(draft.costs, missing)
         if all(wish == OFF for wish in wishes) or not draft.policy.speculate(
-            len(batch.reqs), draft.costs, plain_extra, catch_up
+            len(batch.reqs), draft.costs, plain_extra(draft.costs), catch_up
         ):
             is_full = missing == draft.backlog.capacity
             return False, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
@@ -258,12 +267,8 @@ class CastWorker(EAGLEWorkerV2):
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
-        if self.residuals is None:
-            return
-        for timed in self.clock.finished():
-            ratio = timed.measured_us / timed.predicted_us
-            self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-        if self._num_steps % REFRESH_EVERY:
+        self._take_times()
+        if self.residuals is None or self._num_steps % REFRESH_EVERY:
             return
         state = None
         if get_parallel().tp_size > 1:
@@ -273,6 +278,15 @@ class CastWorker(EAGLEWorkerV2):
         self.residuals.refresh(state)
         self.cast_stats.record_residuals(self.residuals)
         self._report(self.residuals.suspects())
+
+    def _take_times(self) -> None:
+        tracer = self._draft_worker.tracer
+        for timed in self.clock.finished():
+            if tracer is not None:
+                tracer.timed(timed)
+            if self.residuals is not None:
+                ratio = timed.measured_us / timed.predicted_us
+                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
 
     def _report(self, suspects: list[Residual]) -> None:
         """Say once that the profile is off, and again when it was right in between."""
@@ -310,6 +324,8 @@ class CastWorker(EAGLEWorkerV2):
                 result = super().verify(batch, *args, **kwargs)
             if self.calibration is not None and rows > 1:
                 self.calibration.verified(result.accept_index)
+            if self._draft_worker.tracer is not None:
+                self._draft_worker.tracer.verified(batch, result, rows)
             return result
         finally:
             self.topk, self.speculative_num_draft_tokens = topk, self.max_draft_tokens
@@ -317,6 +333,8 @@ class CastWorker(EAGLEWorkerV2):
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
         self._pending.clear()
+        if self._draft_worker.tracer is not None:
+            self._draft_worker.tracer.discard()
 
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0
@@ -330,30 +348,19 @@ class CastWorker(EAGLEWorkerV2):
             batch_size = len(num_correct_drafts_per_req)
             accepted = sum(num_correct_drafts_per_req) / batch_size
             self._draft_worker.policy.observe(batch_size, accepted, step.units)
-        if step.predicted_us is not None and step.follows_decode and self._last_done is not None:
+        measured_us = None
+        if step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
-            self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
+            measured_us = (now - self._last_done) * 1e6
+        if step.predicted_us is not None and measured_us is not None:
+            self.cast_stats.record_time(step.predicted_us, measured_us)
+        if self._draft_worker.tracer is not None:
+            self._draft_worker.tracer.done(measured_us)
         self._last_done = now
         self._observing += time.perf_counter() - now
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
-
-
-def _plain_extra(costs: StepCosts) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return step_units(costs, (), 1, 0) - plain_cost(costs)
-
-
-def _extend_units(costs: StepCosts, num_rows: int) -> float:
-    """Return the time of draft extend of any number of rows, in units."""
-    if num_rows == 0:
-        return 0.0
-    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
-    if num_rows <= measured:
-        return cost_of(costs.draft_extend, num_rows)
-    row = max(0.0, float(last - first)) / max(1, measured - 1)
-    return float(last) + row * (num_rows - measured)
 
 
 def _mean_context(batch: ScheduleBatch) -> float:
