@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,11 +24,11 @@ import numpy as np
 import torch
 
 from cast_sglang.compiled import compiled
-from cast_sglang.cost import cost_of, plain_cost
+from cast_sglang.cost import plain_cost
 from cast_sglang.lookahead import Lookahead
 from cast_sglang.policy import Costs, TreePolicy
 
-__all__ = ["AutoPolicy", "extend_units", "plain_extra", "step_units"]
+__all__ = ["AutoPolicy"]
 
 # Steps after which a step counts half in the price.
 HALF_LIFE = 32
@@ -44,39 +43,6 @@ MAX_LOSS = 32.0
 PROBE_SHARE = 0.01
 # A try begins with credit for at least this loss, in target passes.
 MIN_PROBE = 0.25
-
-
-def step_units(
-    costs: Costs, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
-) -> float:
-    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
-
-    Args:
-        widths: nodes expanded per request in each layer below the root.
-        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
-        num_extend_rows: rows per request of draft extend, 0 for none.
-    """
-    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
-    time += sum(cost_of(costs.draft, width) for width in widths)
-    if num_extend_rows:
-        time += cost_of(costs.draft_extend, num_extend_rows)
-    return time
-
-
-def plain_extra(costs: Costs) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return step_units(costs, (), 1, 0) - plain_cost(costs)
-
-
-def extend_units(costs: Costs, num_rows: int) -> float:
-    """Return the time of draft extend of any number of rows, in units."""
-    if num_rows == 0:
-        return 0.0
-    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
-    if num_rows <= measured:
-        return cost_of(costs.draft_extend, num_rows)
-    row = max(0.0, float(last - first)) / max(1, measured - 1)
-    return float(last) + row * (num_rows - measured)
 
 
 @dataclass(slots=True, eq=False)

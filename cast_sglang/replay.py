@@ -19,11 +19,18 @@ import numpy as np
 import torch
 
 from cast_sglang.config import LOOKUPS, POLICIES
-from cast_sglang.cost import CostModel, StepCosts, cost_of
+from cast_sglang.cost import (
+    CostModel,
+    StepCosts,
+    cost_of,
+    extend_units,
+    plain_extra,
+    step_units,
+)
 from cast_sglang.errors import TraceError
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy, extend_units, plain_extra, step_units
+from cast_sglang.price import AutoPolicy
 from cast_sglang.profile_schema import CostTables
 from cast_sglang.recorded import RecordedTrees, ReplayedTree
 from cast_sglang.residuals import CorrectedCosts, Residuals

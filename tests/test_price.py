@@ -23,9 +23,10 @@ from simulator import (
 )
 
 from cast_sglang.acceptance import Acceptance
+from cast_sglang.cost import step_units
 from cast_sglang.lookahead import Lookahead, _value
 from cast_sglang.optimal import optimal_choice
-from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy, step_units
+from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy
 
 
 def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:

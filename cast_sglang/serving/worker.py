@@ -23,11 +23,11 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel
+from cast_sglang.cost import CostModel, extend_units, plain_extra, step_units
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy, extend_units, plain_extra, step_units
+from cast_sglang.price import AutoPolicy
 from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
@@ -72,6 +72,7 @@ class CastWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker with CAST's tree."""
 
     speculative_num_steps: int
+    topk: int
 
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
