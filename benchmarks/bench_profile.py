@@ -246,7 +246,7 @@ def measure(
             num_waves = -(-args.settle_tokens // args.tokens)
             waves = choose_prompts(tasks[cell.task], cell.batch, num_waves * cell.batch)
             for contender in group:
-                if contender.variant.residuals and waves:
+                if contender.variant.residuals and num_waves:
                     progress.update(bar, description=f"settling {contender.arm.name}")
                     run(servers[contender.arm.name], waves, cell, args.tokens)
             warm_up(arms, servers, cell, prompts)

@@ -9,8 +9,9 @@ source: roughly 40 minutes on two CPU cores. --full takes every batch size, temp
 all tasks, hours; --smoke takes less than three minutes.
 
 All servers are up at once, or as many as fit into memory; those that are not measured sleep. A run
-starts `batch` requests of the same length together and counts tokens from the moment all of them
-stream until the first one ends, so every step counted has exactly `batch` requests and no prefill.
+keeps `batch` requests running: one that ends makes room for the next. Tokens count from the moment
+the first ones all stream until there is no next one, so ramp and drain are dropped, every arm
+serves the same text, and the prefill of the next request is part of what is measured.
 Arms take turns within a repeat, and ratios are formed within a repeat, so that a drift of the
 machine cancels.
 

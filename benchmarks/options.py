@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
         type=int,
         default=WARMUP_TOKENS,
         metavar="N",
-        help="per answer, of every arm before each cell; arms that learn, learn from them too "
+        help="per answer, before each cell, of arms that learn; others take a few "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -168,7 +168,7 @@ def add_workload_options(parser: argparse.ArgumentParser, batches: Sequence[int]
         type=int,
         default=8,
         metavar="N",
-        help="least number of requests a run, rounded up to whole batches (default: 8)",
+        help="least number of requests a run, in whole batches and at least three (default: 8)",
     )
     parser.add_argument("--model-path", help="target (default: the tiny pair, padded to 170M)")
     parser.add_argument("--draft-model-path", help="its draft, with --model-path")

@@ -47,8 +47,9 @@ from cast_sglang.profiles import load_profile
 TITLE = "CAST: how fast, and why"
 PICTURES, NUMBERS = "pictures", "numbers"  # folders beside the page
 READING = (
-    "Speed is tokens per second of steady decoding: all requests of a batch decode, none is in "
-    "its prefill. It is the median of the repeats, with the least and the greatest.",
+    "Speed is tokens per second of steady serving: as many requests run as the batch size says, "
+    "and one that ends makes room for the next. It is the median of the repeats, with the least "
+    "and the greatest.",
     "Ratios are formed within a repeat, in which the arms take turns; then their median is taken. "
     "Error bars reach from the least to the greatest repeat.",
     "The best static arm is the fastest fixed tree of each batch size: a choice in hindsight, "
