@@ -5,8 +5,8 @@
 The host: Linux x86-64, Python 3.12, torch 2.11 for CUDA 13.0, triton 3.6, transformers 5.17, nvcc,
 one Hopper GPU. DIR then holds
 
-    wheels/          SGLang and sglang-kernel without what such a host cannot use, the small packages
-                     of scripts/gpu_host/carried.txt, and this package
+    wheels/          SGLang and sglang-kernel without what such a host cannot use, the small
+                     packages of scripts/gpu_host/carried.txt, and this package
     checkout.tar.gz  this checkout as committed: scripts, tests, benchmarks and the tiny pair
     manifest.json    names, sizes, versions, commit
 
@@ -17,8 +17,9 @@ up for. Copy DIR to the host, unpack checkout.tar.gz there, and in it run
 
 What is left out of SGLang: its Rust extensions, which are built for another torch, and
 multimodal_gen. What is left out of sglang-kernel: the kernels of other GPUs and those of the `fa3`
-attention backend, which are 1.1 GB. Wheels are cut rather than unpacked into one folder, because pip
-then does on the host what it does anywhere: it checks names and versions and writes the commands.
+attention backend, which are 1.1 GB. Wheels are cut rather than unpacked into one folder, because
+pip then does on the host what it does anywhere: it checks names and versions and writes the
+commands.
 """
 
 import argparse
