@@ -83,20 +83,19 @@ def check_environment(settings: Settings, numbers: Numbers) -> None:
 
 def check_ops(settings: Settings, numbers: Numbers) -> None:
     """Compare the fused ops with the reference, on the device or in the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_fused.py"]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    if not settings.is_dry:
-        command += ["tests/ops/test_compile.py", "tests/ops/test_device.py"]
-        env = {}
-        # Most of the time is the compiler's.
-        if util.find_spec("xdist"):
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
-    printed = run(command, env, ok=(0, 1))
-    summary = re.findall(r"(\d+) (passed|failed|skipped|error)", printed.splitlines()[-1])
-    numbers |= {kind: int(count) for count, kind in summary}
-    # One test only starts the others in the interpreter.
-    if numbers.get("passed", 0) < 10 or numbers.get("skipped", 0) > 1 or numbers.get("failed"):
-        raise CheckError("; ".join(re.findall(r"^FAILED .*", printed, re.M)) or str(summary))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs"]
+    command += [f"tests/ops/test_{name}.py" for name in ("fused", "compile", "device")]
+    # Most of the time is the compiler's.
+    if util.find_spec("xdist") and not settings.is_dry:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    printed = run(command, ok=(0, 1))
+    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", printed.strip().splitlines()[-1])
+    numbers |= {kind: int(count) for count, kind in counts}
+    failed = re.findall(r"^(?:FAILED|ERROR) .*", printed, re.M)
+    if failed or not numbers.get("passed"):
+        raise CheckError("; ".join(failed) or "no test ran")
+    if not settings.is_dry and "no GPU" in printed:
+        raise CheckError("tests were skipped for want of a GPU")
 
 
 def check_op_times(settings: Settings, numbers: Numbers) -> None:
