@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     make = dry_settings if args.dry_run else _device_settings
     settings = make(str(work), str(out), args.carried and str(args.carried.resolve()))
     settings.save(work / "settings.json")
-    os.environ.update(ENVIRONMENT | (DRY_ENVIRONMENT if args.dry_run else {}))
+    env = {**os.environ, **ENVIRONMENT, **(DRY_ENVIRONMENT if args.dry_run else {})}
     # The checkout's own copy of the package, also for servers and other commands.
-    os.environ["PYTHONPATH"] = str(ROOT)
+    env["PYTHONPATH"] = str(ROOT)
 
     def command(stage: str, result: Path) -> list[str]:
         # The environment is made by the first stage.
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = began + TOTAL_SECONDS * factor
     if len(args.stages) == len(STAGES):
         (out / "summary.json").unlink(missing_ok=True)
-    runner = Runner(out, logs, command, deadline, facts)
+    runner = Runner(out, logs, command, deadline, facts, env)
     is_good = runner.run([stage for stage in stages if stage.name in args.stages])
     print(f"{out / 'summary.txt'}, after {time.monotonic() - began:.0f} s", flush=True)
     return 0 if is_good else 1

@@ -139,7 +139,7 @@ def check_equality_tiny(settings: Settings, numbers: Numbers) -> None:
 
 def check_equality_inflated(settings: Settings, numbers: Numbers) -> None:
     """Compare greedy tokens with plain decoding's in bfloat16, and count where they part."""
-    compare_greedy(settings, numbers, inflated(settings), "bfloat16", ["static", "cast"])
+    compare_greedy(settings, numbers, inflated(settings), "bfloat16", settings.equality_arms)
     for name, found in numbers.items():
         if found["flips"] > 1 and found["flip_rate"] > MAX_FLIP_RATE:
             raise CheckError(

@@ -56,6 +56,7 @@ class Runner:
         command: from a stage's name and the file for its result to the command that runs it.
         deadline: time.monotonic() at which everything must be over.
         facts: put at the head of the summary.
+        env: the environment of the stages; None for this process's own.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class Runner:
         command: Callable[[str, Path], Sequence[str]],
         deadline: float,
         facts: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        self._out, self._logs, self._command = out, logs, command
+        self._out, self._logs, self._command, self._env = out, logs, command, env
         self._deadline, self._facts = deadline, dict(facts)
         out.mkdir(parents=True, exist_ok=True)
         logs.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ class Runner:
         log, result = self._logs / f"{stage.name}.log", self._logs / f"{stage.name}.json"
         result.unlink(missing_ok=True)
         began = time.monotonic()
-        code = run_limited(self._command(stage.name, result), log, limit)
+        code = run_limited(self._command(stage.name, result), log, limit, self._env)
         outcome = Outcome(stage.name, PASSED, round(time.monotonic() - began, 1), round(limit, 1))
         content: dict[str, Any] = {}
         with contextlib.suppress(OSError, json.JSONDecodeError):
@@ -130,7 +132,9 @@ class Runner:
             archive.add(self._logs, "logs")
 
 
-def run_limited(command: Sequence[str], log: Path, limit_s: float) -> int | None:
+def run_limited(
+    command: Sequence[str], log: Path, limit_s: float, env: Mapping[str, str] | None = None
+) -> int | None:
     """Run a command with its output in a log; return its exit code, or None if it took too long.
 
     It is then asked to end, and after `GRACE_SECONDS` killed with every process it has started,
@@ -138,7 +142,7 @@ def run_limited(command: Sequence[str], log: Path, limit_s: float) -> int | None
     """
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     try:
         return process.wait(limit_s)

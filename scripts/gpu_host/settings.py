@@ -44,6 +44,8 @@ class Settings:
     num_prompts: int = 24
     num_tokens: int = 64
     equality_batches: tuple[int, ...] = (1, 8)
+    # SGLang's own speculation shows how much of the flips is rounding.
+    equality_arms: tuple[str, ...] = ("static", "cast")
     batches: tuple[int, ...] = (1, 4, 16, 64)
     arms: tuple[str, ...] = ("plain", "static:5-4-8", "static:3-1-4", "cast:auto")
     profile_seconds: float = 40.0
@@ -79,7 +81,9 @@ def dry_settings(work: str, out: str, carried: str | None) -> Settings:
         num_prompts=4,
         num_tokens=24,
         equality_batches=(1, 4),
+        equality_arms=("cast",),
         batches=(1, 4),
+        arms=("plain", "cast:auto"),
         profile_seconds=10.0,
         speed="--tokens 32 --requests 1 --repeats 1 --warmup-tokens 4 --prompt-tokens 64",
         trace_steps=6,
