@@ -18,9 +18,10 @@ import pytest
 
 from scripts.gpu_host import pack, runner
 from scripts.gpu_host.__main__ import TOTAL_SECONDS, main
-from scripts.gpu_host.checks import CHECKS, partings
+from scripts.gpu_host.checks import CHECKS
 from scripts.gpu_host.install import InstallError, install
 from scripts.gpu_host.runner import SKIP_CODE, Outcome, Runner, Stage
+from scripts.gpu_host.serving import partings
 from scripts.gpu_host.settings import Settings, dry_settings
 from scripts.gpu_host.stages import STAGES
 from scripts.gpu_host.trace import device_times, read_events

@@ -44,8 +44,9 @@ class Settings:
     num_prompts: int = 24
     num_tokens: int = 64
     equality_batches: tuple[int, ...] = (1, 8)
-    # SGLang's own speculation shows how much of the flips is rounding.
-    equality_arms: tuple[str, ...] = ("static", "cast")
+    # SGLang's own speculation shows how much of the flips is rounding; `auto` may decode plainly,
+    # `fixed` always drafts.
+    equality_arms: tuple[str, ...] = ("static", "cast:auto", "cast:fixed:2-2-1.5")
     batches: tuple[int, ...] = (1, 4, 16, 64)
     arms: tuple[str, ...] = ("plain", "static:5-4-8", "static:3-1-4", "cast:auto")
     profile_seconds: float = 40.0
@@ -81,7 +82,7 @@ def dry_settings(work: str, out: str, carried: str | None) -> Settings:
         num_prompts=4,
         num_tokens=24,
         equality_batches=(1, 4),
-        equality_arms=("cast",),
+        equality_arms=("cast:fixed:2-2-1.5",),
         batches=(1, 4),
         arms=("plain", "cast:auto"),
         profile_seconds=10.0,

@@ -8,15 +8,17 @@ import json
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu_host.checks import CHECKS, CheckError, NothingToDo
-from scripts.gpu_host.install import InstallError
+from scripts.gpu_host.checks import CHECKS, NothingToDo
 from scripts.gpu_host.runner import SKIP_CODE, Stage
 from scripts.gpu_host.settings import Settings
 
+# The end of a server's log is the part that says why.
+MAX_MESSAGE = 2000
 SERVED = ("environment",)
 STAGES = (
     Stage("install", 45, "install the carried wheels"),
@@ -45,10 +47,12 @@ def main(argv: Sequence[str]) -> int:
         code = 0
     except NothingToDo as reason:
         message, code = str(reason), SKIP_CODE
-    except (CheckError, InstallError, subprocess.SubprocessError) as error:
-        message = str(error)
+    # Those of this package, of the benchmarks and of the device are of these kinds; whatever else is
+    # raised leaves its traceback in the log too.
+    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
+        traceback.print_exc()
+        message = str(error)[-MAX_MESSAGE:]
     finally:
-        # Whatever else is raised leaves its traceback in the log.
         content = {"numbers": numbers, "message": message}
         Path(result_path).write_text(json.dumps(content, default=str))
     return code
