@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
         code = 0
     except NothingToDo as reason:
         message, code = str(reason), SKIP_CODE
-    # Errors of this package, of the benchmarks and of the device; whatever else is raised leaves its
-    # traceback in the log too.
+    # Errors of this package, of the benchmarks and of the device. Others leave their traceback
+    # in the log, too.
     except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
         traceback.print_exc()
         message = str(error)[-MAX_MESSAGE:]
