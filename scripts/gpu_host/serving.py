@@ -75,6 +75,8 @@ def traced(server: Any, settings: Settings, batch: int, folder: Path) -> Path:
 
     activities = ["CPU"] if settings.is_dry else ["CPU", "GPU"]
     body = {"output_dir": str(folder), "num_steps": settings.trace_steps, "activities": activities}
+    # Stacks would slow down the host whose time is looked at.
+    body["with_stack"] = False
     httpx.post(f"{server.url}/start_profile", json=body, timeout=60).raise_for_status()
     decode(server, settings, batch, settings.num_tokens)
     deadline = time.monotonic() + TRACE_SECONDS
