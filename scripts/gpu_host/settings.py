@@ -37,7 +37,7 @@ class Settings:
     out: str
     carried: str | None
     # 16 layers of width 4096 on a GPU: 3.2 billion parameters, 131 kB of KV cache a token.
-    inflate: str = "--width-factor 16 --extra-layers 8"
+    inflate: str = "--width-factor 16 --extra-layers 8 --target-params 3.2B"
     flags: str = GPU_FLAGS
     capacity: str = "--max-total-tokens 40960 --max-running-requests 64 --context-length 1024"
     start_at_once: int = 4
