@@ -61,7 +61,7 @@ def grow_layer(
         ValueError: shape, dtype or width out of range.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase; contract of
-        `tree.DraftTree.grow` and `frontier`, and of `acceptance.Acceptance.calibrated`.
+        `acceptance.Acceptance.calibrated`.
     """
     contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
     (batch_size, width), topk = parent_scores.shape, probs.shape[1]
@@ -71,17 +71,11 @@ def grow_layer(
         probs = (lines.starts[piece] + lines.slopes[piece] * probs).clamp_(0.0, 1.0)
     scores = parent_scores.unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
-    best = rank_nodes(scores, topk)
-    return GrownLayer(
-        probs,
-        scores,
-        Frontier(
-            best.scores,
-            best.node_index + layer_start,
-            tokens.view(batch_size, width * topk).gather(1, best.node_index),
-            best.node_index // topk,
-        ),
-    )
+    ranked = torch.sort(scores, dim=1, descending=True, stable=True)
+    best, index = (part[:, :topk] for part in ranked)
+    best_tokens = tokens.view(batch_size, width * topk).gather(1, index)
+    frontier = Frontier(best, index + layer_start, best_tokens, index // topk)
+    return GrownLayer(probs, scores, frontier)
 
 
 def mean_utility(scores: torch.Tensor) -> torch.Tensor:
@@ -120,8 +114,7 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
     Raises:
         ValueError: shape, dtype or `num_nodes` out of range.
 
-    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.2, reranking phase; contract of
-        `tree.DraftTree.ranked`.
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.2, reranking phase.
     """
     contract.check_rank_nodes(scores, num_nodes)
     best, index = torch.sort(scores, dim=1, descending=True, stable=True)
@@ -191,7 +184,7 @@ def select_nodes(
     Raises:
         ValueError: shape, dtype or `num_draft_tokens` out of range.
 
-    Source: contract of `tree.DraftTree.select` and of SGLang's `organize_draft_results`.
+    Source: contract of SGLang's `organize_draft_results`.
     """
     contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
     index = node_index[:, : num_draft_tokens - 1]

@@ -27,6 +27,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from sglang.srt.speculative.spec_utils import renorm_draft_probs
 from sglang.srt.utils.common import fast_topk
 
+from cast_sglang.ops import ops_for
 from cast_sglang.serving.draft_attention import create_tree_backend
 from cast_sglang.serving.ragged import kept_rows, running_only
 from cast_sglang.tree import DraftTree
@@ -184,7 +185,10 @@ class CastDraftWorker(EagleDraftWorker):
         spec_info = forward_batch.spec_info
         probs = self._calibrated(spec_info.topk_p, depth=1)
         tree = DraftTree(
-            self._to_target_vocab(spec_info.topk_index), probs, self.speculative_num_steps
+            self._to_target_vocab(spec_info.topk_index),
+            probs,
+            self.speculative_num_steps,
+            ops_for(self.device),
         )
         batch_size = forward_batch.batch_size
         # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
