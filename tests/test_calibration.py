@@ -10,9 +10,9 @@ from builders import make_identity
 
 from cast_sglang.config import CastConfig
 from cast_sglang.errors import ConfigError
+from cast_sglang.ops import reference
 from cast_sglang.serving import calibration as module
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
-from cast_sglang.ops import reference
 from cast_sglang.tree import DraftTree
 
 TOPK = 2

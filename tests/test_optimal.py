@@ -7,8 +7,8 @@ import pytest
 import torch
 from simulator import LAYERS, SIZES, TOPK, Text, make_costs
 
-from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.ops import reference
+from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.tree import DraftTree
 
 

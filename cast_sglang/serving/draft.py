@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
-import dataclasses
 import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +28,8 @@ from sglang.srt.utils.common import fast_topk
 
 from cast_sglang.ops import ops_for
 from cast_sglang.serving.draft_attention import create_tree_backend
-from cast_sglang.serving.ragged import kept_rows, running_only
+from cast_sglang.serving.layers import EagerLayers, Layers
+from cast_sglang.serving.ragged import first_columns, kept_rows, running_only
 from cast_sglang.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from cast_sglang.serving.backlog import Backlog
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
+    from cast_sglang.serving.layer_graphs import LayerGraphs
+    from cast_sglang.serving.readback import HostReads
 
 
 # What a draft input says of the next root's children.
@@ -57,7 +59,7 @@ class DraftShape(NamedTuple):
     widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
     num_draft_tokens: int  # N, nodes verified per request, root included
     num_rows: np.ndarray | None  # [B], of each request where they differ; at most N
-    policy_seconds: float  # host time of the decisions, waiting for the device included
+    policy_seconds: float  # host time of the decisions, waiting for the device not included
 
     @property
     def mean_rows(self) -> float:
@@ -74,6 +76,8 @@ class CastDraftWorker(EagleDraftWorker):
     residuals: Residuals | None  # None without correction
     verify_sizes: tuple[int, ...]
     clock: PassClock
+    reads: HostReads
+    layer_graphs: LayerGraphs | None  # None where layers are launched kernel by kernel
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
     shares_out: bool  # one budget of verified nodes for the batch
@@ -87,6 +91,7 @@ class CastDraftWorker(EagleDraftWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
+        self.layer_graphs = None
         self._widths = range(1, self.topk + 1)
 
     def init_attention_backend(self) -> None:
@@ -128,7 +133,10 @@ class CastDraftWorker(EagleDraftWorker):
         num_layers = self.policy.depth(tree.num_layers, self.costs)
         widths = widths[: num_layers - 1]
         ranked = tree.ranked(self.max_draft_tokens - 1, num_layers)
-        num_draft_tokens, num_rows = self._rows_to_verify(ranked.scores)
+        policy_seconds += time.perf_counter() - began
+        (scores,) = self.reads.start(ranked.scores).wait()
+        began = time.perf_counter()
+        num_draft_tokens, num_rows = self._rows_to_verify(scores)
         policy_seconds += time.perf_counter() - began
         selection = tree.select(
             ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
@@ -164,7 +172,11 @@ class CastDraftWorker(EagleDraftWorker):
         return verify_input
 
     def _rows_to_verify(self, scores: torch.Tensor) -> tuple[int, np.ndarray | None]:
-        """Return N, and the rows of each request where they differ."""
+        """Return N, and the rows of each request where they differ.
+
+        Args:
+            scores: [B, n] float32, on the host, as for `TreePolicy.rerank`.
+        """
         num_rows = self.policy.share_out(scores, self.costs) if self.shares_out else None
         if num_rows is None:
             size = self.policy.rerank(scores, self.costs)
@@ -182,57 +194,67 @@ class CastDraftWorker(EagleDraftWorker):
         return int(num_rows.max()), num_rows
 
     def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
-        spec_info = forward_batch.spec_info
-        probs = self._calibrated(spec_info.topk_p, depth=1)
-        tree = DraftTree(
-            self._to_target_vocab(spec_info.topk_index),
-            probs,
-            self.speculative_num_steps,
-            ops_for(self.device),
-        )
-        batch_size = forward_batch.batch_size
-        # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
-        slots = forward_batch.out_cache_loc.view(batch_size, -1)
-        committed = forward_batch.seq_lens
-        hidden_states = spec_info.hidden_states.unsqueeze(1)  # [B, W of the layer above, H]
-        path_slots = slots.new_empty((batch_size, 1, 0))  # [B, W of the layer above, depth]
+        spec_info, batch_size = forward_batch.spec_info, forward_batch.batch_size
+        probs = spec_info.topk_p
+        if self.calibration is not None:
+            probs = self.calibration.apply(probs, depth=1)
+        tokens = self._to_target_vocab(spec_info.topk_index)
+        tree = DraftTree(tokens, probs, self.speculative_num_steps, ops_for(self.device))
+        layers = self._layers(forward_batch)
+        self.reads.begin_step()
+        read = self.reads.start(tree.frontier().scores)
+        scores = probs
         widths: list[int] = []
         policy_seconds = 0.0
 
-        while tree.num_layers < tree.max_layers:
+        while True:
+            frontier, is_full = tree.frontier(), tree.num_layers == tree.max_layers
+            if not is_full:
+                layers.prepare(frontier)
+            above = scores
+            scores, *grown = read.wait()
             began = time.perf_counter()
-            frontier = tree.frontier()
-            width = self.policy.breadth(frontier.scores, self.costs)
-            grow = self.policy.deepen()
-            if self.residuals is not None and self.costs is not None:
-                width = self.residuals.explore(
-                    "draft", batch_size, width, self._widths, self.costs.draft
-                )
+            if grown:
+                self.policy.expanded(above[:, : widths[-1]], *grown)
+            grows = not is_full
+            if not is_full:
+                width = self.policy.breadth(scores, self.costs)
+                grows = self.policy.deepen()
+                if self.residuals is not None and self.costs is not None:
+                    width = self.residuals.explore(
+                        "draft", batch_size, width, self._widths, self.costs.draft
+                    )
             policy_seconds += time.perf_counter() - began
-            if not grow:
-                break
+            if not grows:
+                return tree, tuple(widths), policy_seconds
 
-            layer = tree.num_layers
-            parents = frontier.parents[:, :width]
-            own = slots[:, (layer - 1) * self.topk :][:, :width]
-            path_slots = torch.cat((_take_rows(path_slots, parents), own.unsqueeze(2)), dim=2)
-            forward_batch.input_ids = frontier.tokens[:, :width].flatten()
-            forward_batch.positions = (committed + (layer - 1)).repeat_interleave(width)
-            forward_batch.out_cache_loc = own.flatten()
-            spec_info.hidden_states = _take_rows(hidden_states, parents).flatten(0, 1)
+            width = layers.fit(width)
             with self.clock.time("draft", width):
-                probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
-            hidden_states = hidden_states.view(batch_size, width, -1)
+                probs, tokens = layers.run(frontier, width)
             began = time.perf_counter()
-            probs = self._calibrated(probs, depth=layer + 1)
-            self.policy.expanded(frontier.scores[:, :width], probs)
+            probs = self._grow_layer(tree, width, tokens, probs)
             policy_seconds += time.perf_counter() - began
-            tree.grow(frontier, width, tokens, probs)
             widths.append(width)
-        return tree, tuple(widths), policy_seconds
+            read = self.reads.start(tree.frontier().scores, probs)
 
-    def _calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
-        return probs if self.calibration is None else self.calibration.apply(probs, depth)
+    def _layers(self, forward_batch: ForwardBatch) -> Layers:
+        """Return how the step's layers are run: captured where there are graphs for the batch."""
+        graphs = self.layer_graphs
+        if graphs is not None and graphs.holds(forward_batch.batch_size):
+            return graphs.layers(forward_batch)
+        return EagerLayers(self, forward_batch)
+
+    def _grow_layer(
+        self, tree: DraftTree, width: int, tokens: torch.Tensor, probs: torch.Tensor
+    ) -> torch.Tensor:
+        """Grow the tree by the calibrated probabilities and return those."""
+        depth, lines = tree.num_layers + 1, None
+        if self.calibration is not None:
+            if probs.device.type == "cpu":
+                probs = self.calibration.apply(probs, depth)
+            else:
+                lines = self.calibration.lines(probs, depth)
+        return tree.grow(tree.frontier(), width, tokens, probs, lines)
 
     def forward_layer(
         self, forward_batch: ForwardBatch, path_slots: torch.Tensor
@@ -285,7 +307,7 @@ class CastDraftWorker(EagleDraftWorker):
             running_only(self.draft_runner, kept),
         ):
             super()._draft_extend_for_decode(
-                batch, _first_columns(batch, batch_result, rows), **kwargs
+                batch, first_columns(batch, batch_result, rows), **kwargs
             )
 
     def _defer(self, batch: ScheduleBatch, batch_result: GenerationBatchResult) -> None:
@@ -345,34 +367,3 @@ class CastDraftWorker(EagleDraftWorker):
             yield
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
-
-
-def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
-    batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return x[batch, rows]
-
-
-def _first_columns(
-    batch: ScheduleBatch, result: GenerationBatchResult, columns: int
-) -> GenerationBatchResult:
-    """Return `result` with only the first `columns` nodes of each request's verified block.
-
-    Effects: narrows `batch.out_cache_loc` likewise; `result` itself stays whole, since the
-    scheduler still reads it.
-    """
-    width = result.speculative_num_draft_tokens
-    if columns == width:
-        return result
-
-    def narrow(x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, width, *x.shape[1:])[:, :columns].flatten(0, 1)
-
-    batch.out_cache_loc = narrow(batch.out_cache_loc)
-    return dataclasses.replace(
-        result,
-        next_token_ids=narrow(result.next_token_ids),
-        logits_output=dataclasses.replace(
-            result.logits_output, hidden_states=narrow(result.logits_output.hidden_states)
-        ),
-    )

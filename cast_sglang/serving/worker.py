@@ -37,6 +37,7 @@ from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker, DraftShape
 from cast_sglang.serving.identity import host_identity
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.readback import HostReads
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
 from cast_sglang.wish import OFF, THROUGHPUT, request_weights
@@ -90,11 +91,13 @@ class CastWorker(EAGLEWorkerV2):
         draft.costs = draft.residuals = None
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
+        draft.reads = HostReads(self.device)
         self.calibration = None
         if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
             identity = host_identity(resolving_view(server_args))
             file = CalibrationFile.of(self.config, identity)
-            self.calibration = Calibration(file, saves=get_parallel().tp_rank == 0)
+            saves = get_parallel().tp_rank == 0
+            self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
         draft.weights = draft.deferring = None
         self._num_steps = 0
