@@ -86,6 +86,15 @@ class GraphSizes:
     def num_graphs(self) -> int:
         return sum(map(len, self._tiers.values()))
 
+    @property
+    def all_batch_sizes(self) -> list[int]:
+        """The captured batch sizes, ascending."""
+        return self._batch_sizes
+
+    def at(self, batch_size: int) -> tuple[int, ...]:
+        """Return the sizes that have a graph at a captured batch size."""
+        return self._tiers[batch_size]
+
     def batch_sizes(self, size: int) -> list[int]:
         """Return the batch sizes at which this size has a graph, ascending."""
         return [batch_size for batch_size, sizes in self._tiers.items() if size in sizes]

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,16 +22,17 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from sglang.srt.speculative.spec_utils import renorm_draft_probs
 from sglang.srt.utils.common import fast_topk
 
-from cast_sglang.ops import ops_for
 from cast_sglang.serving.draft_attention import create_tree_backend
-from cast_sglang.serving.layers import EagerLayers, Layers
+from cast_sglang.serving.layer_graphs import capture_layers
+from cast_sglang.serving.layers import grow_tree
+from cast_sglang.serving.pass_graphs import capture_extend, extend_rows
 from cast_sglang.serving.ragged import first_columns, kept_rows, running_only
-from cast_sglang.tree import DraftTree
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
     from cast_sglang.serving.layer_graphs import LayerGraphs
+    from cast_sglang.serving.pass_graphs import GraphPlan, PassGraphs
     from cast_sglang.serving.readback import HostReads
 
 
@@ -77,7 +80,9 @@ class CastDraftWorker(EagleDraftWorker):
     verify_sizes: tuple[int, ...]
     clock: PassClock
     reads: HostReads
-    layer_graphs: LayerGraphs | None  # None where layers are launched kernel by kernel
+    graph_plan: GraphPlan | None  # None where all passes are launched kernel by kernel
+    layer_graphs: LayerGraphs | None
+    extend_graphs: PassGraphs | None
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
     shares_out: bool  # one budget of verified nodes for the batch
@@ -91,8 +96,7 @@ class CastDraftWorker(EagleDraftWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        self.layer_graphs = None
-        self._widths = range(1, self.topk + 1)
+        self.layer_graphs = self.extend_graphs = self.graph_plan = None
 
     def init_attention_backend(self) -> None:
         """Build the backend of the tree's layers and the one of draft extend."""
@@ -107,6 +111,14 @@ class CastDraftWorker(EagleDraftWorker):
         # SGLang captures all draft steps as one graph, which cannot stop early.
         self.cuda_graph_runner = None
         self.cuda_graph_runner_for_draft_extend = None
+        plan = self.graph_plan
+        if plan is None:
+            return
+        self.extend_graphs = capture_extend(self, plan.extend)
+        if plan.widths is not None:
+            self.layer_graphs = capture_layers(self, plan.widths)
+            # Nothing of a captured layer is sized by the host, so it need not wait for lengths.
+            self.draft_attn_backend.needs_cpu_seq_lens = False
 
     def draft(self, batch: ScheduleBatch) -> EagleVerifyInput:
         """Grow the batch's tree, choose what to verify and return the verify input.
@@ -127,7 +139,7 @@ class CastDraftWorker(EagleDraftWorker):
             self.topk,
             self.speculative_num_steps,
         )
-        tree, widths, policy_seconds = self._grow_tree(forward_batch)
+        tree, widths, policy_seconds = grow_tree(self, forward_batch)
 
         began = time.perf_counter()
         num_layers = self.policy.depth(tree.num_layers, self.costs)
@@ -187,74 +199,14 @@ class CastDraftWorker(EagleDraftWorker):
             explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
             if explored != size:
                 size, num_rows = explored, None
+        if num_rows is None and self.graph_plan is not None:
+            fitting = self.graph_plan.verify.fit(len(scores), size, scores.shape[1] + 1)
+            size = size if fitting is None else fitting
         if num_rows is None and self.is_ragged and self.weights is not None:
             num_rows = np.where(self.weights > 0.0, size, 1)
         if num_rows is None or num_rows.min() == num_rows.max():
             return size, None
         return int(num_rows.max()), num_rows
-
-    def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
-        spec_info, batch_size = forward_batch.spec_info, forward_batch.batch_size
-        probs = spec_info.topk_p
-        if self.calibration is not None:
-            probs = self.calibration.apply(probs, depth=1)
-        tokens = self._to_target_vocab(spec_info.topk_index)
-        tree = DraftTree(tokens, probs, self.speculative_num_steps, ops_for(self.device))
-        layers = self._layers(forward_batch)
-        self.reads.begin_step()
-        read = self.reads.start(tree.frontier().scores)
-        scores = probs
-        widths: list[int] = []
-        policy_seconds = 0.0
-
-        while True:
-            frontier, is_full = tree.frontier(), tree.num_layers == tree.max_layers
-            if not is_full:
-                layers.prepare(frontier)
-            above = scores
-            scores, *grown = read.wait()
-            began = time.perf_counter()
-            if grown:
-                self.policy.expanded(above[:, : widths[-1]], *grown)
-            grows = not is_full
-            if not is_full:
-                width = self.policy.breadth(scores, self.costs)
-                grows = self.policy.deepen()
-                if self.residuals is not None and self.costs is not None:
-                    width = self.residuals.explore(
-                        "draft", batch_size, width, self._widths, self.costs.draft
-                    )
-            policy_seconds += time.perf_counter() - began
-            if not grows:
-                return tree, tuple(widths), policy_seconds
-
-            width = layers.fit(width)
-            with self.clock.time("draft", width):
-                probs, tokens = layers.run(frontier, width)
-            began = time.perf_counter()
-            probs = self._grow_layer(tree, width, tokens, probs)
-            policy_seconds += time.perf_counter() - began
-            widths.append(width)
-            read = self.reads.start(tree.frontier().scores, probs)
-
-    def _layers(self, forward_batch: ForwardBatch) -> Layers:
-        """Return how the step's layers are run: captured where there are graphs for the batch."""
-        graphs = self.layer_graphs
-        if graphs is not None and graphs.holds(forward_batch.batch_size):
-            return graphs.layers(forward_batch)
-        return EagerLayers(self, forward_batch)
-
-    def _grow_layer(
-        self, tree: DraftTree, width: int, tokens: torch.Tensor, probs: torch.Tensor
-    ) -> torch.Tensor:
-        """Grow the tree by the calibrated probabilities and return those."""
-        depth, lines = tree.num_layers + 1, None
-        if self.calibration is not None:
-            if probs.device.type == "cpu":
-                probs = self.calibration.apply(probs, depth)
-            else:
-                lines = self.calibration.lines(probs, depth)
-        return tree.grow(tree.frontier(), width, tokens, probs, lines)
 
     def forward_layer(
         self, forward_batch: ForwardBatch, path_slots: torch.Tensor
@@ -270,6 +222,12 @@ class CastDraftWorker(EagleDraftWorker):
             hidden_states [B * W, H].
         """
         self.draft_attn_backend.init_tree_metadata(forward_batch, path_slots)
+        return self.forward_nodes(forward_batch)
+
+    def forward_nodes(
+        self, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the draft model over nodes whose attention is set up; see `forward_layer`."""
         with forward_context(
             ForwardContext(attn_backend=self.draft_attn_backend), forward_batch=forward_batch
         ):
@@ -277,9 +235,9 @@ class CastDraftWorker(EagleDraftWorker):
             output = self.draft_runner.forward(forward_batch).logits_output
         probs = renorm_draft_probs(output.next_token_logits, forward_batch.sampling_info, False)
         top_probs, top_index = fast_topk(probs, self.topk, dim=-1)
-        return top_probs, self._to_target_vocab(top_index), output.hidden_states
+        return top_probs, self.to_target_vocab(top_index), output.hidden_states
 
-    def _to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
+    def to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
         return index if self.hot_token_id is None else self.hot_token_id[index]
 
     def _draft_extend_for_decode(
@@ -301,8 +259,15 @@ class CastDraftWorker(EagleDraftWorker):
             if self.is_ragged:
                 kept = kept_rows(batch_result.accept_lens, rows)
                 self.last_extend_rows = float(batch_result.accept_lens.sum()) / len(batch.reqs)
+        if self.extend_graphs is not None:
+            # All columns that verify has run are there, so a size with a graph may take more.
+            fitting = self.extend_graphs.sizes.fit(
+                len(batch.reqs), rows, batch_result.speculative_num_draft_tokens
+            )
+            rows = max(rows, fitting or 0)
+            self.last_extend_rows = rows
         with (
-            self._width(rows),
+            self._width(rows, len(batch.reqs)),
             self.clock.time("draft_extend", self.last_extend_rows),
             running_only(self.draft_runner, kept),
         ):
@@ -352,7 +317,7 @@ class CastDraftWorker(EagleDraftWorker):
             speculative_num_draft_tokens=width,
         )
         kept = kept_rows(num_rows, width) if self.is_ragged else None
-        with self._width(width), running_only(self.draft_runner, kept):
+        with self._width(width, len(batch.reqs)), running_only(self.draft_runner, kept):
             super()._draft_extend_for_decode(past, result)
         for name in _NEXT_CHILDREN:
             now, before = getattr(result.next_draft_input, name), getattr(batch.spec_info, name)
@@ -360,10 +325,22 @@ class CastDraftWorker(EagleDraftWorker):
             setattr(batch.spec_info, name, torch.where(took, now, before))
 
     @contextlib.contextmanager
-    def _width(self, num_tokens: int):  # type: ignore[no-untyped-def]
+    def _width(self, num_tokens: int, batch_size: int) -> Iterator[None]:
         """Let SGLang's code, which reads the server argument, see this step's width."""
         self.speculative_num_draft_tokens = num_tokens
+        runner = None
+        if self.extend_graphs is not None:
+            runner = self.extend_graphs.runner(batch_size, num_tokens)
+        self.cuda_graph_runner_for_draft_extend = runner
         try:
-            yield
+            with contextlib.nullcontext() if runner is None else extend_rows(self, num_tokens):
+                yield
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
+            self.cuda_graph_runner_for_draft_extend = None
+
+    def recurrent_hidden_states(self) -> tuple[int, torch.dtype]:
+        """Return size and type of the hidden states that one layer hands to the next."""
+        size, dtype = get_draft_recurrent_hidden_state_spec(self.draft_runner)
+        assert size is not None and dtype is not None
+        return size, dtype
