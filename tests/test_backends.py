@@ -88,3 +88,19 @@ def test_a_gpu_server_defaults_to_the_backend_with_graphs(has_gpu, given, monkey
     )
     algorithm.choose_attention_backend(args)
     assert args.attention_backend == ("triton" if has_gpu and given is None else given)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "captures"),
+    [
+        ("cuda", Backend.FULL, True),
+        ("cuda:1", Backend.DISABLED, False),
+        ("cpu", Backend.FULL, False),
+    ],
+)
+def test_a_profile_says_whether_steps_were_captured(device, backend, captures):
+    from cast_sglang.serving.identity import captures_decode
+
+    graphs = CudaGraphConfig(decode=PhaseConfig(backend=backend), prefill=PhaseConfig())
+    server_args = SimpleNamespace(device=device, cuda_graph_config=graphs)
+    assert captures_decode(server_args) == captures

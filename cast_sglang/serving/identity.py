@@ -65,7 +65,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
         attention_backend=str(server_args.attention_backend),
-        cuda_graph=False,
+        cuda_graph=captures_decode(server_args),
         page_size=server_args.page_size or 1,
         versions={
             "python": platform.python_version(),
@@ -76,6 +76,15 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         quantization=server_args.quantization,
         overlap=not server_args.disable_overlap_schedule,
     )
+
+
+def captures_decode(server_args: ServerArgs) -> bool:
+    """Return whether a server with these arguments runs its steps as CUDA graphs."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    graphs = server_args.cuda_graph_config
+    is_cuda = server_args.device.startswith("cuda")
+    return is_cuda and graphs is not None and graphs.decode.backend != Backend.DISABLED
 
 
 def published(identity: HostIdentity) -> HostIdentity:
