@@ -97,8 +97,8 @@ class Decider:
             began = time.perf_counter()
             probs = self._calibrated(probs, tree.num_layers + 1)
             self.policy.expanded(frontier.scores[:, :width], probs)
-            spent += time.perf_counter() - began
             tree.grow(frontier, width, tokens, probs)
+            spent += time.perf_counter() - began
             widths.append(width)
         began = time.perf_counter()
         ranked = tree.ranked(self.options.tokens - 1)

@@ -60,6 +60,16 @@ def _cpu_tree_backend(draft_runner: ModelRunner) -> Any:
 
 
 def _triton_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
+    max_rows = draft_runner.req_to_token_pool.size * topk
+    return triton_tree_backend_class()(
+        draft_runner,
+        skip_prefill=True,
+        kv_indptr_buf=torch.zeros(max_rows + 1, dtype=torch.int32, device=draft_runner.device),
+    )
+
+
+def triton_tree_backend_class() -> type:
+    """Return SGLang's `triton` backend with tree layers on top, eager and captured."""
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
     class TritonTreeDraftBackend(TritonAttnBackend):
@@ -122,9 +132,4 @@ def _triton_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
             )
             self.init_forward_metadata_out_graph(forward_batch, in_capture=True)
 
-    max_rows = draft_runner.req_to_token_pool.size * topk
-    return TritonTreeDraftBackend(
-        draft_runner,
-        skip_prefill=True,
-        kv_indptr_buf=torch.zeros(max_rows + 1, dtype=torch.int32, device=draft_runner.device),
-    )
+    return TritonTreeDraftBackend

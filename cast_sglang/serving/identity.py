@@ -18,7 +18,14 @@ from cast_sglang.profiles import config_hash
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["device_facts", "host_identity", "is_eagle3_config", "published", "read_draft_config"]
+__all__ = [
+    "captures_decode",
+    "device_facts",
+    "host_identity",
+    "is_eagle3_config",
+    "published",
+    "read_draft_config",
+]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
