@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_sglang.cost import StepCosts
+from cast_sglang.ops import ops_for
 from cast_sglang.policy import FixedPolicy, TreePolicy
 from cast_sglang.price import AutoPolicy
 from cast_sglang.serving.calibration import Calibration
@@ -81,7 +82,8 @@ class Decider:
         self.policy.speculate(batch, self.costs)
         spent += time.perf_counter() - began
         tokens, probs = random_children(batch, topk, device)
-        tree = DraftTree(tokens, self._calibrated(probs, 1), max_layers=self.options.steps)
+        probs = self._calibrated(probs, 1)
+        tree = DraftTree(tokens, probs, self.options.steps, ops_for(device))
         widths: list[int] = []
         while tree.num_layers < tree.max_layers:
             began = time.perf_counter()
@@ -95,8 +97,8 @@ class Decider:
             began = time.perf_counter()
             probs = self._calibrated(probs, tree.num_layers + 1)
             self.policy.expanded(frontier.scores[:, :width], probs)
-            spent += time.perf_counter() - began
             tree.grow(frontier, width, tokens, probs)
+            spent += time.perf_counter() - began
             widths.append(width)
         began = time.perf_counter()
         ranked = tree.ranked(self.options.tokens - 1)

@@ -118,11 +118,17 @@ class Acceptance:
             result = torch.empty_like(probs)
             _interpolate(probs.numpy().reshape(-1), row, result.numpy().reshape(-1))
             return result
-        knots, starts, slopes = self.lines(probs.device)
-        row = int(np.searchsorted(_DEPTH_ENDS, depth))
+        knots, starts, slopes = self.lines_at(depth, probs.device)
         piece = torch.bucketize(probs, knots, right=True)
-        result = torch.addcmul(starts[row][piece], slopes[row][piece], probs)
-        return result.clamp_(0.0, 1.0)
+        return torch.addcmul(starts[piece], slopes[piece], probs).clamp_(0.0, 1.0)
+
+    def lines_at(
+        self, depth: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return knots [P - 1], starts [P] and slopes [P] of g at one depth; see `lines`."""
+        knots, starts, slopes = self.lines(device)
+        row = int(np.searchsorted(_DEPTH_ENDS, depth))
+        return knots, starts[row], slopes[row]
 
     def lines(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the inner knots of g, and where each piece starts and how it rises, on a device.

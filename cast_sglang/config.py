@@ -25,6 +25,7 @@ __all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_
 
 POLICIES = ("auto", "fixed", "eagle", "optimal")
 LOOKUPS = ("linear", "nearest")
+GRAPHS = ("all", "passes", "off")
 MAX_VERIFY_TOKENS = 4096
 
 _ENV_PREFIX = "CAST_"
@@ -141,6 +142,13 @@ class CastConfig:
     )
     residuals: str = _knob(
         "on", "choice", "correct the tables by what serving measures", choices=("on", "off")
+    )
+    graphs: str = _knob(
+        "all",
+        "choice",
+        "CUDA graphs of draft layers, verify and draft extend (all), of the last two (passes), or "
+        "none",
+        choices=GRAPHS,
     )
     log_interval: int = _knob(
         0, "count", "steps between two statistics lines in the log, 0 for none", low=0, high=10**9

@@ -28,6 +28,7 @@ from cast_sglang.cost import (
     step_units,
 )
 from cast_sglang.errors import TraceError
+from cast_sglang.ops import reference
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
 from cast_sglang.price import AutoPolicy
@@ -265,7 +266,8 @@ class Replay:
         first = root if not step.is_plain else root - 1
         nodes, chances = self._children(recorded, first, depth=1)
         probs = torch.from_numpy(chances).view(batch_size, -1)
-        tree = DraftTree(torch.from_numpy(nodes).view(batch_size, -1), probs, header.num_steps)
+        tokens = torch.from_numpy(nodes).view(batch_size, -1)
+        tree = DraftTree(tokens, probs, header.num_steps, reference)
         grown.add(nodes, chances, np.ones((batch_size, 1)))
         while tree.num_layers < tree.max_layers:
             frontier = tree.frontier()

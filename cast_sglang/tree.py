@@ -8,16 +8,17 @@ which they were proposed: the K children of the root, then K children for each k
 layer. So candidate g is a child of expanded node number g // K, where number 0 is the root: this is
 the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection into a mask.
 
-The tree holds tensors and chooses nothing; `policy.py` chooses.
+The tree holds tensors and chooses nothing: `policy.py` chooses, and `ops` holds the formulas, in
+plain torch and in one kernel each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-__all__ = ["DraftTree", "Frontier", "RankedNodes", "Selection"]
+__all__ = ["DraftTree", "Frontier", "RankedNodes", "Selection", "TreeOps"]
 
 
 class Frontier(NamedTuple):
@@ -49,6 +50,14 @@ class Selection(NamedTuple):
     draft_tokens: torch.Tensor  # [B, N - 1] int64
 
 
+class TreeOps(Protocol):
+    """What a tree is grown with: the module `ops.ops_for` returns."""
+
+    grow_layer: Any
+    rank_nodes: Any
+    select_nodes: Any
+
+
 class DraftTree:
     """A tree that grows layer by layer.
 
@@ -59,11 +68,14 @@ class DraftTree:
         tokens: [B, K] int64, the root's candidate tokens, most probable first.
         probs: [B, K] float32 in [0, 1], their probabilities.
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
+        ops: of the tensors' device.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
     """
 
-    def __init__(self, tokens: torch.Tensor, probs: torch.Tensor, max_layers: int) -> None:
+    def __init__(
+        self, tokens: torch.Tensor, probs: torch.Tensor, max_layers: int, ops: TreeOps
+    ) -> None:
         if tokens.shape != probs.shape or tokens.dim() != 2:
             raise ValueError(
                 f"tokens and probs must both be [B, K], got {tuple(tokens.shape)} "
@@ -74,7 +86,10 @@ class DraftTree:
         self._tokens = [tokens]
         self._scores = [probs]
         self._expanded: list[torch.Tensor] = []  # candidate numbers kept in each grown layer
-        self._layer_start = 0  # number of the newest layer's first candidate
+        self._ops = ops
+        self._num_candidates = self.topk
+        order = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
+        self._frontier = Frontier(probs, order, tokens, torch.zeros_like(order))
 
     @property
     def num_layers(self) -> int:
@@ -84,7 +99,7 @@ class DraftTree:
     @property
     def num_candidates(self) -> int:
         """M, candidates per request in all layers."""
-        return self._layer_start + self._tokens[-1].shape[1]
+        return self._num_candidates
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -102,20 +117,17 @@ class DraftTree:
         return sum(kept.shape[1] for kept in self._expanded)
 
     def frontier(self) -> Frontier:
-        """Rank the newest layer and return its best K candidates.
+        """Return the newest layer's best K candidates."""
+        return self._frontier
 
-        Effects: pure; static output shape.
-        """
-        scores, tokens = self._scores[-1], self._tokens[-1]
-        if self.num_layers == 1:
-            local = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
-            return Frontier(scores, local, tokens, torch.zeros_like(local))
-        best, local = torch.topk(scores, self.topk, dim=1)
-        return Frontier(
-            best, local + self._layer_start, tokens.gather(1, local), local // self.topk
-        )
-
-    def grow(self, kept: Frontier, width: int, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+    def grow(
+        self,
+        kept: Frontier,
+        width: int,
+        tokens: torch.Tensor,
+        probs: torch.Tensor,
+        lines: Any = None,
+    ) -> torch.Tensor:
         """Add the layer below the best `width` nodes of the newest layer.
 
         Args:
@@ -123,6 +135,10 @@ class DraftTree:
             width: W, how many of its nodes were expanded; 1 <= W <= K.
             tokens: [B * W, K] int64, children proposed for each expanded node, request-major.
             probs: [B * W, K] float32, the draft model's probabilities of those children.
+            lines: `ops.contract.CalibrationLines` to calibrate them by; None to take them as given.
+
+        Returns:
+            [B * W, K] float32, the probabilities that the layer grew by.
 
         Raises:
             ValueError: the shapes do not fit, or the tree already has `max_layers` layers.
@@ -135,11 +151,15 @@ class DraftTree:
                 f"children must be [{batch_size * width}, {self.topk}], got "
                 f"{tuple(tokens.shape)} and {tuple(probs.shape)}"
             )
-        scores = kept.scores[:, :width, None] * probs.view(batch_size, width, self.topk)
-        self._layer_start = self.num_candidates
+        grown = self._ops.grow_layer(
+            kept.scores[:, :width], probs, tokens, self._num_candidates, lines
+        )
         self._expanded.append(kept.node_index[:, :width])
-        self._scores.append(scores.view(batch_size, -1))
+        self._scores.append(grown.scores)
         self._tokens.append(tokens.view(batch_size, -1))
+        self._num_candidates += width * self.topk
+        self._frontier = grown.frontier
+        return grown.probs
 
     def ranked(self, num_nodes: int, num_layers: int | None = None) -> RankedNodes:
         """Rank all candidates and return each request's best `num_nodes` (or all, if fewer).
@@ -150,10 +170,8 @@ class DraftTree:
         Args:
             num_layers: look at the first layers only; None for all.
         """
-        scores, index = torch.sort(
-            torch.cat(self._scores[:num_layers], dim=1), dim=1, descending=True, stable=True
-        )
-        return RankedNodes(scores[:, :num_nodes], index[:, :num_nodes])
+        scores = torch.cat(self._scores[:num_layers], dim=1)
+        return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
 
     def select(
         self, ranked: RankedNodes, num_draft_tokens: int, num_rows: torch.Tensor | None = None
@@ -172,18 +190,13 @@ class DraftTree:
                 f"num_draft_tokens must be in 2..{ranked.node_index.shape[1] + 1}, "
                 f"got {num_draft_tokens}"
             )
-        index, tokens = ranked.node_index[:, :num_nodes], torch.cat(self._tokens, dim=1)
-        batch_size, device = index.shape[0], index.device
         # The builder strides this list by its depth times K, however narrow the layers were.
-        num_parents = 1 + self.topk * (self.num_layers - 1)
-        if num_rows is not None:
-            absent = torch.arange(1, num_draft_tokens, device=device) >= num_rows.unsqueeze(1)
-            index = index.masked_fill(absent, self.num_candidates)
-            tokens = torch.nn.functional.pad(tokens, (0, 1))
-            num_parents += 1
-        index = index.sort(dim=1).values
-        parent_list = torch.full((batch_size, num_parents), -1, dtype=torch.int64, device=device)
+        num_parents = 1 + self.topk * (self.num_layers - 1) + (num_rows is not None)
+        index, draft_tokens = self._ops.select_nodes(
+            ranked.node_index, torch.cat(self._tokens, dim=1), num_draft_tokens, num_rows
+        )
+        parent_list = index.new_full((len(index), num_parents), -1)
         if self._expanded:
             expanded = torch.cat(self._expanded, dim=1)
             parent_list[:, 1 : 1 + expanded.shape[1]] = expanded
-        return Selection(parent_list, index, tokens.gather(1, index))
+        return Selection(parent_list, index, draft_tokens)

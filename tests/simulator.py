@@ -15,6 +15,7 @@ import torch
 
 from cast_sglang.acceptance import Acceptance, verify_outcomes
 from cast_sglang.cost import StepCosts, step_units
+from cast_sglang.ops import reference
 from cast_sglang.optimal import optimal_choice
 from cast_sglang.policy import TreePolicy
 from cast_sglang.price import AutoPolicy
@@ -127,7 +128,8 @@ def _step(
     raw: list[np.ndarray] = []
     true: list[np.ndarray] = []
     probs = layer(1, 1)
-    tree = DraftTree(torch.zeros(batch_size, TOPK, dtype=torch.int64), probs, LAYERS)
+    tokens = torch.zeros(batch_size, TOPK, dtype=torch.int64)
+    tree = DraftTree(tokens, probs, LAYERS, reference)
     widths: list[int] = []
     while tree.num_layers < tree.max_layers:
         frontier = tree.frontier()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.acceptance import Acceptance, _isotonic, verify_outcomes
+from cast_sglang.ops import reference
 from cast_sglang.tree import DraftTree
 
 PROBS = torch.linspace(0.0, 1.0, 1001)
@@ -205,7 +206,8 @@ def random_selection(seed: int, batch: int, topk: int, layers: int, size: int):
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     tokens = torch.zeros(batch, topk, dtype=torch.int64)
-    tree = DraftTree(tokens, rand(batch, topk).sort(dim=1, descending=True).values, layers)
+    probs = rand(batch, topk).sort(dim=1, descending=True).values
+    tree = DraftTree(tokens, probs, layers, reference)
     parents = torch.full((batch, topk), -1)
     depths = [1] * topk
     widths = []

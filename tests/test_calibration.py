@@ -10,6 +10,7 @@ from builders import make_identity
 
 from cast_sglang.config import CastConfig
 from cast_sglang.errors import ConfigError
+from cast_sglang.ops import reference
 from cast_sglang.serving import calibration as module
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.tree import DraftTree
@@ -22,7 +23,7 @@ CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
 
 def grown_tree(calibration):
     tokens = torch.zeros((2, TOPK), dtype=torch.int64)
-    tree = DraftTree(tokens, calibration.apply(ROOT_PROBS, depth=1), max_layers=2)
+    tree = DraftTree(tokens, calibration.apply(ROOT_PROBS, depth=1), 2, reference)
     frontier = tree.frontier()
     tree.grow(frontier, 1, tokens, calibration.apply(CHILD_PROBS, depth=2))
     return tree

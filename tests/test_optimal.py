@@ -7,6 +7,7 @@ import pytest
 import torch
 from simulator import LAYERS, SIZES, TOPK, Text, make_costs
 
+from cast_sglang.ops import reference
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.tree import DraftTree
 
@@ -17,6 +18,7 @@ def grown(policy, text, step_costs, batch_size):
         torch.zeros(batch_size, TOPK, dtype=torch.int64),
         torch.from_numpy(text.children(1).reshape(-1, TOPK)).float(),
         LAYERS,
+        reference,
     )
     layers = [tree.frontier().scores]
     while True:

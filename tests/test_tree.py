@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cast_sglang.ops import reference
 from cast_sglang.policy import EaglePolicy
 from cast_sglang.tree import DraftTree
 
@@ -21,7 +22,9 @@ def children(generator, rows, topk, vocab=1000, certain=False):
 
 def grown(generator, batch, topk, widths, max_layers=None, certain=False):
     tree = DraftTree(
-        *children(generator, batch, topk, certain=certain), max_layers or len(widths) + 1
+        *children(generator, batch, topk, certain=certain),
+        max_layers or len(widths) + 1,
+        reference,
     )
     for width in widths:
         kept = tree.frontier()
@@ -81,7 +84,8 @@ def test_requests_of_unequal_numbers_of_nodes(batch, topk, seed, shape):
     width = max(2, *num_rows)
     selection = tree.select(ranked, width, torch.tensor(num_rows))
     seq_lens = torch.randint(0, 9, (batch,), generator=generator)
-    mask, positions = torch.zeros(batch * width**2, dtype=torch.bool), torch.zeros(batch * width)
+    mask = torch.zeros(batch * width**2, dtype=torch.bool)
+    positions = torch.zeros(batch * width, dtype=torch.int64)
     links = torch.zeros((3, batch, width), dtype=torch.int64)
     build_tree(
         selection.parent_list,
@@ -152,7 +156,7 @@ def test_eagle_policy_gives_sglangs_tree_node_for_node(batch, topk, steps, seed,
     theirs = organize_draft_results(score_list, token_list, parents_list, num_draft_tokens)
 
     policy = EaglePolicy(num_draft_tokens)
-    tree = DraftTree(*layers[0], max_layers=steps)
+    tree = DraftTree(*layers[0], steps, reference)
     for tokens, probs in layers[1:]:
         kept = tree.frontier()
         width = policy.breadth(kept.scores)
@@ -168,7 +172,7 @@ def test_eagle_policy_gives_sglangs_tree_node_for_node(batch, topk, steps, seed,
 
 
 def test_frontier_is_the_best_of_the_newest_layer():
-    tree = DraftTree(torch.tensor([[7, 8]]), torch.tensor([[0.6, 0.3]]), max_layers=3)
+    tree = DraftTree(torch.tensor([[7, 8]]), torch.tensor([[0.6, 0.3]]), 3, reference)
     first = tree.frontier()
     assert first.scores.tolist() == [pytest.approx([0.6, 0.3])]
     tree.grow(first, 2, torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.5, 0.1], [0.9, 0.05]]))
@@ -181,11 +185,11 @@ def test_frontier_is_the_best_of_the_newest_layer():
 
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match=r"\[B, K\]"):
-        DraftTree(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4), 3)
-    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), max_layers=1)
+        DraftTree(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4), 3, reference)
+    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), 1, reference)
     with pytest.raises(ValueError, match="already has 1 layers"):
         tree.grow(tree.frontier(), 1, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
-    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), max_layers=2)
+    tree = DraftTree(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), 2, reference)
     with pytest.raises(ValueError, match="children must be"):
         tree.grow(tree.frontier(), 2, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="num_draft_tokens must be in 2..3"):

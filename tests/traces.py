@@ -10,6 +10,7 @@ from builders import make_identity, make_profile, make_table
 from simulator import LAYERS, TOKENS, TOPK, Text, distorted
 
 from cast_sglang.cost import CostModel, plain_extra, step_units
+from cast_sglang.ops import reference
 from cast_sglang.policy import TreePolicy
 from cast_sglang.price import AutoPolicy
 from cast_sglang.profile_schema import CostProfile
@@ -141,7 +142,7 @@ class Recorder:
             )
         layers = [self._layer(1, 1)]
         flat = torch.from_numpy(layers[0].tokens.reshape(batch_size, -1))
-        tree = DraftTree(flat, torch.from_numpy(layers[0].probs[:, 0]).float(), LAYERS)
+        tree = DraftTree(flat, torch.from_numpy(layers[0].probs[:, 0]).float(), LAYERS, reference)
         while tree.num_layers < tree.max_layers:
             frontier = tree.frontier()
             width = self.policy.breadth(frontier.scores, costs)

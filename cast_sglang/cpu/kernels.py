@@ -8,6 +8,7 @@ import torch
 from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 
 from cast_sglang.cpu.reads import full_mask_cells
+from cast_sglang.ops import reference
 
 Tensor = torch.Tensor
 
@@ -28,79 +29,36 @@ def build_tree(
 ) -> None:
     """Link the selected candidates of each request into a tree below its bonus token.
 
-    Definition: candidate c was drafted under candidate parent_list[c // topk], or under the root if
-    c < topk. Node i > 0 is candidate top_scores_index[i - 1]. A node sees its ancestors and itself;
-    its position is seq_len + depth; next_token is its first child, next_sibling the next
-    node of the same parent.
+    Definition: `ops.reference.build_tree`, with the mask in the layout that SGLang asks for.
 
     Args:
-        parent_list: [B, P] int64; empty when only one step was drafted.
-        top_scores_index: [B, N - 1] int64, ascending.
         spec_steps: depth no node exceeds.
 
     Effects: writes tree_mask (QLEN_ONLY or FULL_MASK layout; prefix cells stay as they are),
-        positions [B * N] and the [B, N] retrieve_* links. A candidate whose parent was not selected
-        is left unlinked, so verification cannot reach it.
+        positions [B * N] and the [B, N] retrieve_* links.
 
     Raises:
         NotImplementedError: bit-packed mask.
     """
+    if tree_mask_mode not in (TreeMaskMode.QLEN_ONLY, TreeMaskMode.FULL_MASK):
+        raise NotImplementedError(f"SGLANG_PLATFORM=cast_cpu has no {tree_mask_mode!r} tree mask")
     batch, width = seq_lens.shape[0], num_verify_tokens
-    nodes = torch.arange(width)
-    parent, linked = find_parents(parent_list, top_scores_index, topk)
-
-    # Axes: request, parent, node.
-    is_child = (parent.unsqueeze(1) == nodes.unsqueeze(1)) & linked.unsqueeze(1)
-    first_child = torch.where(is_child, nodes, width).amin(dim=2)
-    same_parent = is_child.gather(1, parent.unsqueeze(2).expand(-1, -1, width))
-    later = nodes > nodes.unsqueeze(1)
-    next_sibling = torch.where(same_parent & later, nodes, width).amin(dim=2)
-    next_sibling.masked_fill_(~linked, width)
-    retrieve_next_token.copy_(first_child.masked_fill_(first_child == width, -1))
-    retrieve_next_sibling.copy_(next_sibling.masked_fill_(next_sibling == width, -1))
-    retrieve_index.copy_(torch.arange(batch * width).view(batch, width))
-
-    sees = torch.eye(width, dtype=torch.bool).repeat(batch, 1, 1)
-    sees[:, :, 0] = True
-    ancestor = parent
-    for _ in range(spec_steps - 1):
-        sees.scatter_(2, ancestor.unsqueeze(2), True)
-        ancestor = parent.gather(1, ancestor)
-    positions.copy_((seq_lens.unsqueeze(1) + sees.sum(dim=2) - 1).flatten())
-    write_tree_mask(tree_mask, sees, seq_lens, tree_mask_mode)
-
-
-def find_parents(parent_list: Tensor, top_scores_index: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Parent node of each node and whether it has one: [B, N] int64 and [B, N] bool.
-
-    The root and nodes without a selected parent name node 0.
-    """
-    drafted_under = top_scores_index // topk
-    below_root = drafted_under == 0
-    if parent_list.shape[1]:
-        parent_candidate = parent_list.gather(1, drafted_under)
-    else:
-        parent_candidate = drafted_under
-    # Axes: request, child, candidate parent.
-    matches = parent_candidate.unsqueeze(2) == top_scores_index.unsqueeze(1)
-    found = matches.any(dim=2) & ~below_root
-    parent = torch.where(found, matches.to(torch.uint8).argmax(dim=2) + 1, 0)
-    pad = (1, 0)
-    return (
-        torch.nn.functional.pad(parent, pad),
-        torch.nn.functional.pad(found | below_root, pad),
+    is_full = tree_mask_mode == TreeMaskMode.FULL_MASK
+    sees = tree_mask.new_empty(batch * width * width) if is_full else tree_mask
+    reference.build_tree(
+        parent_list,
+        top_scores_index,
+        seq_lens,
+        sees,
+        positions,
+        retrieve_index,
+        retrieve_next_token,
+        retrieve_next_sibling,
+        topk,
+        spec_steps,
     )
-
-
-def write_tree_mask(tree_mask: Tensor, sees: Tensor, seq_lens: Tensor, mode: TreeMaskMode) -> None:
-    """Store [B, N, N] visibility in SGLang's flat layout; prefix columns are left untouched."""
-    batch, width, _ = sees.shape
-    if mode == TreeMaskMode.QLEN_ONLY:
-        tree_mask[: sees.numel()].copy_(sees.flatten())
-    elif mode == TreeMaskMode.FULL_MASK:
-        tree_mask[full_mask_cells(seq_lens, width)] = sees
-    else:
-        raise NotImplementedError(f"SGLANG_PLATFORM=cast_cpu has no {mode!r} tree mask")
+    if is_full:
+        tree_mask[full_mask_cells(seq_lens, width)] = sees.view(batch, width, width)
 
 
 def verify_tree_greedy(

@@ -20,6 +20,7 @@ __all__ = [
     "check_build_tree",
     "check_choose_size",
     "check_grow_layer",
+    "check_list_slots",
     "check_mean_utility",
     "check_rank_nodes",
     "check_select_count",
@@ -135,6 +136,34 @@ def check_select_nodes(
             raise ValueError(
                 f"num_rows must be [{len(node_index)}] torch.int64, got {_describe(num_rows)}"
             )
+
+
+def check_list_slots(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    path_slots: torch.Tensor,
+    depth: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+) -> None:
+    """Raise ValueError unless these are arguments of `list_slots`."""
+    _check("path_slots", path_slots, torch.int64, 3)
+    batch_size, width = path_slots.shape[:2]
+    if req_to_token.dim() != 2 or req_to_token.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"req_to_token must be 2-d int, got {_describe(req_to_token)}")
+    for name, x in (("req_pool_indices", req_pool_indices), ("seq_lens", seq_lens)):
+        if x.dtype != torch.int64 or x.shape != (batch_size,):
+            raise ValueError(f"{name} must be [{batch_size}] torch.int64, got {_describe(x)}")
+    if depth.dtype != torch.int64 or depth.shape != (1,):
+        raise ValueError(f"depth must be [1] torch.int64, got {_describe(depth)}")
+    if kv_indptr.dtype != torch.int32 or kv_indptr.shape != (batch_size * width + 1,):
+        raise ValueError(
+            f"kv_indptr must be [{batch_size * width + 1}] torch.int32, got {_describe(kv_indptr)}"
+        )
+    _check("kv_indices", kv_indices, torch.int64, 1)
+    if not (kv_indptr.is_contiguous() and kv_indices.is_contiguous()):
+        raise ValueError("tensors that are written must be contiguous")
 
 
 def check_build_tree(

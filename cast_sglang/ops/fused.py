@@ -20,6 +20,7 @@ __all__ = [
     "build_tree",
     "choose_size",
     "grow_layer",
+    "list_slots",
     "mean_utility",
     "rank_nodes",
     "select_count",
@@ -29,6 +30,8 @@ __all__ = [
 # Cells of a tile, and requests at most in one that is summed over the batch.
 _TILE = 4096
 _TILE_ROWS = 64
+# Slots that a program copies at a time.
+_SLOT_TILE = 512
 
 
 def grow_layer(
@@ -195,6 +198,40 @@ def select_nodes(
         num_warps=_num_warps(nodes, 128),
     )
     return index, draft_tokens
+
+
+def list_slots(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    path_slots: torch.Tensor,
+    depth: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+) -> None:
+    """List the cache slots that each node of a layer attends to; see `reference`."""
+    contract.check_list_slots(
+        req_to_token, req_pool_indices, seq_lens, path_slots, depth, kv_indptr, kv_indices
+    )
+    req_to_token = _rows(req_to_token)
+    batch_size, width, max_depth = path_slots.shape
+    kernels.list_slots_kernel[(batch_size, width)](
+        req_to_token,
+        req_to_token.stride(0),
+        req_pool_indices.contiguous(),
+        seq_lens.contiguous(),
+        path_slots,
+        *path_slots.stride(),
+        depth,
+        kv_indptr,
+        kv_indices,
+        batch_size,
+        width,
+        REQUESTS=_padded(batch_size),
+        PATH=triton.next_power_of_2(max_depth),
+        TILE=_SLOT_TILE,
+        num_warps=4,
+    )
 
 
 def build_tree(

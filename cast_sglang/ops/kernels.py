@@ -15,6 +15,7 @@ __all__ = [
     "build_tree_kernel",
     "choose_size_kernel",
     "grow_layer_kernel",
+    "list_slots_kernel",
     "mean_utility_kernel",
     "rank_nodes_kernel",
     "select_count_kernel",
@@ -282,3 +283,52 @@ def build_tree_kernel(  # type: ignore[no-untyped-def]
     tl.store(next_token_ptr + to, child, mask=written)
     sibling = tl.where(sibling < NODES, sibling, -1).to(tl.int64)
     tl.store(next_sibling_ptr + to, sibling, mask=written)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "batch_stride", "node_stride", "batch_size", "width"]
+)
+def list_slots_kernel(  # type: ignore[no-untyped-def]
+    table_ptr,
+    table_stride,
+    rows_ptr,
+    seq_lens_ptr,
+    path_ptr,
+    batch_stride,
+    node_stride,
+    depth_stride,
+    depth_ptr,
+    indptr_ptr,
+    indices_ptr,
+    batch_size,
+    width,
+    REQUESTS: tl.constexpr,
+    PATH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Copy one node's slots behind those of the nodes before it."""
+    request = tl.program_id(0)
+    node = tl.program_id(1)
+    depth = tl.load(depth_ptr)
+    other = tl.arange(0, REQUESTS)
+    lengths = tl.load(seq_lens_ptr + other, mask=other < batch_size, other=0)
+    lengths = tl.where(other < batch_size, lengths + depth, 0)
+    seq_len = tl.load(seq_lens_ptr + request)
+    before = tl.sum(tl.where(other < request, lengths, 0), axis=0) * width
+    start = before + node * (seq_len + depth)
+    end = start + seq_len + depth
+    row = request * width + node
+    tl.store(indptr_ptr + row + 1, end.to(tl.int32))
+    if row == 0:
+        tl.store(indptr_ptr, 0)
+
+    table_row = table_ptr + tl.load(rows_ptr + request) * table_stride
+    for first in range(0, seq_len, TILE):
+        column = first + tl.arange(0, TILE)
+        is_prefix = column < seq_len
+        slots = tl.load(table_row + column, mask=is_prefix, other=0).to(tl.int64)
+        tl.store(indices_ptr + start + column, slots, mask=is_prefix)
+    step = tl.arange(0, PATH)
+    path = path_ptr + request.to(tl.int64) * batch_stride + node * node_stride
+    slots = tl.load(path + step * depth_stride, mask=step < depth, other=0)
+    tl.store(indices_ptr + start + seq_len + step, slots, mask=step < depth)

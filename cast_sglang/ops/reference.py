@@ -21,6 +21,7 @@ __all__ = [
     "build_tree",
     "choose_size",
     "grow_layer",
+    "list_slots",
     "mean_utility",
     "rank_nodes",
     "select_count",
@@ -61,7 +62,7 @@ def grow_layer(
         ValueError: shape, dtype or width out of range.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase; contract of
-        `tree.DraftTree.grow` and `frontier`, and of `acceptance.Acceptance.calibrated`.
+        `acceptance.Acceptance.calibrated`.
     """
     contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
     (batch_size, width), topk = parent_scores.shape, probs.shape[1]
@@ -71,17 +72,11 @@ def grow_layer(
         probs = (lines.starts[piece] + lines.slopes[piece] * probs).clamp_(0.0, 1.0)
     scores = parent_scores.unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
-    best = rank_nodes(scores, topk)
-    return GrownLayer(
-        probs,
-        scores,
-        Frontier(
-            best.scores,
-            best.node_index + layer_start,
-            tokens.view(batch_size, width * topk).gather(1, best.node_index),
-            best.node_index // topk,
-        ),
-    )
+    ranked = torch.sort(scores, dim=1, descending=True, stable=True)
+    best, index = (part[:, :topk] for part in ranked)
+    best_tokens = tokens.view(batch_size, width * topk).gather(1, index)
+    frontier = Frontier(best, index + layer_start, best_tokens, index // topk)
+    return GrownLayer(probs, scores, frontier)
 
 
 def mean_utility(scores: torch.Tensor) -> torch.Tensor:
@@ -120,8 +115,7 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
     Raises:
         ValueError: shape, dtype or `num_nodes` out of range.
 
-    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.2, reranking phase; contract of
-        `tree.DraftTree.ranked`.
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.2, reranking phase.
     """
     contract.check_rank_nodes(scores, num_nodes)
     best, index = torch.sort(scores, dim=1, descending=True, stable=True)
@@ -191,7 +185,7 @@ def select_nodes(
     Raises:
         ValueError: shape, dtype or `num_draft_tokens` out of range.
 
-    Source: contract of `tree.DraftTree.select` and of SGLang's `organize_draft_results`.
+    Source: contract of SGLang's `organize_draft_results`.
     """
     contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
     index = node_index[:, : num_draft_tokens - 1]
@@ -201,6 +195,52 @@ def select_nodes(
         tokens = torch.nn.functional.pad(tokens, (0, 1))
     index = index.sort(dim=1).values
     return index, tokens.gather(1, index)
+
+
+def list_slots(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    path_slots: torch.Tensor,
+    depth: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+) -> None:
+    """List the cache slots that each node of a layer attends to: committed prefix, then own path.
+
+    Definition: row (b, w) of the packed lists =
+        req_to_token[req_pool_indices[b], :seq_lens[b]] ++ path_slots[b, w, :depth]
+
+    Args:
+        req_to_token: [rows, max_context] int, slot of each request's token. Rows may be strided.
+        req_pool_indices: [B] int64, rows of that table. seq_lens: [B] int64, committed lengths.
+        path_slots: [B, W, D] int64, from a node's topmost ancestor to itself. May be strided.
+        depth: [1] int64 in 1..D, the layer; a tensor, so that a captured graph serves all layers.
+        kv_indptr: [B * W + 1] int32, written: where the lists begin and end.
+        kv_indices: at least sum of W * (seq_lens + depth) int64, written.
+
+    Raises:
+        ValueError: shape or dtype out of range.
+
+    Effects: cells behind the last list are left. Unlike `fused` this one reads sizes on the host.
+    """
+    contract.check_list_slots(
+        req_to_token, req_pool_indices, seq_lens, path_slots, depth, kv_indptr, kv_indices
+    )
+    batch_size, width, _ = path_slots.shape
+    lengths = (seq_lens + depth).repeat_interleave(width)
+    kv_indptr[0] = 0
+    kv_indptr[1:] = lengths.cumsum(0)
+    columns = torch.arange(int(lengths.max()), device=lengths.device)
+    request = torch.arange(batch_size, device=lengths.device).repeat_interleave(width)
+    # [B * W, columns], from which each row takes its first ones.
+    prefix = req_to_token[req_pool_indices[request]][:, : len(columns)].to(torch.int64)
+    prefix = torch.nn.functional.pad(prefix, (0, len(columns) - prefix.shape[1]))
+    on_path = (columns - seq_lens[request].unsqueeze(1)).clamp(0, path_slots.shape[2] - 1)
+    path = path_slots.reshape(batch_size * width, -1).gather(1, on_path)
+    slots = torch.where(columns < seq_lens[request].unsqueeze(1), prefix, path)
+    listed = slots[columns < lengths.unsqueeze(1)]
+    kv_indices[: len(listed)] = listed
 
 
 def build_tree(

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.spec_info import SpecInput
 
-__all__ = ["CastAlgorithm", "check_flags", "find_server_profile", "verify_sizes"]
+__all__ = [
+    "CastAlgorithm",
+    "check_flags",
+    "choose_attention_backend",
+    "find_server_profile",
+    "verify_sizes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,7 @@ DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
 TARGET_ATTENTION_BACKENDS = ("triton", "flashinfer", "cast_cpu")
 DRAFT_ATTENTION_BACKENDS = ("triton", "cast_cpu")
+GRAPH_ATTENTION_BACKEND = "triton"
 # SGLang's own default under speculative decoding, for the same reserve.
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 
@@ -110,7 +117,7 @@ class CastAlgorithm(CustomSpecAlgo):
         if server_args.device == "cpu":
             server_args.disable_overlap_schedule = True
         else:
-            _run_decode_eagerly(server_args)
+            _limit_graphs(config, server_args)
 
         found = find_server_profile(config, server_args)
         file = CalibrationFile.of(config, host_identity(server_args))
@@ -171,15 +178,46 @@ def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
     return config.verify_sizes
 
 
-def _run_decode_eagerly(server_args: ServerArgs) -> None:
+def _limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
+    """Turn decode graphs off where those of CAST's sizes cannot be captured, and say why."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    # SGLang captures verify and draft at one width each, and here every step has its own.
-    if server_args.cuda_graph_config.decode.backend != Backend.DISABLED:
-        server_args.cuda_graph_config = with_phase(
-            server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED
+    backend = server_args.cuda_graph_config.decode.backend
+    if backend == Backend.DISABLED:
+        logger.warning("CAST: decode CUDA graphs are off, as asked")
+        return
+    target = {
+        server_args.attention_backend,
+        server_args.prefill_attention_backend or server_args.attention_backend,
+        server_args.decode_attention_backend or server_args.attention_backend,
+    }
+    if config.graphs == "off":
+        reason = "--cast-graphs off"
+    elif backend != Backend.FULL:
+        reason = f"CAST captures whole passes, not {backend} ones"
+    elif target != {GRAPH_ATTENTION_BACKEND}:
+        reason = (
+            f"the target runs on {', '.join(sorted(map(str, target)))}, whose graphs are made for "
+            f"one number of rows; pass --attention-backend {GRAPH_ATTENTION_BACKEND}"
         )
-        logger.warning("CAST: decode CUDA graphs are off, because each step has its own widths")
+    else:
+        return
+    server_args.cuda_graph_config = with_phase(
+        server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED
+    )
+    logger.warning("CAST: decode CUDA graphs are off: %s", reason)
+
+
+def choose_attention_backend(args: argparse.Namespace) -> None:
+    """Run the target on the backend whose passes can be captured, where no other is asked for."""
+    given = (
+        args.attention_backend,
+        args.prefill_attention_backend,
+        args.decode_attention_backend,
+    )
+    if torch.cuda.is_available() and not any(given):
+        args.attention_backend = GRAPH_ATTENTION_BACKEND
+        logger.info("CAST: --attention-backend not given, using %s", GRAPH_ATTENTION_BACKEND)
 
 
 def _set_attention_backends(server_args: ServerArgs) -> None:

@@ -11,7 +11,9 @@ import torch
 
 from cast_sglang.acceptance import Acceptance, verify_outcomes
 from cast_sglang.errors import ConfigError
+from cast_sglang.ops.contract import CalibrationLines
 from cast_sglang.profiles import write_atomically
+from cast_sglang.serving.readback import HostReads, Read
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
@@ -85,21 +87,35 @@ class _Drafted(NamedTuple):
     topk: int
 
 
+class _Outcome(NamedTuple):
+    """A step whose outcome is known, on the device at first."""
+
+    read: Read  # parent list, selected candidates, accepted rows, and `_Drafted.probs`
+    widths: tuple[int, ...]
+    topk: int
+
+
 class Calibration:
     """Applies an `Acceptance` to the layers of a tree and teaches it by the tree's outcome.
 
-    A step's outcome is read when the next tree has been drafted: drafting has waited for it anyway,
-    so on a GPU the copies to the host wait for nothing.
+    A step's outcome is learned when the next tree has been drafted: drafting has waited for it, so
+    by then its copy is on the host.
     """
 
-    def __init__(self, file: CalibrationFile | None = None, saves: bool = True) -> None:
+    def __init__(
+        self,
+        file: CalibrationFile | None = None,
+        saves: bool = True,
+        reads: HostReads | None = None,
+    ) -> None:
         """Start from what the file holds; `saves` is for one of several ranks."""
         self.acceptance = Acceptance() if file is None else file.load()
         self._file = file if saves else None
+        self._reads = HostReads("cpu") if reads is None else reads
         self._num_learned = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._drafted: _Drafted | None = None
-        self._outcome: tuple[_Drafted, torch.Tensor] | None = None
+        self._outcome: _Outcome | None = None
 
     def apply(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
         """Return the calibrated probabilities of a layer's candidates given their parents.
@@ -108,10 +124,22 @@ class Calibration:
             probs: [n, K] float32, request-major: the root's children, or those of a layer's nodes.
             depth: the candidates' layer, 1 for the root's children.
         """
+        self._note(probs, depth)
+        return self.acceptance.calibrated(probs, depth)
+
+    def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
+        """Return what to calibrate a layer's candidates by, in the kernel that scores them.
+
+        Args:
+            probs, depth: as for `apply`, on a device.
+        """
+        self._note(probs, depth)
+        return CalibrationLines(*self.acceptance.lines_at(depth, probs.device))
+
+    def _note(self, probs: torch.Tensor, depth: int) -> None:
         if depth == 1:
             self._probs.clear()
         self._probs.append(probs)
-        return self.acceptance.calibrated(probs, depth)
 
     def selected(
         self,
@@ -141,25 +169,21 @@ class Calibration:
         Args:
             accept_index: [B, *] int, as SGLang's verify returns it; -1 for none.
         """
-        if self._drafted is not None:
-            self._outcome = (self._drafted, accept_index)
-            self._drafted = None
+        drafted, self._drafted = self._drafted, None
+        if drafted is not None:
+            selection = drafted.selection
+            read = self._reads.start(
+                selection.parent_list, selection.top_scores_index, accept_index, drafted.probs
+            )
+            self._outcome = _Outcome(read, drafted.widths, drafted.topk)
 
     def _learn(self) -> None:
         if self._outcome is None:
             return
-        drafted, accept_index = self._outcome
-        self._outcome = None
-        outcomes = verify_outcomes(
-            drafted.selection.parent_list.numpy(force=True),
-            drafted.selection.top_scores_index.numpy(force=True),
-            accept_index.numpy(force=True),
-            drafted.widths,
-            drafted.topk,
-        )
-        self.acceptance.update(
-            drafted.probs.numpy(force=True).ravel(), *(part.ravel() for part in outcomes)
-        )
+        outcome, self._outcome = self._outcome, None
+        parents, nodes, accepted, probs = (part.numpy() for part in outcome.read.wait())
+        outcomes = verify_outcomes(parents, nodes, accepted, outcome.widths, outcome.topk)
+        self.acceptance.update(probs.ravel(), *(part.ravel() for part in outcomes))
         self._num_learned += 1
         if self._file is not None and self._num_learned % SAVE_EVERY == 0:
             self._file.save(self.acceptance)

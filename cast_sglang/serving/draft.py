@@ -10,9 +10,9 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
-import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,14 +22,17 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from sglang.srt.speculative.spec_utils import renorm_draft_probs
 from sglang.srt.utils.common import fast_topk
 
 from cast_sglang.serving.draft_attention import create_tree_backend
-from cast_sglang.serving.ragged import kept_rows, running_only
-from cast_sglang.tree import DraftTree
+from cast_sglang.serving.layer_graphs import capture_layers
+from cast_sglang.serving.layers import grow_tree
+from cast_sglang.serving.pass_graphs import capture_extend, extend_rows
+from cast_sglang.serving.ragged import first_columns, kept_rows, running_only
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
     from cast_sglang.serving.backlog import Backlog
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.clock import PassClock
+    from cast_sglang.serving.layer_graphs import LayerGraphs
+    from cast_sglang.serving.pass_graphs import GraphPlan, PassGraphs
+    from cast_sglang.serving.readback import HostReads
     from cast_sglang.serving.tracing import Tracer
 
 
@@ -57,7 +63,7 @@ class DraftShape(NamedTuple):
     widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
     num_draft_tokens: int  # N, nodes verified per request, root included
     num_rows: np.ndarray | None  # [B], of each request where they differ; at most N
-    policy_seconds: float  # host time of the decisions, waiting for the device included
+    policy_seconds: float  # host time of the decisions, waiting for the device not included
 
     @property
     def mean_rows(self) -> float:
@@ -75,6 +81,10 @@ class CastDraftWorker(EagleDraftWorker):
     verify_sizes: tuple[int, ...]
     clock: PassClock
     tracer: Tracer | None  # None without recording
+    reads: HostReads
+    graph_plan: GraphPlan | None  # None where all passes are launched kernel by kernel
+    layer_graphs: LayerGraphs | None
+    extend_graphs: PassGraphs | None
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
     shares_out: bool  # one budget of verified nodes for the batch
@@ -88,7 +98,7 @@ class CastDraftWorker(EagleDraftWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        self._widths = range(1, self.topk + 1)
+        self.layer_graphs = self.extend_graphs = self.graph_plan = None
 
     def init_attention_backend(self) -> None:
         """Build the backend of the tree's layers and the one of draft extend."""
@@ -103,6 +113,14 @@ class CastDraftWorker(EagleDraftWorker):
         # SGLang captures all draft steps as one graph, which cannot stop early.
         self.cuda_graph_runner = None
         self.cuda_graph_runner_for_draft_extend = None
+        plan = self.graph_plan
+        if plan is None:
+            return
+        self.extend_graphs = capture_extend(self, plan.extend)
+        if plan.widths is not None:
+            self.layer_graphs = capture_layers(self, plan.widths)
+            # Nothing of a captured layer is sized by the host, so it need not wait for lengths.
+            self.draft_attn_backend.needs_cpu_seq_lens = False
 
     def draft(self, batch: ScheduleBatch) -> EagleVerifyInput:
         """Grow the batch's tree, choose what to verify and return the verify input.
@@ -123,13 +141,16 @@ class CastDraftWorker(EagleDraftWorker):
             self.topk,
             self.speculative_num_steps,
         )
-        tree, widths, policy_seconds = self._grow_tree(forward_batch)
+        tree, widths, policy_seconds = grow_tree(self, forward_batch)
 
         began = time.perf_counter()
         num_layers = self.policy.depth(tree.num_layers, self.costs)
         widths = widths[: num_layers - 1]
         ranked = tree.ranked(self.max_draft_tokens - 1, num_layers)
-        num_draft_tokens, num_rows = self._rows_to_verify(ranked.scores)
+        policy_seconds += time.perf_counter() - began
+        (scores,) = self.reads.start(ranked.scores).wait()
+        began = time.perf_counter()
+        num_draft_tokens, num_rows = self._rows_to_verify(scores)
         policy_seconds += time.perf_counter() - began
         selection = tree.select(
             ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
@@ -167,7 +188,11 @@ class CastDraftWorker(EagleDraftWorker):
         return verify_input
 
     def _rows_to_verify(self, scores: torch.Tensor) -> tuple[int, np.ndarray | None]:
-        """Return N, and the rows of each request where they differ."""
+        """Return N, and the rows of each request where they differ.
+
+        Args:
+            scores: [B, n] float32, on the host, as for `TreePolicy.rerank`.
+        """
         num_rows = self.policy.share_out(scores, self.costs) if self.shares_out else None
         if num_rows is None:
             size = self.policy.rerank(scores, self.costs)
@@ -178,64 +203,14 @@ class CastDraftWorker(EagleDraftWorker):
             explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
             if explored != size:
                 size, num_rows = explored, None
+        if num_rows is None and self.graph_plan is not None:
+            fitting = self.graph_plan.verify.fit(len(scores), size, scores.shape[1] + 1)
+            size = size if fitting is None else fitting
         if num_rows is None and self.is_ragged and self.weights is not None:
             num_rows = np.where(self.weights > 0.0, size, 1)
         if num_rows is None or num_rows.min() == num_rows.max():
             return size, None
         return int(num_rows.max()), num_rows
-
-    def _grow_tree(self, forward_batch: ForwardBatch) -> tuple[DraftTree, tuple[int, ...], float]:
-        spec_info = forward_batch.spec_info
-        probs = self._calibrated(spec_info.topk_p, depth=1)
-        tree = DraftTree(
-            self._to_target_vocab(spec_info.topk_index), probs, self.speculative_num_steps
-        )
-        batch_size = forward_batch.batch_size
-        # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
-        slots = forward_batch.out_cache_loc.view(batch_size, -1)
-        committed = forward_batch.seq_lens
-        hidden_states = spec_info.hidden_states.unsqueeze(1)  # [B, W of the layer above, H]
-        path_slots = slots.new_empty((batch_size, 1, 0))  # [B, W of the layer above, depth]
-        widths: list[int] = []
-        policy_seconds = 0.0
-
-        while tree.num_layers < tree.max_layers:
-            began = time.perf_counter()
-            frontier = tree.frontier()
-            width = self.policy.breadth(frontier.scores, self.costs)
-            grow = self.policy.deepen()
-            if self.residuals is not None and self.costs is not None:
-                width = self.residuals.explore(
-                    "draft", batch_size, width, self._widths, self.costs.draft
-                )
-            policy_seconds += time.perf_counter() - began
-            if not grow:
-                break
-
-            layer = tree.num_layers
-            parents = frontier.parents[:, :width]
-            own = slots[:, (layer - 1) * self.topk :][:, :width]
-            path_slots = torch.cat((_take_rows(path_slots, parents), own.unsqueeze(2)), dim=2)
-            forward_batch.input_ids = frontier.tokens[:, :width].flatten()
-            forward_batch.positions = (committed + (layer - 1)).repeat_interleave(width)
-            forward_batch.out_cache_loc = own.flatten()
-            spec_info.hidden_states = _take_rows(hidden_states, parents).flatten(0, 1)
-            with self.clock.time("draft", width):
-                probs, tokens, hidden_states = self.forward_layer(forward_batch, path_slots)
-            hidden_states = hidden_states.view(batch_size, width, -1)
-            began = time.perf_counter()
-            probs = self._calibrated(probs, depth=layer + 1)
-            self.policy.expanded(frontier.scores[:, :width], probs)
-            policy_seconds += time.perf_counter() - began
-            tree.grow(frontier, width, tokens, probs)
-            widths.append(width)
-        return tree, tuple(widths), policy_seconds
-
-    def _calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
-        chances = probs if self.calibration is None else self.calibration.apply(probs, depth)
-        if self.tracer is not None:
-            self.tracer.drafted(depth, probs, chances)
-        return chances
 
     def forward_layer(
         self, forward_batch: ForwardBatch, path_slots: torch.Tensor
@@ -251,6 +226,12 @@ class CastDraftWorker(EagleDraftWorker):
             hidden_states [B * W, H].
         """
         self.draft_attn_backend.init_tree_metadata(forward_batch, path_slots)
+        return self.forward_nodes(forward_batch)
+
+    def forward_nodes(
+        self, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the draft model over nodes whose attention is set up; see `forward_layer`."""
         with forward_context(
             ForwardContext(attn_backend=self.draft_attn_backend), forward_batch=forward_batch
         ):
@@ -258,9 +239,9 @@ class CastDraftWorker(EagleDraftWorker):
             output = self.draft_runner.forward(forward_batch).logits_output
         probs = renorm_draft_probs(output.next_token_logits, forward_batch.sampling_info, False)
         top_probs, top_index = fast_topk(probs, self.topk, dim=-1)
-        return top_probs, self._to_target_vocab(top_index), output.hidden_states
+        return top_probs, self.to_target_vocab(top_index), output.hidden_states
 
-    def _to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
+    def to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
         return index if self.hot_token_id is None else self.hot_token_id[index]
 
     def _draft_extend_for_decode(
@@ -282,13 +263,20 @@ class CastDraftWorker(EagleDraftWorker):
             if self.is_ragged:
                 kept = kept_rows(batch_result.accept_lens, rows)
                 self.last_extend_rows = float(batch_result.accept_lens.sum()) / len(batch.reqs)
+        if self.extend_graphs is not None:
+            # All columns that verify has run are there, so a size with a graph may take more.
+            fitting = self.extend_graphs.sizes.fit(
+                len(batch.reqs), rows, batch_result.speculative_num_draft_tokens
+            )
+            rows = max(rows, fitting or 0)
+            self.last_extend_rows = rows
         with (
-            self._width(rows),
+            self._width(rows, len(batch.reqs)),
             self.clock.time("draft_extend", self.last_extend_rows),
             running_only(self.draft_runner, kept),
         ):
             super()._draft_extend_for_decode(
-                batch, _first_columns(batch, batch_result, rows), **kwargs
+                batch, first_columns(batch, batch_result, rows), **kwargs
             )
 
     def _defer(self, batch: ScheduleBatch, batch_result: GenerationBatchResult) -> None:
@@ -333,7 +321,7 @@ class CastDraftWorker(EagleDraftWorker):
             speculative_num_draft_tokens=width,
         )
         kept = kept_rows(num_rows, width) if self.is_ragged else None
-        with self._width(width), running_only(self.draft_runner, kept):
+        with self._width(width, len(batch.reqs)), running_only(self.draft_runner, kept):
             super()._draft_extend_for_decode(past, result)
         for name in _NEXT_CHILDREN:
             now, before = getattr(result.next_draft_input, name), getattr(batch.spec_info, name)
@@ -341,41 +329,22 @@ class CastDraftWorker(EagleDraftWorker):
             setattr(batch.spec_info, name, torch.where(took, now, before))
 
     @contextlib.contextmanager
-    def _width(self, num_tokens: int):  # type: ignore[no-untyped-def]
+    def _width(self, num_tokens: int, batch_size: int) -> Iterator[None]:
         """Let SGLang's code, which reads the server argument, see this step's width."""
         self.speculative_num_draft_tokens = num_tokens
+        runner = None
+        if self.extend_graphs is not None:
+            runner = self.extend_graphs.runner(batch_size, num_tokens)
+        self.cuda_graph_runner_for_draft_extend = runner
         try:
-            yield
+            with contextlib.nullcontext() if runner is None else extend_rows(self, num_tokens):
+                yield
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens
+            self.cuda_graph_runner_for_draft_extend = None
 
-
-def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
-    batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return x[batch, rows]
-
-
-def _first_columns(
-    batch: ScheduleBatch, result: GenerationBatchResult, columns: int
-) -> GenerationBatchResult:
-    """Return `result` with only the first `columns` nodes of each request's verified block.
-
-    Effects: narrows `batch.out_cache_loc` likewise; `result` itself stays whole, since the
-    scheduler still reads it.
-    """
-    width = result.speculative_num_draft_tokens
-    if columns == width:
-        return result
-
-    def narrow(x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, width, *x.shape[1:])[:, :columns].flatten(0, 1)
-
-    batch.out_cache_loc = narrow(batch.out_cache_loc)
-    return dataclasses.replace(
-        result,
-        next_token_ids=narrow(result.next_token_ids),
-        logits_output=dataclasses.replace(
-            result.logits_output, hidden_states=narrow(result.logits_output.hidden_states)
-        ),
-    )
+    def recurrent_hidden_states(self) -> tuple[int, torch.dtype]:
+        """Return size and type of the hidden states that one layer hands to the next."""
+        size, dtype = get_draft_recurrent_hidden_state_spec(self.draft_runner)
+        assert size is not None and dtype is not None
+        return size, dtype

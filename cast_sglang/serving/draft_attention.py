@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cast_sglang.errors import HostError
+from cast_sglang.ops import ops_for
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -59,65 +60,76 @@ def _cpu_tree_backend(draft_runner: ModelRunner) -> Any:
 
 
 def _triton_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    class TritonTreeDraftBackend(TritonAttnBackend):
-        """Triton decode attention whose rows are tree nodes."""
-
-        def init_tree_metadata(self, forward_batch: ForwardBatch, path_slots: torch.Tensor) -> None:
-            spec_info = forward_batch.spec_info
-            spec_info.kv_indptr, spec_info.kv_indices = tree_kv_indices(
-                self.req_to_token,
-                forward_batch.req_pool_indices,
-                forward_batch.seq_lens,
-                int(forward_batch.seq_lens_cpu.sum()),
-                path_slots,
-            )
-            self.init_forward_metadata(forward_batch)
-
     max_rows = draft_runner.req_to_token_pool.size * topk
-    return TritonTreeDraftBackend(
+    return triton_tree_backend_class()(
         draft_runner,
         skip_prefill=True,
         kv_indptr_buf=torch.zeros(max_rows + 1, dtype=torch.int32, device=draft_runner.device),
     )
 
 
-def tree_kv_indices(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    seq_lens_sum: int,
-    path_slots: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Build the packed slot list of each node of a layer: committed prefix, then own path.
+def triton_tree_backend_class() -> type:
+    """Return SGLang's `triton` backend with tree layers on top, eager and captured."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
-    Definition: row (b, w) = req_to_token[req_pool_indices[b], :seq_lens[b]] ++ path_slots[b, w]
+    class TritonTreeDraftBackend(TritonAttnBackend):
+        """Triton decode attention whose rows are tree nodes."""
 
-    Args:
-        req_to_token: [rows, max_context] int, slot of each request's token.
-        req_pool_indices: [B] int64. seq_lens: [B] int64, committed lengths.
-        seq_lens_sum: sum of `seq_lens`, known to the host, so that no size is read back.
-        path_slots: [B, W, depth] int64.
+        # Sizes of eager layers' slot lists; a server whose layers are captured needs none.
+        needs_cpu_seq_lens = True
 
-    Returns:
-        kv_indptr [B * W + 1] int32 and kv_indices [seq_lens_sum * W + B * W * depth] int32.
+        def init_tree_metadata(self, forward_batch: ForwardBatch, path_slots: torch.Tensor) -> None:
+            spec_info = forward_batch.spec_info
+            spec_info.kv_indptr, spec_info.kv_indices = self._new_lists(forward_batch, path_slots)
+            depth = torch.full((1,), path_slots.shape[2], device=self.device)
+            self.list_slots(forward_batch, path_slots, depth)
+            self.init_forward_metadata(forward_batch)
 
-    Effects: pure; no host sync.
-    """
-    batch_size, width, depth = path_slots.shape
-    device = path_slots.device
-    num_rows = batch_size * width
-    prefix = seq_lens.to(torch.int64).repeat_interleave(width, output_size=num_rows)
-    kv_indptr = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
-    kv_indptr[1:] = torch.cumsum(prefix + depth, dim=0)
+        def list_slots(
+            self, forward_batch: ForwardBatch, path_slots: torch.Tensor, depth: torch.Tensor
+        ) -> None:
+            """Write the lists of a layer to where `forward_batch.spec_info` says."""
+            ops_for(self.device).list_slots(
+                self.req_to_token,
+                forward_batch.req_pool_indices,
+                forward_batch.seq_lens,
+                path_slots,
+                depth,
+                forward_batch.spec_info.kv_indptr,
+                forward_batch.spec_info.kv_indices,
+            )
 
-    total = seq_lens_sum * width + num_rows * depth
-    row = torch.arange(num_rows, device=device).repeat_interleave(prefix + depth, output_size=total)
-    offset = torch.arange(total, device=device) - kv_indptr[row]
-    beyond_prefix = offset - prefix[row]
-    from_path = path_slots.view(num_rows, depth)[row, beyond_prefix.clamp(min=0)]
-    from_prefix = req_to_token[
-        req_pool_indices[row // width], torch.minimum(offset, prefix[row] - 1)
-    ]
-    return kv_indptr, torch.where(beyond_prefix >= 0, from_path, from_prefix).to(torch.int32)
+        def _new_lists(
+            self, forward_batch: ForwardBatch, path_slots: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            batch_size, width, depth = path_slots.shape
+            if forward_batch.seq_lens_cpu is None:
+                prefixes = batch_size * self.max_context_len
+            else:
+                prefixes = int(forward_batch.seq_lens_cpu.sum())
+            indptr = torch.empty(batch_size * width + 1, dtype=torch.int32, device=self.device)
+            num_slots = width * (prefixes + batch_size * depth)
+            return indptr, torch.empty(num_slots, dtype=torch.int64, device=self.device)
+
+        def capture_lists(self, max_nodes: int, max_depth: int) -> None:
+            """Allocate what captured layers of up to so many nodes read and write."""
+            num_slots = max_nodes * (self.max_context_len + max_depth)
+            self.tree_kv_indptr = torch.zeros(max_nodes + 1, dtype=torch.int32, device=self.device)
+            self.tree_kv_indices = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+            self.init_cuda_graph_state(max_nodes, max_nodes, kv_indices_buf=self.tree_kv_indices)
+
+        def init_captured_tree_metadata(
+            self, forward_batch: ForwardBatch, path_slots: torch.Tensor, depth: torch.Tensor
+        ) -> None:
+            """As `init_tree_metadata`, in the buffers of `capture_lists`: all on the device."""
+            num_nodes = path_slots.shape[0] * path_slots.shape[1]
+            spec_info = forward_batch.spec_info
+            spec_info.kv_indptr = self.tree_kv_indptr[: num_nodes + 1]
+            spec_info.kv_indices = self.tree_kv_indices
+            self.list_slots(forward_batch, path_slots, depth)
+            self.get_num_kv_splits(
+                self.cuda_graph_num_kv_splits[:num_nodes], forward_batch.seq_lens
+            )
+            self.init_forward_metadata_out_graph(forward_batch, in_capture=True)
+
+    return TritonTreeDraftBackend

@@ -18,7 +18,14 @@ from cast_sglang.profiles import config_hash
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["device_facts", "host_identity", "is_eagle3_config", "published", "read_draft_config"]
+__all__ = [
+    "captures_decode",
+    "device_facts",
+    "host_identity",
+    "is_eagle3_config",
+    "published",
+    "read_draft_config",
+]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
@@ -65,7 +72,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
         attention_backend=str(server_args.attention_backend),
-        cuda_graph=False,
+        cuda_graph=captures_decode(server_args),
         page_size=server_args.page_size or 1,
         versions={
             "python": platform.python_version(),
@@ -76,6 +83,15 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         quantization=server_args.quantization,
         overlap=not server_args.disable_overlap_schedule,
     )
+
+
+def captures_decode(server_args: ServerArgs) -> bool:
+    """Return whether a server with these arguments runs its steps as CUDA graphs."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    graphs = server_args.cuda_graph_config
+    is_cuda = server_args.device.startswith("cuda")
+    return is_cuda and graphs is not None and graphs.decode.backend != Backend.DISABLED
 
 
 def published(identity: HostIdentity) -> HostIdentity:

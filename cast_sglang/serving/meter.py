@@ -19,10 +19,12 @@ import torch
 from cast_sglang.metering import Limits
 from cast_sglang.policy import TreePolicy
 from cast_sglang.stats import StepStats
+from cast_sglang.tree import Frontier
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from cast_sglang.serving.worker import CastWorker
 
@@ -109,6 +111,8 @@ class EngineMeter:
             draft.topk,
             steps,
         )
+        if draft.layer_graphs is not None and draft.layer_graphs.holds(batch_size):
+            return self._captured_layer(forward_batch, width)
         slots = forward_batch.out_cache_loc.view(batch_size, steps, draft.topk)
         depth = max(1, steps // 2)
         path_slots = slots[:, :depth, :width].transpose(1, 2).contiguous()
@@ -119,6 +123,16 @@ class EngineMeter:
         forward_batch.spec_info.hidden_states = hidden_states.repeat_interleave(width, dim=0)
         with self._draft_context():
             return self._time(lambda: draft.forward_layer(forward_batch, path_slots))
+
+    def _captured_layer(self, forward_batch: ForwardBatch, width: int) -> float:
+        """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
+        layers = self.worker.draft_worker.layer_graphs.layers(forward_batch)
+        scores, tokens = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
+        frontier = Frontier(scores, tokens, tokens, torch.zeros_like(tokens))
+        layers.prepare(frontier)
+        width = layers.fit(width)
+        with self._draft_context():
+            return self._time(lambda: layers.run(frontier, width))
 
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
         """Time the draft's pass over the rows that an accepted path can reach."""
@@ -136,6 +150,9 @@ class EngineMeter:
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
         worker = self.worker
+        if worker.verify_graphs is not None:
+            # Its graphs are those of verify, and a plain step is one of one row.
+            return self.verify(batch_size, context, 1)
         batch = self._batch(batch_size, context)
         batch.spec_info = None
         batch.spec_algorithm = SpeculativeAlgorithm.NONE
@@ -169,11 +186,11 @@ class EngineMeter:
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
-            for owner, name in (
-                (worker, "verify"),
-                (draft, "forward_layer"),
-                (draft, "_draft_extend_for_decode"),
-            ):
+            passes = [(worker, "verify"), (draft, "_draft_extend_for_decode")]
+            passes.append((draft, "forward_layer"))
+            if draft.layer_graphs is not None:
+                passes.append((draft.layer_graphs, "run"))
+            for owner, name in passes:
                 setattr(owner, name, timed(getattr(owner, name)))
                 stack.callback(delattr, owner, name)
             whole = self._time(lambda: worker.forward_batch_generation(batch))

@@ -62,9 +62,10 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
-        from cast_sglang.serving.algorithm import check_flags
+        from cast_sglang.serving.algorithm import check_flags, choose_attention_backend
 
         check_flags(namespace)
+        choose_attention_backend(namespace)
     for key, value in given.items():
         if value is not None:
             os.environ[f"CAST_{key.upper()}"] = str(value)

@@ -8,16 +8,19 @@ before the model and spread out again behind it, so all code around the model se
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-__all__ = ["kept_rows", "running_only", "runs_kept_rows"]
+__all__ = ["first_columns", "kept_rows", "running_only", "runs_kept_rows"]
 
 
 def runs_kept_rows(runner: ModelRunner) -> bool:
@@ -65,3 +68,28 @@ def running_only(runner: ModelRunner, kept: torch.Tensor | None) -> Iterator[Non
     finally:
         del runner.forward
         runner.attn_backend.kept_rows = None
+
+
+def first_columns(
+    batch: ScheduleBatch, result: GenerationBatchResult, columns: int
+) -> GenerationBatchResult:
+    """Return `result` with only the first `columns` nodes of each request's verified block.
+
+    Effects: narrows `batch.out_cache_loc` likewise; `result` itself stays whole, since the
+    scheduler still reads it.
+    """
+    width = result.speculative_num_draft_tokens
+    if columns == width:
+        return result
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, width, *x.shape[1:])[:, :columns].flatten(0, 1)
+
+    batch.out_cache_loc = narrow(batch.out_cache_loc)
+    return dataclasses.replace(
+        result,
+        next_token_ids=narrow(result.next_token_ids),
+        logits_output=dataclasses.replace(
+            result.logits_output, hidden_states=narrow(result.logits_output.hidden_states)
+        ),
+    )

@@ -36,7 +36,10 @@ from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.clock import PassClock
 from cast_sglang.serving.draft import CastDraftWorker, DraftShape
 from cast_sglang.serving.identity import host_identity
+from cast_sglang.serving.layers import compile_ops
+from cast_sglang.serving.pass_graphs import PassGraphs, capture_verify, plan_graphs
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.readback import HostReads
 from cast_sglang.serving.tracing import Tracer
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
@@ -92,11 +95,14 @@ class CastWorker(EAGLEWorkerV2):
         draft.costs = draft.residuals = None
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
+        draft.reads = HostReads(self.device)
+        self.verify_graphs: PassGraphs | None = None
         self.calibration = None
         if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
             identity = host_identity(resolving_view(server_args))
             file = CalibrationFile.of(self.config, identity)
-            self.calibration = Calibration(file, saves=get_parallel().tp_rank == 0)
+            saves = get_parallel().tp_rank == 0
+            self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
         draft.weights = draft.deferring = None
         self._num_steps = 0
@@ -121,6 +127,15 @@ class CastWorker(EAGLEWorkerV2):
         # As many rows as verify may have, so that catching up fits wherever verify does.
         num_slots = self.req_to_token_pool.req_to_token.shape[0]
         draft.backlog = Backlog(num_slots, self.max_draft_tokens)
+
+    def init_cuda_graphs(self) -> None:
+        """Capture the passes at the sizes that a step may choose, where the device can."""
+        self._draft_worker.graph_plan = plan = plan_graphs(self)
+        super().init_cuda_graphs()
+        if plan is not None:
+            self.verify_graphs = capture_verify(self, plan.verify)
+        if self.device != "cpu":
+            compile_ops(self._draft_worker)
 
     @property
     def lacks_profile(self) -> bool:
@@ -321,6 +336,9 @@ class CastWorker(EAGLEWorkerV2):
             self.topk = 1  # a lone root stands where it belongs, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
+            if self.verify_graphs is not None:
+                graphs = self.verify_graphs
+                runner.decode_cuda_graph_runner = graphs.runner(len(batch.reqs), rows)
             with self.clock.time("verify", mean_rows), running_only(runner, kept):
                 result = super().verify(batch, *args, **kwargs)
             if self.calibration is not None and rows > 1:

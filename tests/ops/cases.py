@@ -135,3 +135,23 @@ def poisoned_links(batch: int, num_draft_tokens: int) -> TreeLinks:
     links = torch.full((3, batch, num_draft_tokens), -77)
     mask = torch.arange(cells * num_draft_tokens + 5) % 2 == 0
     return TreeLinks(mask, torch.full((cells,), -77), *links)
+
+
+def slots(
+    generator: torch.Generator,
+    lens: list[int],
+    width: int,
+    max_depth: int,
+    depth: int,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Return arguments of `list_slots`; what is written is poisoned, with cells to spare."""
+    batch = len(lens)
+    table = torch.randint(1, 2**31 - 1, (batch + 3, max(lens) + 5), generator=generator).to(dtype)
+    rows = torch.randperm(batch + 3, generator=generator)[:batch]
+    # Of the K nodes of a wider layer, as in a step.
+    path = torch.randint(1, 2**40, (batch, width + 2, max_depth), generator=generator)[:, :width]
+    seq_lens, at = torch.tensor(lens), torch.tensor([depth])
+    indptr = torch.full((batch * width + 1,), -7, dtype=torch.int32)
+    indices = torch.full((width * (sum(lens) + batch * depth) + 5,), -7)
+    return [table, rows, seq_lens, path, at, indptr, indices]

@@ -88,6 +88,10 @@ def choose_size(fused, n=63):
     fused.choose_size(torch.zeros(64, n), costs, sizes, torch.tensor(2.0))
 
 
+def list_slots(fused, slot=torch.int32):
+    fused.list_slots(*cases.slots(generator(), [700, 3], 10, 8, 5, slot)[:7])
+
+
 # The step of batch 64, K = 10, depth 8, N = 64, and the corners of each kernel.
 LAUNCHES = {
     "grow_layer": [
@@ -101,6 +105,7 @@ LAUNCHES = {
     "rank_nodes": [{}, {"num_candidates": 5, "num_nodes": 1}, {"num_nodes": 710}],
     "choose_size": [{}, {"n": 1}],
     "select_nodes": [{}, {"is_ragged": False}],
+    "list_slots": [{}, {"slot": torch.int64}],
     "build_tree": [
         {},
         {"num_tokens": 2, "widths": ()},

@@ -35,6 +35,11 @@ MATRICES += [(64, 9), (65, 5), (67, 63), (4, 710), (129, 2)]
 # Requests, candidates, nodes kept.
 RANKINGS = [(b, m, n) for b, m in ((1, 5), (2, 17), (3, 40)) for n in (1, 2, m // 2, m - 1, m)]
 RANKINGS += [(1, 1, 1), (2, 2, 1), (7, 3, 2), (67, 6, 5), (1, 257, 31), (2, 110, 63)]
+# Committed lengths, expanded nodes, D, depth.
+SLOTS = [([n], w, d, 1 + n % d) for n, w, d in ((1, 1, 1), (2, 3, 1), (511, 2, 3), (512, 1, 4))]
+SLOTS += [([n, 513, 1], w, 7, d) for n, w, d in ((1, 1, 7), (5, 2, 6), (1025, 8, 1), (30, 5, 3))]
+SLOTS += [(list(range(1, b + 1)), 1 + b % 4, 5, 1 + b % 5) for b in range(4, 15)]
+SLOTS += [([3] * 67, 2, 9, 9), ([600, 2, 40], 16, 8, 8)]
 # Requests, K, expanded nodes of each layer, N.
 TREES = [(1, 1, [1] * d, n) for d, n in ((0, 2), (1, 2), (4, 4), (7, 9))]
 TREES += [(2, k, [k] * d, n) for k, d, n in ((2, 3, 9), (3, 2, 7), (5, 2, 33), (4, 4, 16))]
@@ -231,6 +236,19 @@ def test_select_nodes(fused):
             expected = reference.select_nodes(*arguments)
             assert_same(run(fused.select_nodes, *arguments), expected, (batch, m, n))
     assert launches(fused, "select_nodes") == 3 * len(RANKINGS) >= 60
+
+
+@compares
+def test_list_slots(fused):
+    for (lens, width, max_depth, depth), _, generator in kinds(SLOTS):
+        slot = torch.int32 if width % 2 else torch.int64
+        case = cases.slots(generator, lens, width, max_depth, depth, slot)
+        ours = [as_laid_out(part, DEVICE) for part in case]
+        reference.list_slots(*case)
+        fused.list_slots(*ours)
+        shape = (lens, width, max_depth, depth)
+        assert_same(tuple(part.cpu() for part in ours[5:]), tuple(case[5:]), shape)
+    assert launches(fused, "list_slots") == len(SLOTS) >= 20
 
 
 @compares

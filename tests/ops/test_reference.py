@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from cast_sglang.ops import ops_for, reference
 from cast_sglang.policy import FixedPolicy
-from cast_sglang.tree import DraftTree
 from tests.ops import cases
 
 seeds = st.integers(0, 2**31)
@@ -68,44 +67,6 @@ def test_lines_are_those_of_acceptance():
         calibrated = acceptance.calibrated(probs, depth)
         torch.testing.assert_close(grown.probs, calibrated, rtol=1e-5, atol=1e-6)
         assert not torch.equal(grown.probs, probs)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 6), st.lists(st.integers(1, 6), max_size=5), seeds)
-def test_ops_grow_the_tree_that_draft_tree_grows(batch, topk, widths, seed):
-    """Layer by layer, ranked whole, cut and selected: the whole of a step."""
-    draw = generator(seed)
-    widths = [min(width, topk) for width in widths]
-
-    def children(rows):
-        # Distinct scores, since `DraftTree.frontier` leaves open how ties fall.
-        probs = torch.rand(rows, topk, generator=draw).sort(dim=1, descending=True).values
-        return torch.randint(1000, (rows, topk), generator=draw), probs
-
-    tokens, probs = children(batch)
-    tree = DraftTree(tokens, probs, max_layers=len(widths) + 1)
-    root = reference.grow_layer(torch.ones(batch, 1), probs, tokens, 0)
-    frontier, scores, all_tokens = root.frontier, [root.scores], [tokens]
-    for name, part in zip(frontier._fields, tree.frontier(), strict=True):
-        assert torch.equal(getattr(frontier, name), part), name
-    for width in widths:
-        start = tree.num_candidates
-        tokens, probs = children(batch * width)
-        tree.grow(tree.frontier(), width, tokens, probs)
-        grown = reference.grow_layer(frontier.scores[:, :width], probs, tokens, start)
-        frontier = grown.frontier
-        scores.append(grown.scores)
-        all_tokens.append(tokens.view(batch, -1))
-        for name, part in zip(frontier._fields, tree.frontier(), strict=True):
-            assert torch.equal(getattr(frontier, name), part), name
-    num_nodes = max(1, tree.num_candidates // 2)
-    ours, theirs = reference.rank_nodes(torch.cat(scores, 1), num_nodes), tree.ranked(num_nodes)
-    assert torch.equal(ours.scores, theirs.scores)
-    assert torch.equal(ours.node_index, theirs.node_index)
-    selection = tree.select(theirs, num_nodes + 1)
-    index, draft = reference.select_nodes(ours.node_index, torch.cat(all_tokens, 1), num_nodes + 1)
-    assert torch.equal(index, selection.top_scores_index)
-    assert torch.equal(draft, selection.draft_tokens)
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,30 +174,27 @@ def test_build_tree_is_its_loop(batch, topk, widths, num_tokens, kind, seed):
             assert links.retrieve_next_sibling[b, node] == [*later, -1][0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 3),
+    st.lists(st.integers(1, 23), min_size=1, max_size=5),
+    st.integers(1, 7),
     st.integers(1, 5),
-    st.lists(st.integers(1, 5), max_size=4),
-    st.integers(2, 24),
-    st.sampled_from([*cases.KINDS, "orphans", "ragged"]),
+    st.data(),
     seeds,
 )
-def test_build_tree_is_that_of_the_cpu_platform(batch, topk, widths, num_tokens, kind, seed):
-    pytest.importorskip("sglang")
-    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
-
-    from cast_sglang.cpu import kernels
-
-    widths = [min(width, topk) for width in widths]
-    case = cases.tree(generator(seed), batch, topk, widths, num_tokens, kind, kind == "ragged")
-    n = case.top_scores_index.shape[1] + 1
-    ours, theirs = cases.poisoned_links(batch, n), cases.poisoned_links(batch, n)
-    reference.build_tree(*case[:3], *ours, topk, case.num_steps)
-    mode = TreeMaskMode.QLEN_ONLY
-    kernels.build_tree(*case[:3], *theirs, topk, case.num_steps, n, mode)
-    for name, part, expected in zip(ours._fields, ours, theirs, strict=True):
-        assert torch.equal(part, expected), name
+def test_list_slots_is_its_loop(lens, width, max_depth, data, seed):
+    depth = data.draw(st.integers(1, max_depth))
+    case = cases.slots(generator(seed), lens, width, max_depth, depth, torch.int32)
+    table, rows, _, path, _, indptr, indices = case
+    reference.list_slots(*case)
+    expected, ends = [], [0]
+    for b, length in enumerate(lens):
+        for w in range(width):
+            expected += table[rows[b], :length].tolist() + path[b, w, :depth].tolist()
+            ends.append(len(expected))
+    assert indptr.tolist() == ends
+    assert indices[: ends[-1]].tolist() == expected
+    assert (indices[ends[-1] :] == -7).all()
 
 
 def ints(*shape):
