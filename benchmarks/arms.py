@@ -33,6 +33,19 @@ class Arm:
         return f"{LABELS[self.kind]} {self.name[len(self.kind) :].lstrip(':')}".strip()
 
 
+def kind_of(name: str) -> str:
+    """Return the kind of the arm of this name: plain, static, adaptive or cast."""
+    return name.split("+")[0].split(":")[0]
+
+
+def static_shape(name: str) -> tuple[int, int, int] | None:
+    """Return the layers, the nodes of a layer and the verified rows of a static arm's tree."""
+    if kind_of(name) != "static":
+        return None
+    steps, topk, tokens = (name.split("+")[0].partition(":")[2] or DEFAULT_STATIC).split("-")
+    return int(steps), int(topk), int(tokens)
+
+
 def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
     """Read an arm.
 

@@ -30,15 +30,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.arms import Arm, parse_arm
-from benchmarks.bench_serving import (
+from benchmarks.bench_serving import choose_pair
+from benchmarks.cells import Cell, Result, choose_prompts, run, take_turns, warm_up
+from benchmarks.counters import TREE_MEANS, cast_state, tree_means
+from benchmarks.options import (
     add_workload_options,
     check_workload,
-    choose_pair,
     list_of,
     workload_settings,
 )
-from benchmarks.cells import Cell, Result, choose_prompts, run, take_turns, warm_up
-from benchmarks.counters import TREE_MEANS, cast_state, tree_means
 from benchmarks.pairs import OUT, CommandError, tiny_directory
 from benchmarks.prompt_files import read_prompts
 from benchmarks.provenance import provenance
@@ -246,7 +246,7 @@ def measure(
             num_waves = -(-args.settle_tokens // args.tokens)
             waves = choose_prompts(tasks[cell.task], cell.batch, num_waves * cell.batch)
             for contender in group:
-                if contender.variant.residuals and waves:
+                if contender.variant.residuals and num_waves:
                     progress.update(bar, description=f"settling {contender.arm.name}")
                     run(servers[contender.arm.name], waves, cell, args.tokens)
             warm_up(arms, servers, cell, prompts)

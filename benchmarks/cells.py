@@ -3,21 +3,33 @@
 import asyncio
 import dataclasses
 import itertools
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import httpx
 from rich.progress import Progress, TaskID
 
 from benchmarks.arms import Arm
 from benchmarks.counters import cast_state, gained
 from benchmarks.dialogues import Dialogue
-from benchmarks.servers import Server
-from benchmarks.streams import Answer, Prompt, steady_window, stream_batch
+from benchmarks.servers import Server, ServerError
+from benchmarks.streams import (
+    Answer,
+    Prompt,
+    client_of,
+    keep_running,
+    steady_window,
+    stream,
+)
 
 WARMUP_TOKENS = 16
+# What an arm may end with while it is measured; anything else is a mistake of the benchmark.
+FAILURES = (ServerError, ValueError, httpx.HTTPError)
 
 T = TypeVar("T")
+OnFailure = Callable[[Arm, Exception], None]
 Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
 
 
@@ -42,18 +54,18 @@ class Group(NamedTuple):
     """Arms that were measured in turns, and what each did in one cell."""
 
     arms: Sequence[Arm]
-    results: Mapping[str, Result]  # by the arm's name
+    results: Mapping[str, Result]  # by the arm's name; an arm that failed has none
 
     @property
     def plain(self) -> Result | None:
         """What plain decoding did in this group."""
         names = [arm.name for arm in self.arms if arm.kind == "plain"]
-        return self.results[names[0]] if names else None
+        return self.results.get(names[0]) if names else None
 
 
 def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
-    """Return whole batches of prompts, at least `num_requests`, repeating them if they run out."""
-    count = -(-num_requests // batch) * batch
+    """Return whole batches of prompts, at least `num_requests` and three, repeated as needed."""
+    count = -(-max(num_requests, 3 * batch) // batch) * batch
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 
@@ -63,12 +75,23 @@ def warm_up(
     cell: Cell,
     requests: Sequence[Request],
     num_tokens: int = WARMUP_TOKENS,
+    on_failure: OnFailure | None = None,
 ) -> None:
-    """Let every arm decode a few tokens in the cell's batch size."""
-    for arm in arms:
-        # Too short for a steady window.
-        for _ in play(servers[arm.name], requests[: cell.batch], cell, num_tokens):
-            pass
+    """Let every arm decode a few tokens in the cell's batch size.
+
+    Args:
+        num_tokens: per answer, of an arm that learns; of another no more than it needs.
+        on_failure: told of an arm that fails; None to raise.
+    """
+    for arm in list(arms):
+        try:
+            learns = arm.kind in ("adaptive", "cast")
+            tokens = num_tokens if learns else min(num_tokens, WARMUP_TOKENS)
+            play(servers[arm.name], requests[: cell.batch], cell, tokens)
+        except FAILURES as error:
+            if on_failure is None:
+                raise
+            on_failure(arm, error)
 
 
 def take_turns(
@@ -80,67 +103,89 @@ def take_turns(
     requests: Sequence[Request],
     progress: Progress,
     bar: TaskID,
+    on_failure: OnFailure | None = None,
+    cooldown: float = 0.0,
 ) -> dict[str, Result]:
-    """Run every arm once in each repeat; return the results by the arm's name."""
+    """Run every arm once in each repeat; return the results by the arm's name.
+
+    Args:
+        on_failure: told of an arm that fails, which then has no result; None to raise.
+        cooldown: seconds of rest before each run.
+    """
     results = {arm.name: Result() for arm in arms}
     for repeat in range(repeats):
         # Another order each time, so that no arm always follows the same one.
         for arm in _rotated(arms, repeat):
+            if arm.name not in results:
+                continue
             progress.update(bar, description=f"{cell.task} batch {cell.batch} {arm.name}")
-            server, result = servers[arm.name], results[arm.name]
-            before = cast_state(server) if arm.kind == "cast" else {}
-            tok_s, answers = run(server, requests, cell, num_tokens)
-            result.tok_s.append(tok_s)
-            result.answers += answers
-            if before:
-                result.totals.update(gained(before, cast_state(server)))
+            time.sleep(cooldown)
+            try:
+                _take_turn(arm, servers[arm.name], results[arm.name], cell, requests, num_tokens)
+            except FAILURES as error:
+                if on_failure is None:
+                    raise
+                del results[arm.name]
+                on_failure(arm, error)
             progress.advance(bar)
     return results
+
+
+def _take_turn(
+    arm: Arm,
+    server: Server,
+    result: Result,
+    cell: Cell,
+    requests: Sequence[Request],
+    num_tokens: int,
+) -> None:
+    before = cast_state(server) if arm.kind == "cast" else {}
+    tok_s, answers = run(server, requests, cell, num_tokens)
+    result.tok_s.append(tok_s)
+    result.answers += answers
+    if before:
+        result.totals.update(gained(before, cast_state(server)))
 
 
 def run(
     server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
 ) -> tuple[float, list[Answer]]:
-    """Send the requests in batches; return tokens per second of steady decoding, and the answers.
+    """Send the requests; return tokens per second of steady serving, and the answers.
 
     Raises:
-        ValueError: a batch was never decoded all together.
+        ValueError: there was no time at which `cell.batch` requests ran.
     """
-    answers: list[Answer] = []
-    tokens = seconds = 0.0
-    for wave in play(server, requests, cell, num_tokens):
-        gained_tokens, elapsed = steady_window(wave)
-        tokens, seconds = tokens + gained_tokens, seconds + elapsed
-        answers += wave
+    answers, end = play(server, requests, cell, num_tokens)
+    tokens, seconds = steady_window(answers, cell.batch, end)
     return tokens / seconds, answers
 
 
 def play(
     server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
-) -> Iterator[list[Answer]]:
-    """Send the requests in batches; yield the answers that were streamed together.
+) -> tuple[list[Answer], float]:
+    """Keep `cell.batch` requests running until all are answered.
 
-    A batch of dialogues sends its first prompts together, then, when all are answered, its second
-    ones.
+    A dialogue sends its next prompt as soon as the one before is answered.
+
+    Returns:
+        the answers, and when there was no further request for one that ended.
     """
     server.check()
     server.flush_cache()
-    for start in range(0, len(requests), cell.batch):
-        batch = requests[start : start + cell.batch]
-        texts: list[list[str]] = [[] for _ in batch]
-        for _ in range(num_turns(batch)):
-            prompts = [
-                next_prompt(request, said) for request, said in zip(batch, texts, strict=True)
-            ]
-            wave = asyncio.run(stream_batch(server.url, prompts, cell.temperature, num_tokens))
-            for said, answer in zip(texts, wave, strict=True):
-                said.append(answer.text)
-            yield wave
 
+    async def play_all() -> tuple[list[Answer], float]:
+        async with client_of(server.url) as client:
 
-def num_turns(batch: Sequence[Request]) -> int:
-    """Return how many prompts each request of a batch sends."""
-    return min(request.num_turns if isinstance(request, Dialogue) else 1 for request in batch)
+            async def converse(request: Request) -> list[Answer]:
+                answers: list[Answer] = []
+                for _ in range(request.num_turns if isinstance(request, Dialogue) else 1):
+                    prompt = next_prompt(request, [answer.text for answer in answers])
+                    answers.append(await stream(client, prompt, cell.temperature, num_tokens))
+                return answers
+
+            return await keep_running(requests, cell.batch, converse)
+
+    return asyncio.run(play_all())
 
 
 def next_prompt(request: Request, answers: Sequence[str]) -> Prompt:

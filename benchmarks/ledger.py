@@ -9,6 +9,8 @@ from typing import Any
 
 Row = dict[str, Any]
 ORIGIN_FIELDS = ("date", "device", "target", "draft", "git_commit")
+# What may differ between the parts of a run that was resumed; the run says so.
+RESUMED_FIELDS = ("date", "command", "git_commit")
 
 
 class Ledger:
@@ -43,6 +45,41 @@ class Ledger:
         if self.csv_path.exists():
             with open(self.csv_path, newline="") as file:
                 self._columns = next(csv.reader(file), None)
+
+    def resume(self, cell_of: Callable[[Row], Hashable]) -> None:
+        """Go on with the last run of the directory, if there is one; its rows stay.
+
+        Its provenance lists under "resumed" when, by which command and at which commit.
+
+        Args:
+            cell_of: from a row to the cell under which `put` would set it.
+
+        Raises:
+            ValueError: that run was made otherwise, and in what.
+        """
+        if not self._earlier:
+            return
+        last, ours = self._earlier[-1]["provenance"], self._run["provenance"]
+        fields = [name for name in ours if name not in RESUMED_FIELDS]
+        if differing := [name for name in fields if last.get(name) != ours[name]]:
+            raise ValueError(
+                f"--resume: the last run in {self.path} differs in {', '.join(differing)}; leave "
+                "--resume out to start another run beside it"
+            )
+        self._run = self._earlier.pop()
+        for row in self._run["rows"]:
+            rows, _ = self._cells.setdefault(cell_of(row), ([], False))
+            rows.append(row)
+        self._run["complete"] = False
+        part = {name: ours[name] for name in RESUMED_FIELDS}
+        self.describe(resumed=[*last.get("resumed", []), part])
+        self._origin = _flat_origin(last)
+        self._forget_lines()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """The provenance of this run."""
+        return self._run["provenance"]
 
     @property
     def rows(self) -> list[Row]:
@@ -94,6 +131,22 @@ class Ledger:
             if is_new:
                 writer.writeheader()
             writer.writerows(lines)
+
+    def _forget_lines(self) -> None:
+        """Take the lines of this run out of the CSV file; `close` appends those of its cells."""
+        if not self.csv_path.exists():
+            return
+        with open(self.csv_path, newline="") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+            ours = self._origin["date"], self._origin["command"]
+            kept = [line for line in reader if (line["date"], line["command"]) != ours]
+        partial = self.csv_path.with_suffix(".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, self.csv_path)
 
     def _write_json(self) -> None:
         rows = self.rows

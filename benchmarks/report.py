@@ -9,12 +9,14 @@ as files and copies of the numbers. What was not given is left out, and the page
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import report_ablation as ablation
 from benchmarks import report_figures as figures
 from benchmarks import report_tables as tables
 from benchmarks.report_bounds import Bounds, NamedProfile
@@ -45,8 +47,9 @@ from cast_sglang.profiles import load_profile
 TITLE = "CAST: how fast, and why"
 PICTURES, NUMBERS = "pictures", "numbers"  # folders beside the page
 READING = (
-    "Speed is tokens per second of steady decoding: all requests of a batch decode, none is in "
-    "its prefill. It is the median of the repeats, with the least and the greatest.",
+    "Speed is tokens per second of steady serving: as many requests run as the batch size says, "
+    "and one that ends makes room for the next. It is the median of the repeats, with the least "
+    "and the greatest.",
     "Ratios are formed within a repeat, in which the arms take turns; then their median is taken. "
     "Error bars reach from the least to the greatest repeat.",
     "The best static arm is the fastest fixed tree of each batch size: a choice in hindsight, "
@@ -56,11 +59,13 @@ READING = (
     "to draft and to verify, and what counts is tokens per second.",
 )
 BOUND = (
-    "The bound is what the trees are worth if every pass takes what the cost table says: tokens "
-    "gained in a step over its predicted time (`table_rate`), relative to the predicted rate of "
-    "plain decoding at the same contexts. It has no noise of the clock. It is a bound by the "
-    "table: where passes are faster than the table says, more than the bound can be measured. "
-    "`cast:optimal` chooses its trees by exhaustive search."
+    "The bound is what the trees are worth if every pass takes what the cost table says and "
+    "nothing else takes time: tokens gained in a step over its predicted time, relative to the "
+    "predicted rate of plain decoding at the same contexts. What was accepted was counted, so the "
+    "bound has no noise of the clock. Between it and the measured speed-up lies what the host and "
+    "the noise took; between it and the bound of `cast:optimal`, which chooses its trees by "
+    "exhaustive search, what a better choice of trees could still bring. It is a bound by the "
+    "table: where passes are faster than the table says, more can be measured."
 )
 
 
@@ -184,27 +189,30 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     """Return what there is to say about one run."""
     blocks: list[Block] = [Heading("Results", level)]
     if not run.is_complete:
-        blocks.append(Paragraph("This run was cut short; cells are missing.", is_notice=True))
+        blocks.append(Paragraph("This run was cut short; cells or arms are missing.", True))
     if note := run.provenance.get("note"):
         blocks.append(Paragraph(note))
-    blocks += tables.headline(run)
-    blocks += speed_section(inputs, run, name, level)
+    if texts := tables.in_short(run):
+        blocks.append(Bullets(texts))
+    blocks += speed_pictures(inputs, run, name)
+    lacking = inputs.bounds.lacks(run)
+    blocks.append(Heading("Speeds", level))
+    blocks += tables.headline(run, None if lacking else inputs.bounds)
+    blocks.append(Heading("What the costs allow", level))
+    if lacking:
+        blocks.append(Paragraph(f"No bounds by the table: {lacking}.", is_notice=True))
+    else:
+        blocks.append(Paragraph(BOUND))
+        blocks.append(Details("Measured over bound", tables.bounds(run, inputs.bounds)))
     blocks.append(Heading("Latency", level))
     blocks += tables.latency(run) or [
         _missing(
             "latencies",
-            "python -m benchmarks.bench_serving --arms plain,static-grid,cast:auto --out DIR",
+            "python -m benchmarks.bench_serving --out DIR",
         )
     ]
     blocks += tree_section(inputs, run, name, level)
-    blocks.append(Heading("Settings switched", level))
-    arms = "plain,static,cast:auto,cast:auto+calibration=off,cast:auto+joint_budget=on"
-    blocks += tables.ablations(run) or [
-        _missing(
-            "arms that differ by settings only",
-            f"python -m benchmarks.bench_serving --arms {arms} --out DIR",
-        )
-    ]
+    blocks += ablation_section(run, name, level)
     blocks += [Heading("How it was measured", level), tables.how_measured(run)]
     links = [f"[{path.suffix[1:].upper()}]({inputs.copies[path]})" for path in _files(inputs, run)]
     blocks.append(Paragraph(f"All runs of this file, with every repeat: {', '.join(links)}."))
@@ -212,27 +220,18 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     return blocks
 
 
-def speed_section(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
+def speed_pictures(inputs: Inputs, run: Run, name: str) -> list[Block]:
     """Return the speed-ups against the batch size, with the bounds by the table."""
-    blocks: list[Block] = [Heading("Speed-up against batch size", level)]
-    lacking = inputs.bounds.lacks(run)
-    blocks.append(
-        Paragraph(f"No bounds by the table: {lacking}.", is_notice=True)
-        if lacking
-        else Paragraph(BOUND)
-    )
+    blocks: list[Block] = []
     for number, (task, temperature, rows) in enumerate(workloads(run.rows), start=1):
-        title = tables.workload_title(task, temperature)
         found = {
             (row["arm"], row["batch"]): bound
             for row in rows
             if (bound := inputs.bounds.of(run, row)) is not None
         }
         svg = figures.draw_speedups(rows, inputs.styles, found)
-        caption = f"Speed-up against batch size: {title}"
+        caption = f"Speed-up against batch size: {tables.workload_title(task, temperature)}"
         blocks.append(Picture(f"{name}-speed-{number}", svg, caption))
-        if found:
-            blocks.append(tables.bounds_table(run, inputs.bounds, rows))
     return blocks
 
 
@@ -248,8 +247,34 @@ def tree_section(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]
         svg = figures.draw_trees(rows, inputs.styles)
         blocks += [Picture(f"{name}-trees-{number}", svg, caption), tables.trees(rows)]
     if not counted:
-        command = "python -m benchmarks.bench_serving --arms plain,static,cast:auto --out DIR"
+        command = "python -m benchmarks.bench_serving --out DIR"
         blocks.append(_missing("counters of CAST's trees", command))
+    return blocks
+
+
+def ablation_section(run: Run, name: str, level: int) -> list[Block]:
+    """Return what single settings bring: rules switched off, thresholds swept, and the like."""
+    blocks: list[Block] = [Heading("Ablation and sensitivity", level)]
+    for number, (task, temperature, rows) in enumerate(workloads(run.rows), start=1):
+        found = ablation.switched(rows)
+        if not found:
+            continue
+        title = tables.workload_title(task, temperature)
+        lines = len({one.arm for one in found})
+        svg = figures.draw(
+            10.0, 1.4 + 0.62 * lines, functools.partial(ablation.draw_switched, found=found)
+        )
+        caption = f"Speed relative to the arm without the setting: {title}"
+        blocks.append(Picture(f"{name}-settings-{number}", svg, caption))
+        if swept := ablation.sweeps(found):
+            svg = figures.draw(13.0, 4.2, functools.partial(ablation.draw_sweeps, swept=swept))
+            blocks.append(
+                Picture(f"{name}-sweeps-{number}", svg, f"Sensitivity to thresholds: {title}")
+            )
+        blocks.append(ablation.table(found))
+    if len(blocks) == 1:
+        command = "python -m benchmarks.bench_ablation --out DIR"
+        blocks.append(_missing("arms that differ by settings only", command))
     return blocks
 
 

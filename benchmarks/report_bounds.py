@@ -3,10 +3,12 @@
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.arms import static_shape
 from benchmarks.report_data import Row, Run, cell_of
 from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel, plain_cost
 from cast_sglang.profile_schema import CostProfile
@@ -14,6 +16,7 @@ from cast_sglang.profile_schema import CostProfile
 # The model continues the tables for batches and contexts that they do not reach.
 MAX_BATCH = 4096
 MAX_CONTEXT = 1 << 20
+MAX_ROWS = 256
 
 
 class NamedProfile(NamedTuple):
@@ -45,9 +48,9 @@ class Bounds:
 
     def lacks(self, run: Run) -> str | None:
         """Say what is missing for the bounds of a run; None if nothing is."""
-        rows = [row for row in run.rows if row["table_rate"] is not None]
+        rows = [row for row in run.rows if _has_bound(row)]
         if not rows:
-            return "its rows have no `table_rate`; this version of the benchmark writes it"
+            return "its rows have neither `table_rate` nor a tree of a fixed shape"
         if self.profile_of(run) is None:
             return "give the cost profile that its servers used: `--profile PROFILE.json`"
         if any(self.prompt_tokens(run, row) is None for row in rows):
@@ -64,21 +67,38 @@ class Bounds:
     def of(self, run: Run, row: Row) -> float | None:
         """Return how much faster than plain decoding a row's trees are, by the table.
 
-        Definition: table_rate / (batch / mean predicted time of a plain step), the mean over the
-        contexts from the prompt's end to the answer's. None where something is missing.
+        Definition: rate / (batch / mean predicted time of a plain step), means being those over the
+        contexts from the prompt's end to the answer's. The rate of a CAST arm is its `table_rate`.
+        That of a fixed tree is batch * accept length / mean predicted time of its step: layers - 1
+        draft passes over topk nodes, one target pass over its rows, one draft extend over what was
+        accepted. None where something is missing, and for arms whose trees nobody counted.
         """
         name, prompt_tokens = self.profile_of(run), self.prompt_tokens(run, row)
-        if row["table_rate"] is None or name is None or prompt_tokens is None:
+        if name is None or prompt_tokens is None or not _has_bound(row):
             return None
+        model, batch = self._models[name], row["batch"]
         # As the server does, which looks costs up anew in each bucket of contexts.
         contexts = [prompt_tokens + token for token in range(run.provenance["tokens"])]
-        buckets = [math.ceil(context / CONTEXT_BUCKET_TOKENS) for context in contexts]
-        plain_us = {
-            bucket: _plain_us(self._models[name], row["batch"], bucket * CONTEXT_BUCKET_TOKENS)
-            for bucket in set(buckets)
-        }
-        plain_step_us = statistics.mean(plain_us[bucket] for bucket in buckets)
-        return float(row["table_rate"] * plain_step_us / 1e6 / row["batch"])
+        buckets = Counter(math.ceil(context / CONTEXT_BUCKET_TOKENS) for context in contexts)
+
+        def mean_us(step_us: Callable[[int], float]) -> float:
+            times = {bucket: step_us(bucket * CONTEXT_BUCKET_TOKENS) for bucket in buckets}
+            return statistics.fmean(times.values(), [buckets[bucket] for bucket in times])
+
+        rate = row["table_rate"]
+        if rate is None:
+            steps, topk, tokens = static_shape(row["arm"]) or (0, 0, 0)
+            accepted = row["accept_length"]
+            widths = [topk] * (steps - 1)
+            step_us = mean_us(lambda c: model.predict_us(batch, c, tokens, widths, accepted))
+            rate = batch * accepted / step_us * 1e6
+        return float(rate * mean_us(lambda c: _plain_us(model, batch, c)) / 1e6 / batch)
+
+
+def _has_bound(row: Row) -> bool:
+    shape = static_shape(row["arm"])
+    is_fixed = shape is not None and max(shape) <= MAX_ROWS and row["accept_length"] is not None
+    return row["table_rate"] is not None or is_fixed
 
 
 def _model(profile: CostProfile) -> CostModel:
@@ -86,8 +106,8 @@ def _model(profile: CostProfile) -> CostModel:
         profile,
         max_batch_size=MAX_BATCH,
         max_context=MAX_CONTEXT,
-        max_verify_tokens=1,
-        max_width=1,
+        max_verify_tokens=MAX_ROWS,
+        max_width=MAX_ROWS,
         warns=False,  # what lies beyond is asked for on purpose
     )
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.arms import parse_arm
+from benchmarks.arms import kind_of, parse_arm
 from benchmarks.rows import row_fields
 
 Row = dict[str, Any]
 COMPARED = ("vs_plain", "vs_best_static")
+MEAN = "all"  # in place of a batch size: the geometric mean over batch sizes
 
 
 class ReportError(ValueError):
@@ -119,11 +120,6 @@ def workloads(rows: Sequence[Row]) -> list[tuple[str, float, list[Row]]]:
     ]
 
 
-def kind_of(arm: str) -> str:
-    """Return the kind of an arm: plain, static, adaptive or cast."""
-    return arm.split("+")[0].split(":")[0]
-
-
 def is_plain(row: Mapping[str, Any]) -> bool:
     """Say whether a row is plain decoding."""
     return kind_of(row["arm"]) == "plain"
@@ -152,7 +148,10 @@ def base_of(arm: str, arms: Sequence[str]) -> str | None:
         for other in arms
         if settings_of(other)[0] == head and settings_of(other)[1] < settings
     ]
-    return max(bases, key=lambda other: len(settings_of(other)[1]), default=None)
+    counts = [len(settings_of(other)[1]) for other in bases]
+    # Of several that are as near, none is the base: then it is one with fewer settings.
+    single = [base for base, count in zip(bases, counts, strict=True) if counts.count(count) == 1]
+    return max(single, key=lambda other: len(settings_of(other)[1]), default=None)
 
 
 def ratio_of(row: Mapping[str, Any], name: str) -> Ratio | None:
@@ -171,6 +170,15 @@ def speed_ratio(row: Row, base: Row) -> Ratio | None:
     if not ours or len(ours) != len(theirs):
         return None
     return _as_ratio([mine / other for mine, other in zip(ours, theirs, strict=True)])
+
+
+def spread(ratio: Ratio | None) -> str:
+    """Return a ratio with its ends."""
+    if ratio is None:
+        return "-"
+    if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
+        return f"{ratio.median:.2f}x"
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def geometric_mean(values: Sequence[float | None]) -> float | None:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import bench_calibration, variant_figure
-from benchmarks.report_data import Row, is_plain, kind_of, label_of, ratio_of
+from benchmarks.arms import kind_of
+from benchmarks.report_data import Row, is_plain, label_of, ratio_of
 from cast_sglang.plots import plot_profiles
 from cast_sglang.profile_schema import CostProfile
 
@@ -22,7 +23,8 @@ from cast_sglang.profile_schema import CostProfile
 COLORS = {
     "plain": ("0.35",),
     "adaptive": ("#e69f00",),
-    "static": ("#0072b2", "#56b4e9", "#332288"),
+    # The first is SGLang's default or the one that was named; the rest of a grid stays pale.
+    "static": ("#0072b2", "#9db7cf", "#b3b3c6", "#9fc5c1"),
     "cast": ("#d55e00", "#009e73", "#cc79a7", "#882255"),
 }
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
@@ -32,11 +34,14 @@ MARKERS = {
     "static": "s^<>PX",
     "cast": "oDph*8",
 }
+# Width of lines and size of markers, so that what the page is about is seen first.
+WEIGHTS = {"plain": (0.9, 6.0), "adaptive": (1.2, 6.0), "static": (1.2, 6.0), "cast": (1.9, 7.5)}
+PALE = (0.7, 4.0)
 # Of the space of a batch size, what its arms take side by side.
 DODGE = 0.6
 SPEED_PANELS = (
     ("vs_plain", "plain decoding"),
-    ("vs_best_static", "the best static arm of hindsight"),
+    ("vs_best_static", "the best static tree of each batch size, known only in hindsight"),
 )
 TREE_PANELS = (
     ("mean_layers", "layers drafted", 1.0),
@@ -54,6 +59,8 @@ class Style(NamedTuple):
     color: str
     marker: str
     line: str
+    width: float
+    size: float
 
 
 def styles_of(arms: Sequence[str]) -> dict[str, Style]:
@@ -68,7 +75,10 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
         # A marker per arm, so that arms which share a colour differ by it.
         marker = markers[number % len(markers)]
         line = "-" if number < len(colors) else "--"
-        styles[arm] = Style(colors[number % len(colors)], marker, line)
+        is_pale = kind == "static" and number > 0
+        pale = colors[1:] or colors
+        color = pale[(number - 1) % len(pale)] if is_pale else colors[number % len(colors)]
+        styles[arm] = Style(color, marker, line, *(PALE if is_pale else WEIGHTS[kind]))
     return styles
 
 
@@ -78,21 +88,22 @@ def draw_speedups(
     """Draw the speed-ups of one task and temperature against the batch size.
 
     Args:
-        bounds: the bound by the table against plain decoding, by arm and batch size.
+        bounds: the bound by the table against plain decoding, by arm and batch size; those of CAST
+            are drawn.
     """
     with _settings():
-        figure = _empty(13.0, 5.0)
+        figure = _empty(13.0, 9.0)
         places = _places(rows)
         arms = list(dict.fromkeys(row["arm"] for row in rows))
-        for axes, (name, title) in zip(figure.subplots(1, 2), SPEED_PANELS, strict=True):
+        for axes, (name, title) in zip(figure.subplots(2, 1), SPEED_PANELS, strict=True):
             for arm, shift in _dodged(arms):
                 _draw_ratios(axes, rows, arm, name, places, shift, styles[arm])
-                if name == "vs_plain":
+                if name == "vs_plain" and kind_of(arm) == "cast":
                     ends = {places[b] + shift: bounds.get((arm, b)) for b in places}
                     _draw_bounds(axes, ends, styles[arm])
             axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-            axes.set_title(f"against {title}", loc="left")
-            axes.set_ylabel("ratio of tokens per second")
+            axes.set_title(f"Speed relative to {title}", loc="left")
+            axes.set_ylabel("tokens/s over tokens/s")
             _label_batches(axes, places)
             if not any(row[name] is not None for row in rows):
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
@@ -117,8 +128,9 @@ def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes:
                     if row["arm"] == arm and row[name] is not None
                 }
                 if known:
-                    color, marker, line = styles[arm]
-                    look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line}
+                    style = styles[arm]
+                    look: dict[str, Any] = {"color": style.color, "linestyle": style.line}
+                    look |= {"marker": style.marker, "linewidth": style.width}
                     axes.plot(list(known), list(known.values()), label=label_of(arm), **look)
             if name == "predicted_to_measured":
                 axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
@@ -128,6 +140,14 @@ def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes:
             axes.set_ylim(0.0, 1.08 * highest)
             _label_batches(axes, places)
         _add_legend(figure, False)
+        return _as_svg(figure)
+
+
+def draw(width: float, height: float, draw_on: Callable[[Figure], None]) -> bytes:
+    """Return what a function draws on a figure of this size in inches."""
+    with _settings():
+        figure = _empty(width, height)
+        draw_on(figure)
         return _as_svg(figure)
 
 
@@ -212,11 +232,12 @@ def _draw_ratios(
         [below, above],
         color=style.color,
         marker=style.marker,
-        markersize=6,
+        markersize=style.size,
         linestyle=style.line,
-        linewidth=0.9,
-        elinewidth=1.4,
-        capsize=3,
+        linewidth=style.width,
+        elinewidth=1.2,
+        capsize=style.size / 2,
+        zorder=2 + style.width,
         label=label_of(arm),
     )
 
@@ -250,7 +271,7 @@ def _add_legend(figure: Figure, has_bounds: bool) -> None:
     if has_bounds:
         # Drawn nowhere: it only stands for the marks of all arms.
         (mark,) = figure.axes[0].plot([], [], "_", color="0.2", markersize=12, markeredgewidth=2.0)
-        entries["bound by the table"] = mark
+        entries["CAST's bound by the table"] = mark
     if entries:
         figure.legend(
             list(entries.values()),

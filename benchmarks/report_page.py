@@ -29,15 +29,20 @@ th, td { padding: .3rem .7rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid #e1e4e8; }
 th { border-bottom: 2px solid #8c959f; vertical-align: bottom; }
 th.number, td.number { text-align: right; }
-td.number { white-space: nowrap; }
-tr.first td { border-top: 1px solid #8c959f; }
+td.number, td.short { white-space: nowrap; }
+tr.first td { border-top: 2px solid #b6bdc5; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption { font-size: .875rem; color: #57606a; }
 details { margin: 1rem 0; }
+@media (max-width: 48rem) {
+  figure { overflow-x: auto; }
+  img { max-width: none; width: 48rem; }
+}
 summary { cursor: pointer; font-weight: 600; }
 .missing { border-left: 4px solid #e69f00; padding: .25rem 1rem; background: #fff8e8; }
 """
+SHORT = 32  # characters of a cell that is not broken into lines
 # The page asks nothing of any other place.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -164,10 +169,16 @@ def _html(block: Block) -> str:
 
 
 def _html_grid(grid: Grid) -> str:
+    def kind(index: int, text: str, tag: str) -> str:
+        if index >= grid.num_words:
+            return ' class="number"'
+        return ' class="short"' if tag == "td" and len(text) <= SHORT else ""
+
     def cells(texts: Sequence[str], tag: str) -> str:
-        kinds = ["" if i < grid.num_words else ' class="number"' for i in range(len(texts))]
-        pairs = zip(kinds, texts, strict=True)
-        return "".join(f"<{tag}{kind}>{_inline(text)}</{tag}>" for kind, text in pairs)
+        return "".join(
+            f"<{tag}{kind(index, text, tag)}>{_inline(text)}</{tag}>"
+            for index, text in enumerate(texts)
+        )
 
     opened = [' class="first"' if index in grid.breaks else "" for index in range(len(grid.rows))]
     pairs = zip(opened, grid.rows, strict=True)

@@ -3,28 +3,26 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.arms import kind_of
 from benchmarks.report_bounds import Bounds
 from benchmarks.report_data import (
     COMPARED,
-    Ratio,
+    MEAN,
     Row,
     Run,
     base_of,
-    cell_of,
     geometric_mean,
     is_plain,
-    kind_of,
     label_of,
     ratio_of,
-    speed_ratio,
+    spread,
     workloads,
 )
 from benchmarks.report_page import Block, Grid, Paragraph
 from benchmarks.rows import shown
 
-DEFAULT_STATIC_ARM = "static:5-4-8"
-MEAN = "all"  # in place of a batch size: the geometric mean over batch sizes
 HEADLINE = ("batch", "arm", "tokens/s", "vs plain", "vs best static", "accept length")
+BOUND = "bound"  # a column between the two ratios
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LATENCY_HEADINGS = ("TTFT p50, ms", "TTFT p99, ms", "inter-token p50, ms", "inter-token p99, ms")
 TREE_HEADINGS = (
@@ -55,32 +53,55 @@ FACTS = {
 }
 
 
-def headline(run: Run, is_short: bool = False) -> list[Block]:
+def in_short(run: Run) -> list[str]:
+    """Say in a sentence for each task and temperature how fast each CAST policy was."""
+    texts = []
+    for task, temperature, rows in workloads(run.rows):
+        told = []
+        for arm in arms_in(rows):
+            mine = rows_of(rows, arm)
+            if kind_of(arm) != "cast" or base_of(arm, arms_in(rows)) is not None:
+                continue
+            ranges = [_range([row[name] for row in mine]) for name in COMPARED]
+            if all(ranges):
+                told.append(f"**{label_of(arm)}** {ranges[0]} ({ranges[1]})")
+        if told:
+            sizes = [str(size) for size, _ in by_batch(rows)]
+            where = f"batch {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
+            texts.append(
+                f"{workload_title(task, temperature)}, {where}: speed-up over plain decoding (over "
+                f"the best static tree of each batch size): {'; '.join(told)}."
+            )
+    return texts
+
+
+def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
     """Return the table of speeds, one for each task and temperature.
 
     Args:
-        is_short: without the static arms that are neither SGLang's default nor the best of a batch
-            size, and without arms that differ from another by settings only.
+        bounds: to show what the table allows beside each measured speed-up.
     """
+
+    def told(row: Row) -> list[str]:
+        return [] if bounds is None else [shown(bounds.of(run, row), "x")]
+
+    heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
+    between = [""] * (bounds is not None)
     blocks: list[Block] = []
-    for title, rows in _titled(run):
-        arms = _arms(rows)
-        chosen = [row for row in rows if not is_short or _is_main(row, arms)]
-        blocks += title
+    for title, rows in titled(run):
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
-            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch]))
-            for batch, mine in by_batch(chosen)
+            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *told(row)))
+            for batch, mine in by_batch(rows)
             for row in mine
         ]
-        everywhere = [arm for arm in _arms(chosen) if len(_of(chosen, arm)) == len(_of(rows, arm))]
         if len(fastest) > 1:
-            means = {arm: [_mean(rows, arm, name) for name in COMPARED] for arm in everywhere}
-            lines += [
-                (MEAN, label_of(arm), "", *(shown(mean, "x") for mean in pair), "")
-                for arm, pair in means.items()
-            ]
-        blocks.append(_grid(HEADLINE, lines))
+            # Means over other batch sizes could not be compared.
+            everywhere = [a for a in arms_in(rows) if len(rows_of(rows, a)) == len(fastest)]
+            for arm in everywhere:
+                plain, best = (shown(mean_of(rows, arm, name), "x") for name in COMPARED)
+                lines.append((MEAN, label_of(arm), "", plain, *between, best, ""))
+        blocks += [*title, _grid(heading, lines)]
     return blocks
 
 
@@ -89,7 +110,7 @@ def latency(run: Run) -> list[Block]:
     if all(row["itl_p50_ms"] is None for row in run.rows):
         return []
     blocks: list[Block] = []
-    for title, rows in _titled(run):
+    for title, rows in titled(run):
         lines = [
             (str(batch), label_of(row["arm"]), *(shown(row[name], digits=1) for name in LATENCY))
             for batch, mine in by_batch(rows)
@@ -124,60 +145,29 @@ def trees(rows: Sequence[Row]) -> Grid:
     return _grid(("batch", "arm", *TREE_HEADINGS), lines)
 
 
-def bounds_table(run: Run, bounds: Bounds, rows: Sequence[Row]) -> Grid:
-    """Return measured speed-ups of CAST arms beside what the table allows."""
-    lines = []
-    for batch, mine in by_batch(rows):
-        optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
-        best = None if optimal is None else bounds.of(run, optimal)
-        for row in mine:
-            bound = bounds.of(run, row)
-            if bound is not None:
-                lines.append(
-                    (
-                        str(batch),
-                        label_of(row["arm"]),
-                        spread(ratio_of(row, "vs_plain")),
-                        shown(bound, "x"),
-                        shown(_scaled(row["vs_plain"], 1 / bound)),
-                        shown(best, "x"),
-                    )
-                )
-    headings = ("measured vs plain", "bound by the table", "measured / bound")
-    return _grid(("batch", "arm", *headings, "bound of `cast:optimal`"), lines)
-
-
-def ablations(run: Run) -> list[Block]:
-    """Return how arms compare to those from which they differ by settings only."""
+def bounds(run: Run, allowed: Bounds) -> list[Block]:
+    """Return measured speed-ups beside what the table allows, for each task and temperature."""
+    headings = ("batch", "arm", "measured vs plain", "bound by the table", "measured / bound")
     blocks: list[Block] = []
-    headings = ("batch", "arm", "compared with", "speed", "by the table", "accept length")
-    for title, rows in _titled(run):
-        arms = _arms(rows)
-        lines: list[tuple[str, ...]] = []
-        for arm in arms:
-            base = base_of(arm, arms)
-            if base is None:
-                continue
-            names = (label_of(arm), label_of(base))
-            pairs = list(_paired(rows, arm, base))
-            for row, other in pairs:
-                lines.append(
-                    (
-                        str(row["batch"]),
-                        *names,
-                        spread(speed_ratio(row, other)),
-                        shown(_quotient(row["table_rate"], other["table_rate"]), "x"),
-                        f"{shown(row['accept_length'])} to {shown(other['accept_length'])}",
+    for title, rows in titled(run):
+        lines = []
+        for batch, mine in by_batch(rows):
+            optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
+            best = None if optimal is None else allowed.of(run, optimal)
+            for row in mine:
+                bound = allowed.of(run, row)
+                if bound is not None:
+                    lines.append(
+                        (
+                            str(batch),
+                            label_of(row["arm"]),
+                            spread(ratio_of(row, "vs_plain")),
+                            shown(bound, "x"),
+                            shown(_scaled(row["vs_plain"], 1 / bound)),
+                            shown(best, "x"),
+                        )
                     )
-                )
-            if len(pairs) > 1:
-                speeds = [speed_ratio(row, other) for row, other in pairs]
-                rates = [_quotient(row["table_rate"], o["table_rate"]) for row, o in pairs]
-                means = (geometric_mean([r and r.median for r in speeds]), geometric_mean(rates))
-                lines.append((MEAN, *names, *(shown(mean, "x") for mean in means), ""))
-        if lines:
-            breaks = frozenset(i for i in range(1, len(lines)) if lines[i][1] != lines[i - 1][1])
-            blocks += [*title, Grid(headings, lines, num_words=3, breaks=breaks)]
+        blocks += [*title, _grid((*headings, "bound of `cast:optimal`"), lines)]
     return blocks
 
 
@@ -194,7 +184,13 @@ def how_measured(run: Run) -> Grid:
     lines += [(f"task `{name}`", str(note)) for name, note in origin.get("tasks", {}).items()]
     for name, profile in (origin.get("profiles") or {}).items():
         lines.append((f"profile of `{name}`", f"`{profile}`" if profile else "none"))
-    lines.append(("finished", "yes" if run.is_complete else "no: cut short, cells are missing"))
+    for part in origin.get("resumed", ()):
+        commit = f"{part['date']}, commit {part['git_commit']}"
+        lines.append(("resumed", f"{commit}: `{part['command']}`"))
+    for lost in origin.get("failures", ()):
+        cell = f"{workload_title(lost['task'], lost['temperature'])}, batch {lost['batch']}"
+        lines.append((f"failed: `{lost['arm']}`", f"{cell}: {lost['error']}"))
+    lines.append(("finished", "yes" if run.is_complete else "no: cells or arms are missing"))
     return Grid(("what", "value"), lines, num_words=2)
 
 
@@ -229,13 +225,26 @@ def by_batch(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
     return [(size, [row for row in rows if row["batch"] == size]) for size in sizes]
 
 
-def spread(ratio: Ratio | None) -> str:
-    """Return a ratio with its ends."""
-    if ratio is None:
-        return "-"
-    if ratio.low is None or ratio.high is None or ratio.low == ratio.high:
-        return f"{ratio.median:.2f}x"
-    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+def speed_of(row: Row, is_bold: bool = False) -> str:
+    """Return the tokens per second of a row with the least and the greatest repeat."""
+    digits = 0 if row["tok_s_median"] >= 100 else 1
+    low, middle, high = (shown(row[f"tok_s_{x}"], digits=digits) for x in ("min", "median", "max"))
+    return f"{f'**{middle}**' if is_bold else middle} ({low} to {high})"
+
+
+def arms_in(rows: Sequence[Row]) -> list[str]:
+    """Return the arms of rows, in order."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def rows_of(rows: Sequence[Row], arm: str) -> list[Row]:
+    """Return the rows of an arm."""
+    return [row for row in rows if row["arm"] == arm]
+
+
+def mean_of(rows: Sequence[Row], arm: str, name: str) -> float | None:
+    """Return the geometric mean over batch sizes of a field of an arm."""
+    return geometric_mean([row[name] for row in rows_of(rows, arm)])
 
 
 def workload_title(task: str, temperature: float) -> str:
@@ -243,7 +252,7 @@ def workload_title(task: str, temperature: float) -> str:
     return f"{task}, " + ("greedy" if temperature == 0 else f"temperature {temperature:g}")
 
 
-def _titled(run: Run) -> Iterator[tuple[list[Block], list[Row]]]:
+def titled(run: Run) -> Iterator[tuple[list[Block], list[Row]]]:
     """Yield the rows of each task and temperature with its name, if there are several."""
     groups = workloads(run.rows)
     for task, temperature, rows in groups:
@@ -257,17 +266,16 @@ def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Grid:
     return Grid(headings, lines, num_words=2, breaks=breaks)
 
 
-def _headline_cells(row: Row, is_fastest: bool) -> tuple[str, ...]:
+def _headline_cells(row: Row, is_fastest: bool, *bound: str) -> tuple[str, ...]:
     name = label_of(row["arm"])
     if row["arm"] == row["best_static"]:
         name += " (best static)"
-    digits = 0 if row["tok_s_median"] >= 100 else 1
-    low, middle, high = (shown(row[f"tok_s_{x}"], digits=digits) for x in ("min", "median", "max"))
-    speed = f"**{middle}**" if is_fastest else middle
     return (
         name,
-        f"{speed} ({low} to {high})",
-        *(spread(ratio_of(row, compared)) for compared in COMPARED),
+        speed_of(row, is_fastest),
+        spread(ratio_of(row, "vs_plain")),
+        *bound,
+        spread(ratio_of(row, "vs_best_static")),
         "" if is_plain(row) else shown(row["accept_length"]),
     )
 
@@ -281,36 +289,16 @@ def _fastest(rows: Sequence[Row]) -> str:
     return str(max(rows, key=speed)["arm"])
 
 
-def _is_main(row: Row, arms: Sequence[str]) -> bool:
-    if kind_of(row["arm"]) == "static":
-        return row["arm"] in (row["best_static"], DEFAULT_STATIC_ARM)
-    return base_of(row["arm"], arms) is None
-
-
-def _paired(rows: Sequence[Row], arm: str, base: str) -> Iterator[tuple[Row, Row]]:
-    others = {cell_of(row): row for row in _of(rows, base)}
-    for _, mine in by_batch(_of(rows, arm)):
-        yield from ((row, others[cell_of(row)]) for row in mine if cell_of(row) in others)
-
-
-def _arms(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in rows))
-
-
-def _of(rows: Sequence[Row], arm: str) -> list[Row]:
-    return [row for row in rows if row["arm"] == arm]
-
-
-def _mean(rows: Sequence[Row], arm: str, name: str) -> float | None:
-    return geometric_mean([row[name] for row in _of(rows, arm)])
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = f"{min(known):.2f}x", f"{max(known):.2f}x"
+    return low if low == high else f"{low} to {high}"
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _quotient(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
 
 
 def _raw(value: Any) -> str:

@@ -7,86 +7,107 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.arms import Arm
+from benchmarks.arms import Arm, kind_of, static_shape
 from benchmarks.cells import Cell, Group, Result
 from benchmarks.counters import FIELDS, step_means
 from benchmarks.streams import accept_length, latencies
 
+Row = dict[str, Any]
 ALL = "all"
-# What a CAST arm is without its counters: an arm of another kind.
 NOT_COUNTED = dict.fromkeys(FIELDS)
 
 
-def as_rows(cell: Cell, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Summarise a cell: one row for each arm, and of plain decoding one for each group.
+def as_rows(cell: Cell, groups: Sequence[Group]) -> list[Row]:
+    """Summarise a cell: one row for each arm, and of plain decoding one for each group."""
+    numbered = enumerate(groups, start=1)
+    return compared([row for number, group in numbered for row in measured(cell, group, number)])
+
+
+def measured(cell: Cell, group: Group, number: int) -> list[Row]:
+    """Return what each arm of a group did in a cell; its ratios are still None.
+
+    Args:
+        number: of the group, from 1.
+    """
+    rows = []
+    for arm in group.arms:
+        result = group.results.get(arm.name)
+        if result is None:
+            continue
+        num_same = None
+        if group.plain is not None and cell.temperature == 0:
+            num_same = num_identical(result, group.plain)
+        rows.append(
+            {
+                "arm": arm.name,
+                **cell._asdict(),
+                **speeds(result),
+                **_compared("vs_plain", []),
+                "best_static": None,
+                **_compared("vs_best_static", []),
+                "accept_length": accept_length(result.answers),
+                "identical_to_plain": (
+                    None if num_same is None else num_same == len(result.answers)
+                ),
+                "num_identical": num_same,
+                "num_requests": len(result.answers),
+                **latencies(result.answers),
+                **_steps(arm, result),
+                "group": number,
+            }
+        )
+    return rows
+
+
+def _steps(arm: Arm, result: Result) -> Row:
+    """Return what is known of an arm's steps: what CAST counts, or a fixed number of rows."""
+    if arm.kind == "cast":
+        return step_means(result.totals)
+    shape = (0, 0, 1) if arm.kind == "plain" else static_shape(arm.name)
+    return {**NOT_COUNTED, "mean_verify_rows": None if shape is None else float(shape[2])}
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of a cell with their ratios.
 
     Ratios are medians over repeats of the ratio within a repeat, with the least and the greatest.
     The best static arm is that of the greatest median in this very cell: a choice in hindsight,
     which no server could have made before. Arms of different groups ran at different times; what
     they are compared by is their ratio to plain decoding, each in its own group.
     """
-    home, best = _best_static(groups)
-    rows = []
-    for number, group in enumerate(groups, start=1):
-        plain = group.plain
-        for arm in group.arms:
-            result = group.results[arm.name]
-            num_same = None
-            if plain is not None and cell.temperature == 0:
-                num_same = num_identical(result, plain)
-            vs_plain = [] if plain is None else ratios(result, plain)
-            rows.append(
-                {
-                    "arm": arm.name,
-                    **cell._asdict(),
-                    **speeds(result),
-                    **_compared("vs_plain", vs_plain),
-                    "best_static": best,
-                    **_compared("vs_best_static", _vs_best(group, arm.name, home, best)),
-                    "accept_length": accept_length(result.answers),
-                    "identical_to_plain": (
-                        None if num_same is None else num_same == len(result.answers)
-                    ),
-                    "num_identical": num_same,
-                    "num_requests": len(result.answers),
-                    **latencies(result.answers),
-                    **(step_means(result.totals) if arm.kind == "cast" else NOT_COUNTED),
-                    "group": number,
-                }
-            )
-    return rows
+    plains = {row["group"]: row for row in rows if kind_of(row["arm"]) == "plain"}
+    is_split = len({row["group"] for row in rows}) > 1
+    vs_plain = [_within(row, plains.get(row["group"])) for row in rows]
 
+    # Across groups only the ratio to plain decoding says much.
+    speeds_of = vs_plain if is_split and any(vs_plain) else [row["tok_s"] for row in rows]
+    statics = [i for i, row in enumerate(rows) if kind_of(row["arm"]) == "static" and speeds_of[i]]
+    best = max(statics, key=lambda index: statistics.median(speeds_of[index]), default=None)
 
-def _best_static(groups: Sequence[Group]) -> tuple[Group | None, str | None]:
-    """Return the group and the name of the fastest static arm."""
-    candidates = [
-        (_speed(group, arm.name, len(groups) > 1), group, arm.name)
-        for group in groups
-        for arm in group.arms
-        if arm.kind == "static"
+    def vs_best(index: int) -> list[float]:
+        if best is None:
+            return []
+        is_near = rows[index]["group"] == rows[best]["group"]
+        if is_near or not (vs_plain[index] and vs_plain[best]):
+            return _within(rows[index], rows[best])
+        return _quotients(vs_plain[index], vs_plain[best])
+
+    return [
+        {
+            **row,
+            **_compared("vs_plain", vs_plain[index]),
+            "best_static": None if best is None else rows[best]["arm"],
+            **_compared("vs_best_static", vs_best(index)),
+        }
+        for index, row in enumerate(rows)
     ]
-    if not candidates:
-        return None, None
-    _, group, name = max(candidates, key=lambda candidate: candidate[0])
-    return group, name
 
 
-def _speed(group: Group, name: str, by_plain: bool) -> float:
-    """Return what arms are ranked by: across groups only the ratio to plain decoding says much."""
-    result = group.results[name]
-    if by_plain and group.plain is not None:
-        return statistics.median(ratios(result, group.plain))
-    return statistics.median(result.tok_s)
+def _within(row: Row, base: Row | None) -> list[float]:
+    return [] if base is None else _quotients(row["tok_s"], base["tok_s"])
 
 
-def _vs_best(group: Group, name: str, home: Group | None, best: str | None) -> list[float]:
-    """Return the ratio to the best static arm within each repeat; none if there is no such arm."""
-    if home is None or best is None:
-        return []
-    result, base = group.results[name], home.results[best]
-    if home is group or group.plain is None or home.plain is None:
-        return ratios(result, base)
-    ours, theirs = ratios(result, group.plain), ratios(base, home.plain)
+def _quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
@@ -102,7 +123,8 @@ def speeds(result: Result) -> dict[str, Any]:
         "tok_s_median": round(statistics.median(result.tok_s), 2),
         "tok_s_min": round(min(result.tok_s), 2),
         "tok_s_max": round(max(result.tok_s), 2),
-        "tok_s": [round(value, 2) for value in result.tok_s],
+        # Ratios are formed from these, so that anyone can form them again.
+        "tok_s": [round(value, 4) for value in result.tok_s],
     }
 
 
@@ -114,7 +136,7 @@ def num_identical(result: Result, base: Result) -> int:
 
 def ratios(result: Result, base: Result) -> list[float]:
     """Return the ratio within each repeat."""
-    return [ours / theirs for ours, theirs in zip(result.tok_s, base.tok_s, strict=True)]
+    return _quotients(result.tok_s, base.tok_s)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import asyncio
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 REQUEST_SECONDS = 1200.0
 
 Prompt = str | list[int]  # text, or tokens
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -30,21 +31,51 @@ class Answer:
 async def stream_batch(
     url: str, prompts: Sequence[Prompt], temperature: float, num_tokens: int
 ) -> list[Answer]:
-    """Send the prompts at once and return what each streams.
-
-    Raises:
-        ValueError: a request failed, or ended before `num_tokens`.
-        httpx.HTTPError: the server did not answer.
-    """
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=REQUEST_SECONDS, limits=limits) as client:
-        streams = (_stream(client, url, prompt, temperature, num_tokens) for prompt in prompts)
+    """Send the prompts at once and return what each streams; raises as `stream` does."""
+    async with client_of(url) as client:
+        streams = (stream(client, prompt, temperature, num_tokens) for prompt in prompts)
         return await asyncio.gather(*streams)
 
 
-async def _stream(
-    client: httpx.AsyncClient, url: str, prompt: Prompt, temperature: float, num_tokens: int
+async def keep_running(
+    requests: Sequence[T], at_once: int, answer: Callable[[T], Awaitable[list[Answer]]]
+) -> tuple[list[Answer], float]:
+    """Keep so many requests running until all are answered: one that ends makes room for the next.
+
+    Args:
+        answer: sends a request and returns its answers.
+
+    Returns:
+        the answers in the order of the requests, and when the first place stayed empty.
+    """
+    waiting = iter(range(len(requests)))
+    answers: dict[int, list[Answer]] = {}
+    loop = asyncio.get_running_loop()
+
+    async def place() -> float:
+        for index in waiting:  # shared by all places
+            answers[index] = await answer(requests[index])
+        return loop.time()
+
+    ends = await asyncio.gather(*(place() for _ in range(at_once)))
+    return [one for index in sorted(answers) for one in answers[index]], min(ends)
+
+
+def client_of(url: str) -> httpx.AsyncClient:
+    """Return a client of a server, for any number of streams."""
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, limits=limits)
+
+
+async def stream(
+    client: httpx.AsyncClient, prompt: Prompt, temperature: float, num_tokens: int
 ) -> Answer:
+    """Send a prompt and return what comes.
+
+    Raises:
+        ValueError: the request failed, or ended before `num_tokens`.
+        httpx.HTTPError: the server did not answer.
+    """
     sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
     kind = "text" if isinstance(prompt, str) else "input_ids"
     body = {kind: prompt, "sampling_params": sampling, "stream": True}
@@ -52,7 +83,7 @@ async def _stream(
     last: dict[str, Any] = {}
     loop = asyncio.get_running_loop()
     answer.sent = loop.time()
-    async with client.stream("POST", f"{url}/generate", json=body) as response:
+    async with client.stream("POST", "/generate", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             data = line.removeprefix("data:").strip()
@@ -71,19 +102,30 @@ async def _stream(
     return answer
 
 
-def steady_window(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Return the tokens gained, and the seconds, while all requests were decoding.
+def steady_window(
+    answers: Sequence[Answer], at_once: int, end: float | None = None
+) -> tuple[float, float]:
+    """Return the tokens gained, and the seconds, while as many requests ran as were to.
 
-    From the last first token to the first end. Between two arrivals a count is interpolated: the
-    tokens of one step reach the client one request after the other, and a sharp cut between them
-    would drop tokens of all but the first.
+    From when all of the first ones have their first token until `end`. Between two arrivals a count
+    is interpolated: the tokens of one step reach the client one request after the other, and a
+    sharp cut between them would drop tokens of all but the first.
+
+    Args:
+        at_once: requests that were kept running.
+        end: when the first place stayed empty; None for the first end of an answer.
+
+    Raises:
+        ValueError: there was no such time.
     """
-    begin = max(answer.times[0] for answer in answers)
-    end = min(answer.times[-1] for answer in answers)
+    firsts = sorted(answers, key=lambda answer: answer.sent)[:at_once]
+    begin = max(answer.times[0] for answer in firsts)
+    if end is None:
+        end = min(answer.times[-1] for answer in answers)
     if end <= begin:
-        raise ValueError("no moment at which all requests of a batch decoded; use more --tokens")
+        raise ValueError("no moment at which all requests of a batch ran; use more --tokens")
     gained = sum(
-        float(np.diff(np.interp([begin, end], answer.times, answer.counts))[0])
+        float(np.diff(np.interp([begin, end], answer.times, answer.counts, left=0.0))[0])
         for answer in answers
     )
     return gained, end - begin

@@ -9,6 +9,7 @@ from cast_sglang.errors import (
     HostError,
     MissingProfileError,
     ProfileError,
+    TraceError,
 )
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "HostError",
     "MissingProfileError",
     "ProfileError",
+    "TraceError",
     "__version__",
 ]
 __version__ = "0.1.0"

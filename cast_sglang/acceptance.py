@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.compiled import compiled
+
 __all__ = ["Acceptance", "Outcomes", "Reliability", "verify_outcomes"]
 
 # Knots of g along p, even in arcsin(sqrt(p)): the transform that gives shares of any size equal
@@ -94,19 +96,9 @@ class Acceptance:
             parent_accepted: [n] bool.
             accepted: [n] bool.
         """
-        seen = parent_accepted & np.isfinite(probs)
-        p = np.clip(probs[seen].astype(np.float64), 0.0, 1.0)
-        left = np.searchsorted(_KNOTS[1:-1], p, side="right")
-        right_share = (p - _KNOTS[left]) / _WIDTHS[left]
-        cell = np.searchsorted(_DEPTH_ENDS, depths[seen]) * _SHAPE[1] + left
-        cells = np.concatenate((cell, cell + 1))
-        shares = np.concatenate((1.0 - right_share, right_share))
-        hits = accepted[seen]
-        self._sums *= self._keep
-        sums = self._sums.reshape(3, _CELLS)
-        sums[0] += np.bincount(cells, shares, _CELLS)
-        sums[1] += np.bincount(cells, shares * np.concatenate((p, p)), _CELLS)
-        sums[2] += np.bincount(cells, shares * np.concatenate((hits, hits)), _CELLS)
+        _add_nodes(
+            self._sums, self._keep, probs.astype(np.float64), depths, parent_accepted, accepted
+        )
         self._curves = None
         self._lines.clear()
 
@@ -123,7 +115,9 @@ class Acceptance:
         """
         if probs.device.type == "cpu":
             row = self.curves()[int(np.searchsorted(_DEPTH_ENDS, depth))]
-            return torch.from_numpy(np.interp(probs.numpy(), _KNOTS, row).astype(np.float32))
+            result = torch.empty_like(probs)
+            _interpolate(probs.numpy().reshape(-1), row, result.numpy().reshape(-1))
+            return result
         knots, starts, slopes = self.lines_at(depth, probs.device)
         piece = torch.bucketize(probs, knots, right=True)
         return torch.addcmul(starts[piece], slopes[piece], probs).clamp_(0.0, 1.0)
@@ -160,10 +154,7 @@ class Acceptance:
     def curves(self) -> np.ndarray:
         """Return g at the knots, one row for each bucket of depths."""
         if self._curves is None:
-            count, drafted, accepted = self._sums
-            weights = count + self._prior_weight
-            raw = np.clip(_KNOTS + (accepted - drafted) / weights, 0.0, 1.0)
-            self._curves = _isotonic(raw, weights)
+            self._curves = _fit(self._sums, self._prior_weight)
         return self._curves
 
     def reliability(self) -> list[Reliability]:
@@ -225,42 +216,148 @@ def verify_outcomes(
         widths: nodes expanded per request in each layer below the root.
         topk: K.
     """
-    batch_size, num_nodes = top_scores_index.shape
-    rows = num_nodes + 1
-    is_accepted = np.zeros((batch_size, rows), dtype=bool)
-    is_accepted.ravel()[accept_index[accept_index >= 0]] = True
-    is_accepted[:, 0] = True
-    # Candidate numbers made unique through the batch find all parents' rows in one search.
-    stride = topk * (2 + sum(widths))
-    offsets = stride * np.arange(batch_size)[:, None]
-    parents = np.take_along_axis(parent_list, top_scores_index // topk, axis=1)
-    flat = (top_scores_index + offsets).ravel()
-    place = np.searchsorted(flat, (np.maximum(parents, 0) + offsets).ravel())
-    place = place.reshape(batch_size, num_nodes) - num_nodes * np.arange(batch_size)[:, None]
-    parent_row = np.where(top_scores_index < topk, 0, place + 1)
     layer_starts = topk * np.cumsum([1, *widths])
-    return Outcomes(
-        depths=np.searchsorted(layer_starts, top_scores_index, side="right") + 1,
-        parent_accepted=np.take_along_axis(is_accepted, parent_row, axis=1),
-        accepted=is_accepted[:, 1:],
+    shape = top_scores_index.shape
+    depths = np.empty(shape, dtype=np.int64)
+    parent_accepted, accepted = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
+    _read_outcomes(
+        parent_list,
+        top_scores_index,
+        accept_index.astype(np.int64),
+        layer_starts,
+        topk,
+        depths,
+        parent_accepted,
+        accepted,
     )
+    return Outcomes(depths, parent_accepted, accepted)
 
 
+@compiled("i8(f8)")
+def _piece(p: float) -> int:
+    """Return the number of the knot at or below p that is not the last one."""
+    low, high = 0, len(_WIDTHS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if p >= _KNOTS[middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled("void(f8[:, :, :], f8, f8[:], i8[:], b1[:], b1[:])")
+def _add_nodes(
+    sums: np.ndarray,
+    keep: float,
+    probs: np.ndarray,
+    depths: np.ndarray,
+    parent_accepted: np.ndarray,
+    accepted: np.ndarray,
+) -> None:
+    """Forget a little of [3, buckets, knots] and add nodes, each shared by the knots around it."""
+    sums *= keep
+    for node in range(len(probs)):
+        if not parent_accepted[node] or not np.isfinite(probs[node]):
+            continue
+        p = min(max(float(probs[node]), 0.0), 1.0)
+        left = _piece(p)
+        bucket = 0
+        while bucket < len(_DEPTH_ENDS) and depths[node] > _DEPTH_ENDS[bucket]:
+            bucket += 1
+        right_share = (p - _KNOTS[left]) / _WIDTHS[left]
+        for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
+            sums[0, bucket, knot] += share
+            sums[1, bucket, knot] += share * p
+            if accepted[node]:
+                sums[2, bucket, knot] += share
+
+
+@compiled("void(f4[:], f8[:], f4[:])")
+def _interpolate(probs: np.ndarray, curve: np.ndarray, result: np.ndarray) -> None:
+    """Write g of each probability, [n] float32, from its values at the knots."""
+    for i in range(len(probs)):
+        p = min(max(float(probs[i]), 0.0), 1.0)
+        left = _piece(p)
+        share = (p - _KNOTS[left]) / _WIDTHS[left]
+        result[i] = curve[left] + share * (curve[left + 1] - curve[left])
+
+
+@compiled("f8[:, :](f8[:, :], f8[:, :])")
 def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return each row's closest not falling curve, in weighted squares.
 
-    Definition: out[i] = max over a <= i of min over b >= i of the weighted mean of values[a..b]
+    Neighbours that fall are pooled to their weighted mean until none does.
 
-    Source: Barlow et al., "Statistical inference under order restrictions" (1972), max-min formula.
+    Source: Barlow et al., "Statistical inference under order restrictions" (1972), pool adjacent
+    violators.
     """
-    if (np.diff(values, axis=1) >= 0.0).all():
-        return values
-    zeros = np.zeros((len(values), 1))
-    total = np.concatenate((zeros, np.cumsum(values * weights, axis=1)), axis=1)
-    weight = np.concatenate((zeros, np.cumsum(weights, axis=1)), axis=1)
-    n = values.shape[1]
-    valid = np.tri(n, dtype=bool).T  # [a, b], a <= b
-    spans = np.where(valid, weight[:, None, 1:] - weight[:, :-1, None], 1.0)
-    means = np.where(valid, (total[:, None, 1:] - total[:, :-1, None]) / spans, np.inf)
-    least = np.minimum.accumulate(means[:, :, ::-1], axis=2)[:, :, ::-1]
-    return np.where(valid, least, -np.inf).max(axis=1)
+    num_rows, n = values.shape
+    result = np.empty((num_rows, n))
+    mean, weight = np.empty(n), np.empty(n)  # of each block of pooled neighbours
+    end = np.empty(n, dtype=np.int64)
+    for row in range(num_rows):
+        last = -1
+        for i in range(n):
+            last += 1
+            mean[last], weight[last], end[last] = values[row, i], weights[row, i], i + 1
+            while last > 0 and mean[last - 1] > mean[last]:
+                both = weight[last - 1] + weight[last]
+                pooled = mean[last - 1] * weight[last - 1] + mean[last] * weight[last]
+                last -= 1
+                mean[last], weight[last], end[last] = pooled / both, both, i + 1
+        begin = 0
+        for block in range(last + 1):
+            result[row, begin : end[block]] = mean[block]
+            begin = end[block]
+    return result
+
+
+@compiled("f8[:, :](f8[:, :, :], f8)")
+def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
+    """Return g at the knots, a row for each bucket of depths, from [3, buckets, knots]."""
+    values, weights = np.empty(_SHAPE), np.empty(_SHAPE)
+    for bucket in range(_SHAPE[0]):
+        for knot in range(_SHAPE[1]):
+            weight = sums[0, bucket, knot] + prior_weight
+            shift = (sums[2, bucket, knot] - sums[1, bucket, knot]) / weight
+            values[bucket, knot] = min(max(_KNOTS[knot] + shift, 0.0), 1.0)
+            weights[bucket, knot] = weight
+    return _isotonic(values, weights)
+
+
+@compiled("void(i8[:, :], i8[:, :], i8[:, :], i8[:], i8, i8[:, :], b1[:, :], b1[:, :])")
+def _read_outcomes(
+    parent_list: np.ndarray,
+    top_scores_index: np.ndarray,
+    accept_index: np.ndarray,
+    layer_starts: np.ndarray,
+    topk: int,
+    depths: np.ndarray,
+    parent_accepted: np.ndarray,
+    accepted: np.ndarray,
+) -> None:
+    """Write the outcomes; arguments as for `verify_outcomes`, but for `layer_starts`.
+
+    Args:
+        layer_starts: [layers] int, the number of candidates in all layers up to each.
+    """
+    batch_size, num_nodes = top_scores_index.shape
+    is_accepted = np.zeros(batch_size * (num_nodes + 1), dtype=np.bool_)
+    for request in range(batch_size):
+        for place in range(accept_index.shape[1]):
+            if accept_index[request, place] >= 0:
+                is_accepted[accept_index[request, place]] = True
+        is_accepted[request * (num_nodes + 1)] = True
+    for request in range(batch_size):
+        numbers, root = top_scores_index[request], request * (num_nodes + 1)
+        for node in range(num_nodes):
+            number, depth, parent_row = numbers[node], 1, 0
+            while depth <= len(layer_starts) and number >= layer_starts[depth - 1]:
+                depth += 1
+            if number >= topk:
+                parent = max(parent_list[request, number // topk], 0)
+                parent_row = 1 + np.searchsorted(numbers, parent)
+            depths[request, node] = depth
+            parent_accepted[request, node] = is_accepted[root + parent_row]
+            accepted[request, node] = is_accepted[root + 1 + node]

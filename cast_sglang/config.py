@@ -153,6 +153,17 @@ class CastConfig:
     log_interval: int = _knob(
         0, "count", "steps between two statistics lines in the log, 0 for none", low=0, high=10**9
     )
+    trace: str = _knob("none", "text", "file that records every step for replay, or none")
+    trace_mb: int = _knob(64, "count", "size in MiB at which recording stops", low=1, high=10**6)
+    trace_tokens: bool = _knob(
+        False, "switch", "record the tokens of drafted nodes too, so that pictures can show text"
+    )
+    trace_full: bool = _knob(
+        False,
+        "switch",
+        "grow and verify the whole envelope in every step, so that a trace can tell of any tree; "
+        "slow",
+    )
     allow_foreign_profile: bool = _knob(
         False, "switch", "accept a profile of another device, model pair, dtype or TP size"
     )
@@ -166,6 +177,8 @@ class CastConfig:
                 f"profile=none: policy {self.policy} decides by costs; use a path, auto or "
                 "estimate, or --cast-policy eagle"
             )
+        if self.trace_full and self.trace == "none":
+            raise ConfigError("trace_full=True: there is no trace; name one with --cast-trace FILE")
 
     @classmethod
     def load(

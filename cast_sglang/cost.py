@@ -1,4 +1,4 @@
-"""CostModel: S_T and S_D of a profile as arrays; lookup and interpolation only.
+"""CostModel: S_T and S_D of a profile as arrays; lookup, interpolation and sums, no decision.
 
 Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2510.26577), the
 tables S_T(B), S_D(B) and the function `select`.
@@ -16,7 +16,16 @@ import torch
 from cast_sglang.config import LOOKUPS
 from cast_sglang.profile_schema import CostTable, CostTables
 
-__all__ = ["CONTEXT_BUCKET_TOKENS", "CostModel", "StepCosts", "cost_of", "plain_cost"]
+__all__ = [
+    "CONTEXT_BUCKET_TOKENS",
+    "CostModel",
+    "StepCosts",
+    "cost_of",
+    "extend_units",
+    "plain_cost",
+    "plain_extra",
+    "step_units",
+]
 
 CONTEXT_BUCKET_TOKENS = 64
 MAX_CACHED_STEPS = 4096
@@ -67,6 +76,40 @@ def plain_cost(costs: Any) -> float:
         costs: `StepCosts`, or a policy's view of them.
     """
     return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+
+
+def step_units(
+    costs: Any, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
+) -> float:
+    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
+
+    Args:
+        costs: `StepCosts`, or a policy's view of them; so below.
+        widths: nodes expanded per request in each layer below the root.
+        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
+        num_extend_rows: rows per request of draft extend, 0 for none.
+    """
+    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
+    time += sum(cost_of(costs.draft, width) for width in widths)
+    if num_extend_rows:
+        time += cost_of(costs.draft_extend, num_extend_rows)
+    return time
+
+
+def plain_extra(costs: Any) -> float:
+    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
+    return step_units(costs, (), 1, 0) - plain_cost(costs)
+
+
+def extend_units(costs: Any, num_rows: int) -> float:
+    """Return the time of draft extend of any number of rows, in units."""
+    if num_rows == 0:
+        return 0.0
+    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
+    if num_rows <= measured:
+        return cost_of(costs.draft_extend, num_rows)
+    row = max(0.0, float(last - first)) / max(1, measured - 1)
+    return float(last) + row * (num_rows - measured)
 
 
 class CostModel:

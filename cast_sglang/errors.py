@@ -4,12 +4,20 @@
     ├── ConfigError   (ValueError)    a knob is unknown, of the wrong type or out of range
     ├── ProfileError  (ValueError)    a cost profile is missing, damaged or was measured elsewhere
     │   └── MissingProfileError       a search found no profile of this device and pair
+    ├── TraceError    (ValueError)    a trace is damaged, foreign or cannot be replayed as asked
     └── HostError     (RuntimeError)  this SGLang, device or model pair cannot run what was asked
 
 Each message is one line that names the flag, variable or file at fault and says what to do.
 """
 
-__all__ = ["CastError", "ConfigError", "HostError", "MissingProfileError", "ProfileError"]
+__all__ = [
+    "CastError",
+    "ConfigError",
+    "HostError",
+    "MissingProfileError",
+    "ProfileError",
+    "TraceError",
+]
 
 
 class CastError(Exception):
@@ -26,6 +34,10 @@ class ProfileError(CastError, ValueError):
 
 class MissingProfileError(ProfileError):
     """A search found no cost profile that fits this device and pair."""
+
+
+class TraceError(CastError, ValueError):
+    """A trace is unreadable, damaged, of another format or pair, or lacks what was asked of it."""
 
 
 class HostError(CastError, RuntimeError):

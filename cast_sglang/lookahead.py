@@ -23,6 +23,8 @@ import math
 import numpy as np
 import torch
 
+from cast_sglang.compiled import compiled
+
 __all__ = ["Lookahead"]
 
 # V(v) = m U(v / m), so one table of U serves every price. It stands on a geometric grid of v / m,
@@ -49,7 +51,7 @@ class Lookahead:
     def __init__(self) -> None:
         self._children = np.zeros(_LAST + 1)
         self._parents = 0.0
-        self._worth = np.zeros(_LAST + 1)  # U
+        self._surplus = np.zeros(_LAST + 1)  # U
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._turn = 0
 
@@ -73,41 +75,103 @@ class Lookahead:
     def learn(self) -> None:
         """Count what was added, and let what was known before count a little less.
 
-        Effects: two small copies to the host where the nodes are on a device.
+        Effects: two small copies to the host for each layer whose nodes are on a device.
         """
         if not self._seen:
             return
-        weights, probs = (
-            torch.cat(part).numpy(force=True) for part in zip(*self._seen, strict=True)
-        )
-        self._seen.clear()
-        # A child between two places is shared by them; one beyond the last counts as there.
-        distance = _places(1.0 / np.maximum(probs, 1e-9))
-        low = np.minimum(distance.astype(np.int64), _LAST - 1)
-        further = weights[:, None] * (distance - low)
-        cells = np.concatenate((low.ravel(), low.ravel() + 1))
-        counts = np.concatenate(((weights[:, None] - further).ravel(), further.ravel()))
         self._children *= _KEEP
-        self._children += np.bincount(cells, counts, _LAST + 1)
-        self._parents = _KEEP * self._parents + float(weights.sum())
-        # U at place i: a child j places below has the surplus of place i - j.
-        worth = np.convolve(self._children, _SURPLUS)[: _LAST + 1]
-        self._worth[:] = worth / max(self._parents, 1e-30)
+        self._parents *= _KEEP
+        for weights, probs in self._seen:
+            self._parents += _count_children(
+                weights.numpy(force=True), probs.numpy(force=True), self._children
+            )
+        self._seen.clear()
+        _promise(self._children, self._parents, self._surplus)
 
-    def worth(self, scores: np.ndarray, row_price: float) -> np.ndarray:
-        """Return V of each score, in the shape of `scores`.
+    def best_width(
+        self, scores: np.ndarray, token: float, row_price: float, growth: np.ndarray, price: float
+    ) -> tuple[int, float]:
+        """Return how many of a layer's nodes are best expanded, and their gain beyond the price.
+
+        Definition: the first k that maximises
+            sum over requests, sum over s <= k of V(token * scores[:, s]) - B * price * growth[k]
 
         Args:
-            scores: path scores times the worth of an accepted token.
+            scores: [B, K] float32, path scores of the layer's best nodes, descending.
+            token: worth of an accepted token.
             row_price: m >= 0, accepted tokens asked of a verified row.
+            growth: [>= K] float32, time of one more layer of 1.. nodes.
+            price: accepted tokens asked per unit of time.
         """
-        row_price = max(row_price, _LEAST_PRICE)
-        # The nearest place; few calls, as each is slow when a model has just swept the caches.
-        places = np.log2(np.maximum(scores, row_price)) * _PER_OCTAVE
-        places += 0.5 - _PER_OCTAVE * math.log2(row_price)
-        return row_price * self._worth.take(places.astype(np.int64), mode="clip")
+        width, gain = _best_width(self._surplus, scores, token, row_price, growth, price)
+        return int(width), float(gain)
 
 
-def _places(ratios: np.ndarray) -> np.ndarray:
-    """Return how far up the grid each ratio lies, in 0.._LAST."""
-    return np.minimum(_PER_OCTAVE * np.log2(np.maximum(ratios, 1.0)), float(_LAST))
+@compiled("f8(f8[:], f8, f8)")
+def _value(surplus: np.ndarray, score: float, row_price: float) -> float:
+    """Return V(score) = m U(score / m), at the nearest place of the table.
+
+    Args:
+        surplus: the table of U.
+        score: v, a path score times the worth of an accepted token.
+        row_price: m >= 0.
+    """
+    least = max(row_price, _LEAST_PRICE)
+    if score <= least:
+        return 0.0
+    place = int(_PER_OCTAVE * math.log2(score / least) + 0.5)
+    return least * surplus[min(place, _LAST)]
+
+
+@compiled("f8(f4[:], f4[:, :], f8[:])")
+def _count_children(weights: np.ndarray, probs: np.ndarray, children: np.ndarray) -> float:
+    """Add the children of some nodes to the histogram; return the weight of the nodes.
+
+    Args:
+        weights: [n] float32, path scores of the nodes.
+        probs: [n, K] float32, their children's probabilities given them.
+        children: [places], gets weight for each child at its distance below its parent.
+    """
+    total = 0.0
+    for node in range(len(weights)):
+        weight = float(weights[node])
+        total += weight
+        for child in range(probs.shape[1]):
+            distance = -_PER_OCTAVE * math.log2(max(float(probs[node, child]), 1e-9))
+            distance = min(max(distance, 0.0), float(_LAST))
+            # A child between two places is shared by them; one beyond the last counts as there.
+            low = min(int(distance), _LAST - 1)
+            further = weight * (distance - low)
+            children[low] += weight - further
+            children[low + 1] += further
+    return total
+
+
+@compiled("void(f8[:], f8, f8[:])")
+def _promise(children: np.ndarray, parents: float, surplus: np.ndarray) -> None:
+    """Fill the table of U: at place i, a child j places below brings the surplus of place i - j."""
+    for place in range(len(surplus)):
+        total = 0.0
+        for below in range(place):
+            total += children[below] * _SURPLUS[place - below]
+        surplus[place] = total / max(parents, 1e-30)
+
+
+@compiled("Tuple((i8, f8))(f8[:], f4[:, :], f8, f8, f4[:], f8)")
+def _best_width(
+    surplus: np.ndarray,
+    scores: np.ndarray,
+    token: float,
+    row_price: float,
+    growth: np.ndarray,
+    price: float,
+) -> tuple[int, float]:
+    batch_size, topk = scores.shape
+    gain, best, most = 0.0, 0, -np.inf
+    for k in range(topk):
+        for request in range(batch_size):
+            gain += _value(surplus, token * scores[request, k], row_price)
+        net = gain - batch_size * price * growth[k]
+        if net > most:
+            best, most = k, net
+    return best + 1, most

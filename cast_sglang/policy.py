@@ -182,6 +182,11 @@ class _Layer(NamedTuple):
 class FixedPolicy(TreePolicy):
     """The paper's CAST with hand-set thresholds.
 
+    A price of 0 switches its rule off. Utilities are sums of scores, which are never negative, so
+    without a price more is never worse: C1 = 0 keeps every node of a layer, C2 = 0 grows every
+    layer and C3 = 0 verifies the largest size. Only nodes that add nothing to the sum in float32
+    are left out. All three at 0 are EAGLE's tree of the envelope's shape.
+
     Args:
         c1, c2, c3: prices of breadth, depth and rerank, >= 0.
         r: R, how many gain ratios the depth rule averages, >= 1.

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cast_sglang.cost import cost_of, plain_cost
+from cast_sglang.compiled import compiled
+from cast_sglang.cost import plain_cost
 from cast_sglang.lookahead import Lookahead
 from cast_sglang.policy import Costs, TreePolicy
 
-__all__ = ["AutoPolicy", "step_units"]
+__all__ = ["AutoPolicy"]
 
 # Steps after which a step counts half in the price.
 HALF_LIFE = 32
@@ -43,23 +43,6 @@ MAX_LOSS = 32.0
 PROBE_SHARE = 0.01
 # A try begins with credit for at least this loss, in target passes.
 MIN_PROBE = 0.25
-
-
-def step_units(
-    costs: Costs, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
-) -> float:
-    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
-
-    Args:
-        widths: nodes expanded per request in each layer below the root.
-        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
-        num_extend_rows: rows per request of draft extend, 0 for none.
-    """
-    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
-    time += sum(cost_of(costs.draft, width) for width in widths)
-    if num_extend_rows:
-        time += cost_of(costs.draft_extend, num_extend_rows)
-    return time
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +145,7 @@ class AutoPolicy(TreePolicy):
         ]
 
     def weigh(self, weights: np.ndarray | None) -> None:
-        self._weights = None if weights is None else weights[:, None]
+        self._weights = None if weights is None else weights[:, None].astype(np.float32)
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and whether it pays to expand it at all."""
@@ -178,11 +161,11 @@ class AutoPolicy(TreePolicy):
             row_price = bucket.price * float(view.next_row[0]) if len(self._sizes) > 1 else 0.0
         # An accepted token is one row more to extend, where its number decides that.
         token = 1.0 - bucket.price * view.token
-        gains = self._lookahead.worth(token * ranked, row_price).sum(axis=0).cumsum()
-        net = gains - (len(ranked) * bucket.price) * view.growth[: len(gains)]
-        best = int(net.argmax())
-        self._deepen = bool(net[best] > 0.0) and self._layers < self._max_layers
-        return best + 1
+        width, gain = self._lookahead.best_width(
+            ranked, token, row_price, view.growth, bucket.price
+        )
+        self._deepen = gain > 0.0 and self._layers < self._max_layers
+        return width
 
     def deepen(self) -> bool:
         self._layers += self._deepen
@@ -206,12 +189,16 @@ class AutoPolicy(TreePolicy):
                 f"{scores.shape[1] + 1} nodes"
             )
         ranked = self._weighed(scores)
-        nodes = self._num_nodes[:num_sizes]
-        rank_means = ranked.sum(axis=0) / len(ranked)
-        utility = rank_means.cumsum()[nodes - 1]
-        time = view.verify[:num_sizes] + self._extend_time(view, nodes, utility)
-        best = int((utility - bucket.price * time).argmax())
-        self._close_step(bucket, view, best, float(rank_means[nodes[best] - 1]), scores)
+        layers = -1 if self._extend_by_outcome else self._layers
+        best, least = _best_size(
+            ranked,
+            self._num_nodes[:num_sizes],
+            view.verify,
+            view.extend,
+            layers,
+            bucket.price,
+        )
+        self._close_step(bucket, view, best, least, scores)
         return self._sizes[best]
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
@@ -334,3 +321,48 @@ def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View
         next_row=np.maximum(slopes.min(axis=1), 0.0),
         token=row_of_token,
     )
+
+
+@compiled("Tuple((i8, f8))(f4[:, :], i8[:], f4[:], f4[:], i8, f8)")
+def _best_size(
+    scores: np.ndarray,
+    num_nodes: np.ndarray,
+    verify: np.ndarray,
+    extend: np.ndarray,
+    layers: int,
+    price: float,
+) -> tuple[int, float]:
+    """Return which number of nodes is best verified, and the mean score of the last of them.
+
+    Definition: the first i that maximises, with u = mean over requests of the sum of
+        scores[:, : num_nodes[i]], u - price * (verify[i] + extend at the longest path)
+
+    Args:
+        scores: [B, n] float32, descending.
+        num_nodes: [S], ascending, at most n.
+        verify: [>= S], time of verifying each.
+        extend: [E], time of extending the draft by 1.. rows.
+        layers: of the tree, which no path exceeds; below 0 where the draft is extended by what
+            each request accepts, utility in the mean.
+    """
+    batch_size = len(scores)
+    best, least, most = 0, 0.0, -np.inf
+    utility, mean, choice = 0.0, 0.0, 0
+    for node in range(num_nodes[-1]):
+        mean = 0.0
+        for request in range(batch_size):
+            mean += scores[request, node]
+        mean /= batch_size
+        utility += mean
+        if node + 1 != num_nodes[choice]:
+            continue
+        longest = utility if layers < 0 else float(min(layers, num_nodes[choice]))
+        # One row more than drafts accepted, and index 0 is the time of one row.
+        low = min(int(longest), len(extend) - 1)
+        high = min(low + 1, len(extend) - 1)
+        time = verify[choice] + extend[low]
+        time += min(longest - low, 1.0) * (extend[high] - extend[low])
+        if utility - price * time > most:
+            best, least, most = choice, mean, utility - price * time
+        choice += 1
+    return best, least

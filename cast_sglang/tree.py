@@ -102,6 +102,16 @@ class DraftTree:
         return self._num_candidates
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """[B, M] int64, the token of each candidate."""
+        return torch.cat(self._tokens, dim=1)
+
+    @property
+    def expanded(self) -> list[torch.Tensor]:
+        """[B, W] int64 of each layer below the root: candidates that were expanded, best first."""
+        return self._expanded
+
+    @property
     def num_expanded(self) -> int:
         """Nodes per request that went through the draft model (the root not counted)."""
         return sum(kept.shape[1] for kept in self._expanded)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from cast_sglang.acceptance import Acceptance, verify_outcomes
-from cast_sglang.cost import StepCosts
+from cast_sglang.cost import StepCosts, step_units
 from cast_sglang.ops import reference
 from cast_sglang.optimal import optimal_choice
 from cast_sglang.policy import TreePolicy
-from cast_sglang.price import AutoPolicy, step_units
+from cast_sglang.price import AutoPolicy
 from cast_sglang.tree import DraftTree
 
 TOPK = 8

@@ -14,14 +14,19 @@ from benchmarks.ledger import Ledger
 from benchmarks.rows import as_rows, as_table, row_fields, summarise, summary_table
 from benchmarks.streams import Answer
 
-ARMS = [Arm("plain", "plain"), Arm("a", "static"), Arm("b", "static"), Arm("cast", "cast")]
+ARMS = [
+    Arm("plain", "plain"),
+    Arm("static:2-2-4", "static"),
+    Arm("static:3-1-4", "static"),
+    Arm("cast", "cast"),
+]
 
 
-SPEEDS = {"plain": 10.0, "a": 15.0, "b": 20.0, "cast": 30.0}
+SPEEDS = {"plain": 10.0, "static:2-2-4": 15.0, "static:3-1-4": 20.0, "cast": 30.0}
 
 
 def result(name: str, speed: float | None = None) -> Result:
-    ids = [1, 2] if name == "a" else [1, 3]
+    ids = [1, 2] if name == "static:2-2-4" else [1, 3]
     answer = Answer(
         times=[0.1, 0.2],
         counts=[1, 12],
@@ -42,12 +47,21 @@ def rows_of(cell: Cell, **changes: float) -> list[dict]:
 def test_rows_compare_with_plain_and_with_the_best_static_arm():
     by_arm = {row["arm"]: row for row in rows_of(Cell(8, 0.0, "t"))}
     cast = by_arm["cast"]
-    assert (cast["vs_plain"], cast["vs_best_static"], cast["best_static"]) == (3.0, 1.5, "b")
+    assert (cast["vs_plain"], cast["vs_best_static"]) == (3.0, 1.5)
+    assert cast["best_static"] == "static:3-1-4"
     assert (cast["vs_plain_min"], cast["vs_plain_max"]) == (3.0, 3.0)
-    assert (by_arm["a"]["vs_best_static"], by_arm["b"]["vs_best_static"]) == (0.75, 1.0)
+    assert (by_arm["static:2-2-4"]["vs_best_static"], by_arm["static:3-1-4"]["vs_best_static"]) == (
+        0.75,
+        1.0,
+    )
     assert (by_arm["plain"]["accept_length"], cast["accept_length"]) == (None, 3.0)
-    assert (by_arm["a"]["identical_to_plain"], cast["identical_to_plain"]) == (False, True)
+    assert (by_arm["static:2-2-4"]["identical_to_plain"], cast["identical_to_plain"]) == (
+        False,
+        True,
+    )
     assert cast["ttft_p50_ms"] == 100.0
+    rows = [by_arm[name]["mean_verify_rows"] for name in ("plain", "static:2-2-4", "cast")]
+    assert rows == [1.0, 4.0, None]
     assert {row["identical_to_plain"] for row in rows_of(Cell(8, 0.8, "t"))} == {None}
     assert all(list(row) == row_fields() for row in by_arm.values())
 
@@ -62,10 +76,16 @@ def test_ratios_are_formed_within_a_repeat():
 def test_groups_are_compared_by_their_own_plain_arm():
     slow, fast = [ARMS[0], ARMS[1], ARMS[3]], [ARMS[0], ARMS[2]]
     # In the second group the machine has three times its speed, so "b" only looks the faster.
-    groups = [group(slow, a=25.0), group(fast, plain=30.0, b=60.0)]
+    groups = [
+        group(slow, **{"static:2-2-4": 25.0}),
+        group(fast, **{"plain": 30.0, "static:3-1-4": 60.0}),
+    ]
     by_arm = {(row["arm"], row["group"]): row for row in as_rows(Cell(8, 0.0, "t"), groups)}
-    assert {row["best_static"] for row in by_arm.values()} == {"a"}
-    assert (by_arm["b", 2]["vs_plain"], by_arm["b", 2]["vs_best_static"]) == (2.0, 0.8)
+    assert {row["best_static"] for row in by_arm.values()} == {"static:2-2-4"}
+    assert (by_arm["static:3-1-4", 2]["vs_plain"], by_arm["static:3-1-4", 2]["vs_best_static"]) == (
+        2.0,
+        0.8,
+    )
     assert (by_arm["cast", 1]["vs_plain"], by_arm["cast", 1]["vs_best_static"]) == (3.0, 1.2)
     assert by_arm["plain", 2]["vs_best_static"] == by_arm["plain", 1]["vs_best_static"] == 0.4
 

@@ -1,6 +1,8 @@
 """The arithmetic behind the benchmark's numbers, on streams whose speed is known."""
 
+import asyncio
 import contextlib
+import csv
 import itertools
 import json
 
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 
 from benchmarks import bench_serving, cells
 from benchmarks.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
-from benchmarks.bench_serving import choose_cells, parse_args
+from benchmarks.bench_serving import choose_cells
 from benchmarks.cells import Cell, choose_prompts, run
 from benchmarks.counters import TOTALS
 from benchmarks.dialogues import Dialogue
+from benchmarks.options import parse_args
 from benchmarks.pairs import Pair
 from benchmarks.streams import Answer, accept_length, latencies, steady_window
 from benchmarks.tasks import Task
@@ -29,27 +32,36 @@ def steps(start: float, seconds: float, gains: list[int], lag: float = 0.0) -> A
 
 
 def test_window_of_one_request_is_all_its_steps():
-    assert steady_window([steps(5.0, 0.1, [3] * 10)]) == pytest.approx((30, 1.0))
+    assert steady_window([steps(5.0, 0.1, [3] * 10)], 1) == pytest.approx((30, 1.0))
 
 
 def test_window_ends_with_the_first_request_and_begins_with_the_last():
     fast = steps(0.0, 0.1, [4] * 10)  # ends at 1.0
     slow = steps(0.2, 0.1, [2] * 20)  # begins at 0.2
-    tokens, seconds = steady_window([fast, slow])
+    tokens, seconds = steady_window([fast, slow], 2)
     assert seconds == pytest.approx(0.8)
     assert tokens == pytest.approx(8 * 4 + 8 * 2)
+
+
+def test_window_holds_the_requests_that_took_a_place_and_their_first_tokens():
+    first, second = steps(0.0, 0.1, [4] * 10), steps(1.5, 0.1, [4] * 10)
+    second.sent = 1.0
+    beside = steps(0.0, 0.1, [2] * 40)
+    # Of the one sent later all 41 tokens; of the one beside it those until the place stays empty.
+    tokens, seconds = steady_window([first, beside, second], 2, end=2.5)
+    assert (tokens, seconds) == pytest.approx((40 + 41 + 50, 2.5))
 
 
 def test_arrival_one_after_the_other_costs_no_tokens():
     # Eight requests of one step reach the client up to 7 ms apart.
     answers = [steps(0.0, 0.1, [3] * 20, lag=0.001 * i) for i in range(8)]
-    tokens, seconds = steady_window(answers)
+    tokens, seconds = steady_window(answers, 8)
     assert tokens / seconds == pytest.approx(8 * 3 / 0.1)
 
 
 def test_requests_that_never_ran_together_are_an_error():
     with pytest.raises(ValueError, match="no moment"):
-        steady_window([steps(0.0, 0.1, [1] * 5), steps(9.0, 0.1, [1] * 5)])
+        steady_window([steps(0.0, 0.1, [1] * 5), steps(9.0, 0.1, [1] * 5)], 2)
 
 
 @given(
@@ -62,7 +74,7 @@ def test_requests_that_never_ran_together_are_an_error():
 )
 def test_a_window_never_holds_more_than_was_streamed(gains, seconds):
     answers = [steps(0.0, seconds, each) for each in gains]
-    tokens, elapsed = steady_window(answers)
+    tokens, elapsed = steady_window(answers, len(answers))
     assert elapsed == pytest.approx(min(map(len, gains)) * seconds)
     assert 0 < tokens <= sum(map(sum, gains)) + 1e-6
     # Steps are equally long, so all answers together gain the shortest one's number of them.
@@ -119,7 +131,8 @@ def test_accept_length_weighs_by_passes():
 
 
 def test_prompts_fill_whole_batches():
-    assert choose_prompts(["a", "b", "c"], batch=4, num_requests=5) == list("abcabcab")
+    assert choose_prompts(["a", "b", "c"], batch=2, num_requests=7) == list("abcabcab")
+    assert choose_prompts(["a", "b", "c"], batch=3, num_requests=5) == list("abcabcabc")
 
 
 ARM = Arm("plain", "plain")
@@ -144,29 +157,44 @@ class FakeServer:
         return {"internal_states": [{"cast": {**counters, "profile": {"path": "/x/p.json"}}}]}
 
 
-def test_a_batch_of_dialogues_answers_each_turn_together(monkeypatch):
-    waves: list[list[list[int]]] = []
+def test_as_many_run_as_there_are_places_and_dialogues_go_on_at_once(monkeypatch):
+    running, most, sent = 0, 0, []
 
-    async def stream_batch(url, prompts, temperature, num_tokens):
-        waves.append(list(prompts))
-        # The second turn takes twice as long.
-        made = [steps(0.0, 0.1 * len(waves), [2] * 10) for _ in prompts]
-        for number, answer in enumerate(made):
-            answer.text = f"answer {number}"
-        return made
+    async def stream(client, prompt, temperature, num_tokens):
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        sent.append(prompt)
+        started = asyncio.get_running_loop().time()
+        # The first dialogue is slow, so the other place takes what remains.
+        await asyncio.sleep(0.3 if prompt[0] == 1 else 0.02)
+        running -= 1
+        answer = steps(started + 0.01, 0.001, [2] * 10)
+        answer.sent, answer.text = started, f"answer {prompt[0]}"
+        return answer
 
     def dialogue(number: int, turns: int) -> Dialogue:
         return Dialogue(turns, lambda answers: [number, *(len(text) for text in answers)])
 
-    monkeypatch.setattr(cells, "stream_batch", stream_batch)
-    tok_s, answers = run(FakeServer(), [dialogue(1, 2), dialogue(2, 3)], Cell(2, 0.0, "t"), 21)
-    assert waves == [[[1], [2]], [[1, 8], [2, 8]]]
-    assert tok_s == pytest.approx(2 * (2 * 20) / (1.0 + 2.0))
-    assert len(answers) == 4
-    # To warm up, answers may be too short to be measured.
-    monkeypatch.setattr(cells, "steady_window", None)
-    cells.warm_up([ARM], {"plain": FakeServer()}, Cell(2, 0.0, "t"), ["a", "b", "c"])
-    assert waves[2:] == [["a", "b"]]
+    monkeypatch.setattr(cells, "stream", stream)
+    requests = [dialogue(1, 1), dialogue(2, 2), dialogue(3, 1), dialogue(4, 3)]
+    tok_s, answers = run(FakeServer(), requests, Cell(2, 0.0, "t"), 21)
+    assert (most, tok_s > 0) == (2, True)
+    assert sent == [[1], [2], [2, 8], [3], [4], [4, 8], [4, 8, 8]]
+    # In the order of the requests, whenever they ended.
+    assert [answer.text[-1] for answer in answers] == list("1223444")
+
+    # To warm up, an arm that learns takes all tokens, another a few.
+    taken = []
+
+    async def short(client, prompt, temperature, num_tokens):
+        taken.append(num_tokens)
+        return steps(0.0, 0.1, [1])
+
+    monkeypatch.setattr(cells, "stream", short)
+    servers = {"plain": FakeServer(), "cast": FakeServer()}
+    arms = [ARM, Arm("cast", "cast")]
+    cells.warm_up(arms, servers, Cell(2, 0.0, "t"), ["a", "b", "c"], 99)
+    assert taken == [cells.WARMUP_TOKENS] * 2 + [99] * 2
 
 
 def test_arms():
@@ -234,6 +262,10 @@ def test_smoke_only_changes_defaults():
     args = parse_args(["--smoke", "--batches", "2"])
     assert (args.arms, args.batches, args.repeats) == (["plain", "cast:auto"], [2], 1)
     assert parse_args([]).tasks == ["code"]
+    kinds = {arm.kind for arm in parse_arms(parse_args([]).arms, "d")}
+    assert kinds == {"plain", "static", "adaptive", "cast"}
+    full = parse_args(["--full", "--temperatures", "0"])
+    assert (full.temperatures, full.batches[:6]) == ([0.0], [1, 2, 4, 8, 16, 32])
     assert parse_args(["--prompts", "x.jsonl"]).tasks == []
 
 
@@ -246,6 +278,8 @@ def test_smoke_only_changes_defaults():
         ["--batches", "0"],
         ["--repeats", "0"],
         ["--warmup-tokens", "1"],
+        ["--smoke", "--full"],
+        ["--cooldown", "-1"],
     ],
 )
 def test_wrong_command_lines_are_refused(words, capsys):
@@ -256,6 +290,8 @@ def test_wrong_command_lines_are_refused(words, capsys):
 
 def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     started: list[list[str]] = []
+    measured_cells: list[Cell] = []
+    broken = {"static:3-1-4"}
 
     @contextlib.contextmanager
     def serving(arms, model, log_dir, flags, on_start, at_once):
@@ -265,7 +301,8 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
         yield {arm.name: FakeServer(arm.name, arm.kind) for arm in arms}
 
     def run_one(server, requests, cell, num_tokens):
-        if server.name == "static:3-1-4" and cell.batch == 4:
+        measured_cells.append(cell)
+        if server.name in broken and cell.batch == 4:
             raise ValueError("no moment at which all requests decoded")
         answer = Answer(times=[0.1, 1.1], counts=[1, num_tokens], verify_passes=8)
         return SPEEDS.get(server.kind, 20.0), [answer] * len(requests)
@@ -284,11 +321,44 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     assert len(content["rows"]) == 6 * 5
     assert {row["vs_best_static"] for row in content["rows"] if row["arm"] == "cast:auto"} == {1.5}
 
-    # An arm fails in the second cell of the first group; the first cell is kept.
+    # An arm fails in the second cell of the first group; only its own later rows are missing.
     assert bench_serving.main([*words.split(), "1,4"]) == 1
-    assert "no moment" in capsys.readouterr().err
+    assert "static:3-1-4 failed and is left out from here on: no moment" in capsys.readouterr().err
     content = json.loads((tmp_path / "results.json").read_text())
     assert [run["complete"] for run in content["runs"]] == [True, False]
-    assert {(row["batch"], row["task"]) for row in content["rows"]} == {(1, "code")}
-    assert {row["arm"] for row in content["rows"]} == {"plain", "static:5-4-8", "static:3-1-4"}
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6 * 5 + 3
+    assert len(content["rows"]) == 6 * 5 - 5
+    cells_of = [(row["batch"], row["task"]) for row in content["rows"] if "3-1-4" in row["arm"]]
+    assert cells_of == [(1, "code")]
+    [failure] = content["provenance"]["failures"]
+    assert (failure["arm"], failure["batch"]) == ("static:3-1-4", 4)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 6 * 5 - 5
+
+    # The arm is well again: only its group is served, without the cell that was finished.
+    started.clear()
+    measured_cells.clear()
+    broken.clear()
+    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0
+    assert started == [["plain", "static:5-4-8", "static:3-1-4"]]
+    assert len(set(measured_cells)) == 5 and Cell(1, 0.0, "code") not in measured_cells
+    resumed = json.loads((tmp_path / "results.json").read_text())
+    assert [run["complete"] for run in resumed["runs"]] == [True, True]
+    assert len(resumed["rows"]) == 6 * 5 and not resumed["provenance"]["failures"]
+    assert resumed["provenance"]["date"] == content["provenance"]["date"]
+    assert [part["command"][-8:] for part in resumed["provenance"]["resumed"]] == ["--resume"]
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = [(line["batch"], line["arm"], line["vs_plain"]) for line in csv.DictReader(file)]
+    assert len(lines) == 2 * 6 * 5
+    assert sorted(lines[30:]) == sorted(
+        (str(row["batch"]), row["arm"], str(row["vs_plain"])) for row in resumed["rows"]
+    )
+    # Of a run that is complete nothing is left to do; of another one nothing can be taken.
+    started.clear()
+    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0 and not started
+    assert bench_serving.main([*words.split(), "1,2", "--resume"]) == 1
+    assert "differs in batches" in capsys.readouterr().err
+    # Where every arm fails, the run says so and ends.
+    broken |= {"plain", "static:5-4-8", "static:3-1-4", "cast:auto"}
+    assert bench_serving.main([*words.split(), "1,4", "--repeats", "1"]) == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {row["batch"] for row in content["rows"]} == {1}
+    assert len(content["provenance"]["failures"]) == 5

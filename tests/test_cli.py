@@ -6,6 +6,7 @@ import types
 
 import msgspec
 import pytest
+import traces
 from builders import make_identity, make_profile, make_table
 
 from cast_sglang import __version__
@@ -138,6 +139,12 @@ def test_profile_failure(profiled, monkeypatch, capsys):
         ["profile"],
         ["profile", "--output", "x", "--budget-seconds", "0"],
         ["profile", "--output", "x", "--budget-seconds", "nan"],
+        ["replay"],
+        ["replay", "t", "--policy", "best"],
+        ["replay", "t", "--unknown"],
+        ["tune", "t", "--evaluations", "1"],
+        ["trace"],
+        ["trace", "show", "t"],
     ],
 )
 def test_bad_usage(argv, capsys):
@@ -147,12 +154,69 @@ def test_bad_usage(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["profile", "--help"], ["show", "--help"], ["doctor", "--help"]]
+    "argv",
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("profile", "show", "doctor", "replay", "tune", "trace")),
+        ["trace", "show", "--help"],
+    ],
 )
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 0 and "cast-sglang" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A trace and its profile."""
+    tables = traces.make_tables()
+    trace = traces.Recorder(traces.default_policy(), tables).run(12)
+    save_profile(tables, tmp_path / "p.json")
+    return [str(traces.write(trace, tmp_path / "t.jsonl")), "--profile", str(tmp_path / "p.json")]
+
+
+def test_replay(recorded, capsys):
+    assert main(["replay", *recorded]) == 0
+    out = capsys.readouterr().out
+    assert "replayed: policy auto" in out and "off the measured one" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert main(["replay", *recorded, "--c1", "2", "--r", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "fixed" and found["thresholds"] == {"c1": 2.0, "r": 4}
+    assert found["rows"][0]["replayed"]["tokens_per_second"] > 0
+
+
+def test_tune(recorded, capsys):
+    assert main(["tune", *recorded, "--evaluations", "3", "--max-steps", "50"]) == 0
+    assert "--cast-policy fixed --cast-c1" in capsys.readouterr().out
+    assert main(["tune", *recorded, "--evaluations", "2", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["speeds"]) == {
+        "tuned", "recorded", "auto", "optimal"
+    }  # fmt: skip
+
+
+def test_trace_show(recorded, tmp_path, capsys):
+    assert main(["trace", "show", recorded[0], "--out", str(tmp_path / "out"), "--steps", "3"]) == 0
+    assert capsys.readouterr().out == f"page: {tmp_path / 'out' / 'index.html'}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["replay", "missing"], "cannot be read"),
+        (["replay", "TRACE", "--policy", "auto", "--c1", "2"], "has no thresholds"),
+        (["replay", "TRACE", "--c1", "nan"], "c1=nan"),
+        (["tune", "missing"], "cannot be read"),
+        (["trace", "show", "TRACE", "--out", "x", "--steps", "99"], "--steps 99"),
+    ],
+)
+def test_errors_of_traces_are_one_line(recorded, argv, reason, capsys):
+    argv = [recorded[0] if word == "TRACE" else word for word in argv]
+    profile = recorded[1:] if argv[0] != "trace" else []
+    assert main([*argv, *profile]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and reason in err and err.count("\n") == 1
 
 
 def test_version(capsys):

@@ -83,6 +83,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path, suffix):
         ("CAST_VERIFY_SIZES", ",", "ascending"),
         ("CAST_LOG_INTERVAL", "-1", "[0, 1e+09]"),
         ("CAST_ALLOW_FOREIGN_PROFILE", "maybe", "true"),
+        ("CAST_TRACE_MB", "0", "[1, 1e+06]"),
+        ("CAST_TRACE_TOKENS", "maybe", "true"),
         ("CAST_PROFILE", "", "non-empty"),
     ],
 )
@@ -95,6 +97,12 @@ def test_bad_value_names_source_value_and_range(variable, value, expected):
         message = str(caught.value)
         assert name in message and repr(value) in message and expected in message
         assert "\n" not in message
+
+
+def test_a_full_trace_needs_a_file():
+    with pytest.raises(ConfigError, match="--cast-trace FILE"):
+        load(CAST_TRACE_FULL="1")
+    assert load(CAST_TRACE_FULL="1", CAST_TRACE="t.jsonl").trace_full
 
 
 def test_constructor_checks_too():

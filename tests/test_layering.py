@@ -14,9 +14,10 @@ MAX_LINES = 400
 
 # A module may import those to its left. The edges, serving and cpu, come last.
 ORDER = (
-    "errors __init__ config wish profile_schema profiles tree graph_sizes journal cost residuals "
-    "acceptance policy ops lookahead price optimal stats metering grid roofline smoothing "
-    "tabulating profiler replay plots report diagnosis cli cpu serving"
+    "errors __init__ compiled config wish profile_schema profiles tree graph_sizes journal cost "
+    "residuals acceptance policy ops lookahead price optimal stats metering grid roofline "
+    "smoothing tabulating profiler trace reward recorded replay comparison tuning offline plots drawing "
+    "gallery report diagnosis cli cpu serving"
 ).split()
 EDGES = ("serving", "cpu")
 
@@ -96,6 +97,8 @@ def test_files_stay_readable(path):
         ("cast_sglang.cli", ["sglang", "triton", "torch"]),
         ("cast_sglang.config", ["sglang", "triton", "torch"]),
         ("cast_sglang.profiles, cast_sglang.wish", ["sglang", "triton", "torch"]),
+        ("cast_sglang.trace", ["sglang", "triton", "torch"]),
+        ("cast_sglang.replay, cast_sglang.tuning, cast_sglang.gallery", ["sglang", "triton"]),
         ("cast_sglang.stats", ["sglang", "triton", "torch", "prometheus_client"]),
         ("cast_sglang.profiler, cast_sglang.policy, cast_sglang.tree", ["sglang", "triton"]),
     ],

@@ -107,6 +107,33 @@ def test_theorem_4_1_eagle_is_cast_with_an_affine_cost(batch, topk, slope, offse
     assert EaglePolicy(8).breadth(scores) == topk
 
 
+@given(
+    batch=st.integers(1, 5),
+    topk=st.integers(1, 10),
+    cost=st.lists(st.floats(0.0, 50.0), min_size=10, max_size=10),
+    seed=st.integers(0, 2**31),
+)
+def test_a_price_of_zero_switches_its_rule_off(batch, topk, cost, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Away from 0, where the sums of float32 would not resolve the last node.
+    scores = torch.rand(batch, topk, generator=generator) * 0.99 + 0.01
+    scores = scores.sort(dim=1, descending=True).values
+    given = costs(draft=cost, verify=[*cost, 1.0])
+    fixed = FixedPolicy(0.0, 0.0, 0.0, 4, tuple(range(2, topk + 2)))
+    eagle = EaglePolicy(topk + 1)
+    for _ in range(3):
+        assert fixed.breadth(scores, given) == eagle.breadth(scores) == topk
+        assert fixed.deepen() and eagle.deepen()
+        scores = scores / 2
+    assert fixed.rerank(scores, given) == eagle.rerank(scores) == topk + 1
+
+
+def test_a_price_of_zero_leaves_out_only_what_adds_nothing():
+    scores = torch.tensor([[0.5, 1e-9, 0.0]])
+    cost = costs(draft=[1.0, 1.0, 1.0])
+    assert FixedPolicy(0, 0, 0, 4, (2,)).breadth(scores, cost) == 1
+
+
 def test_breadth_uses_the_mean_over_the_batch():
     scores = torch.tensor([[0.9, 0.8, 0.01], [0.9, 0.02, 0.01]])
     cost = [0.1, 0.2, 0.3]  # each further node costs 0.1, so it must bring more than 0.1 * C1

@@ -14,6 +14,7 @@ from benchmarks.arms import parse_arms, split
 from benchmarks.cells import Cell, Group, Result
 from benchmarks.counters import TOTALS
 from benchmarks.ledger import Ledger
+from benchmarks.report_ablation import switched, table
 from benchmarks.report_bounds import Bounds, NamedProfile
 from benchmarks.report_data import (
     base_of,
@@ -24,10 +25,17 @@ from benchmarks.report_data import (
 )
 from benchmarks.report_figures import styles_of
 from benchmarks.report_page import Grid, Heading, Paragraph, as_html, markdown_of
-from benchmarks.report_readme import is_marked, marked, readme_block, results_shown
-from benchmarks.report_tables import ablations, headline
+from benchmarks.report_readme import (
+    is_marked,
+    marked,
+    overview,
+    readme_block,
+    results_shown,
+)
+from benchmarks.report_tables import headline, how_measured, in_short
 from benchmarks.rows import as_rows, summarise
 from benchmarks.streams import Answer
+from cast_sglang.cost import CostModel
 from cast_sglang.profiles import save_profile
 from tests.builders import make_profile
 
@@ -133,7 +141,7 @@ def test_the_page_needs_nothing_else_and_links_to_what_is_there(page):
     assert all((page.parent / link).is_file() for link in links)
     markdown = (page.parent / "report.md").read_text()
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown)
-    assert text.count("<img") == len(pictures) == len(set(pictures)) == 2 * 2 + 2 + 5
+    assert text.count("<img") == len(pictures) == len(set(pictures)) == 2 * 2 + 2 + 5 + 3
     assert all((page.parent / name).read_bytes().count(b"</svg>") == 1 for name in pictures)
     for words in ("no success in itself", "bound by the table", "This run was cut short"):
         assert words in text and words in markdown
@@ -177,10 +185,12 @@ def test_groups_of_servers_give_the_same_tables_as_one(results):
         for one in (run, parted)
     )
     assert ours == theirs
-    assert sorted(ablations(parted)[1].rows) == sorted(ablations(run)[1].rows)
+    assert sorted(table(switched(parted.rows[:16])).rows) == sorted(
+        table(switched(run.rows[:16])).rows
+    )
 
 
-def test_headlines_have_means_and_short_ones_the_static_arms_that_matter(results):
+def test_headlines_have_means(results):
     run = latest(load_runs(results))
     assert run.is_complete and not load_runs(results)[0].is_complete
     title, table, *_ = headline(run)
@@ -189,9 +199,22 @@ def test_headlines_have_means_and_short_ones_the_static_arms_that_matter(results
     assert [line[0] for line in auto] == ["1", "8", "all"]
     assert auto[0][2:] == ("**72.0** (64.8 to 79.2)", "1.80x", "1.20x", "4.00")
     assert auto[2][2:] == ("", "1.80x", "1.20x", "")
-    names = {line[1] for line in headline(run, is_short=True)[1].rows}
-    assert "EAGLE-3 3-1-4 (best static)" in names and "EAGLE-3 5-4-8" in names
-    assert not names & {"EAGLE-3 2-2-4", "CAST auto +calibration=off"}
+
+
+def test_the_overview_has_a_column_for_each_batch_size_and_the_arms_that_matter(results):
+    [title, table, *_] = overview(latest(load_runs(results)))
+    assert title == Paragraph("**code, greedy**")
+    assert table.headings[1:] == ["arm", "batch 1", "batch 8"]
+    lines = {(line[0], line[1]): line[2:] for line in table.rows}
+    names = {name for _, name in lines}
+    assert names == {
+        *("plain", "EAGLE-3 5-4-8", "EAGLE-3, best of the grid", "SGLang adaptive", "CAST auto"),
+        "CAST optimal",
+    }
+    assert lines["tokens/s", "CAST auto"][0] == "72.0 (64.8 to 79.2)"
+    assert lines["vs plain", "EAGLE-3, best of the grid"] == ["1.50x", "1.50x"]
+    assert lines["vs best static", "CAST auto"] == ["1.20x", "1.20x"]
+    assert ("vs plain", "plain") not in lines and ("accept length", "plain") not in lines
 
 
 def test_arms_that_differ_by_settings_are_compared(results):
@@ -217,6 +240,47 @@ def test_the_bound_is_the_tables_rate_over_that_of_plain_decoding(results):
     assert row["table_rate"] == pytest.approx(30 / 10 / 2e-3)
     assert "--profile" in Bounds([], 1.0).lacks(run)
     assert "table_rate" in bounds.lacks(run._replace(rows=[{**row, "table_rate": None}]))
+
+
+def test_the_bound_of_a_fixed_tree_is_that_of_its_passes(results):
+    run = load_runs(results)[-1]
+    profile = make_profile(step_overhead_us=[0.0, 0.0])
+    bounds = Bounds([NamedProfile("profile.json", profile)], prompt_tokens=1.0)
+    row = next(row for row in run.rows if row["arm"] == "static:3-1-4" and row["batch"] == 1)
+    # A chain: 2 draft passes after the one that draft extend brings, all at the first context.
+    model = CostModel(
+        profile, max_batch_size=1, max_context=64, max_verify_tokens=4, max_width=1, warns=False
+    )
+    costs = model.step_costs(1, 64)
+    accepted = row["accept_length"]
+    assert accepted == 4
+    units = costs.verify[3] + 2 * costs.draft[0] + costs.draft_extend[3]
+    assert bounds.of(run, row) == pytest.approx(float(accepted * costs.plain / units))
+    others = {
+        kind: [row for row in run.rows if row["arm"] == kind] for kind in ("plain", "adaptive")
+    }
+    assert all(bounds.of(run, row) is None for rows in others.values() for row in rows)
+    # The page shows it beside each measured speed-up.
+    [_, grid, *_] = headline(run, bounds)
+    shown = {line[1]: line[4] for line in grid.rows if line[0] == "1"}
+    assert grid.headings[3:5] == ("vs plain", "bound") and shown["SGLang adaptive"] == "-"
+    assert shown["EAGLE-3 3-1-4 (best static)"] == f"{bounds.of(run, row):.2f}x"
+
+
+def test_a_run_is_told_in_short(results):
+    texts = in_short(load_runs(results)[-1])
+    assert len(texts) == 2 and texts[0].startswith("code, greedy, batch 1 to 8: ")
+    assert "**CAST auto** 1.80x (1.20x)" in texts[0] and "calibration" not in texts[0]
+
+
+def test_what_failed_and_what_was_resumed_is_said(results):
+    run = load_runs(results)[0]
+    lost = {"arm": "cast:auto", "batch": 8, "temperature": 0.0, "task": "code", "error": "gone"}
+    part = {"date": "2026-01-03", "git_commit": "abc", "command": "python x --resume"}
+    origin = {**run.provenance, "failures": [lost], "resumed": [part]}
+    lines = dict(how_measured(run._replace(provenance=origin)).rows)
+    assert lines["failed: `cast:auto`"] == "code, greedy, batch 8: gone"
+    assert lines["resumed"] == "2026-01-03, commit abc: `python x --resume`"
 
 
 def test_styles_tell_arms_apart():
@@ -252,7 +316,7 @@ def test_a_readme_is_rewritten_between_its_markers(tmp_path, results):
     assert report.main(words) == 0
     text = readme.read_text()
     assert text.startswith("# Name\n\n<!-- results:begin -->\n") and text.endswith("\n\nrest\n")
-    assert "old" not in text and "[All numbers](bench/results.json)" in text
+    assert "old" not in text and "[All numbers and their command](bench/results.json)" in text
     assert results_shown(readme) == [results]
     assert report.main(words) == 0 and readme.read_text() == text
 

@@ -108,6 +108,13 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return assign_extend_cache_locs
 
+    def get_torch_profiler_activity_str(self) -> str:
+        # `/start_profile` asks every platform from outside SGLang.
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_dispatch_key_name(self) -> str:
         return PLATFORM_NAME
 

@@ -148,7 +148,9 @@ def verify_read(
         ValueError: a mask of neither size.
     """
     batch, width = seq_lens.shape[0], num_draft_tokens
-    if width == 1 or custom_mask is None:
+    if width == 1:  # as in plain decoding, to the bit
+        return decode_read(req_to_token, req_pool_indices, seq_lens + 1)
+    if custom_mask is None:
         tree = torch.ones(1, width, width, dtype=torch.bool).tril()
     elif custom_mask.numel() == batch * width * width:
         tree = custom_mask.view(batch, width, width)

@@ -155,10 +155,10 @@ class Calibration:
         """
         self._learn()
         batch_size = selection.top_scores_index.shape[0]
-        candidates = torch.cat([probs.reshape(batch_size, -1) for probs in self._probs], dim=1)
+        layers = [probs.view(batch_size, -1) for probs in self._probs]
         # The candidate that does not exist has no probability either, and teaches nothing.
-        candidates = torch.nn.functional.pad(candidates, (0, 1), value=torch.nan)
-        probs = candidates.gather(1, selection.top_scores_index)
+        layers.append(layers[0].new_full((batch_size, 1), torch.nan))
+        probs = torch.cat(layers, dim=1).gather(1, selection.top_scores_index)
         if wanted is not None:
             probs = probs.masked_fill(~wanted.unsqueeze(1), torch.nan)
         self._drafted = _Drafted(selection, probs, widths, topk)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.layer_graphs import LayerGraphs
     from cast_sglang.serving.pass_graphs import GraphPlan, PassGraphs
     from cast_sglang.serving.readback import HostReads
+    from cast_sglang.serving.tracing import Tracer
 
 
 # What a draft input says of the next root's children.
@@ -83,6 +84,7 @@ class CastDraftWorker(EagleDraftWorker):
     graph_plan: GraphPlan | None  # None where all passes are launched kernel by kernel
     layer_graphs: LayerGraphs | None
     extend_graphs: PassGraphs | None
+    tracer: Tracer | None  # None without recording
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
     shares_out: bool  # one budget of verified nodes for the batch
@@ -160,6 +162,8 @@ class CastDraftWorker(EagleDraftWorker):
             began = time.perf_counter()
             self.calibration.selected(selection, widths, self.topk, wanted)
             policy_seconds += time.perf_counter() - began
+        if self.tracer is not None:
+            self.tracer.selected(tree, num_layers, selection)
         self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, policy_seconds)
         verify_input = build_eagle_verify_input(
             batch,

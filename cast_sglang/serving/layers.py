@@ -103,6 +103,8 @@ def grow_tree(
     probs = spec_info.topk_p
     if draft.calibration is not None:
         probs = draft.calibration.apply(probs, depth=1)
+    if draft.tracer is not None:
+        draft.tracer.drafted(1, spec_info.topk_p, probs)
     tokens = draft.to_target_vocab(spec_info.topk_index)
     tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device))
     layers = _layers(draft, forward_batch)
@@ -136,10 +138,12 @@ def grow_tree(
         with draft.clock.time("draft", width):
             probs, tokens = layers.run(frontier, width)
         began = time.perf_counter()
-        probs = _grow_layer(draft.calibration, tree, width, tokens, probs)
+        chances = _grow_layer(draft.calibration, tree, width, tokens, probs)
         policy_seconds += time.perf_counter() - began
         widths.append(width)
-        read = draft.reads.start(tree.frontier().scores, probs)
+        if draft.tracer is not None:
+            draft.tracer.drafted(tree.num_layers, probs, chances)
+        read = draft.reads.start(tree.frontier().scores, chances)
 
 
 def _layers(draft: CastDraftWorker, forward_batch: ForwardBatch) -> Layers:

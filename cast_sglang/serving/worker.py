@@ -23,11 +23,11 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts, cost_of, plain_cost
+from cast_sglang.cost import CostModel, extend_units, plain_extra, step_units
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy, step_units
+from cast_sglang.price import AutoPolicy
 from cast_sglang.profiles import FoundProfile, profile_command
 from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
@@ -40,6 +40,7 @@ from cast_sglang.serving.layers import compile_ops
 from cast_sglang.serving.pass_graphs import PassGraphs, capture_verify, plan_graphs
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.readback import HostReads
+from cast_sglang.serving.tracing import Tracer
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
 from cast_sglang.wish import OFF, THROUGHPUT, request_weights
@@ -74,6 +75,7 @@ class CastWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker with CAST's tree."""
 
     speculative_num_steps: int
+    topk: int
 
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
@@ -105,6 +107,7 @@ class CastWorker(EAGLEWorkerV2):
         draft.weights = draft.deferring = None
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
+        self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
         self._prefill_since_step = True
         self._reported = False
@@ -120,6 +123,7 @@ class CastWorker(EAGLEWorkerV2):
         draft.is_ragged = all(runs_kept_rows(runner) for runner in runners)
         draft.shares_out = draft.is_ragged and self.config.joint_budget == "on"
         draft.policy = self._build_policy()
+        draft.tracer = Tracer.of(self)
         # As many rows as verify may have, so that catching up fits wherever verify does.
         num_slots = self.req_to_token_pool.req_to_token.shape[0]
         draft.backlog = Backlog(num_slots, self.max_draft_tokens)
@@ -154,12 +158,13 @@ class CastWorker(EAGLEWorkerV2):
         )
         residuals = Residuals(get_schedule().max_running_requests, self.max_draft_tokens)
         self.costs = CorrectedCosts(self.cost_model, residuals)
-        if self.config.residuals == "on" and self.config.policy != "eagle":
+        explores = self.config.policy != "eagle" and not self.config.trace_full
+        if self.config.residuals == "on" and explores:
             self.residuals = self._draft_worker.residuals = residuals
 
     def _build_policy(self) -> TreePolicy:
         config = self.config
-        if config.policy == "eagle":
+        if config.policy == "eagle" or config.trace_full:
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
         if config.policy in ("auto", "optimal"):
@@ -175,6 +180,9 @@ class CastWorker(EAGLEWorkerV2):
             profile = {"path": str(self.profile.path), "estimated": estimated}
         residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
         policy, reliability = self._draft_worker.policy, []
+        if self._draft_worker.tracer is not None:
+            self._take_times()
+            self._draft_worker.tracer.flush()
         if self.calibration is not None:
             reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
         return {
@@ -193,29 +201,30 @@ class CastWorker(EAGLEWorkerV2):
             self._draft_worker.backlog.forget(batch.req_pool_indices_cpu.numpy())
             return super().forward_batch_generation(batch, *args, **kwargs)
 
+        began = time.perf_counter()
         draft, batch_size = self._draft_worker, len(batch.reqs)
         self._num_steps += 1
+        if draft.tracer is not None:
+            draft.tracer.begin(batch)
         self._correct_costs()
         table = None
         if self.cost_model is not None:
             context = _mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
-        speculates = self._speculates(batch)
+        speculates, catches_up = self._decide(batch)
+        policy_seconds = time.perf_counter() - began
+        if catches_up:
+            with draft_tp_context(draft.parallel_layout):
+                draft.catch_up(batch)
         self.clock.begin_step(batch_size, table)
         try:
             with contextlib.nullcontext() if speculates else self._plain_step(batch):
                 result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.clock.end_step()
+        began = time.perf_counter()
         shape = draft.last_shape if speculates else PLAIN_SHAPE
-        self.cast_stats.record_step(
-            batch_size=batch_size,
-            num_layers=len(shape.widths) + speculates,
-            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
-            num_verify_rows=shape.mean_rows,
-            policy_us=shape.policy_seconds * 1e6,
-        )
         predicted_us = units = None
         if self.cost_model is not None:
             extended = draft.last_extend_rows
@@ -224,12 +233,26 @@ class CastWorker(EAGLEWorkerV2):
             )
             if speculates:
                 units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
+        if draft.tracer is not None:
+            draft.tracer.record(self._num_steps, shape, draft, predicted_us)
         self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
         self._prefill_since_step = False
+        policy_seconds += shape.policy_seconds + time.perf_counter() - began
+        self.cast_stats.record_step(
+            batch_size=batch_size,
+            num_layers=len(shape.widths) + speculates,
+            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
+            num_verify_rows=shape.mean_rows,
+            policy_us=(policy_seconds + self._observing) * 1e6,
+        )
+        self._observing = 0.0
         return result
 
-    def _speculates(self, batch: ScheduleBatch) -> bool:
-        """Decide whether this step drafts, and weigh its requests."""
+    def _decide(self, batch: ScheduleBatch) -> tuple[bool, bool]:
+        """Decide whether this step drafts, and if not, whether to bring the draft up to date.
+
+        Effects: weighs the requests of the step.
+        """
         draft = self._draft_worker
         wishes = wishes_of(batch.reqs)
         draft.weights = None
@@ -238,18 +261,14 @@ class CastWorker(EAGLEWorkerV2):
         draft.policy.weigh(draft.weights)
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
-            return any(wish != OFF for wish in wishes)
-        catch_up = _extend_units(draft.costs, missing)
-        plain_extra = _plain_extra(draft.costs)
+            return any(wish != OFF for wish in wishes), False
+        catch_up = extend_units(draft.costs, missing)
         if all(wish == OFF for wish in wishes) or not draft.policy.speculate(
-            len(batch.reqs), draft.costs, plain_extra, catch_up
+            len(batch.reqs), draft.costs, plain_extra(draft.costs), catch_up
         ):
             is_full = missing == draft.backlog.capacity
-            if is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]:
-                with draft_tp_context(draft.parallel_layout):
-                    draft.catch_up(batch)
-            return False
-        return True
+            return False, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
+        return True, False
 
     @contextlib.contextmanager
     def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
@@ -264,12 +283,8 @@ class CastWorker(EAGLEWorkerV2):
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
-        if self.residuals is None:
-            return
-        for timed in self.clock.finished():
-            ratio = timed.measured_us / timed.predicted_us
-            self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-        if self._num_steps % REFRESH_EVERY:
+        self._take_times()
+        if self.residuals is None or self._num_steps % REFRESH_EVERY:
             return
         state = None
         if get_parallel().tp_size > 1:
@@ -279,6 +294,15 @@ class CastWorker(EAGLEWorkerV2):
         self.residuals.refresh(state)
         self.cast_stats.record_residuals(self.residuals)
         self._report(self.residuals.suspects())
+
+    def _take_times(self) -> None:
+        tracer = self._draft_worker.tracer
+        for timed in self.clock.finished():
+            if tracer is not None:
+                tracer.timed(timed)
+            if self.residuals is not None:
+                ratio = timed.measured_us / timed.predicted_us
+                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
 
     def _report(self, suspects: list[Residual]) -> None:
         """Say once that the profile is off, and again when it was right in between."""
@@ -307,22 +331,28 @@ class CastWorker(EAGLEWorkerV2):
         num_rows = getattr(batch.spec_info, "num_rows", None)
         if num_rows is not None:
             mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
+        topk = self.topk
+        if rows == 1:
+            self.topk = 1  # a lone root stands where it belongs, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
-            if self.verify_graphs is not None:
-                graphs = self.verify_graphs
+            if (graphs := self.verify_graphs) is not None:
                 runner.decode_cuda_graph_runner = graphs.runner(len(batch.reqs), rows)
             with self.clock.time("verify", mean_rows), running_only(runner, kept):
                 result = super().verify(batch, *args, **kwargs)
             if self.calibration is not None and rows > 1:
                 self.calibration.verified(result.accept_index)
+            if self._draft_worker.tracer is not None:
+                self._draft_worker.tracer.verified(batch, result, rows)
             return result
         finally:
-            self.speculative_num_draft_tokens = self.max_draft_tokens
+            self.topk, self.speculative_num_draft_tokens = topk, self.max_draft_tokens
 
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
         self._pending.clear()
+        if self._draft_worker.tracer is not None:
+            self._draft_worker.tracer.discard()
 
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0
@@ -336,29 +366,19 @@ class CastWorker(EAGLEWorkerV2):
             batch_size = len(num_correct_drafts_per_req)
             accepted = sum(num_correct_drafts_per_req) / batch_size
             self._draft_worker.policy.observe(batch_size, accepted, step.units)
-        if step.predicted_us is not None and step.follows_decode and self._last_done is not None:
+        measured_us = None
+        if step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
-            self.cast_stats.record_time(step.predicted_us, (now - self._last_done) * 1e6)
+            measured_us = (now - self._last_done) * 1e6
+        if step.predicted_us is not None and measured_us is not None:
+            self.cast_stats.record_time(step.predicted_us, measured_us)
+        if self._draft_worker.tracer is not None:
+            self._draft_worker.tracer.done(measured_us)
         self._last_done = now
+        self._observing += time.perf_counter() - now
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
-
-
-def _plain_extra(costs: StepCosts) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return step_units(costs, (), 1, 0) - plain_cost(costs)
-
-
-def _extend_units(costs: StepCosts, num_rows: int) -> float:
-    """Return the time of draft extend of any number of rows, in units."""
-    if num_rows == 0:
-        return 0.0
-    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
-    if num_rows <= measured:
-        return cost_of(costs.draft_extend, num_rows)
-    row = max(0.0, float(last - first)) / max(1, measured - 1)
-    return float(last) + row * (num_rows - measured)
 
 
 def _mean_context(batch: ScheduleBatch) -> float:

@@ -57,13 +57,6 @@ def test_prefix_of_an_answer_is_reused(plain, cast, prompts):
     assert again["output_ids"] == plain_answer["output_ids"]
 
 
-def test_tensor_parallel_tokens_equal(start_server: ServerFactory, prompts, expected_ids):
-    # The default policy: it learns from what each rank sees, and the ranks must agree on trees.
-    with start_server("cast", "--tp-size", "2", name="cast-tp2") as server:
-        assert greedy_ids(server, prompts[:4], 1, NUM_TOKENS) == expected_ids[:4]
-        assert greedy_ids(server, prompts[:8], 8, NUM_TOKENS) == expected_ids[:8]
-
-
 def test_eagle_policy_is_sglangs_own_tree(start_server: ServerFactory, prompts, expected_ids):
     """The same tree accepts the same drafts, so every request takes as many verify passes."""
     envelope = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "4")

@@ -78,6 +78,14 @@ def test_a_cancelled_request_gives_back_its_memory(cast, prompts):
     wait_until(lambda: loads(cast)["num_used_tokens"] == 0, "no token is held")
 
 
+def test_profiler_writes_a_trace_of_the_steps_asked_for(cast, prompts, tmp_path):
+    body = {"output_dir": str(tmp_path), "num_steps": 3, "activities": ["CPU"]}
+    response = httpx.post(f"{cast.url}/start_profile", json=body, timeout=60.0)
+    assert response.is_success, response.text
+    generate(cast, prompts[9], max_new_tokens=NUM_TOKENS)
+    wait_until(lambda: list(tmp_path.glob("*.trace.json.gz")), "there is a trace")
+
+
 def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():

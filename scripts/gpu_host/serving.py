@@ -1,0 +1,141 @@
+"""Servers of a check: starting them, decoding with them, comparing and tracing what they do."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu_host.settings import Settings
+
+Numbers = dict[str, Any]
+TRACE_SECONDS = 25.0
+
+
+class CheckError(RuntimeError):
+    """A check did not hold; the message says what was found."""
+
+
+def compare_greedy(
+    settings: Settings, numbers: Numbers, pair: Any, dtype: str, arms: Sequence[str]
+) -> None:
+    """Decode prompts with plain decoding one by one, with every arm in batches; count partings."""
+    from benchmarks.counters import cast_state, tree_means
+
+    name = f"equality-{dtype}"
+    with serving_arms(settings, pair, dtype, ["plain", *arms], name) as servers:
+        expected = decode(servers["plain"], settings, 1, settings.num_tokens)
+        for arm, server in servers.items():
+            for batch in settings.equality_batches:
+                if (arm, batch) == ("plain", 1):
+                    continue
+                is_cast = arm.startswith("cast")
+                before = cast_state(server) if is_cast else {}
+                found = decode(server, settings, batch, settings.num_tokens)
+                row = numbers[f"{arm}, batch {batch}"] = partings(expected, found)
+                if is_cast:
+                    row["rows"] = tree_means(before, cast_state(server))["mean_verify_rows"]
+                    if arm.startswith("cast:fixed") and not (row["rows"] or 0) > 1:
+                        raise CheckError(f"{arm} verified no drafts, so equality says nothing")
+
+
+def partings(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Numbers:
+    """Compare answers token for token, each up to where it first differs."""
+    tokens = flips = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        flips += same is not None
+        tokens += len(theirs) if same is None else same + 1
+    rate = round(flips / tokens, 5)
+    return {"answers": len(expected), "flips": flips, "tokens": tokens, "flip_rate": rate}
+
+
+def decode(server: Any, settings: Settings, batch: int, num_tokens: int) -> list[list[int]]:
+    """Return greedy answers to held-out prompts, `batch` of them at a time."""
+    from benchmarks.cells import choose_prompts
+    from benchmarks.pairs import heldout_prompts
+    from benchmarks.streams import stream_batch
+
+    count = settings.num_prompts if batch <= settings.num_prompts else batch
+    prompts = choose_prompts(heldout_prompts()[:count], batch, count)
+    answers = []
+    for start in range(0, len(prompts), batch):
+        wave = prompts[start : start + batch]
+        answers += asyncio.run(stream_batch(server.url, wave, 0.0, num_tokens))
+    return [answer.output_ids for answer in answers][: settings.num_prompts]
+
+
+def traced(server: Any, settings: Settings, batch: int, folder: Path) -> Path:
+    """Decode under SGLang's profiler and return the trace that it wrote."""
+    import httpx
+
+    activities = ["CPU"] if settings.is_dry else ["CPU", "GPU"]
+    body = {"output_dir": str(folder), "num_steps": settings.trace_steps, "activities": activities}
+    # Stacks would slow down the host whose time is looked at.
+    body["with_stack"] = False
+    httpx.post(f"{server.url}/start_profile", json=body, timeout=60).raise_for_status()
+    decode(server, settings, batch, settings.num_tokens)
+    deadline = time.monotonic() + TRACE_SECONDS
+    while time.monotonic() < deadline:
+        found = list(folder.rglob("*.trace.json.gz"))
+        # It may still be growing.
+        if found and time.time() - found[0].stat().st_mtime > 1.0:
+            return found[0]
+        time.sleep(0.2)
+    raise CheckError(f"the profiler wrote no trace of {settings.trace_steps} steps")
+
+
+@contextlib.contextmanager
+def serving_arms(
+    settings: Settings, pair: Any, dtype: str, arms: Sequence[str], name: str
+) -> Iterator[dict[str, Any]]:
+    """Serve a pair in several ways at once."""
+    from benchmarks.arms import parse_arms
+    from benchmarks.servers import serving
+
+    profile = profile_path(settings)
+    chosen = str(profile) if profile.exists() and dtype == "bfloat16" else "estimate"
+    parsed = parse_arms(arms, pair.draft, chosen)
+    flags = shlex.split(f"--dtype {dtype} {settings.capacity} {settings.flags}")
+    logs = Path(settings.work) / "servers" / name
+    try:
+        with serving(parsed, pair.target, logs, flags, None, settings.start_at_once) as servers:
+            yield servers
+    finally:
+        copy_logs(logs, settings, name)
+
+
+def inflated(settings: Settings) -> Any:
+    """Return the pair that `check_inflate` made."""
+    from benchmarks.pairs import Pair
+
+    folder = Path(settings.work) / "inflated"
+    if not (folder / "draft" / "config.json").exists():
+        raise CheckError(f"there is no pair in {folder}: run the stage inflate first")
+    return Pair(str(folder / "target"), str(folder / "draft"))
+
+
+def profile_path(settings: Settings) -> Path:
+    """Return where the stage `profile` leaves the cost profile."""
+    return Path(settings.out) / "profile.json"
+
+
+def copy_logs(folder: Path, settings: Settings, name: str) -> None:
+    """Put the logs of servers beside those of the stages."""
+    for log in folder.rglob("*.log"):
+        shutil.copyfile(log, Path(settings.work) / "logs" / f"{name}--{log.name}")
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables for the servers that are started meanwhile."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]

@@ -1,0 +1,106 @@
+"""Compiled loops: the same numbers as the same function in plain Python, on odd sizes."""
+
+import copy
+
+import numba
+import numpy as np
+import pytest
+
+from cast_sglang import acceptance, lookahead, price
+from cast_sglang.compiled import compiled
+
+BATCHES_AND_WIDTHS = [(1, 1), (1, 7), (3, 2), (5, 31), (8, 13), (33, 5)]
+
+
+def floats(rng, *shape, dtype=np.float32):
+    return rng.random(shape).astype(dtype)
+
+
+def best_scores(rng, batch, n):
+    return -np.sort(-floats(rng, batch, n), axis=1)
+
+
+def arguments(function, rng, batch, n):
+    """Return arguments of one of the loops, of this size."""
+    buckets, knots = acceptance._SHAPE
+    sums = np.sort(floats(rng, 3, buckets, knots, dtype=np.float64), axis=0)[::-1].copy()
+    flags = rng.random((2, batch * n)) < 0.5
+    children = floats(rng, lookahead._LAST + 1, dtype=np.float64)
+    return {
+        "_piece": (float(rng.random()),),
+        "_add_nodes": (
+            sums,
+            0.9,
+            np.where(flags[0], rng.random(batch * n), np.nan),
+            rng.integers(1, 12, batch * n),
+            *flags,
+        ),
+        "_interpolate": (
+            floats(rng, batch * n),
+            np.sort(floats(rng, knots, dtype=np.float64)),
+            floats(rng, batch * n),
+        ),
+        "_isotonic": (
+            floats(rng, batch, n, dtype=np.float64),
+            0.1 + floats(rng, batch, n, dtype=np.float64),
+        ),
+        "_fit": (sums, 8.0),
+        "_value": (children, float(rng.random()), 0.1 * float(rng.random())),
+        "_count_children": (floats(rng, batch), floats(rng, batch, n), children),
+        "_promise": (children, 3.0, children.copy()),
+        "_best_width": (
+            children,
+            best_scores(rng, batch, n),
+            0.9,
+            0.05,
+            floats(rng, n + 2),
+            2.0,
+        ),
+        "_best_size": (
+            best_scores(rng, batch, n),
+            np.unique(rng.integers(1, n + 1, 4)),
+            np.sort(floats(rng, 9)),
+            np.sort(floats(rng, 1 + n // 3)),
+            int(rng.integers(-1, 4)),
+            2.0,
+        ),
+    }[function.__name__]
+
+
+LOOPS = [
+    loop
+    for module in (acceptance, lookahead, price)
+    for loop in vars(module).values()
+    # That one is compared with a walk down the tree, in test_acceptance.py.
+    if hasattr(loop, "py_func") and loop is not acceptance._read_outcomes
+]
+
+
+@pytest.mark.parametrize("batch, n", BATCHES_AND_WIDTHS)
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_compiled_is_the_function_itself(loop, batch, n):
+    given = arguments(loop.py_func, np.random.default_rng(n), batch, n)
+    compiled_given, plain_given = copy.deepcopy(given), copy.deepcopy(given)
+    result, expected = loop(*compiled_given), loop.py_func(*plain_given)
+    if expected is not None:
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-7)
+    # What a loop writes into its arguments is part of what it does.
+    for ours, theirs in zip(compiled_given, plain_given, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_place_to_keep_machine_code_is_not_needed(monkeypatch):
+    njit = numba.njit
+
+    def njit_without_cache(*args, cache=False, **kwargs):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **kwargs)
+
+    monkeypatch.setattr(numba, "njit", njit_without_cache)
+
+    @compiled("i8(i8)")
+    def doubled(x):
+        return 2 * x
+
+    assert doubled(21) == 42
