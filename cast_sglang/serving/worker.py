@@ -336,8 +336,7 @@ class CastWorker(EAGLEWorkerV2):
             self.topk = 1  # a lone root stands where it belongs, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
-            if self.verify_graphs is not None:
-                graphs = self.verify_graphs
+            if (graphs := self.verify_graphs) is not None:
                 runner.decode_cuda_graph_runner = graphs.runner(len(batch.reqs), rows)
             with self.clock.time("verify", mean_rows), running_only(runner, kept):
                 result = super().verify(batch, *args, **kwargs)
