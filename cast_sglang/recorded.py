@@ -16,20 +16,24 @@ class RecordedTrees:
 
     def __init__(self, step: TracedStep, topk: int) -> None:
         trees = [_tree_of(request, topk) for request in step.requests]
-        chances, target_probs, accepted, first_child = zip(*trees, strict=True)
-        self.chances = np.stack(chances)  # [B, M + 1] float32
+        probs, chances, target_probs, accepted, first_child = zip(*trees, strict=True)
+        self.probs = np.stack(probs)  # [B, M + 1] float32, as the draft states them
+        self.chances = np.stack(chances)  # [B, M + 1] float32, calibrated
         self.target_probs = np.stack(target_probs)  # [B, M + 1], nan where the target did not say
         self.accepted = np.stack(accepted)  # [B, M + 1], 1 or 0, nan where it is not known
         self.first_child = np.stack(first_child)  # [B, M + 1], -1 for none
         self._bounds = np.cumsum([0, 1, *step.widths])  # of the expanded nodes of each layer
 
     def children(self, depth: int) -> np.ndarray:
-        """Return [n, K], chances of the children at a depth, or at the deepest that there is."""
+        """Return [n, 2, K], probabilities and chances of the children of all nodes at a depth.
+
+        Of the deepest layer where there is none at that depth.
+        """
         depth = min(depth, len(self._bounds) - 1)
         start, end = self._bounds[depth - 1 : depth + 1]
         topk = (self.chances.shape[1] - 1) // self._bounds[-1]
-        chances = self.chances[:, topk * start : topk * end]
-        return chances.reshape(-1, topk)
+        parts = (part[:, topk * start : topk * end] for part in (self.probs, self.chances))
+        return np.stack([part.reshape(-1, topk) for part in parts], axis=1)
 
 
 class ReplayedTree:
@@ -92,12 +96,13 @@ def recorded_reward(step: TracedStep, topk: int) -> TreeReward | None:
 
 def _tree_of(
     request: TracedRequest, topk: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return chances, target's probabilities, acceptance and first child of each candidate.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is known of each candidate, in the order of the fields of `RecordedTrees`.
 
     One more entry at the end stands for a candidate that was not recorded.
     """
-    chances = unpacked(request.chances or request.probs, "float32")
+    probs = unpacked(request.probs, "float32")
+    chances = unpacked(request.chances, "float32") if request.chances else probs
     expanded = unpacked(request.expanded, "int32")
     count = len(chances)
     first_child = np.full(count + 1, -1, dtype=np.int64)
@@ -116,4 +121,6 @@ def _tree_of(
         for node, parent in enumerate(parents_of(expanded, topk)):
             is_below[node] = parent == last or (parent >= 0 and is_below[parent])
         accepted[is_below] = np.nan
-    return np.append(chances, np.float32(0.0)), target_probs, accepted, first_child
+    last_entry = np.zeros(1, dtype=np.float32)
+    probs, chances = (np.append(part, last_entry) for part in (probs, chances))
+    return probs, chances, target_probs, accepted, first_child

@@ -264,8 +264,8 @@ class Replay:
         grown = ReplayedTree(recorded, weights > 0.0)
         root = np.zeros((batch_size, 1), dtype=np.int64)
         first = root if not step.is_plain else root - 1
-        nodes, chances = self._children(recorded, first, depth=1)
-        probs = torch.from_numpy(chances).view(batch_size, -1)
+        nodes, scored, chances = self._children(recorded, first, depth=1)
+        probs = torch.from_numpy(scored).view(batch_size, -1)
         tokens = torch.from_numpy(nodes).view(batch_size, -1)
         tree = DraftTree(tokens, probs, header.num_steps, reference)
         grown.add(nodes, chances, np.ones((batch_size, 1)))
@@ -281,8 +281,8 @@ class Replay:
                 break
             kept = frontier.tokens[:, :width].numpy()
             first = np.take_along_axis(recorded.first_child, kept, axis=1)
-            nodes, chances = self._children(recorded, first, tree.num_layers + 1)
-            probs = torch.from_numpy(chances).view(batch_size * width, -1)
+            nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)
+            probs = torch.from_numpy(scored).view(batch_size * width, -1)
             policy.expanded(frontier.scores[:, :width], probs)
             grown.add(nodes, chances, grown.reach_of(frontier.node_index[:, :width].numpy()))
             tree.grow(frontier, width, torch.from_numpy(nodes).view(probs.shape), probs)
@@ -291,21 +291,27 @@ class Replay:
 
     def _children(
         self, recorded: RecordedTrees, first: np.ndarray, depth: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return recorded candidates [B, W, K], -1 for drawn ones, and their chances.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return recorded candidates (-1: drawn), what the policy scores them by, and chances.
 
         Args:
             first: [B, W], each node's first child among the recorded candidates, -1 for none.
+
+        Returns:
+            Three arrays [B, W, K].
         """
         is_known = (first >= 0)[..., None]
         nodes = np.where(is_known, first[..., None] + np.arange(self._header.topk), -1)
         requests = np.arange(len(first))[:, None, None]
-        chances = recorded.chances[requests, nodes]
+        probs, chances = recorded.probs[requests, nodes], recorded.chances[requests, nodes]
         if not is_known.all():
             pool = self._drawn_from.children(depth)
             drawn = pool[self._random.integers(len(pool), size=first.shape)]
-            chances = np.where(is_known, chances, drawn)
-        return nodes, chances
+            probs = np.where(is_known, probs, drawn[..., 0, :])
+            chances = np.where(is_known, chances, drawn[..., 1, :])
+        # As while serving, policies with thresholds take the draft at its word.
+        scored = chances if isinstance(self._policy, AutoPolicy) else probs
+        return nodes, scored, chances
 
     def _rows_to_verify(
         self, scores: torch.Tensor, costs: StepCosts, weights: np.ndarray

@@ -12,7 +12,7 @@ from cast_sglang.offline import open_session
 from cast_sglang.profiles import save_profile
 from cast_sglang.recorded import recorded_reward
 from cast_sglang.replay import Replay, make_policy
-from cast_sglang.trace import parents_of, unpacked
+from cast_sglang.trace import packed, parents_of, unpacked
 
 HEADER = make_header(None)
 
@@ -174,6 +174,27 @@ def test_times_of_the_recording_correct_the_tables(tables):
     measured = sum(step.measured_us for step, _ in pairs)
     assert sum(o.time_us for _, o in pairs) == pytest.approx(measured, rel=0.05)
     assert sum(o.table_us for _, o in pairs) == pytest.approx(measured / 1.25, rel=0.05)
+
+
+def test_thresholds_take_the_draft_at_its_word(full, tables):
+    """Calibrated chances change what `auto` chooses, and nothing that `fixed` does."""
+
+    def doubted(step):
+        requests = [
+            msgspec.structs.replace(
+                request, chances=packed(0.2 * unpacked(request.probs, "float32"), "float32")
+            )
+            for request in step.requests
+        ]
+        return msgspec.structs.replace(step, requests=requests)
+
+    other = full._replace(steps=[doubted(step) for step in full.steps])
+    for name, is_same in (("fixed", True), ("eagle", True), ("auto", False)):
+        first, second = (
+            [o.choice for o in Replay(trace, tables, make_policy(name, trace.header))]
+            for trace in (full, other)
+        )
+        assert (first == second) == is_same
 
 
 def test_a_trace_without_drafts_is_refused(tables):
