@@ -25,7 +25,7 @@ STAGES = (
     Stage("environment", 25, "import what a server imports", ("install",)),
     Stage("ops", 80, "fused ops against reference", ("install",)),
     Stage("op-times", 25, "time of the ops", ("install",)),
-    Stage("inflate", 25, "make the large pair", ("install",)),
+    Stage("inflate", 35, "make the large pair", ("install",)),
     Stage("equality-tiny", 60, "greedy equality, tiny pair, float32", SERVED),
     Stage("equality-inflated", 60, "greedy equality, large pair, bfloat16", ("inflate", *SERVED)),
     Stage("profile", 75, "cost profile of the large pair", ("inflate", *SERVED)),
