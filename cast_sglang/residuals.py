@@ -42,7 +42,7 @@ REPORT_BEYOND = 1.25
 # dearer waits until what it costs more is this share of the passes since.
 EXPLORE_EVERY = 16
 REVISIT_EVERY = 256
-EXPLORE_SHARE = 0.02
+EXPLORE_SHARE = 0.01
 
 
 class Residual(NamedTuple):

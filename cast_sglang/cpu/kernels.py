@@ -1,14 +1,15 @@
 """Torch counterparts of the Triton and CUDA helpers on the speculative path.
 
-Each keeps the signature SGLang calls it with and works on the whole batch; the only loops walk a
-tree, one visited node or one level at a time.
+Each keeps the signature SGLang calls it with and works on the whole batch.
 """
 
+import numpy as np
 import torch
 from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 
+from cast_sglang.compiled import compiled
 from cast_sglang.cpu.reads import full_mask_cells
-from cast_sglang.ops import reference
+from cast_sglang.ops import loops
 
 Tensor = torch.Tensor
 
@@ -45,7 +46,7 @@ def build_tree(
     batch, width = seq_lens.shape[0], num_verify_tokens
     is_full = tree_mask_mode == TreeMaskMode.FULL_MASK
     sees = tree_mask.new_empty(batch * width * width) if is_full else tree_mask
-    reference.build_tree(
+    loops.build_tree(
         parent_list,
         top_scores_index,
         seq_lens,
@@ -88,30 +89,42 @@ def verify_tree_greedy(
     Returns:
         predicts, accept_index, accept_token_num.
     """
-    # Every iteration visits one node in each request, so a tree ends within N - 1 of them.
-    rows = torch.arange(candidates.shape[0])
-    max_accepted = accept_index.shape[1] - 1
-    last = torch.zeros_like(rows)
-    num_accepted = torch.zeros_like(rows)
-    accept_index[:, 0] = retrieve_index[:, 0]
-    node = retrieve_next_token[:, 0]
-    while True:
-        active = (node >= 0) & (num_accepted < max_accepted)
-        if not active.any():
-            break
-        here = node.clamp(min=0)
-        accepted = active & (candidates[rows, here] == target_predict[rows, last])
-        num_accepted = num_accepted + accepted
-        last = torch.where(accepted, here, last)
-        # Rejected and finished requests rewrite the entry they hold.
-        accept_index[rows, num_accepted] = retrieve_index[rows, last].to(accept_index.dtype)
-        node = torch.where(
-            accepted, retrieve_next_token[rows, here], retrieve_next_sibling[rows, here]
-        ).masked_fill_(~active, -1)
-    accept_token_num.copy_(num_accepted)
+    _follow(
+        candidates.numpy(),
+        target_predict.numpy(),
+        retrieve_index.numpy(),
+        retrieve_next_token.numpy(),
+        retrieve_next_sibling.numpy(),
+        accept_index.numpy(),
+        accept_token_num.numpy(),
+    )
     # Accepted or not, a node's successor is the target's token; only accepted entries are read.
     predicts.copy_(target_predict.flatten())
     return predicts, accept_index, accept_token_num
+
+
+@compiled("void(i8[:, :], i8[:, :], i8[:, :], i8[:, :], i8[:, :], i4[:, :], i4[:])")
+def _follow(
+    candidates: np.ndarray,
+    target_predict: np.ndarray,
+    retrieve_index: np.ndarray,
+    retrieve_next_token: np.ndarray,
+    retrieve_next_sibling: np.ndarray,
+    accept_index: np.ndarray,
+    accept_token_num: np.ndarray,
+) -> None:
+    for request in range(len(candidates)):
+        last, accepted = 0, 0
+        accept_index[request, 0] = retrieve_index[request, 0]
+        node = retrieve_next_token[request, 0]
+        while node >= 0 and accepted < accept_index.shape[1] - 1:
+            if candidates[request, node] == target_predict[request, last]:
+                accepted += 1
+                accept_index[request, accepted] = retrieve_index[request, node]
+                last, node = node, retrieve_next_token[request, node]
+            else:
+                node = retrieve_next_sibling[request, node]
+        accept_token_num[request] = accepted
 
 
 def assign_draft_cache_locs(

@@ -1,7 +1,7 @@
-"""Tensor ops of a CAST step, each in plain torch (`reference`) and in Triton (`fused`).
+"""Tensor ops of a CAST step, in plain torch (`reference`), Triton (`fused`) and loops (`loops`).
 
-Both modules hold the same names with the same signatures, and `reference` says what they mean. What
-both take, return and refuse is in `contract`.
+All three modules hold the same names with the same signatures, and `reference` says what they mean.
+What they take, return and refuse is in `contract`.
 """
 
 from types import ModuleType
@@ -12,11 +12,16 @@ __all__ = ["ops_for"]
 
 
 def ops_for(device: torch.device | str) -> ModuleType:
-    """Return the module whose ops run best on `device`: `fused` on a GPU, else `reference`."""
-    if torch.device(device).type == "cuda":
+    """Return the module whose ops run best on `device`: `fused` on a GPU, `loops` on the CPU."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         from cast_sglang.ops import fused
 
         return fused
+    if kind == "cpu":
+        from cast_sglang.ops import loops
+
+        return loops
     from cast_sglang.ops import reference
 
     return reference

@@ -255,6 +255,6 @@ def test_fused_has_the_names_and_signatures_of_the_reference():
 
 
 def test_the_device_chooses_the_module():
-    assert ops_for("cpu") is reference
+    assert ops_for("cpu").__name__ == "cast_sglang.ops.loops"
     pytest.importorskip("triton")
     assert ops_for(torch.device("cuda", 0)).__name__ == "cast_sglang.ops.fused"
