@@ -4,6 +4,10 @@ A table is measured once; then clocks, neighbours and drivers change. Each timed
 step gives one ratio, measured to predicted. Ratios are kept per pass, batch-size bucket and
 token-count bucket, and the median of the last ones scales the table there.
 
+A median of few noisy passes is less exact than the table it corrects, and a size that looks cheap
+by luck is one that gets chosen. So all buckets of a pass and batch size share one factor, how fast
+the device is now, and a bucket departs from it only by what its own noise does not explain.
+
 A bucket that the table makes look dear is never chosen, so serving alone would never find out that
 it is cheap. `explore` therefore asks, rarely, for another bucket than the policy chose.
 """
@@ -32,6 +36,8 @@ MIN_SAMPLES = 4
 # Once a bucket has some samples, only every so many-th counts, so that a window spans many seconds:
 # a median over one slow moment would make the bucket in use look dearer than its neighbours.
 STRIDE = 8
+# Standard errors by which a bucket may differ from the others of its pass without being believed.
+NOISE = 2.0
 # A scale beyond this is a broken measurement rather than drift.
 MAX_SCALE = 4.0
 # Scales that moved less than this since they were last applied are left alone.
@@ -80,6 +86,7 @@ class Residuals:
         self._windows: dict[tuple[int, int, int], deque[float]] = {}
         self._recorded: Counter[tuple[int, int, int]] = Counter()
         self._ratios = np.ones(self._shape)
+        self._spreads = np.zeros(self._shape)  # standard deviations of the logarithms
         self._samples = np.zeros(self._shape, dtype=np.int64)
         self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
         self._scales = np.ones(self._shape)
@@ -105,23 +112,27 @@ class Residuals:
         if len(window) >= STRIDE and self._recorded[key] % STRIDE:
             return
         window.append(ratio)
-        self._ratios[key] = sorted(window)[len(window) // 2]
-        self._samples[key] = len(window)
+        ranked, count = sorted(window), len(window)
+        self._ratios[key] = ranked[count // 2]
+        # From the quartiles, as of a normal distribution.
+        self._spreads[key] = math.log(ranked[3 * count // 4] / ranked[count // 4]) / 1.349
+        self._samples[key] = count
 
-    def state(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ratios and samples, for the other ranks of a tensor-parallel group."""
-        return self._ratios, self._samples
+    def state(self) -> tuple[np.ndarray, ...]:
+        """Return what was recorded, for the other ranks of a tensor-parallel group."""
+        return self._ratios, self._spreads, self._samples
 
-    def refresh(self, state: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+    def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
         """Apply what was recorded; return whether a scale changed.
 
         Args:
             state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
         """
         if state is not None:
-            self._ratios, self._samples = (array.copy() for array in state)
+            self._ratios, self._spreads, self._samples = (array.copy() for array in state)
         self._known_samples = self._samples.copy()
-        scales = np.clip(_filled(self._ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
+        ratios = _explained(self._ratios, self._spreads, self._samples)
+        scales = np.clip(_filled(ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
         if not moved.any():
             return False
@@ -242,6 +253,32 @@ class CorrectedCosts:
             plain=raw.plain,
             overhead=raw.overhead / unit,
         )
+
+
+def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Draw each bucket towards the common ratio of its pass and batch size, by its own noise.
+
+    Definition: log out = common + s(log ratio - common), s(d) = sign(d) max(0, |d| - NOISE errors)
+        common = median of the log ratios, each with the weight of its samples
+        error = 1.25 max(own spread, median spread) / sqrt(samples), that of a median
+
+    Source: Donoho, "De-noising by soft-thresholding" (IEEE Trans. Inf. Theory 41, 1995).
+    """
+    explained = ratios.copy()
+    for row in np.ndindex(ratios.shape[:2]):
+        known = samples[row] >= MIN_SAMPLES
+        if not known.any():
+            continue
+        logs, counts = np.log(ratios[row][known]), samples[row][known]
+        order = np.argsort(logs)
+        middle = np.searchsorted(np.cumsum(counts[order]), counts.sum() / 2)
+        common = logs[order][middle]
+        spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
+        error = 1.25 * spread / np.sqrt(counts)
+        departed = logs - common
+        departed = np.sign(departed) * np.maximum(np.abs(departed) - NOISE * error, 0.0)
+        explained[row][known] = np.exp(common + departed)
+    return explained
 
 
 def _filled(ratios: np.ndarray, samples: np.ndarray) -> np.ndarray:

@@ -56,6 +56,28 @@ def test_a_bucket_takes_its_median_ratio():
     assert scale(residuals, 8, operation="draft") == 1.0
 
 
+def test_noise_alone_moves_no_bucket_against_another():
+    """Each size taken eight times with 15 % of noise: a right table keeps its shape."""
+    ranges = []
+    for seed in range(20):
+        residuals, rng = Residuals(8, 32), random.Random(seed)
+        for tokens in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+            for _ in range(8):
+                residuals.record("verify", 4, tokens, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
+        residuals.refresh()
+        scales = residuals.scales("verify", 4, 32)
+        assert 1.0 < float(scales.median()) < 1.4
+        ranges.append(float(scales.max() / scales.min()))
+    assert sum(ranges) / len(ranges) < 1.06
+    # And a size that is dear by more than noise is known after as many passes.
+    for _ in range(8):
+        residuals.record("draft", 4, 4, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
+        residuals.record("draft", 4, 8, 2.4 * math.exp(rng.gauss(0.0, 0.15)))
+    residuals.refresh()
+    draft = residuals.scales("draft", 4, 32)
+    assert float(draft[7] / draft[3]) > 1.5
+
+
 def test_buckets_without_evidence_follow_the_rest():
     residuals = Residuals(8, 32)
     for tokens in (4, 8, 16):
