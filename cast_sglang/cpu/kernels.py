@@ -82,7 +82,7 @@ def verify_tree_greedy(
         predicts: [B * N] int32, written at accepted nodes: the token that follows the node.
         accept_index: [B, S] int32, -1 filled; written with the accepted nodes' flat indexes.
         accept_token_num: [B] int32, written: accepted drafts, the root not counted.
-        candidates: [B, N] int64, node tokens.
+        candidates: [B, N] int64 or int32, node tokens; the latter where a root stands alone.
         target_predict: [B, N] int64.
         topk: unused here; the host's kernels specialise on it.
 
@@ -90,7 +90,7 @@ def verify_tree_greedy(
         predicts, accept_index, accept_token_num.
     """
     _follow(
-        candidates.numpy(),
+        candidates.to(torch.int64).numpy(),
         target_predict.numpy(),
         retrieve_index.numpy(),
         retrieve_next_token.numpy(),

@@ -143,6 +143,8 @@ def test_greedy_verification_follows_the_target(shape):
             children = tree.children(node)
             tokens = rng.sample(range(max(5, len(children))), len(children))
             candidates[b, children] = torch.tensor(tokens, dtype=torch.long)
+    if rng.random() < 0.5:  # as where the root stands alone
+        candidates = candidates.int()
     target = torch.tensor([[rng.randrange(5) for _ in range(num_nodes)] for _ in range(batch)])
     accept_index = torch.full((batch, steps + 1), -1, dtype=torch.int32)
     predicts = torch.zeros(batch * num_nodes, dtype=torch.int32)
