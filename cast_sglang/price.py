@@ -41,6 +41,9 @@ START_WEIGHT = 4.0
 MAX_LOSS = 32.0
 # Share of plain decoding's time that tries of speculation may lose.
 PROBE_SHARE = 0.01
+# In plain decoding the draft is brought up to date every so many steps if that takes less than this
+# share of their time, and else only when it is needed.
+KEEP_UP_SHARE = 0.01
 # A try begins with credit for at least this loss, in target passes.
 MIN_PROBE = 0.25
 

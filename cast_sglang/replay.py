@@ -31,10 +31,10 @@ from cast_sglang.errors import TraceError
 from cast_sglang.ops import reference
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy
+from cast_sglang.price import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.profile_schema import CostTables
 from cast_sglang.recorded import RecordedTrees, ReplayedTree
-from cast_sglang.residuals import CorrectedCosts, Residuals
+from cast_sglang.residuals import REFRESH_EVERY, CorrectedCosts, Residuals
 from cast_sglang.reward import TreeReward
 from cast_sglang.trace import (
     Trace,
@@ -47,13 +47,9 @@ from cast_sglang.tree import DraftTree
 
 __all__ = ["Outcome", "Replay", "make_policy"]
 
-# Steps between two corrections of the costs, as while serving.
-REFRESH_EVERY = 32
 # Steps whose time, beyond that of their passes by the corrected tables, is averaged: few, so that a
 # machine whose speed changes within seconds is followed.
 REST_WINDOW = 16
-# Share of plain decoding's time in which the draft is kept up to date, as while serving.
-KEEP_UP_SHARE = 0.01
 
 
 class Outcome(NamedTuple):

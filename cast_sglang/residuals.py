@@ -36,6 +36,8 @@ MIN_SAMPLES = 4
 # Once a bucket has some samples, only every so many-th counts, so that a window spans many seconds:
 # a median over one slow moment would make the bucket in use look dearer than its neighbours.
 STRIDE = 8
+# Steps between two corrections of the costs; each takes some hundred microseconds.
+REFRESH_EVERY = 32
 # Standard errors by which a bucket may differ from the others of its pass without being believed.
 NOISE = 2.0
 # A scale beyond this is a broken measurement rather than drift.

@@ -27,9 +27,9 @@ from cast_sglang.cost import CostModel, extend_units, plain_extra, step_units
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy
+from cast_sglang.price import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.profiles import FoundProfile, profile_command
-from cast_sglang.residuals import CorrectedCosts, Residual, Residuals
+from cast_sglang.residuals import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
 from cast_sglang.serving.backlog import Backlog
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
@@ -50,13 +50,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
-
-# Steps between two corrections of the costs; each takes some hundred microseconds.
-REFRESH_EVERY = 32
-
-# In plain decoding the draft is brought up to date every so many steps if that takes less than this
-# share of their time, and else only when it is needed.
-KEEP_UP_SHARE = 0.01
 
 PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, policy_seconds=0.0)
 
