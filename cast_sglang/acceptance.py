@@ -12,6 +12,7 @@ score = parent's score * g(p, depth), which never exceed the parent's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from cast_sglang.compiled import compiled
+from cast_sglang.ops.contract import CalibrationLines
 
 __all__ = ["Acceptance", "Outcomes", "Reliability", "verify_outcomes"]
 
@@ -27,13 +29,15 @@ __all__ = ["Acceptance", "Outcomes", "Reliability", "verify_outcomes"]
 _KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 17)) ** 2
 _WIDTHS = np.diff(_KNOTS)
 # Last depth of each bucket: 1, 2, 3-4, 5-8, 9 and deeper. The root's children are at depth 1.
-_DEPTH_ENDS = np.array([1, 2, 4, 8])
+_DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
 _CELLS = _SHAPE[0] * _SHAPE[1]
 _FORMAT = 1
 
 PRIOR_WEIGHT = 8.0
 HALF_LIFE = 256
+# Lines lack at most this part of the updates that count.
+REMAKE_SHARE = 16
 
 
 class Reliability(NamedTuple):
@@ -75,8 +79,11 @@ class Acceptance:
         self._keep = 0.5 ** (1.0 / half_life)
         # Nodes, sum of p, accepted nodes; each node is shared by the two knots around it.
         self._sums = np.zeros((3, *_SHAPE))
-        self._curves: np.ndarray | None = None  # None when data came in since the last look
-        self._lines: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        # Made when asked for: the curves of all data, the lines of data that may be a little older.
+        self._curves: np.ndarray | None = None
+        self._tables: dict[torch.device, torch.Tensor] = {}
+        self._lines: dict[tuple[torch.device, int], CalibrationLines] = {}
+        self._num_updates = self._age = 0
 
     def update(
         self,
@@ -100,56 +107,43 @@ class Acceptance:
             self._sums, self._keep, probs.astype(np.float64), depths, parent_accepted, accepted
         )
         self._curves = None
-        self._lines.clear()
+        self._num_updates += 1
+        self._age += 1
+        # One update among many moves them little, and to make them takes as long as a decision.
+        if self._age > min(self._num_updates, HALF_LIFE) // REMAKE_SHARE:
+            self._forget_lines()
 
     def calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
         """Return g(probs, depth), in the shape and on the device of `probs`.
 
-        Grow the tree with these in place of `probs`, so that its scores are calibrated.
+        A tree grown by `lines` has these in place of `probs`, so that its scores are calibrated.
 
         Args:
             probs: [...] float32 in [0, 1], draft probabilities of nodes given their parents.
             depth: their layer, 1 for the root's children.
 
-        Effects: no host sync; one small copy to the device after each update.
+        Effects: no host sync; now and then one small copy to the device.
         """
-        if probs.device.type == "cpu":
-            row = self.curves()[int(np.searchsorted(_DEPTH_ENDS, depth))]
-            result = torch.empty_like(probs)
-            _interpolate(probs.numpy().reshape(-1), row, result.numpy().reshape(-1))
-            return result
-        knots, starts, slopes = self.lines_at(depth, probs.device)
-        piece = torch.bucketize(probs, knots, right=True)
-        return torch.addcmul(starts[piece], slopes[piece], probs).clamp_(0.0, 1.0)
+        return self.lines(depth, probs.device).at(probs)
 
-    def lines_at(
-        self, depth: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return knots [P - 1], starts [P] and slopes [P] of g at one depth; see `lines`."""
-        knots, starts, slopes = self.lines(device)
-        row = int(np.searchsorted(_DEPTH_ENDS, depth))
-        return knots, starts[row], slopes[row]
-
-    def lines(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the inner knots of g, and where each piece starts and how it rises, on a device.
-
-        Returns:
-            knots [P - 1], starts [R, P] and slopes [R, P], float32, of P pieces and R buckets of
-            depths: g(p) = starts[r, i] + slopes[r, i] * p in piece i.
-        """
-        lines = self._lines.get(device)
+    def lines(self, depth: int, device: torch.device) -> CalibrationLines:
+        """Return g at one depth in pieces, on a device; effects as of `calibrated`."""
+        bucket = bisect_left(_DEPTH_ENDS, depth)
+        lines = self._lines.get((device, bucket))
         if lines is None:
-            curves = self.curves()
-            slopes = np.diff(curves, axis=1) / _WIDTHS
-            starts = curves[:, :-1] - slopes * _KNOTS[:-1]
-            # One copy for the three: inner knots in the first row, then starts, then slopes.
-            packed = np.zeros((1 + 2 * _SHAPE[0], len(_WIDTHS)), dtype=np.float32)
-            packed[0, :-1] = _KNOTS[1:-1]
-            packed[1 : 1 + _SHAPE[0]], packed[1 + _SHAPE[0] :] = starts, slopes
-            table = torch.from_numpy(packed).to(device, non_blocking=True)
-            lines = (table[0, :-1], table[1 : 1 + _SHAPE[0]], table[1 + _SHAPE[0] :])
-            self._lines[device] = lines
+            table = self._tables.get(device)
+            if table is None:
+                # One copy for all: inner knots in the first row, then starts, then slopes.
+                packed = torch.from_numpy(_pack_lines(self.curves()))
+                table = self._tables[device] = packed.to(device, non_blocking=True)
+            starts, slopes = table[1 + bucket], table[1 + _SHAPE[0] + bucket]
+            lines = self._lines[device, bucket] = CalibrationLines(table[0, :-1], starts, slopes)
         return lines
+
+    def _forget_lines(self) -> None:
+        self._age = 0
+        self._tables.clear()
+        self._lines.clear()
 
     def curves(self) -> np.ndarray:
         """Return g at the knots, one row for each bucket of depths."""
@@ -193,7 +187,7 @@ class Acceptance:
             raise ValueError("acceptance state: need 0 <= drafted, accepted <= nodes < inf")
         self._sums = sums
         self._curves = None
-        self._lines.clear()
+        self._forget_lines()
 
 
 def verify_outcomes(
@@ -273,14 +267,19 @@ def _add_nodes(
                 sums[2, bucket, knot] += share
 
 
-@compiled("void(f4[:], f8[:], f4[:])")
-def _interpolate(probs: np.ndarray, curve: np.ndarray, result: np.ndarray) -> None:
-    """Write g of each probability, [n] float32, from its values at the knots."""
-    for i in range(len(probs)):
-        p = min(max(float(probs[i]), 0.0), 1.0)
-        left = _piece(p)
-        share = (p - _KNOTS[left]) / _WIDTHS[left]
-        result[i] = curve[left] + share * (curve[left + 1] - curve[left])
+@compiled("f4[:, :](f8[:, :])")
+def _pack_lines(curves: np.ndarray) -> np.ndarray:
+    """Return the pieces of g: inner knots, then where the lines start, then how they rise."""
+    num_buckets, num_pieces = _SHAPE[0], len(_WIDTHS)
+    packed = np.zeros((1 + 2 * num_buckets, num_pieces), dtype=np.float32)
+    for piece in range(num_pieces):
+        if piece:
+            packed[0, piece - 1] = _KNOTS[piece]
+        for bucket in range(num_buckets):
+            slope = (curves[bucket, piece + 1] - curves[bucket, piece]) / _WIDTHS[piece]
+            packed[1 + bucket, piece] = curves[bucket, piece] - slope * _KNOTS[piece]
+            packed[1 + num_buckets + bucket, piece] = slope
+    return packed
 
 
 @compiled("f8[:, :](f8[:, :], f8[:, :])")

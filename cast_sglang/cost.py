@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.profile_schema import CostTable, CostTables
@@ -38,30 +37,26 @@ logger = logging.getLogger(__name__)
 class StepCosts(NamedTuple):
     """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
 
+    On the host, where all decisions are taken, and as arrays: reading one entry of a tensor takes
+    ten times as long.
+
     N is the largest number of verified rows, K the largest number of nodes in one draft layer, E
     the largest number of rows in draft extend.
     """
 
-    verify: torch.Tensor  # [N] float32; index k - 1: one target pass over k rows per request
-    draft: torch.Tensor  # [K] float32; index k - 1: one draft layer over k nodes per request
-    draft_extend: torch.Tensor  # [E] float32; index k - 1: the draft's pass over k rows
+    verify: np.ndarray  # [N] float32; index k - 1: one target pass over k rows per request
+    draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
+    draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
     plain: float  # one plain decoding step; nan if the profile has none
     overhead: float  # host time of a step that no pass covers; 0 if the profile has none
 
 
-class _Entry(NamedTuple):
-    costs: StepCosts
-    verify: np.ndarray  # host copies of the tensors, so that a prediction costs no device sync
-    draft: np.ndarray
-    draft_extend: np.ndarray
-
-
-def cost_of(costs: torch.Tensor | np.ndarray, count: float) -> float:
+def cost_of(costs: np.ndarray, count: float) -> float:
     """Return the cost of `count` tokens per request, linear between whole counts.
 
     Args:
-        costs: [n], on the host; index k - 1 is the cost of k tokens.
+        costs: [n]; index k - 1 is the cost of k tokens.
         count: in [1, n]; not whole where it is a mean over requests.
     """
     whole = int(count)
@@ -138,7 +133,6 @@ class CostModel:
         max_width: int,
         max_extend_rows: int | None = None,
         lookup: str = "linear",
-        device: torch.device | str = "cpu",
         warns: bool = True,
     ) -> None:
         """Densify the tables of a profile that `load_profile` accepted.
@@ -150,7 +144,6 @@ class CostModel:
             max_width: K, largest number of nodes per request in one draft layer.
             max_extend_rows: E, largest number of rows per request in draft extend; None for N.
             lookup: "linear" or "nearest".
-            device: where the tensors of `step_costs` live.
             warns: log that the profile does not cover the limits.
 
         Raises:
@@ -170,9 +163,8 @@ class CostModel:
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
-        self._device = torch.device(device)
         self._max_batch_size = max_batch_size
-        self._cache: dict[tuple[int, int], _Entry] = {}
+        self._cache: dict[tuple[int, int], StepCosts] = {}
         self.extrapolated = _exceeded(tables, *limits)
         if self.extrapolated and warns:
             logger.warning(
@@ -188,15 +180,25 @@ class CostModel:
             context: mean context length of the batch in tokens; finite, >= 0.
 
         Returns:
-            The same object for every context of a bucket; its tensors must not be modified.
+            The same object for every context of a bucket; its arrays must not be modified.
 
         Raises:
             ValueError: batch size or context out of range.
 
-        Effects: O(1), without allocation or device work, for a batch size and bucket seen before;
-            else one asynchronous copy to the device, no host sync.
+        Effects: O(1), without allocation, for a batch size and bucket seen before.
         """
-        return self._entry(batch_size, context).costs
+        bucket = math.ceil(context / CONTEXT_BUCKET_TOKENS)
+        costs = self._cache.get((batch_size, bucket))
+        if costs is None:
+            if not 1 <= batch_size <= self._max_batch_size or bucket < 0:
+                limit = f"batch size in [1, {self._max_batch_size}] and context >= 0"
+                raise ValueError(f"no costs of {batch_size=}, {context=}: expected {limit}")
+            costs = self._compute(batch_size, bucket * CONTEXT_BUCKET_TOKENS)
+            if len(self._cache) >= MAX_CACHED_STEPS:
+                # Contexts only grow, so the oldest entry is the least likely to return.
+                del self._cache[next(iter(self._cache))]
+            self._cache[batch_size, bucket] = costs
+        return costs
 
     def predict_us(
         self,
@@ -216,45 +218,23 @@ class CostModel:
             draft_widths: nodes per request of each draft layer that ran; each in [1, K].
             num_extend_rows: rows per request of the draft's extend pass; in [0, E], 0 for none.
         """
-        entry = self._entry(batch_size, context)
-        units = cost_of(entry.verify, num_verify_rows) + entry.costs.overhead
-        for width in draft_widths:
-            units += cost_of(entry.draft, width)
-        if num_extend_rows:
-            units += cost_of(entry.draft_extend, num_extend_rows)
-        return units * entry.costs.unit_us
+        costs = self.step_costs(batch_size, context)
+        units = step_units(costs, draft_widths, num_verify_rows, num_extend_rows)
+        return units * costs.unit_us
 
-    def _entry(self, batch_size: int, context: float) -> _Entry:
-        bucket = math.ceil(context / CONTEXT_BUCKET_TOKENS)
-        entry = self._cache.get((batch_size, bucket))
-        if entry is None:
-            if not 1 <= batch_size <= self._max_batch_size or bucket < 0:
-                limit = f"batch size in [1, {self._max_batch_size}] and context >= 0"
-                raise ValueError(f"no costs of {batch_size=}, {context=}: expected {limit}")
-            entry = self._compute(batch_size, bucket * CONTEXT_BUCKET_TOKENS)
-            if len(self._cache) >= MAX_CACHED_STEPS:
-                # Contexts only grow, so the oldest entry is the least likely to return.
-                del self._cache[next(iter(self._cache))]
-            self._cache[batch_size, bucket] = entry
-        return entry
-
-    def _compute(self, batch_size: int, context: int) -> _Entry:
+    def _compute(self, batch_size: int, context: int) -> StepCosts:
         verify_us = self._verify.at(batch_size, context)
         unit_us = float(verify_us[0])
-        parts = [
-            verify_us / unit_us,
-            self._draft.at(batch_size, context) / unit_us,
-            self._draft_extend.at(batch_size, context) / unit_us,
-        ]
+        verify, draft, draft_extend = (
+            (time_us / unit_us).astype(np.float32)
+            for time_us in (
+                verify_us,
+                self._draft.at(batch_size, context),
+                self._draft_extend.at(batch_size, context),
+            )
+        )
         plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
-        bounds = np.cumsum([len(part) for part in parts])[:-1]
-        packed = torch.from_numpy(np.concatenate(parts).astype(np.float32))
-        on_device = packed
-        if self._device.type != "cpu":
-            # From pinned memory the copy is queued; from pageable memory it would wait.
-            on_device = packed.pin_memory().to(self._device, non_blocking=True)
-        verify, draft, draft_extend = torch.tensor_split(on_device, bounds.tolist())
-        costs = StepCosts(
+        return StepCosts(
             verify=verify,
             draft=draft,
             draft_extend=draft_extend,
@@ -262,7 +242,6 @@ class CostModel:
             plain=float(plain_us) / unit_us,
             overhead=self._overhead(batch_size) / unit_us,
         )
-        return _Entry(costs, *np.split(packed.numpy(), bounds))
 
     def _overhead(self, batch_size: int) -> float:
         if self._overhead_us is None:

@@ -35,6 +35,7 @@ _LEAST_PRICE = 2.0**-12
 _SURPLUS = 2.0 ** (np.arange(_LAST + 1) / _PER_OCTAVE) - 1.0
 # Nodes read from one layer: enough for a mean, few where the batch is large.
 _MAX_NODES = 8
+_ROOT = np.ones((1, 1), np.float32)  # the score of every root
 # Steps after which a node counts half.
 HALF_LIFE = 32
 _KEEP = 0.5 ** (1 / HALF_LIFE)
@@ -52,7 +53,7 @@ class Lookahead:
         self._children = np.zeros(_LAST + 1)
         self._parents = 0.0
         self._surplus = np.zeros(_LAST + 1)  # U
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen: list[tuple[torch.Tensor | None, torch.Tensor]] = []
         self._turn = 0
 
     @property
@@ -60,17 +61,14 @@ class Lookahead:
         """Whether any node's children are known."""
         return self._parents > 0.0
 
-    def add(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
+    def add(self, parent_scores: torch.Tensor | None, child_probs: torch.Tensor) -> None:
         """Take note of the children of the nodes of one layer; read and counted by `learn`.
 
         Args:
-            parent_scores: [n] float32, path scores of the nodes.
-            child_probs: [n, K] float32, their children's probabilities given them.
+            parent_scores: [B, W] float32, path scores of the nodes; None for roots.
+            child_probs: [B * W, K] float32, their children's probabilities given them.
         """
-        stride = -(-len(parent_scores) // _MAX_NODES)
-        first = self._turn % stride
-        self._turn += 1
-        self._seen.append((parent_scores[first::stride], child_probs[first::stride]))
+        self._seen.append((parent_scores, child_probs))
 
     def learn(self) -> None:
         """Count what was added, and let what was known before count a little less.
@@ -81,10 +79,12 @@ class Lookahead:
             return
         self._children *= _KEEP
         self._parents *= _KEEP
-        for weights, probs in self._seen:
+        for scores, probs in self._seen:
+            weights = _ROOT if scores is None else scores.numpy(force=True)
             self._parents += _count_children(
-                weights.numpy(force=True), probs.numpy(force=True), self._children
+                weights, probs.numpy(force=True), self._turn, self._children
             )
+            self._turn += 1
         self._seen.clear()
         _promise(self._children, self._parents, self._surplus)
 
@@ -123,18 +123,22 @@ def _value(surplus: np.ndarray, score: float, row_price: float) -> float:
     return least * surplus[min(place, _LAST)]
 
 
-@compiled("f8(f4[:], f4[:, :], f8[:])")
-def _count_children(weights: np.ndarray, probs: np.ndarray, children: np.ndarray) -> float:
+@compiled("f8(f4[:, :], f4[:, :], i8, f8[:])")
+def _count_children(
+    weights: np.ndarray, probs: np.ndarray, turn: int, children: np.ndarray
+) -> float:
     """Add the children of some nodes to the histogram; return the weight of the nodes.
 
     Args:
-        weights: [n] float32, path scores of the nodes.
+        weights: [B, W] float32, path scores of the nodes; [1, 1] for all alike.
         probs: [n, K] float32, their children's probabilities given them.
+        turn: of many nodes, chooses which ones count.
         children: [places], gets weight for each child at its distance below its parent.
     """
-    total = 0.0
-    for node in range(len(weights)):
-        weight = float(weights[node])
+    total, width = 0.0, weights.shape[1]
+    stride = -(-len(probs) // _MAX_NODES)
+    for node in range(turn % stride, len(probs), stride):
+        weight = float(weights[0, 0] if weights.size == 1 else weights[node // width, node % width])
         total += weight
         for child in range(probs.shape[1]):
             distance = -_PER_OCTAVE * math.log2(max(float(probs[node, child]), 1e-9))

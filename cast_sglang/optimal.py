@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cast_sglang.policy import Costs
@@ -30,7 +31,7 @@ class Choice(NamedTuple):
 def optimal_choice(
     layer_scores: Sequence[torch.Tensor],
     draft_costs: Sequence[float],
-    verify_costs: torch.Tensor,
+    verify_costs: np.ndarray,
     sizes: Sequence[int],
     price: float,
 ) -> Choice:
@@ -51,13 +52,14 @@ def optimal_choice(
         ValueError: no size fits into the first layer.
     """
     best: Choice | None = None
+    verify = torch.from_numpy(verify_costs).double()
     for depth in range(1, len(layer_scores) + 1):
         scores = torch.cat(list(layer_scores[:depth]), dim=1)
         allowed = torch.tensor(sizes[: bisect_right(sizes, scores.shape[1] + 1)])
         if not len(allowed):
             continue
         utility = scores.sort(dim=1, descending=True).values.double().mean(dim=0).cumsum(dim=0)
-        time = verify_costs[allowed - 1].double() + sum(draft_costs[: depth - 1])
+        time = verify[allowed - 1] + sum(draft_costs[: depth - 1])
         values = utility[allowed - 2] - price * time
         index = int(values.argmax())
         if best is None or float(values[index]) > best.value:

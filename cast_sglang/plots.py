@@ -53,7 +53,7 @@ class _Source(NamedTuple):
     def units(self, name: str, batch_size: int, context: float) -> np.ndarray:
         """Return the costs of 1, 2, ... tokens per request in 1-row target passes."""
         costs = self.model.step_costs(batch_size, context)
-        units: np.ndarray = getattr(costs, "verify" if name == "target" else name).numpy()
+        units: np.ndarray = getattr(costs, "verify" if name == "target" else name)
         return units
 
     def milliseconds(self, name: str, batch_size: int, context: float) -> np.ndarray:

@@ -49,18 +49,18 @@ def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> tor
 
 
 class Costs(Protocol):
-    """What a policy reads of `cost.StepCosts`; the tensors are on the host."""
+    """What a policy reads of `cost.StepCosts`."""
 
     @property
-    def draft(self) -> torch.Tensor:
+    def draft(self) -> np.ndarray:
         """[K] float32, one draft layer of k nodes per request."""
 
     @property
-    def verify(self) -> torch.Tensor:
+    def verify(self) -> np.ndarray:
         """[N] float32, one verify pass of k rows per request, root included."""
 
     @property
-    def draft_extend(self) -> torch.Tensor:
+    def draft_extend(self) -> np.ndarray:
         """[E] float32, the draft's pass over k rows per request after verify."""
 
     @property
@@ -218,7 +218,7 @@ class FixedPolicy(TreePolicy):
         """Breadth pruning (BP)."""
         assert costs is not None
         utility = scores.mean(dim=0).cumsum(dim=0).cpu()
-        cost = costs.draft[: scores.shape[1]]
+        cost = torch.from_numpy(costs.draft[: scores.shape[1]])
         width = int(select_count(utility, cost, self.c1))
         layer = _Layer(float(utility[width - 1]), float(cost[width - 1]))
         if self._layer is not None:
@@ -243,5 +243,5 @@ class FixedPolicy(TreePolicy):
                 f"{scores.shape[1] + 1} nodes"
             )
         utility = scores.mean(dim=0).cumsum(dim=0).cpu()[self._utility_index[:num_sizes]]
-        cost = costs.verify[self._cost_index[:num_sizes]]
+        cost = torch.from_numpy(costs.verify)[self._cost_index[:num_sizes]]
         return self._sizes[int(select_count(utility, cost, self.c3)) - 1]

@@ -157,7 +157,7 @@ class AutoPolicy(TreePolicy):
         if self._layers == 1:
             self._root_children = scores
             if not self._lookahead.has_learned:
-                self._lookahead.add(torch.ones_like(scores[:, 0]), scores)
+                self._lookahead.add(None, scores)
                 self._lookahead.learn()
         row_price = bucket.row_price
         if math.isnan(row_price):  # before the first verify; a lone size has no price of a row
@@ -180,7 +180,7 @@ class AutoPolicy(TreePolicy):
         The tensors must not be overwritten before `rerank`.
         """
         self._root_children = None
-        self._lookahead.add(parent_scores.flatten(), child_probs)
+        self._lookahead.add(parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the size whose nodes bring most beyond the price of their time."""
@@ -231,7 +231,7 @@ class AutoPolicy(TreePolicy):
         """Learn the row price and the children of this step, whose tree is chosen."""
         bucket.learn_row_price(min(bucket.price * float(view.next_row[size]), least))
         if self._root_children is not None:
-            self._lookahead.add(torch.ones_like(scores[:, 0]), self._root_children)
+            self._lookahead.add(None, self._root_children)
         self._lookahead.learn()
         self._layers, self._root_children = 1, None
 
@@ -306,9 +306,7 @@ class AutoPolicy(TreePolicy):
 
 
 def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
-    rows_verified = costs.verify.numpy(force=True)
-    verify = rows_verified[num_nodes]
-    draft, extend = costs.draft.numpy(force=True), costs.draft_extend.numpy(force=True)
+    verify, extend = costs.verify[num_nodes], costs.draft_extend
     rows = num_nodes[None, :] - num_nodes[:, None]
     slopes = np.divide(
         verify[None, :] - verify[:, None], rows, out=np.full(rows.shape, np.inf), where=rows > 0
@@ -317,9 +315,9 @@ def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View
     row_of_layer, row_of_token = (0.0, row) if extend_by_outcome else (row, 0.0)
     return _View(
         costs,
-        growth=draft + row_of_layer,
+        growth=costs.draft + np.float32(row_of_layer),
         extend=extend,
-        rows=rows_verified,
+        rows=costs.verify,
         verify=verify,
         next_row=np.maximum(slopes.min(axis=1), 0.0),
         token=row_of_token,

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cast_sglang.cost import (
     CONTEXT_BUCKET_TOKENS,
@@ -142,12 +141,12 @@ class Residuals:
         self.version += 1
         return True
 
-    def scales(self, operation: str, batch_size: int, num_counts: int) -> torch.Tensor:
+    def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""
-        row = self._scales[PASSES.index(operation), self._bucket(batch_size, 1)[0]]
+        row = self._scales[PASSES.index(operation), self._batch_bucket(batch_size)]
         counts = np.arange(1, num_counts + 1)
         index = np.searchsorted(self._token_edges, counts)
-        return torch.from_numpy(row[np.minimum(index, len(row) - 1)].astype(np.float32))
+        return row[np.minimum(index, len(row) - 1)].astype(np.float32)
 
     def explore(
         self,
@@ -155,22 +154,22 @@ class Residuals:
         batch_size: int,
         chosen: int,
         sizes: Sequence[int],
-        costs: torch.Tensor,
+        costs: np.ndarray,
     ) -> int:
         """Return the chosen number of tokens, or now and then one of another bucket.
 
         Args:
             chosen: what the policy wants, one of `sizes`.
             sizes: the numbers that are possible in this step, ascending.
-            costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens, on the host.
+            costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens.
         """
-        which = PASSES.index(operation)
-        batch, token = self._bucket(batch_size, chosen)
+        which, batch = PASSES.index(operation), self._batch_bucket(batch_size)
         step = self._steps.get((which, batch), 0) + 1
         self._steps[which, batch] = step
         waited = step - self._last_explored.get((which, batch), 0)
         if waited < EXPLORE_EVERY:
             return chosen
+        token = self._bucket(batch_size, chosen)[1]
         largest = {self._bucket(batch_size, size)[1]: size for size in sizes}
         samples = self._known_samples[which, batch]
         others = [other for other in largest if other != token and samples[other] < MIN_SAMPLES]
@@ -209,9 +208,12 @@ class Residuals:
         return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
 
     def _bucket(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
-        batch = bisect.bisect_left(self._batch_edges, batch_size)
         token = bisect.bisect_left(self._token_edges, num_tokens)
-        return min(batch, len(self._batch_edges) - 1), min(token, len(self._token_edges) - 1)
+        return self._batch_bucket(batch_size), min(token, len(self._token_edges) - 1)
+
+    def _batch_bucket(self, batch_size: int) -> int:
+        batch = bisect.bisect_left(self._batch_edges, batch_size)
+        return min(batch, len(self._batch_edges) - 1)
 
 
 class CorrectedCosts:
@@ -241,16 +243,16 @@ class CorrectedCosts:
     def _corrected(self, batch_size: int, context: float) -> StepCosts:
         raw = self._model.step_costs(batch_size, context)
         verify, draft, draft_extend = (
-            costs * self._residuals.scales(operation, batch_size, len(costs)).to(costs.device)
+            costs * self._residuals.scales(operation, batch_size, len(costs))
             for operation, costs in zip(
                 PASSES, (raw.verify, raw.draft, raw.draft_extend), strict=True
             )
         )
         unit = float(self._residuals.scales("verify", batch_size, 1)[0])
         return StepCosts(
-            verify=verify / unit,
-            draft=draft / unit,
-            draft_extend=draft_extend / unit,
+            verify=verify / np.float32(unit),
+            draft=draft / np.float32(unit),
+            draft_extend=draft_extend / np.float32(unit),
             unit_us=raw.unit_us * unit,
             plain=raw.plain,
             overhead=raw.overhead / unit,

@@ -69,12 +69,18 @@ class DraftTree:
         probs: [B, K] float32 in [0, 1], their probabilities.
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
         ops: of the tensors' device.
+        lines: `ops.contract.CalibrationLines` to calibrate `probs` by; None to take them as given.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
     """
 
     def __init__(
-        self, tokens: torch.Tensor, probs: torch.Tensor, max_layers: int, ops: TreeOps
+        self,
+        tokens: torch.Tensor,
+        probs: torch.Tensor,
+        max_layers: int,
+        ops: TreeOps,
+        lines: Any = None,
     ) -> None:
         if tokens.shape != probs.shape or tokens.dim() != 2:
             raise ValueError(
@@ -84,12 +90,16 @@ class DraftTree:
         self.max_layers = max_layers
         self.topk = tokens.shape[1]
         self._tokens = [tokens]
-        self._scores = [probs]
         self._expanded: list[torch.Tensor] = []  # candidate numbers kept in each grown layer
         self._ops = ops
         self._num_candidates = self.topk
-        order = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
-        self._frontier = Frontier(probs, order, tokens, torch.zeros_like(order))
+        if lines is None:
+            order = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
+            self._scores = [probs]
+            self._frontier = Frontier(probs, order, tokens, torch.zeros_like(order))
+        else:
+            grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, lines)
+            self._scores, self._frontier = [grown.scores], grown.frontier
 
     @property
     def num_layers(self) -> int:
@@ -105,6 +115,11 @@ class DraftTree:
     def tokens(self) -> torch.Tensor:
         """[B, M] int64, the token of each candidate."""
         return torch.cat(self._tokens, dim=1)
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """[B, M] float32, the score of each candidate."""
+        return torch.cat(self._scores, dim=1)
 
     @property
     def expanded(self) -> list[torch.Tensor]:

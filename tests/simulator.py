@@ -199,9 +199,9 @@ def make_costs(
     verify, layer = verify / verify[0], layer / layer[0]
     extend = np.interp(np.arange(1, LAYERS + 2), np.arange(1, TOKENS + 1), verify)
     return StepCosts(
-        verify=torch.from_numpy(verify).float(),
-        draft=torch.from_numpy(draft * layer).float(),
-        draft_extend=torch.from_numpy(1.2 * draft * extend).float(),
+        verify=verify.astype(np.float32),
+        draft=(draft * layer).astype(np.float32),
+        draft_extend=(1.2 * draft * extend).astype(np.float32),
         unit_us=10_000.0,
         plain=plain,
         overhead=0.05,

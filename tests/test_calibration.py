@@ -23,9 +23,9 @@ CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
 
 def grown_tree(calibration):
     tokens = torch.zeros((2, TOPK), dtype=torch.int64)
-    tree = DraftTree(tokens, calibration.apply(ROOT_PROBS, depth=1), 2, reference)
+    tree = DraftTree(tokens, ROOT_PROBS, 2, reference, calibration.lines(ROOT_PROBS, depth=1))
     frontier = tree.frontier()
-    tree.grow(frontier, 1, tokens, calibration.apply(CHILD_PROBS, depth=2))
+    tree.grow(frontier, 1, tokens, CHILD_PROBS, calibration.lines(CHILD_PROBS, depth=2))
     return tree
 
 
@@ -73,7 +73,7 @@ def test_probabilities_that_are_too_sure_are_lowered():
     calibration = Calibration()
     for _ in range(200):
         step(calibration, [[0, -1, -1], [4, -1, -1]])
-    calibrated = calibration.apply(ROOT_PROBS, depth=1)
+    calibrated = calibration.acceptance.calibrated(ROOT_PROBS, depth=1)
     assert (calibrated < 0.3 * ROOT_PROBS).all()
     assert calibrated[0, 0] >= calibrated[0, 1]
 

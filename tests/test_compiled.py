@@ -35,18 +35,14 @@ def arguments(function, rng, batch, n):
             rng.integers(1, 12, batch * n),
             *flags,
         ),
-        "_interpolate": (
-            floats(rng, batch * n),
-            np.sort(floats(rng, knots, dtype=np.float64)),
-            floats(rng, batch * n),
-        ),
+        "_pack_lines": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
         "_isotonic": (
             floats(rng, batch, n, dtype=np.float64),
             0.1 + floats(rng, batch, n, dtype=np.float64),
         ),
         "_fit": (sums, 8.0),
         "_value": (children, float(rng.random()), 0.1 * float(rng.random())),
-        "_count_children": (floats(rng, batch), floats(rng, batch, n), children),
+        "_count_children": (floats(rng, batch, n), floats(rng, batch * n, 4), 7, children),
         "_promise": (children, 3.0, children.copy()),
         "_best_width": (
             children,

@@ -20,7 +20,7 @@ def make_model(profile=None, **changes):
 
 def verify_us(model, batch_size, context):
     costs = model.step_costs(batch_size, context)
-    return costs.verify.double().numpy() * costs.unit_us
+    return costs.verify.astype(np.float64) * costs.unit_us
 
 
 def test_exact_at_measured_points():
@@ -31,7 +31,7 @@ def test_exact_at_measured_points():
             for c, context in enumerate(table.contexts):
                 costs = model.step_costs(batch_size, context)
                 indexes = [n - 1 for n in table.token_counts]
-                times_us = getattr(costs, field).double().numpy()[indexes] * costs.unit_us
+                times_us = getattr(costs, field).astype(np.float64)[indexes] * costs.unit_us
                 np.testing.assert_allclose(times_us, table.time_us[b][c], rtol=1e-6)
                 assert costs.unit_us == profile.target.time_us[b][c][0]
                 assert costs.verify[0] == 1.0

@@ -51,7 +51,7 @@ def test_lines_are_the_cost_model(draw):
     for line, batch_size in zip(solid, (1, 4), strict=True):
         costs = model.step_costs(batch_size, 1024)
         np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 9))
-        expected = costs.verify.numpy() * costs.unit_us / 1e3
+        expected = costs.verify * costs.unit_us / 1e3
         np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-5)
     # The part beyond the grid goes on where the other ends.
     for inside, beyond in zip(solid, lines(target, ":"), strict=True):
@@ -79,7 +79,7 @@ def test_marginal_cost_is_in_units_of_a_row(draw):
     ).step_costs(4, 1024)
     inside = [p for p in marginal.patches if p.get_linestyle() in ("-", "solid")]
     values, edges, _ = inside[1].get_data()
-    np.testing.assert_allclose(values, np.diff(costs.verify.numpy()), rtol=1e-5)
+    np.testing.assert_allclose(values, np.diff(costs.verify), rtol=1e-5)
     np.testing.assert_array_equal(edges, np.arange(1, 9))
 
 

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +28,8 @@ def brute_force_count(utility: list[float], cost: list[float], price: float) -> 
 
 def costs(draft: list[float] | None = None, verify: list[float] | None = None) -> SimpleNamespace:
     return SimpleNamespace(
-        draft=torch.tensor(draft if draft else [0.0]),
-        verify=torch.tensor(verify if verify else [0.0]),
+        draft=np.array(draft if draft else [0.0], np.float32),
+        verify=np.array(verify if verify else [0.0], np.float32),
     )
 
 

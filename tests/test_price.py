@@ -31,9 +31,9 @@ from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy
 
 def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:
     return SimpleNamespace(
-        verify=torch.tensor(verify if verify else [1.0] * 8),
-        draft=torch.tensor(draft if draft else [0.1] * 4),
-        draft_extend=torch.tensor(extend if extend else [0.0]),
+        verify=np.array(verify if verify else [1.0] * 8, np.float32),
+        draft=np.array(draft if draft else [0.1] * 4, np.float32),
+        draft_extend=np.array(extend if extend else [0.0], np.float32),
         plain=plain,
         overhead=0.0,
         unit_us=1000.0,
@@ -159,7 +159,7 @@ def test_optimal_choice_is_exhaustive(seed, price):
     layers = [
         torch.from_numpy(rng.random((2, m)) ** depth) for depth, m in ((1, 2), (2, 3), (3, 2))
     ]
-    draft, verify = rng.random(2).tolist(), torch.from_numpy(rng.random(7).cumsum())
+    draft, verify = rng.random(2).tolist(), rng.random(7).cumsum()
     sizes = (2, 3, 5, 7)
     found = {}
     for depth, size in itertools.product((1, 2, 3), sizes):
@@ -181,7 +181,7 @@ def test_lookahead_is_its_definition(row_price):
     vectors, weights = np.array([[0.8, 0.1], [0.5, 0.3]]), np.array([0.9, 0.4])
     lookahead = Lookahead()
     assert not lookahead.has_learned
-    lookahead.add(torch.from_numpy(weights).float(), torch.from_numpy(vectors).float())
+    lookahead.add(torch.from_numpy(weights[:, None]).float(), torch.from_numpy(vectors).float())
     lookahead.learn()
     scores = np.linspace(0.0, 1.0, 50)
     gains = np.maximum(scores[:, None, None] * vectors - row_price, 0.0).sum(axis=2)
@@ -196,7 +196,7 @@ def test_children_never_promise_more_than_their_parents(seed, row_price):
     rng = np.random.default_rng(seed)
     lookahead = Lookahead()
     vectors = rng.dirichlet(np.full(4, 0.5), 8)
-    lookahead.add(torch.rand(8), torch.from_numpy(vectors).float())
+    lookahead.add(torch.rand(2, 4), torch.from_numpy(vectors).float())
     lookahead.learn()
     parent, children = rng.random(), rng.dirichlet(np.full(4, 0.5))
     below = worth(lookahead, parent * children, row_price).sum()
@@ -207,7 +207,7 @@ def test_lookahead_forgets():
     lookahead = Lookahead()
     for prob, steps in ((0.9, 200), (0.1, 200)):
         for _ in range(steps):
-            lookahead.add(torch.ones(1), torch.tensor([[prob]]))
+            lookahead.add(None, torch.tensor([[prob]]))
             lookahead.learn()
     assert float(worth(lookahead, np.ones(1), 0.0)[0]) == pytest.approx(0.1, abs=0.02)
 

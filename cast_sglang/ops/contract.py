@@ -39,6 +39,12 @@ class CalibrationLines(NamedTuple):
     starts: torch.Tensor  # [P] float32, value of each piece's line at probability 0
     slopes: torch.Tensor  # [P] float32, >= 0
 
+    def at(self, probs: torch.Tensor) -> torch.Tensor:
+        """Return g(p) of each probability, as `reference.grow_layer` defines it."""
+        piece = torch.bucketize(probs, self.knots, right=True)
+        # Product and sum are rounded one by one: the same bits on every device.
+        return (self.starts[piece] + self.slopes[piece] * probs).clamp_(0.0, 1.0)
+
 
 class GrownLayer(NamedTuple):
     """A new layer of the tree and the best of it."""

@@ -61,15 +61,12 @@ def grow_layer(
     Raises:
         ValueError: shape, dtype or width out of range.
 
-    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase; contract of
-        `acceptance.Acceptance.calibrated`.
+    Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase.
     """
     contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
     (batch_size, width), topk = parent_scores.shape, probs.shape[1]
     if lines is not None:
-        piece = torch.bucketize(probs, lines.knots, right=True)
-        # Product and sum are rounded one by one: the same bits on every device.
-        probs = (lines.starts[piece] + lines.slopes[piece] * probs).clamp_(0.0, 1.0)
+        probs = lines.at(probs)
     scores = parent_scores.unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
     ranked = torch.sort(scores, dim=1, descending=True, stable=True)

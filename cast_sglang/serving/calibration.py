@@ -11,12 +11,12 @@ import torch
 
 from cast_sglang.acceptance import Acceptance, verify_outcomes
 from cast_sglang.errors import ConfigError
-from cast_sglang.ops.contract import CalibrationLines
 from cast_sglang.profiles import write_atomically
 from cast_sglang.serving.readback import HostReads, Read
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
+    from cast_sglang.ops.contract import CalibrationLines
     from cast_sglang.profile_schema import HostIdentity
     from cast_sglang.tree import Selection
 
@@ -96,7 +96,7 @@ class _Outcome(NamedTuple):
 
 
 class Calibration:
-    """Applies an `Acceptance` to the layers of a tree and teaches it by the tree's outcome.
+    """Gives the layers of a tree an `Acceptance`'s lines and teaches it by the tree's outcome.
 
     A step's outcome is learned when the next tree has been drafted: drafting has waited for it, so
     by then its copy is on the host.
@@ -117,29 +117,17 @@ class Calibration:
         self._drafted: _Drafted | None = None
         self._outcome: _Outcome | None = None
 
-    def apply(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return the calibrated probabilities of a layer's candidates given their parents.
+    def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
+        """Return what to calibrate a layer's candidates by, in the op that scores them.
 
         Args:
             probs: [n, K] float32, request-major: the root's children, or those of a layer's nodes.
             depth: the candidates' layer, 1 for the root's children.
         """
-        self._note(probs, depth)
-        return self.acceptance.calibrated(probs, depth)
-
-    def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
-        """Return what to calibrate a layer's candidates by, in the kernel that scores them.
-
-        Args:
-            probs, depth: as for `apply`, on a device.
-        """
-        self._note(probs, depth)
-        return CalibrationLines(*self.acceptance.lines_at(depth, probs.device))
-
-    def _note(self, probs: torch.Tensor, depth: int) -> None:
         if depth == 1:
             self._probs.clear()
         self._probs.append(probs)
+        return self.acceptance.lines(depth, probs.device)
 
     def selected(
         self,

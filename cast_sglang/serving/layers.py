@@ -18,6 +18,7 @@ from cast_sglang.tree import DraftTree
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from cast_sglang.ops.contract import CalibrationLines
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.draft import CastDraftWorker
     from cast_sglang.tree import Frontier
@@ -67,20 +68,24 @@ class EagerLayers:
 
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         draft, forward_batch = self._draft, self._forward_batch
-        depth = self._path_slots.shape[2]
-        parents = frontier.parents[:, :width]
-        own = self._slots[:, depth * draft.topk :][:, :width]
-        self._path_slots = torch.cat(
-            (take_rows(self._path_slots, parents), own.unsqueeze(2)), dim=2
-        )
+        depth, batch_size = self._path_slots.shape[2], len(frontier.tokens)
+        first = depth * draft.topk
+        own = self._slots[:, first : first + width]
+        if depth == 0:  # all children of the root, which has no slot here
+            self._path_slots = own.unsqueeze(2)
+            hidden_states = self._hidden_states.expand(-1, width, -1)
+        else:
+            parents = frontier.parents[:, :width]
+            path_slots = take_rows(self._path_slots, parents)
+            self._path_slots = torch.cat((path_slots, own.unsqueeze(2)), dim=2)
+            hidden_states = take_rows(self._hidden_states, parents)
         forward_batch.input_ids = frontier.tokens[:, :width].flatten()
-        forward_batch.positions = (forward_batch.seq_lens + depth).repeat_interleave(width)
+        positions = (forward_batch.seq_lens + depth).unsqueeze(1)
+        forward_batch.positions = positions.expand(-1, width).flatten()
         forward_batch.out_cache_loc = own.flatten()
-        forward_batch.spec_info.hidden_states = take_rows(self._hidden_states, parents).flatten(
-            0, 1
-        )
+        forward_batch.spec_info.hidden_states = hidden_states.flatten(0, 1)
         probs, tokens, hidden_states = draft.forward_layer(forward_batch, self._path_slots)
-        self._hidden_states = hidden_states.view(len(parents), width, -1)
+        self._hidden_states = hidden_states.view(batch_size, width, -1)
         return probs, tokens
 
 
@@ -101,18 +106,18 @@ def grow_tree(
     """
     spec_info, policy, costs = forward_batch.spec_info, draft.policy, draft.costs
     probs = spec_info.topk_p
-    if draft.calibration is not None:
-        probs = draft.calibration.apply(probs, depth=1)
-    if draft.tracer is not None:
-        draft.tracer.drafted(1, spec_info.topk_p, probs)
     tokens = draft.to_target_vocab(spec_info.topk_index)
-    tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device))
+    began = time.perf_counter()
+    lines = _lines(draft.calibration, probs, 1)
+    tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device), lines)
+    policy_seconds = time.perf_counter() - began
+    if draft.tracer is not None:
+        draft.tracer.drafted(1, probs, tree.scores)
     layers = _layers(draft, forward_batch)
     draft.reads.begin_step()
     read = draft.reads.start(tree.frontier().scores)
-    scores = probs
+    scores = tree.frontier().scores
     widths: list[int] = []
-    policy_seconds = 0.0
 
     while True:
         frontier, is_full = tree.frontier(), tree.num_layers == tree.max_layers
@@ -138,7 +143,8 @@ def grow_tree(
         with draft.clock.time("draft", width):
             probs, tokens = layers.run(frontier, width)
         began = time.perf_counter()
-        chances = _grow_layer(draft.calibration, tree, width, tokens, probs)
+        lines = _lines(draft.calibration, probs, tree.num_layers + 1)
+        chances = tree.grow(frontier, width, tokens, probs, lines)
         policy_seconds += time.perf_counter() - began
         if draft.tracer is not None:
             draft.tracer.drafted(tree.num_layers, probs, chances)
@@ -154,21 +160,10 @@ def _layers(draft: CastDraftWorker, forward_batch: ForwardBatch) -> Layers:
     return EagerLayers(draft, forward_batch)
 
 
-def _grow_layer(
-    calibration: Calibration | None,
-    tree: DraftTree,
-    width: int,
-    tokens: torch.Tensor,
-    probs: torch.Tensor,
-) -> torch.Tensor:
-    """Grow the tree by the calibrated probabilities and return those."""
-    depth, lines = tree.num_layers + 1, None
-    if calibration is not None:
-        if probs.device.type == "cpu":
-            probs = calibration.apply(probs, depth)
-        else:
-            lines = calibration.lines(probs, depth)
-    return tree.grow(tree.frontier(), width, tokens, probs, lines)
+def _lines(
+    calibration: Calibration | None, probs: torch.Tensor, depth: int
+) -> CalibrationLines | None:
+    return None if calibration is None else calibration.lines(probs, depth)
 
 
 def compile_ops(draft: CastDraftWorker) -> None:
@@ -185,7 +180,9 @@ def compile_ops(draft: CastDraftWorker) -> None:
         return tokens, torch.full(shape, 0.5, device=device)
 
     for narrow in range(1, topk + 1):
-        tree = DraftTree(*children(1), draft.speculative_num_steps, ops)
+        tokens, probs = children(1)
+        lines = _lines(draft.calibration, probs, 1)
+        tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops, lines)
         while True:
             ranked = tree.ranked(draft.max_draft_tokens - 1)
             for size in draft.verify_sizes:
@@ -195,10 +192,13 @@ def compile_ops(draft: CastDraftWorker) -> None:
                 break
             width = narrow if tree.num_layers == 1 else topk
             tokens, probs = children(width)
-            _grow_layer(draft.calibration, tree, width, tokens, probs)
+            lines = _lines(draft.calibration, probs, tree.num_layers + 1)
+            tree.grow(tree.frontier(), width, tokens, probs, lines)
 
 
 def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
-    batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return x[batch, rows]
+    batch_size, num_rows = x.shape[:2]
+    if batch_size > 1:
+        rows = rows + torch.arange(0, batch_size * num_rows, num_rows, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(batch_size, -1, *x.shape[2:])

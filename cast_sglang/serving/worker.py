@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule
 from sglang.srt.speculative import eagle_worker_v2
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
@@ -79,7 +79,8 @@ class CastWorker(EAGLEWorkerV2):
         self.max_draft_tokens = self.speculative_num_draft_tokens
         # No accepted path is longer than the tree is deep, the bonus token added.
         self.max_extend_rows = min(self.speculative_num_steps + 1, self.max_draft_tokens)
-        self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)})
+        exports = get_observability().enable_metrics
+        self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)} if exports else None)
         self.profile: FoundProfile | None = None
         self.cost_model: CostModel | None = None
         self.residuals: Residuals | None = None

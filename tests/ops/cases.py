@@ -62,8 +62,7 @@ def learned(seed: int) -> Acceptance:
 
 def lines_at(acceptance: Acceptance, bucket: int) -> CalibrationLines:
     """Return the lines by which `acceptance` calibrates nodes of a bucket of depths."""
-    knots, starts, slopes = acceptance.lines(torch.device("cpu"))
-    return CalibrationLines(knots, starts[bucket], slopes[bucket])
+    return acceptance.lines((1, 2, 3, 5, 9)[bucket], torch.device("cpu"))
 
 
 class TreeCase(NamedTuple):
