@@ -116,7 +116,7 @@ class Decider:
             lines = self._lines(probs, tree.num_layers + 1)
             grown = tree.grow(frontier, width, tokens, probs, lines)
             self._lap("grow")
-            self.policy.expanded(frontier.scores[:, :width], grown)
+            self.policy.expanded(frontier.scores, grown)
             self._lap("expanded")
             widths.append(width)
         ranked = tree.ranked(self.options.tokens - 1)

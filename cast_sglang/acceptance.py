@@ -61,15 +61,18 @@ class Outcomes(NamedTuple):
 class Acceptance:
     """Online estimate of g, linear in p between knots, one curve for each bucket of depths.
 
-    Near each knot the estimate is p plus the mean of (accepted - p), shrunk by `prior_weight`
-    imagined nodes for which p was right; so without data g(p) = p exactly. Then the curve is made
-    not to fall in p (isotonic regression), so ranks among siblings stay the draft's.
+    Near each knot the estimate is a prior h(p) plus the mean of (accepted - h(p)), shrunk by
+    `prior_weight` imagined nodes for which h was right. For the root's children h(p) = p, deeper it
+    is the curve of the depths above: so without data g(p) = p exactly, and what the first layer
+    shows holds for layers that nobody has grown yet, or a draft that is too modest would keep them
+    from being grown. Then the curve is made not to fall in p (isotonic regression), so ranks among
+    siblings stay the draft's.
 
     Old evidence halves every `half_life` updates. Nothing is random, so processes that see the same
     passes hold the same map.
 
     Args:
-        prior_weight: imagined nodes in favour of the draft's own probability, at each knot, > 0.
+        prior_weight: imagined nodes in favour of the prior, at each knot, > 0.
         half_life: updates after which a node counts half, > 0. An update brings some ten nodes per
             request, so the default remembers thousands and still follows a change of text.
     """
@@ -282,47 +285,54 @@ def _pack_lines(curves: np.ndarray) -> np.ndarray:
     return packed
 
 
-@compiled("f8[:, :](f8[:, :], f8[:, :])")
+@compiled("f8[:](f8[:], f8[:])")
 def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return each row's closest not falling curve, in weighted squares.
+    """Return the closest not falling curve, in weighted squares.
 
     Neighbours that fall are pooled to their weighted mean until none does.
 
     Source: Barlow et al., "Statistical inference under order restrictions" (1972), pool adjacent
     violators.
     """
-    num_rows, n = values.shape
-    result = np.empty((num_rows, n))
+    n = len(values)
+    result = np.empty(n)
     mean, weight = np.empty(n), np.empty(n)  # of each block of pooled neighbours
     end = np.empty(n, dtype=np.int64)
-    for row in range(num_rows):
-        last = -1
-        for i in range(n):
-            last += 1
-            mean[last], weight[last], end[last] = values[row, i], weights[row, i], i + 1
-            while last > 0 and mean[last - 1] > mean[last]:
-                both = weight[last - 1] + weight[last]
-                pooled = mean[last - 1] * weight[last - 1] + mean[last] * weight[last]
-                last -= 1
-                mean[last], weight[last], end[last] = pooled / both, both, i + 1
-        begin = 0
-        for block in range(last + 1):
-            result[row, begin : end[block]] = mean[block]
-            begin = end[block]
+    last = -1
+    for i in range(n):
+        last += 1
+        mean[last], weight[last], end[last] = values[i], weights[i], i + 1
+        while last > 0 and mean[last - 1] > mean[last]:
+            both = weight[last - 1] + weight[last]
+            pooled = mean[last - 1] * weight[last - 1] + mean[last] * weight[last]
+            last -= 1
+            mean[last], weight[last], end[last] = pooled / both, both, i + 1
+    begin = 0
+    for block in range(last + 1):
+        result[begin : end[block]] = mean[block]
+        begin = end[block]
     return result
 
 
 @compiled("f8[:, :](f8[:, :, :], f8)")
 def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
     """Return g at the knots, a row for each bucket of depths, from [3, buckets, knots]."""
-    values, weights = np.empty(_SHAPE), np.empty(_SHAPE)
+    curves, prior = np.empty(_SHAPE), _KNOTS
+    values, weights = np.empty(_SHAPE[1]), np.empty(_SHAPE[1])
     for bucket in range(_SHAPE[0]):
         for knot in range(_SHAPE[1]):
-            weight = sums[0, bucket, knot] + prior_weight
-            shift = (sums[2, bucket, knot] - sums[1, bucket, knot]) / weight
-            values[bucket, knot] = min(max(_KNOTS[knot] + shift, 0.0), 1.0)
-            weights[bucket, knot] = weight
-    return _isotonic(values, weights)
+            count, drafted, accepted = sums[:, bucket, knot]
+            shift = 0.0
+            if count > 0.0:
+                p = drafted / count
+                left = _piece(p)
+                share = (p - _KNOTS[left]) / _WIDTHS[left]
+                expected = count * (prior[left] + share * (prior[left + 1] - prior[left]))
+                shift = (accepted - expected) / (count + prior_weight)
+            values[knot] = min(max(prior[knot] + shift, 0.0), 1.0)
+            weights[knot] = count + prior_weight
+        prior = curves[bucket] = _isotonic(values, weights)
+    return curves
 
 
 @compiled("void(i8[:, :], i8[:, :], i8[:, :], i8[:], i8, i8[:, :], b1[:, :], b1[:, :])")

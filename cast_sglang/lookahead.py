@@ -65,7 +65,8 @@ class Lookahead:
         """Take note of the children of the nodes of one layer; read and counted by `learn`.
 
         Args:
-            parent_scores: [B, W] float32, path scores of the nodes; None for roots.
+            parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
+                have children; None for roots.
             child_probs: [B * W, K] float32, their children's probabilities given them.
         """
         self._seen.append((parent_scores, child_probs))
@@ -130,12 +131,13 @@ def _count_children(
     """Add the children of some nodes to the histogram; return the weight of the nodes.
 
     Args:
-        weights: [B, W] float32, path scores of the nodes; [1, 1] for all alike.
-        probs: [n, K] float32, their children's probabilities given them.
+        weights: [B, n] float32, path scores, the first W of each row those of the nodes; [1, 1]
+            for all alike.
+        probs: [B * W, K] float32, the nodes' children's probabilities given them.
         turn: of many nodes, chooses which ones count.
         children: [places], gets weight for each child at its distance below its parent.
     """
-    total, width = 0.0, weights.shape[1]
+    total, width = 0.0, len(probs) // len(weights)
     stride = -(-len(probs) // _MAX_NODES)
     for node in range(turn % stride, len(probs), stride):
         weight = float(weights[0, 0] if weights.size == 1 else weights[node // width, node % width])

@@ -91,8 +91,9 @@ class OptimalPolicy(AutoPolicy):
         return deepen
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
-        batch_size, width = parent_scores.shape
-        children = parent_scores[:, :, None] * child_probs.view(batch_size, width, -1)
+        batch_size = len(parent_scores)
+        width = len(child_probs) // batch_size
+        children = parent_scores[:, :width, None] * child_probs.view(batch_size, width, -1)
         self._layer_scores.append(children.view(batch_size, -1))
 
     def depth(self, num_layers: int, costs: Costs | None) -> int:

@@ -115,7 +115,8 @@ class TreePolicy(ABC):
         """Take note of the children of the nodes just expanded.
 
         Args:
-            parent_scores: [B, W] float32, path scores of the expanded nodes.
+            parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
+                were expanded.
             child_probs: [B * W, K] float32, their children's probabilities given them, as the tree
                 grows by them.
         """

@@ -279,7 +279,7 @@ class Replay:
             first = np.take_along_axis(recorded.first_child, kept, axis=1)
             nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)
             probs = torch.from_numpy(scored).view(batch_size * width, -1)
-            policy.expanded(frontier.scores[:, :width], probs)
+            policy.expanded(frontier.scores, probs)
             grown.add(nodes, chances, grown.reach_of(frontier.node_index[:, :width].numpy()))
             tree.grow(frontier, width, torch.from_numpy(nodes).view(probs.shape), probs)
         grown.tree = tree

@@ -45,8 +45,8 @@ MAX_SCALE = 4.0
 DEADBAND = 0.02
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
-# One step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; one that is
-# dearer waits until what it costs more is this share of the passes since.
+# One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; one
+# that is dearer waits until what it costs more is this share of the timed passes since.
 EXPLORE_EVERY = 16
 REVISIT_EVERY = 256
 EXPLORE_SHARE = 0.01
@@ -157,6 +157,8 @@ class Residuals:
         costs: np.ndarray,
     ) -> int:
         """Return the chosen number of tokens, or now and then one of another bucket.
+
+        To be asked in steps whose passes are timed.
 
         Args:
             chosen: what the policy wants, one of `sizes`.

@@ -90,7 +90,8 @@ class DraftTree:
         self.max_layers = max_layers
         self.topk = tokens.shape[1]
         self._tokens = [tokens]
-        self._expanded: list[torch.Tensor] = []  # candidate numbers kept in each grown layer
+        # Candidate numbers of each grown layer above, best first, and how many of them were kept.
+        self._kept: list[tuple[torch.Tensor, int]] = []
         self._ops = ops
         self._num_candidates = self.topk
         if lines is None:
@@ -114,7 +115,7 @@ class DraftTree:
     @property
     def tokens(self) -> torch.Tensor:
         """[B, M] int64, the token of each candidate."""
-        return torch.cat(self._tokens, dim=1)
+        return torch.cat([tokens.view(len(self._tokens[0]), -1) for tokens in self._tokens], dim=1)
 
     @property
     def scores(self) -> torch.Tensor:
@@ -124,12 +125,12 @@ class DraftTree:
     @property
     def expanded(self) -> list[torch.Tensor]:
         """[B, W] int64 of each layer below the root: candidates that were expanded, best first."""
-        return self._expanded
+        return [nodes[:, :width] for nodes, width in self._kept]
 
     @property
     def num_expanded(self) -> int:
         """Nodes per request that went through the draft model (the root not counted)."""
-        return sum(kept.shape[1] for kept in self._expanded)
+        return sum(width for _, width in self._kept)
 
     def frontier(self) -> Frontier:
         """Return the newest layer's best K candidates."""
@@ -166,12 +167,11 @@ class DraftTree:
                 f"children must be [{batch_size * width}, {self.topk}], got "
                 f"{tuple(tokens.shape)} and {tuple(probs.shape)}"
             )
-        grown = self._ops.grow_layer(
-            kept.scores[:, :width], probs, tokens, self._num_candidates, lines
-        )
-        self._expanded.append(kept.node_index[:, :width])
+        # Nothing is cut to size here, between two layers; once per step is soon enough.
+        grown = self._ops.grow_layer(kept.scores, probs, tokens, self._num_candidates, lines)
+        self._kept.append((kept.node_index, width))
         self._scores.append(grown.scores)
-        self._tokens.append(tokens.view(batch_size, -1))
+        self._tokens.append(tokens)
         self._num_candidates += width * self.topk
         self._frontier = grown.frontier
         return grown.probs
@@ -208,10 +208,10 @@ class DraftTree:
         # The builder strides this list by its depth times K, however narrow the layers were.
         num_parents = 1 + self.topk * (self.num_layers - 1) + (num_rows is not None)
         index, draft_tokens = self._ops.select_nodes(
-            ranked.node_index, torch.cat(self._tokens, dim=1), num_draft_tokens, num_rows
+            ranked.node_index, self.tokens, num_draft_tokens, num_rows
         )
         parent_list = index.new_full((len(index), num_parents), -1)
-        if self._expanded:
-            expanded = torch.cat(self._expanded, dim=1)
+        if self._kept:
+            expanded = torch.cat(self.expanded, dim=1)
             parent_list[:, 1 : 1 + expanded.shape[1]] = expanded
         return Selection(parent_list, index, draft_tokens)

@@ -138,7 +138,7 @@ def _step(
             break
         probs = layer(width, tree.num_layers + 1)
         if isinstance(policy, AutoPolicy):
-            policy.expanded(frontier.scores[:, :width], probs)
+            policy.expanded(frontier.scores, probs)
         tokens = torch.zeros(probs.shape, dtype=torch.int64)
         tree.grow(frontier, width, tokens, probs)
         widths.append(width)

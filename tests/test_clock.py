@@ -38,8 +38,11 @@ def test_nothing_is_timed_outside_of_a_step_or_without_costs(costs):
     clock.begin_step(2, None)
     with clock.time("verify", 8):
         pass
+    assert not clock.is_timing
     clock.begin_step(2, costs)
+    assert clock.is_timing
     clock.end_step()
+    assert not clock.is_timing
     with clock.time("verify", 8):
         pass
     assert list(clock.finished()) == []
@@ -86,6 +89,7 @@ def test_events_are_read_only_after_the_device_has_passed_them(costs, monkeypatc
     clock = PassClock("cuda")
     for step in range(33):
         clock.begin_step(2, costs)
+        assert clock.is_timing == (step % 16 == 15)
         device.now = 10.0 * step
         with clock.time("verify", 4):
             device.now += 3.0

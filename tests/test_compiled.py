@@ -37,8 +37,8 @@ def arguments(function, rng, batch, n):
         ),
         "_pack_lines": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
         "_isotonic": (
-            floats(rng, batch, n, dtype=np.float64),
-            0.1 + floats(rng, batch, n, dtype=np.float64),
+            floats(rng, batch * n, dtype=np.float64),
+            0.1 + floats(rng, batch * n, dtype=np.float64),
         ),
         "_fit": (sums, 8.0),
         "_value": (children, float(rng.random()), 0.1 * float(rng.random())),

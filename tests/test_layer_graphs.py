@@ -139,8 +139,9 @@ class Widths(TreePolicy):
         return self.layer < len(self.widths)
 
     def expanded(self, parent_scores, child_probs):
-        assert parent_scores.numel() == len(child_probs)
-        self.seen.append((parent_scores.clone(), child_probs.clone()))
+        width, rest = divmod(len(child_probs), len(parent_scores))
+        assert rest == 0 and width <= parent_scores.shape[1]
+        self.seen.append((parent_scores[:, :width].clone(), child_probs.clone()))
 
     def rerank(self, scores, costs):
         return 2

@@ -27,7 +27,7 @@ def grown(policy, text, step_costs, batch_size):
         if not policy.deepen():
             return tree, layers
         probs = torch.from_numpy(text.children(width).reshape(-1, TOPK)).float()
-        policy.expanded(frontier.scores[:, :width], probs)
+        policy.expanded(frontier.scores, probs)
         tree.grow(frontier, width, torch.zeros(probs.shape, dtype=torch.int64), probs)
         layers.append(frontier.scores[:, :width, None] * probs.view(batch_size, width, -1))
 

@@ -150,7 +150,7 @@ class Recorder:
                 break
             layer = self._layer(width, tree.num_layers + 1)
             probs = torch.from_numpy(layer.probs.reshape(-1, TOPK)).float()
-            self.policy.expanded(frontier.scores[:, :width], probs)
+            self.policy.expanded(frontier.scores, probs)
             tree.grow(frontier, width, torch.from_numpy(layer.tokens.reshape(-1, TOPK)), probs)
             layers.append(layer)
         num_layers = self.policy.depth(tree.num_layers, costs)

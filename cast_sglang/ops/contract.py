@@ -65,14 +65,14 @@ def check_grow_layer(
     _check("parent_scores", parent_scores, torch.float32, 2)
     _check("probs", probs, torch.float32, 2)
     _check("tokens", tokens, torch.int64, 2)
-    batch_size, width = parent_scores.shape
-    topk = probs.shape[1]
-    if probs.shape[0] != batch_size * width or tokens.shape != probs.shape:
+    batch_size, most = parent_scores.shape
+    (num_nodes, topk), width = probs.shape, len(probs) // batch_size
+    if num_nodes % batch_size or tokens.shape != probs.shape:
         raise ValueError(
-            f"probs and tokens must both be [{batch_size * width}, K], got {tuple(probs.shape)} "
+            f"probs and tokens must both be [{batch_size} * W, K], got {tuple(probs.shape)} "
             f"and {tuple(tokens.shape)}"
         )
-    _check_range("width", width, 1, topk)
+    _check_range("W", width, 1, min(most, topk))
     _check_range("layer_start", layer_start, 0, 2**31 - 1 - width * topk)
     _check_range("width * topk", width * topk, 1, MAX_CANDIDATES)
     if lines is None:

@@ -43,7 +43,8 @@ def grow_layer(
 ) -> GrownLayer:
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
     contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
-    (batch_size, width), topk = parent_scores.shape, probs.shape[1]
+    batch_size, topk = len(parent_scores), probs.shape[1]
+    width = len(probs) // batch_size
     parent_scores, probs, tokens = _rows(parent_scores), probs.contiguous(), tokens.contiguous()
     scores = probs.new_empty(batch_size, width * topk)
     best_scores = probs.new_empty(batch_size, topk)

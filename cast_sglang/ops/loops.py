@@ -44,8 +44,8 @@ def grow_layer(
         knots, starts, slopes = (part.numpy() for part in lines)
     if not _is_layer(above, drafted, children) or len(starts) != len(slopes):
         contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
-    (batch_size, width), topk = above.shape, drafted.shape[1]
-    grown = drafted
+    batch_size, topk = len(above), drafted.shape[1]
+    width, grown = len(drafted) // batch_size, drafted
     if lines is not None:
         grown = np.empty_like(drafted)
         probs = torch.from_numpy(grown)
@@ -78,8 +78,9 @@ def _is_layer(above: np.ndarray, drafted: np.ndarray, children: np.ndarray) -> b
         and above.dtype == drafted.dtype == np.float32
         and children.dtype == np.int64
         and children.shape == drafted.shape
-        and len(drafted) == above.size
-        and 1 <= above.shape[1] <= drafted.shape[1] <= 64
+        and 0 < len(drafted) <= above.size
+        and len(drafted) % len(above) == 0
+        and len(drafted) // len(above) <= drafted.shape[1] <= 64
     )
 
 
@@ -177,8 +178,8 @@ def _grow_layer(
     parents: np.ndarray,
 ) -> None:
     """Write the calibrated probabilities, where there are lines, the scores and the frontier."""
-    batch_size, width = parent_scores.shape
-    topk = probs.shape[1]
+    batch_size, topk = len(parent_scores), probs.shape[1]
+    width = len(probs) // batch_size
     for request in range(batch_size):
         for row in range(width):
             node = request * width + row

@@ -47,9 +47,10 @@ def grow_layer(
         frontier.node_index[b] = layer_start + best; frontier.parents[b] = best // K
 
     Args:
-        parent_scores: [B, W] float32 in [0, 1], path scores of the expanded nodes; ones [B, 1] for
-            the root. Rows may be strided. 1 <= W <= K.
+        parent_scores: [B, n] float32 in [0, 1], path scores of the layer's nodes, of which the
+            first W were expanded; ones [B, 1] for the root. Rows may be strided. W <= n.
         probs: [B * W, K] float32 in [0, 1], request-major; the draft's probabilities of children.
+            1 <= W <= K.
         tokens: [B * W, K] int64, the children.
         layer_start: candidate number of the layer's first child.
         lines: g at the children's depth; None for probabilities as they are.
@@ -64,10 +65,11 @@ def grow_layer(
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase.
     """
     contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
-    (batch_size, width), topk = parent_scores.shape, probs.shape[1]
+    batch_size, topk = len(parent_scores), probs.shape[1]
+    width = len(probs) // batch_size
     if lines is not None:
         probs = lines.at(probs)
-    scores = parent_scores.unsqueeze(2) * probs.view(batch_size, width, topk)
+    scores = parent_scores[:, :width].unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
     ranked = torch.sort(scores, dim=1, descending=True, stable=True)
     best, index = (part[:, :topk] for part in ranked)

@@ -42,13 +42,18 @@ class PassClock:
         self._num_steps = 0
         self._batch_size = 0
         self._costs: StepCosts | None = None
-        self._running: deque[tuple[TimedPass, Any, Any]] = deque()
+        self._running: deque[tuple[tuple[str, int, int, float], Any, Any]] = deque()
 
     def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
         """Time the passes from here on, if it is this step's turn and there are costs."""
         self._num_steps += 1
         self._batch_size = batch_size
         self._costs = None if self._num_steps % self._every else costs
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether this step's passes are timed; only then it pays to try another size."""
+        return self._costs is not None
 
     def end_step(self) -> None:
         self._costs = None
@@ -63,13 +68,13 @@ class PassClock:
         begin = self._now()
         yield
         predicted_us = cost_of(getattr(costs, operation), num_tokens) * costs.unit_us
-        timed = TimedPass(operation, self._batch_size, round(num_tokens), predicted_us, 0.0)
-        self._running.append((timed, begin, self._now()))
+        what = (operation, self._batch_size, round(num_tokens), predicted_us)
+        self._running.append((what, begin, self._now()))
 
     def finished(self) -> Iterator[TimedPass]:
         """Yield the passes that the device has finished since the last call."""
         while self._running:
-            timed, begin, end = self._running[0]
+            what, begin, end = self._running[0]
             if self._module is None:
                 measured_us = (end - begin) * 1e6
             elif end.query():
@@ -77,7 +82,7 @@ class PassClock:
             else:
                 return
             self._running.popleft()
-            yield timed._replace(measured_us=measured_us)
+            yield TimedPass(*what, measured_us)
 
     def _now(self) -> Any:
         if self._module is None:

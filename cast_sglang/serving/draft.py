@@ -198,7 +198,7 @@ class CastDraftWorker(EagleDraftWorker):
             size = self.policy.rerank(scores, self.costs)
         else:
             size = math.ceil(num_rows.mean())
-        if self.residuals is not None and self.costs is not None:
+        if self.residuals is not None and self.costs is not None and self.clock.is_timing:
             sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)]
             explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
             if explored != size:

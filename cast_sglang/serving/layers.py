@@ -127,12 +127,12 @@ def grow_tree(
         scores, *grown = read.wait()
         began = time.perf_counter()
         if grown:
-            policy.expanded(above[:, : widths[-1]], *grown)
+            policy.expanded(above, *grown)
         grows = not is_full
         if not is_full:
             width = policy.breadth(scores, costs)
             grows = policy.deepen()
-            if draft.residuals is not None and costs is not None:
+            if draft.residuals is not None and costs is not None and draft.clock.is_timing:
                 batch_size, allowed = forward_batch.batch_size, range(1, draft.topk + 1)
                 width = draft.residuals.explore("draft", batch_size, width, allowed, costs.draft)
         policy_seconds += time.perf_counter() - began

@@ -209,8 +209,8 @@ def ints(*shape):
     ("op", "arguments", "message"),
     [
         ("grow_layer", (torch.ones(2), torch.ones(2, 3), ints(2, 3), 0), "parent_scores must be"),
-        ("grow_layer", (torch.ones(1, 2), torch.ones(3, 2), ints(3, 2), 0), r"must both be \[2, K"),
-        ("grow_layer", (torch.ones(1, 3), torch.ones(3, 2), ints(3, 2), 0), "width must be in"),
+        ("grow_layer", (torch.ones(2, 2), torch.ones(3, 2), ints(3, 2), 0), "both be .2 . W, K"),
+        ("grow_layer", (torch.ones(1, 3), torch.ones(3, 2), ints(3, 2), 0), r"W must be in 1..2"),
         ("grow_layer", (torch.ones(1, 1), torch.ones(1, 2), ints(1, 2), -1), "layer_start must be"),
         ("mean_utility", (torch.ones(0, 3),), "not empty"),
         ("rank_nodes", (torch.ones(2, 3), 0), r"num_nodes must be in 1..3, got 0"),
