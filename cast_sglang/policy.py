@@ -14,6 +14,7 @@ batch size and context. So each threshold is a price: accepted tokens per unit o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from typing import NamedTuple, Protocol
@@ -89,6 +90,13 @@ class TreePolicy(ABC):
             catch_up: time in units to give the draft what plain steps have left undone.
         """
         return True
+
+    def plain_loss(self, batch_size: int) -> float:
+        """Return the share of a step's time that a plain step loses at best.
+
+        inf where plain decoding is no candidate; else to be asked after `speculate`.
+        """
+        return math.inf
 
     def weigh(self, weights: np.ndarray | None) -> None:
         """Let the requests of this step count unequally, where the policy can.

@@ -284,6 +284,10 @@ class AutoPolicy(TreePolicy):
             bucket.account -= catch_up
         return not bucket.is_plain
 
+    def plain_loss(self, batch_size: int) -> float:
+        bucket = self._bucket(batch_size)
+        return 1.0 - 1.0 / (bucket.price * bucket.plain_units)
+
     def _bucket(self, batch_size: int) -> _Bucket:
         octave = (batch_size - 1).bit_length()
         bucket = self._buckets.get(octave)

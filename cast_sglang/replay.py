@@ -186,6 +186,9 @@ class Replay:
         drafts = bool(weights.any()) and policy.speculate(
             batch_size, costs, plain_extra(costs), catch_up
         )
+        if drafts and self._explores:
+            loss = policy.plain_loss(batch_size)
+            drafts = not self._residuals.explore_plain(batch_size, loss)
         if not drafts:
             self._defer(step, missing, catch_up, costs)
             times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)

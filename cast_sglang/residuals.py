@@ -30,6 +30,7 @@ from cast_sglang.cost import (
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
 PASSES = ("verify", "draft", "draft_extend")
+PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the passes' sizes
 WINDOW = 32
 MIN_SAMPLES = 4
 # Once a bucket has some samples, only every so many-th counts, so that a window spans many seconds:
@@ -45,8 +46,8 @@ MAX_SCALE = 4.0
 DEADBAND = 0.02
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
-# One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; one
-# that is dearer waits until what it costs more is this share of the timed passes since.
+# One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; it
+# waits until what that may lose is this share of the timed passes since.
 EXPLORE_EVERY = 16
 REVISIT_EVERY = 256
 EXPLORE_SHARE = 0.01
@@ -185,11 +186,33 @@ class Residuals:
             return abs(other - token), self._explored.get((which, batch, other), 0)
 
         other = min(others, key=order)
-        dearer = float(costs[largest[other] - 1] / costs[chosen - 1]) - 1.0
-        if waited * EXPLORE_SHARE < dearer:
+        tried = largest[other]
+        # A dearer number takes more time, and a smaller one brings less, at worst in proportion.
+        loss = max(float(costs[tried - 1] / costs[chosen - 1]) - 1.0, 1.0 - tried / chosen)
+        if waited * EXPLORE_SHARE < loss:
             return chosen
         self._last_explored[which, batch] = self._explored[which, batch, other] = step
         return largest[other]
+
+    def explore_plain(self, batch_size: int, loss: float) -> bool:
+        """Return whether to decode plainly once, to see what verifying a lone root takes.
+
+        Whether drafting pays at all is judged against that, and a server that always drafts would
+        never find out that it is cheaper than its table says. To be asked in steps that would draft
+        and whose passes are timed.
+
+        Args:
+            loss: share of a step's time that a plain step loses.
+        """
+        batch = self._batch_bucket(batch_size)
+        step = self._steps.get((PLAIN, batch), 0) + 1
+        self._steps[PLAIN, batch] = step
+        waited = step - self._last_explored.get((PLAIN, batch), 0)
+        known = self._known_samples[PASSES.index("verify"), batch, 0] >= MIN_SAMPLES
+        if waited < (REVISIT_EVERY if known else EXPLORE_EVERY) or waited * EXPLORE_SHARE < loss:
+            return False
+        self._last_explored[PLAIN, batch] = step
+        return True
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""

@@ -16,12 +16,13 @@ from cast_sglang.residuals import (
     EXPLORE_SHARE,
     MAX_SCALE,
     MIN_SAMPLES,
+    REVISIT_EVERY,
     WINDOW,
     CorrectedCosts,
     Residuals,
 )
 
-FLAT = torch.ones(32)
+FLAT = np.ones(32)
 
 
 def record(residuals, ratio, *, times=WINDOW * 8, operation="verify", batch_size=4, tokens=8):
@@ -67,7 +68,7 @@ def test_noise_alone_moves_no_bucket_against_another():
                 residuals.record("verify", 4, tokens, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
         residuals.refresh()
         scales = residuals.scales("verify", 4, 32)
-        assert 1.0 < float(scales.median()) < 1.4
+        assert 1.0 < float(np.median(scales)) < 1.4
         ranges.append(float(scales.max() / scales.min()))
     assert sum(ranges) / len(ranges) < 1.06
     # And a size that is dear by more than noise is known after as many passes.
@@ -109,6 +110,26 @@ def test_dear_buckets_are_explored_more_rarely():
     chosen = [residuals.explore("verify", 1, 4, (4, 32), costs) for _ in range(num_steps)]
     spent = sum(float(costs[size - 1] / costs[3]) - 1 for size in chosen)
     assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
+
+
+def test_smaller_numbers_are_explored_as_rarely_as_what_they_may_lose():
+    residuals = Residuals(8, 32)
+    num_steps = 4000
+    chosen = [residuals.explore("verify", 1, 20, (2, 20), FLAT) for _ in range(num_steps)]
+    spent = chosen.count(2) * (1 - 2 / 20)
+    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
+
+
+def test_plain_decoding_is_tried_until_it_is_known_and_then_hardly_ever():
+    residuals = Residuals(8, 32)
+    loss, num_steps = 0.4, 2000
+    tries = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
+    assert 0.8 * EXPLORE_SHARE * num_steps < loss * tries <= EXPLORE_SHARE * num_steps
+    assert not any(residuals.explore_plain(4, math.inf) for _ in range(num_steps))
+    record(residuals, 0.6, tokens=1)
+    later = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
+    assert later <= num_steps // REVISIT_EVERY + 1
+    assert scale(residuals, 1) < 0.7
 
 
 def test_buckets_without_evidence_follow_the_nearest():

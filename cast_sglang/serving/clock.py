@@ -51,6 +51,11 @@ class PassClock:
         self._costs = None if self._num_steps % self._every else costs
 
     @property
+    def times_next(self) -> bool:
+        """Whether it is the next step's turn."""
+        return (self._num_steps + 1) % self._every == 0
+
+    @property
     def is_timing(self) -> bool:
         """Whether this step's passes are timed; only then it pays to try another size."""
         return self._costs is not None

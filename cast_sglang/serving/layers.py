@@ -140,12 +140,13 @@ def grow_tree(
             return tree, tuple(widths), policy_seconds
 
         width = layers.fit(width)
+        # With what it takes to grow the tree by it, as a layer that is not run saves that too.
         with draft.clock.time("draft", width):
             probs, tokens = layers.run(frontier, width)
-        began = time.perf_counter()
-        lines = _lines(draft.calibration, probs, tree.num_layers + 1)
-        chances = tree.grow(frontier, width, tokens, probs, lines)
-        policy_seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            lines = _lines(draft.calibration, probs, tree.num_layers + 1)
+            chances = tree.grow(frontier, width, tokens, probs, lines)
+            policy_seconds += time.perf_counter() - began
         if draft.tracer is not None:
             draft.tracer.drafted(tree.num_layers, probs, chances)
         widths.append(width)

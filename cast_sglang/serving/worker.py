@@ -256,13 +256,15 @@ class CastWorker(EAGLEWorkerV2):
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
             return any(wish != OFF for wish in wishes), False
-        catch_up = extend_units(draft.costs, missing)
-        if all(wish == OFF for wish in wishes) or not draft.policy.speculate(
-            len(batch.reqs), draft.costs, plain_extra(draft.costs), catch_up
-        ):
-            is_full = missing == draft.backlog.capacity
-            return False, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
-        return True, False
+        batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
+        speculates = any(wish != OFF for wish in wishes) and draft.policy.speculate(
+            batch_size, draft.costs, plain_extra(draft.costs), catch_up
+        )
+        if speculates and self.residuals is not None and self.clock.times_next:
+            loss = draft.policy.plain_loss(batch_size)
+            speculates = not self.residuals.explore_plain(batch_size, loss)
+        is_full = not speculates and missing == draft.backlog.capacity
+        return speculates, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
 
     @contextlib.contextmanager
     def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
