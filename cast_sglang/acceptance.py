@@ -4,10 +4,15 @@ A node's score is the product of draft probabilities along its path. A draft mod
 sure of itself, more so the deeper it drafts on its own output, so raw products over-state how far a
 path survives. Every verify pass tells the truth about some nodes, and from it this module learns
 
-    g(p, depth) = P(node accepted | its parent accepted, draft probability p given the parent)
+    g(x, depth) = P(node accepted | its parent accepted, none of the siblings before it accepted)
 
-Trees that grow by g(p, depth) instead of p have the calibrated path scores
-score = parent's score * g(p, depth), which never exceed the parent's.
+where x is the draft's probability under the same condition, p / (1 - sum of p of those siblings).
+Of siblings only one is accepted, so a map of p itself would take what the first ones show for the
+chance of all, and the chances of siblings would sum to more than 1. In turn, a node's chance given
+its parent is g times what the siblings before it leave.
+
+Trees that grow by these chances have the calibrated path scores score = parent's score * chance,
+which never exceed the parent's.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import numpy as np
 import torch
 
 from cast_sglang.compiled import compiled
-from cast_sglang.ops.contract import CalibrationLines
+from cast_sglang.ops.contract import LEAST_LEFT, CalibrationLines
 
 __all__ = ["Acceptance", "Outcomes", "Reliability", "verify_outcomes"]
 
@@ -32,7 +37,7 @@ _WIDTHS = np.diff(_KNOTS)
 _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
 _CELLS = _SHAPE[0] * _SHAPE[1]
-_FORMAT = 1
+_FORMAT = 2
 
 PRIOR_WEIGHT = 8.0
 HALF_LIFE = 256
@@ -53,20 +58,20 @@ class Reliability(NamedTuple):
 class Outcomes(NamedTuple):
     """What a verify pass showed of its nodes; [B, N - 1] each, the root left out."""
 
+    shares: np.ndarray  # float64, x of g: the draft's probability given parent and siblings before
     depths: np.ndarray  # int64, the root's children at 1
-    parent_accepted: np.ndarray  # bool
+    is_tried: np.ndarray  # bool, whether the parent was accepted and no sibling before it
     accepted: np.ndarray  # bool
 
 
 class Acceptance:
-    """Online estimate of g, linear in p between knots, one curve for each bucket of depths.
+    """Online estimate of g, linear in x between knots, one curve for each bucket of depths.
 
-    Near each knot the estimate is a prior h(p) plus the mean of (accepted - h(p)), shrunk by
-    `prior_weight` imagined nodes for which h was right. For the root's children h(p) = p, deeper it
-    is the curve of the depths above: so without data g(p) = p exactly, and what the first layer
+    Near each knot the estimate is a prior h(x) plus the mean of (accepted - h(x)), shrunk by
+    `prior_weight` imagined nodes for which h was right. For the root's children h(x) = x, deeper it
+    is the curve of the depths above: so without data g(x) = x exactly, and what the first layer
     shows holds for layers that nobody has grown yet, or a draft that is too modest would keep them
-    from being grown. Then the curve is made not to fall in p (isotonic regression), so ranks among
-    siblings stay the draft's.
+    from being grown. Then the curve is made not to fall in x (isotonic regression).
 
     Old evidence halves every `half_life` updates. Nothing is random, so processes that see the same
     passes hold the same map.
@@ -90,25 +95,17 @@ class Acceptance:
 
     def update(
         self,
-        probs: np.ndarray,
+        shares: np.ndarray,
         depths: np.ndarray,
-        parent_accepted: np.ndarray,
+        is_tried: np.ndarray,
         accepted: np.ndarray,
     ) -> None:
-        """Learn from the nodes of one verify pass.
+        """Learn from the nodes of one verify pass; arguments as in `Outcomes`, [n] each.
 
-        Only children of accepted nodes count, the root being accepted always: the target never
-        looked below a rejected node, so its descendants say nothing (they are censored).
-
-        Args:
-            probs: [n] the draft's probability of each verified node given its parent, uncalibrated.
-            depths: [n] int, >= 1.
-            parent_accepted: [n] bool.
-            accepted: [n] bool.
+        Only nodes that were tried count: the target never looked below a rejected node, nor at the
+        siblings behind an accepted one, so those say nothing (they are censored).
         """
-        _add_nodes(
-            self._sums, self._keep, probs.astype(np.float64), depths, parent_accepted, accepted
-        )
+        _add_nodes(self._sums, self._keep, shares.astype(np.float64), depths, is_tried, accepted)
         self._curves = None
         self._num_updates += 1
         self._age += 1
@@ -116,21 +113,19 @@ class Acceptance:
         if self._age > min(self._num_updates, HALF_LIFE) // REMAKE_SHARE:
             self._forget_lines()
 
-    def calibrated(self, probs: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return g(probs, depth), in the shape and on the device of `probs`.
+    def calibrated(self, shares: torch.Tensor, depth: int) -> torch.Tensor:
+        """Return g(shares, depth), [...] float32 as the shares, on their device."""
+        return self.lines(depth, shares.device).at(shares)
 
-        A tree grown by `lines` has these in place of `probs`, so that its scores are calibrated.
+    def lines(self, depth: int, device: torch.device) -> CalibrationLines:
+        """Return g at one depth in pieces, for the op that grows a layer.
 
         Args:
-            probs: [...] float32 in [0, 1], draft probabilities of nodes given their parents.
-            depth: their layer, 1 for the root's children.
+            depth: of the nodes, 1 for the root's children.
+            device: where the lines are to be.
 
         Effects: no host sync; now and then one small copy to the device.
         """
-        return self.lines(depth, probs.device).at(probs)
-
-    def lines(self, depth: int, device: torch.device) -> CalibrationLines:
-        """Return g at one depth in pieces, on a device; effects as of `calibrated`."""
         bucket = bisect_left(_DEPTH_ENDS, depth)
         lines = self._lines.get((device, bucket))
         if lines is None:
@@ -197,10 +192,11 @@ def verify_outcomes(
     parent_list: np.ndarray,
     top_scores_index: np.ndarray,
     accept_index: np.ndarray,
+    probs: np.ndarray,
     widths: Sequence[int],
     topk: int,
 ) -> Outcomes:
-    """Read from a verify pass which nodes were accepted, and which had an accepted parent.
+    """Read from a verify pass which nodes were tried, and which of them accepted.
 
     Candidate g is a child of expanded node g // K, and stands in verified row 1 + its place in the
     ascending `top_scores_index`; row 0 is the root.
@@ -210,24 +206,28 @@ def verify_outcomes(
         top_scores_index: [B, N - 1] int, `tree.Selection`'s.
         accept_index: [B, *] int, rows of the accepted nodes and the root counted through the batch
             (b * N + row), -1 for none; as SGLang's verify returns it.
+        probs: [B, N - 1] float32, the draft's probability of each node given its parent; nan for
+            nodes that teach nothing.
         widths: nodes expanded per request in each layer below the root.
         topk: K.
     """
     layer_starts = topk * np.cumsum([1, *widths])
     shape = top_scores_index.shape
     depths = np.empty(shape, dtype=np.int64)
-    parent_accepted, accepted = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
+    shares, is_tried, accepted = np.empty(shape), np.empty(shape, bool), np.empty(shape, bool)
     _read_outcomes(
         parent_list,
         top_scores_index,
         accept_index.astype(np.int64),
+        probs,
         layer_starts,
         topk,
+        shares,
         depths,
-        parent_accepted,
+        is_tried,
         accepted,
     )
-    return Outcomes(depths, parent_accepted, accepted)
+    return Outcomes(shares, depths, is_tried, accepted)
 
 
 @compiled("i8(f8)")
@@ -247,17 +247,17 @@ def _piece(p: float) -> int:
 def _add_nodes(
     sums: np.ndarray,
     keep: float,
-    probs: np.ndarray,
+    shares: np.ndarray,
     depths: np.ndarray,
-    parent_accepted: np.ndarray,
+    is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
     """Forget a little of [3, buckets, knots] and add nodes, each shared by the knots around it."""
     sums *= keep
-    for node in range(len(probs)):
-        if not parent_accepted[node] or not np.isfinite(probs[node]):
+    for node in range(len(shares)):
+        if not is_tried[node] or not np.isfinite(shares[node]):
             continue
-        p = min(max(float(probs[node]), 0.0), 1.0)
+        p = min(max(float(shares[node]), 0.0), 1.0)
         left = _piece(p)
         bucket = 0
         while bucket < len(_DEPTH_ENDS) and depths[node] > _DEPTH_ENDS[bucket]:
@@ -335,15 +335,20 @@ def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
     return curves
 
 
-@compiled("void(i8[:, :], i8[:, :], i8[:, :], i8[:], i8, i8[:, :], b1[:, :], b1[:, :])")
+@compiled(
+    "void(i8[:, :], i8[:, :], i8[:, :], f4[:, :], i8[:], i8, "
+    "f8[:, :], i8[:, :], b1[:, :], b1[:, :])"
+)
 def _read_outcomes(
     parent_list: np.ndarray,
     top_scores_index: np.ndarray,
     accept_index: np.ndarray,
+    probs: np.ndarray,
     layer_starts: np.ndarray,
     topk: int,
+    shares: np.ndarray,
     depths: np.ndarray,
-    parent_accepted: np.ndarray,
+    is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
     """Write the outcomes; arguments as for `verify_outcomes`, but for `layer_starts`.
@@ -360,6 +365,7 @@ def _read_outcomes(
         is_accepted[request * (num_nodes + 1)] = True
     for request in range(batch_size):
         numbers, root = top_scores_index[request], request * (num_nodes + 1)
+        group, siblings, left, is_open = -1, 0, 1.0, True  # of the node's siblings before it
         for node in range(num_nodes):
             number, depth, parent_row = numbers[node], 1, 0
             while depth <= len(layer_starts) and number >= layer_starts[depth - 1]:
@@ -367,6 +373,14 @@ def _read_outcomes(
             if number >= topk:
                 parent = max(parent_list[request, number // topk], 0)
                 parent_row = 1 + np.searchsorted(numbers, parent)
+            if number // topk != group:
+                group, siblings, left, is_open = number // topk, 0, 1.0, True
+            # A node whose better siblings were not all verified may have been passed over for them.
+            is_open &= number % topk == siblings
+            prob = float(probs[request, node])
+            shares[request, node] = min(prob / max(left, LEAST_LEFT), 1.0)
             depths[request, node] = depth
-            parent_accepted[request, node] = is_accepted[root + parent_row]
+            is_tried[request, node] = is_open and is_accepted[root + parent_row]
             accepted[request, node] = is_accepted[root + 1 + node]
+            siblings, left = siblings + 1, left - prob
+            is_open &= not accepted[request, node]

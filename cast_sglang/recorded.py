@@ -53,7 +53,7 @@ class ReplayedTree:
         requests = np.arange(len(nodes))[:, None, None]
         accepted = self._recorded.accepted[requests, nodes]
         is_known = ~np.isnan(accepted)
-        # At most one child is accepted, which calibrated chances do not know.
+        # At most one child is accepted; older traces hold chances that say more.
         chances = chances / np.maximum(chances.sum(axis=2, keepdims=True), 1.0)
         reach = np.where(is_known, accepted, parent_reach[..., None] * chances) * self._is_wanted
         self.reach.append(reach.reshape(len(nodes), -1))

@@ -123,7 +123,9 @@ def _step(
         raw.append(probs.reshape(batch_size, -1))
         true.append(distorted(probs, depth).reshape(batch_size, -1))
         tensor = torch.from_numpy(probs.reshape(-1, TOPK)).float()
-        return tensor if acceptance is None else acceptance.calibrated(tensor, depth)
+        if acceptance is None:
+            return tensor
+        return acceptance.lines(depth, tensor.device).chances(tensor)
 
     raw: list[np.ndarray] = []
     true: list[np.ndarray] = []
@@ -176,10 +178,10 @@ def _step(
     expected = 1.0 + np.take_along_axis(paths, index, axis=1).sum() / batch_size
     lens = (accept_index >= 0).sum(axis=1)
     if acceptance is not None:
-        seen = verify_outcomes(parents, index, accept_index, widths, TOPK)
         candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
-        verified = np.take_along_axis(candidates, index, axis=1)
-        acceptance.update(verified.ravel(), *(part.ravel() for part in (seen.depths, *seen[1:])))
+        verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
+        seen = verify_outcomes(parents, index, accept_index, verified, widths, TOPK)
+        acceptance.update(*(part.ravel() for part in seen))
     rows = min(tree.num_layers, size - 1) + 1
     return expected, float(lens.mean()) - 1.0, step_units(costs, widths, mean_rows, rows)
 

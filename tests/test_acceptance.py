@@ -180,7 +180,7 @@ def test_state_survives_json():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.update(format=2),
+        lambda state: state.update(format=1),
         lambda state: state.pop("drafted"),
         lambda state: state.update(nodes=[[1.0]]),
         lambda state: state.update(nodes="many"),
@@ -255,7 +255,9 @@ def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
     size = index.shape[1] + 1
     rng = np.random.default_rng(seed)
     accept_index = np.full((batch, layers + 1), -1)
-    expected = {"depths": [], "parent_accepted": [], "accepted": []}
+    # As a draft gives them: siblings' probabilities fall and sum to less than 1.
+    probs = (0.4 / (1 + np.arange(parents.shape[1]) % topk)).astype(np.float32)
+    expected = {"shares": [], "depths": [], "is_tried": [], "accepted": []}
     for b in range(batch):
         nodes = index[b].tolist()
         path, at = [], -1
@@ -268,10 +270,29 @@ def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
         accept_index[b, 0] = b * size
         accept_index[b, 1 : 1 + len(path)] = [b * size + 1 + nodes.index(g) for g in path]
         expected["depths"].append([depths[g] for g in nodes])
-        expected["parent_accepted"].append([int(parents[b, g]) in (-1, *path) for g in nodes])
         expected["accepted"].append([g in path for g in nodes])
+        before = [[s for s in range(g // topk * topk, g)] for g in nodes]
+        expected["is_tried"].append(
+            [
+                int(parents[b, g]) in (-1, *path)
+                and all(s in nodes and s not in path for s in siblings)
+                for g, siblings in zip(nodes, before, strict=True)
+            ]
+        )
+        expected["shares"].append(
+            [
+                probs[g] / (1 - probs[[s for s in siblings if s in nodes]].sum())
+                for g, siblings in zip(nodes, before, strict=True)
+            ]
+        )
     outcomes = verify_outcomes(
-        selection.parent_list.numpy(), index.numpy(), accept_index, widths, topk
+        selection.parent_list.numpy(),
+        index.numpy(),
+        accept_index,
+        probs[index.numpy()],
+        widths,
+        topk,
     )
-    for name, values in expected.items():
-        assert getattr(outcomes, name).tolist() == values
+    for name in ("depths", "is_tried", "accepted"):
+        assert getattr(outcomes, name).tolist() == expected[name]
+    np.testing.assert_allclose(outcomes.shares, expected["shares"], rtol=1e-5)

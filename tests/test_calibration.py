@@ -64,7 +64,8 @@ def test_children_of_rejected_nodes_do_not_count():
     assert observed(calibration) == {}  # learned when the next tree has been drafted
     step(calibration, [[0, -1, -1], [4, -1, -1]])
     first, second = observed(calibration)[1], observed(calibration)[2]
-    np.testing.assert_allclose(first, (4, 2, ROOT_PROBS.sum()), rtol=1e-5)
+    # Request 0 took its first child, so the second was not tried; of request 1 both were.
+    np.testing.assert_allclose(first, (3, 2, 0.8 + 0.6 + 0.3 / 0.4), rtol=1e-5)
     # Of request 1's node 2 the parent was rejected.
     np.testing.assert_allclose(second, (1, 1, 0.9), rtol=1e-5)
 
@@ -73,9 +74,9 @@ def test_probabilities_that_are_too_sure_are_lowered():
     calibration = Calibration()
     for _ in range(200):
         step(calibration, [[0, -1, -1], [4, -1, -1]])
-    calibrated = calibration.acceptance.calibrated(ROOT_PROBS, depth=1)
-    assert (calibrated < 0.3 * ROOT_PROBS).all()
-    assert calibrated[0, 0] >= calibrated[0, 1]
+    chances = calibration.acceptance.lines(1, ROOT_PROBS.device).chances(ROOT_PROBS)
+    assert (chances.sum(dim=1) < 0.3 * ROOT_PROBS.sum(dim=1)).all()
+    assert chances[0, 0] >= chances[0, 1]
 
 
 def test_rows_that_hold_no_node_teach_nothing():
@@ -86,7 +87,7 @@ def test_rows_that_hold_no_node_teach_nothing():
         selection = tree.select(tree.ranked(3), 4, torch.tensor([2, 4]))
         calibration.selected(selection, (1,), TOPK)
         calibration.verified(torch.tensor([[0, 1, -1], [4, 5, 7]]))
-    np.testing.assert_allclose(observed(calibration)[1], (3, 2, 0.8 + 0.6 + 0.3), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[1], (2, 2, 0.8 + 0.6), rtol=1e-5)
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
 
@@ -97,7 +98,7 @@ def test_requests_that_want_no_drafts_teach_nothing():
         selection = tree.select(tree.ranked(3), 4)
         calibration.selected(selection, (1,), TOPK, torch.tensor([False, True]))
         calibration.verified(torch.tensor([[0, -1, -1], [4, 5, 7]]))
-    np.testing.assert_allclose(observed(calibration)[1], (2, 1, 0.6 + 0.3), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[1], (1, 1, 0.6), rtol=1e-5)
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
 
@@ -129,7 +130,8 @@ def test_what_was_learned_outlives_the_server(tmp_path, monkeypatch):
         ("[1]", "another pair"),
         ('{"pair": ["x", "y"]}', "another pair"),
         ('{"pair": PAIR}', "not an acceptance state"),
-        ('{"pair": PAIR, "acceptance": {"format": 1}}', "table is missing"),
+        ('{"pair": PAIR, "acceptance": {"format": 1}}', "not an acceptance state"),
+        ('{"pair": PAIR, "acceptance": {"format": 2}}', "table is missing"),
         ("[" * 100_000, "recursion"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from cast_sglang.tree import Frontier
 
 __all__ = [
+    "LEAST_LEFT",
     "MAX_CANDIDATES",
     "MAX_DRAFT_TOKENS",
     "CalibrationLines",
@@ -32,6 +33,10 @@ MAX_CANDIDATES = 16384
 MAX_DRAFT_TOKENS = 1024
 
 
+# What siblings may leave of a draft's probability at least, so that it can be divided by.
+LEAST_LEFT = 1e-6
+
+
 class CalibrationLines(NamedTuple):
     """A piecewise linear map of probabilities, as `Acceptance` keeps it for one depth."""
 
@@ -39,11 +44,26 @@ class CalibrationLines(NamedTuple):
     starts: torch.Tensor  # [P] float32, value of each piece's line at probability 0
     slopes: torch.Tensor  # [P] float32, >= 0
 
-    def at(self, probs: torch.Tensor) -> torch.Tensor:
-        """Return g(p) of each probability, as `reference.grow_layer` defines it."""
-        piece = torch.bucketize(probs, self.knots, right=True)
+    def at(self, shares: torch.Tensor) -> torch.Tensor:
+        """Return g of each value: starts[i] + slopes[i] * x in piece i, kept within 0..1."""
+        piece = torch.bucketize(shares, self.knots, right=True)
         # Product and sum are rounded one by one: the same bits on every device.
-        return (self.starts[piece] + self.slopes[piece] * probs).clamp_(0.0, 1.0)
+        return (self.starts[piece] + self.slopes[piece] * shares).clamp_(0.0, 1.0)
+
+    def chances(self, probs: torch.Tensor) -> torch.Tensor:
+        """Return the chances of siblings, as `reference.grow_layer` defines them.
+
+        Args:
+            probs: [n, K] float32, the draft's probabilities of each node's children, in its order.
+        """
+        chances = torch.empty_like(probs)
+        drafted = left = torch.ones_like(probs[:, 0])
+        for child in range(probs.shape[1]):
+            prob = probs[:, child]
+            hazard = self.at((prob / drafted.clamp(min=LEAST_LEFT)).clamp_(max=1.0))
+            chances[:, child] = chance = hazard * left
+            drafted, left = drafted - prob, left - chance
+        return chances
 
 
 class GrownLayer(NamedTuple):

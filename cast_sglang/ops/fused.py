@@ -71,6 +71,7 @@ def grow_layer(
         layer_start,
         width,
         TOPK=topk,
+        LEAST_LEFT=contract.LEAST_LEFT,
         IS_CALIBRATED=lines is not None,
         KNOTS=1 if lines is None else triton.next_power_of_2(max(1, len(knots))),
         CHILDREN=num_children,

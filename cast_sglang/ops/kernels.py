@@ -60,6 +60,7 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     layer_start,
     width,
     TOPK: tl.constexpr,
+    LEAST_LEFT: tl.constexpr,
     IS_CALIBRATED: tl.constexpr,
     KNOTS: tl.constexpr,
     CHILDREN: tl.constexpr,
@@ -72,12 +73,22 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     is_child = child < width * TOPK
     probs = tl.load(probs_ptr + first + child, mask=is_child, other=0.0)
     if IS_CALIBRATED:
-        piece = tl.zeros([CHILDREN], tl.int32)
-        for knot in tl.static_range(KNOTS):
-            end = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
-            piece += (end <= probs).to(tl.int32)
-        probs = tl.load(starts_ptr + piece) + tl.load(slopes_ptr + piece) * probs
-        probs = tl.minimum(tl.maximum(probs, 0.0), 1.0)
+        siblings = probs_ptr + first + child // TOPK * TOPK
+        drafted = tl.full([CHILDREN], 1.0, tl.float32)
+        left = tl.full([CHILDREN], 1.0, tl.float32)
+        # Every child goes through its siblings, as those before it leave it less.
+        for k in range(TOPK):
+            prob = tl.load(siblings + k, mask=is_child, other=0.0)
+            share = tl.minimum(tl.div_rn(prob, tl.maximum(drafted, LEAST_LEFT)), 1.0)
+            piece = tl.zeros([CHILDREN], tl.int32)
+            for knot in tl.static_range(KNOTS):
+                end = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
+                piece += (end <= share).to(tl.int32)
+            hazard = tl.load(starts_ptr + piece) + tl.load(slopes_ptr + piece) * share
+            chance = tl.minimum(tl.maximum(hazard, 0.0), 1.0) * left
+            probs = tl.where(child % TOPK == k, chance, probs)
+            drafted -= prob
+            left -= chance
         tl.store(grown_probs_ptr + first + child, probs, mask=is_child)
     parents = parent_scores_ptr + request * parent_stride + child // TOPK
     scores = tl.load(parents, mask=is_child, other=0.0) * probs

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _NO_LINES = np.empty(0, np.float32)
+_ZERO, _ONE, _LEAST_LEFT = np.float32(0.0), np.float32(1.0), np.float32(contract.LEAST_LEFT)
 
 
 def grow_layer(
@@ -183,16 +184,17 @@ def _grow_layer(
     for request in range(batch_size):
         for row in range(width):
             node = request * width + row
+            drafted = left = _ONE
             for child in range(topk):
-                prob = probs[node, child]
+                chance = prob = probs[node, child]
                 if len(starts):
-                    piece = 0
-                    while piece < len(knots) and knots[piece] <= prob:
+                    share, piece = min(prob / max(drafted, _LEAST_LEFT), _ONE), 0
+                    while piece < len(knots) and knots[piece] <= share:
                         piece += 1
-                    prob = starts[piece] + slopes[piece] * prob
-                    prob = min(max(prob, np.float32(0.0)), np.float32(1.0))
-                    grown[node, child] = prob
-                scores[request, row * topk + child] = parent_scores[request, row] * prob
+                    chance = min(max(starts[piece] + slopes[piece] * share, _ZERO), _ONE) * left
+                    grown[node, child] = chance
+                    drafted, left = drafted - prob, left - chance
+                scores[request, row * topk + child] = parent_scores[request, row] * chance
         _rank(scores[request], best[request], index[request])
         for rank in range(topk):
             child = index[request, rank]

@@ -39,9 +39,10 @@ def grow_layer(
     """Score the children of a layer's expanded nodes and rank the best K of them.
 
     Definition: for b in range(B):
-        for w in range(W), k in range(K): scores[b, w * K + k] = parent_scores[b, w] * g(p)
-            where p = probs[b * W + w, k], g(p) = p without `lines`, and with them
-            g(p) = min(1, max(0, starts[i] + slopes[i] * p)), i = number of knots <= p
+        for w in range(W), k in range(K): scores[b, w * K + k] = parent_scores[b, w] * c[k]
+            where p = probs[b * W + w], and c = p without `lines`, and with them
+            c[k] = g(p[k] / (1 - sum of p[:k])) * (1 - sum of c[:k]), the argument of g at most 1
+            g(x) = min(1, max(0, starts[i] + slopes[i] * x)), i = number of knots <= x
         best = the K largest of scores[b], descending; ties to the lower index
         frontier.scores[b] = scores[b, best]; frontier.tokens[b] = tokens of b at best
         frontier.node_index[b] = layer_start + best; frontier.parents[b] = best // K
@@ -53,10 +54,12 @@ def grow_layer(
             1 <= W <= K.
         tokens: [B * W, K] int64, the children.
         layer_start: candidate number of the layer's first child.
-        lines: g at the children's depth; None for probabilities as they are.
+        lines: g at the children's depth: the chance of a child if none of its siblings before it
+            is accepted, from the draft's probability under the same condition. So the chances of
+            siblings never sum to more than 1. None for probabilities as they are.
 
     Returns:
-        probs [B * W, K] float32, g of the given ones (those themselves without `lines`); scores
+        probs [B * W, K] float32, c of the given ones (those themselves without `lines`); scores
         [B, W * K] float32, never above the parent's; and the frontier, [B, K] each.
 
     Raises:
@@ -68,7 +71,7 @@ def grow_layer(
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size
     if lines is not None:
-        probs = lines.at(probs)
+        probs = lines.chances(probs)
     scores = parent_scores[:, :width].unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
     ranked = torch.sort(scores, dim=1, descending=True, stable=True)

@@ -170,8 +170,8 @@ class Calibration:
             return
         outcome, self._outcome = self._outcome, None
         parents, nodes, accepted, probs = (part.numpy() for part in outcome.read.wait())
-        outcomes = verify_outcomes(parents, nodes, accepted, outcome.widths, outcome.topk)
-        self.acceptance.update(probs.ravel(), *(part.ravel() for part in outcomes))
+        outcomes = verify_outcomes(parents, nodes, accepted, probs, outcome.widths, outcome.topk)
+        self.acceptance.update(*(part.ravel() for part in outcomes))
         self._num_learned += 1
         if self._file is not None and self._num_learned % SAVE_EVERY == 0:
             self._file.save(self.acceptance)

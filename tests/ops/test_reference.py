@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cast_sglang.acceptance import Acceptance
 from cast_sglang.ops import ops_for, reference
 from cast_sglang.policy import FixedPolicy
 from tests.ops import cases
@@ -39,13 +40,17 @@ def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
     for b in range(batch):
         scores, tokens = [], []
         for w in range(width):
+            drafted = left = np.float32(1.0)
             for k in range(topk):
-                p = float(case.probs[b * width + w, k])
+                p = case.probs[b * width + w, k].numpy()
                 if lines is not None:
-                    piece = sum(float(knot) <= p for knot in lines.knots)
-                    line = float(lines.starts[piece]) + float(lines.slopes[piece]) * p
-                    g = min(1.0, max(0.0, line))
-                    assert float(grown.probs[b * width + w, k]) == pytest.approx(g, abs=2e-7)
+                    x = min(p / max(drafted, np.float32(1e-6)), np.float32(1.0))
+                    piece = sum(float(knot) <= x for knot in lines.knots)
+                    line = float(lines.starts[piece]) + float(lines.slopes[piece]) * float(x)
+                    chance = np.float32(min(1.0, max(0.0, line))) * left
+                    ours = grown.probs[b * width + w, k].numpy()
+                    assert float(ours) == pytest.approx(float(chance), abs=2e-6)
+                    drafted, left = drafted - p, left - ours
                 p = grown.probs[b * width + w, k]
                 scores.append(float(case.parent_scores[b, w] * p))
                 assert scores[-1] <= float(case.parent_scores[b, w])
@@ -65,11 +70,23 @@ def test_lines_are_the_curves_of_acceptance():
     probs[:3] = torch.tensor([0.0, 1.0, 1e-40])
     for bucket, depth in enumerate((1, 2, 3, 5, 9)):
         lines = cases.lines_at(acceptance, bucket)
-        grown = reference.grow_layer(torch.ones(40, 1), probs, torch.zeros(40, 3).long(), 0, lines)
         expected = np.interp(probs.numpy(), knots, acceptance.curves()[bucket])
-        np.testing.assert_allclose(grown.probs.numpy(), expected, rtol=1e-5, atol=1e-6)
-        assert torch.equal(grown.probs, acceptance.calibrated(probs, depth))
-        assert not torch.equal(grown.probs, probs)
+        np.testing.assert_allclose(lines.at(probs).numpy(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(lines.at(probs), acceptance.calibrated(probs, depth))
+        assert not torch.equal(lines.at(probs), probs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 12), seeds)
+def test_chances_of_siblings_sum_to_at_most_one(rows, topk, seed):
+    draw = generator(seed)
+    probs = torch.rand(rows, topk + 1, generator=draw) ** 3
+    probs = (probs / probs.sum(1, True))[:, :topk].sort(1, descending=True).values
+    chances = cases.lines_at(cases.learned(seed % 7), seed % 5).chances(probs)
+    assert (chances >= 0.0).all() and float(chances.sum(1).max()) <= 1.0 + 1e-5
+    # Without data the draft is taken at its word.
+    untaught = Acceptance().lines(1, probs.device).chances(probs)
+    torch.testing.assert_close(untaught, probs, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
