@@ -36,7 +36,6 @@ _WIDTHS = np.diff(_KNOTS)
 # Last depth of each bucket: 1, 2, 3-4, 5-8, 9 and deeper. The root's children are at depth 1.
 _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
-_CELLS = _SHAPE[0] * _SHAPE[1]
 _FORMAT = 2
 
 PRIOR_WEIGHT = 8.0
@@ -84,6 +83,7 @@ class Acceptance:
 
     def __init__(self, prior_weight: float = PRIOR_WEIGHT, half_life: float = HALF_LIFE) -> None:
         self._prior_weight = prior_weight
+        self._half_life = half_life
         self._keep = 0.5 ** (1.0 / half_life)
         # Nodes, sum of p, accepted nodes; each node is shared by the two knots around it.
         self._sums = np.zeros((3, *_SHAPE))
@@ -110,12 +110,8 @@ class Acceptance:
         self._num_updates += 1
         self._age += 1
         # One update among many moves them little, and to make them takes as long as a decision.
-        if self._age > min(self._num_updates, HALF_LIFE) // REMAKE_SHARE:
+        if self._age > min(self._num_updates, self._half_life) // REMAKE_SHARE:
             self._forget_lines()
-
-    def calibrated(self, shares: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return g(shares, depth), [...] float32 as the shares, on their device."""
-        return self.lines(depth, shares.device).at(shares)
 
     def lines(self, depth: int, device: torch.device) -> CalibrationLines:
         """Return g at one depth in pieces, for the op that grows a layer.
@@ -230,9 +226,12 @@ def verify_outcomes(
     return Outcomes(shares, depths, is_tried, accepted)
 
 
-@compiled("i8(f8)")
-def _piece(p: float) -> int:
-    """Return the number of the knot at or below p that is not the last one."""
+@compiled("Tuple((i8, f8))(f8)")
+def _piece(p: float) -> tuple[int, float]:
+    """Return the number of the knot at or below p that is not the last, and how far p is beyond.
+
+    The distance is a share of that to the next knot.
+    """
     low, high = 0, len(_WIDTHS)
     while high - low > 1:
         middle = (low + high) // 2
@@ -240,7 +239,7 @@ def _piece(p: float) -> int:
             low = middle
         else:
             high = middle
-    return low
+    return low, (p - _KNOTS[low]) / _WIDTHS[low]
 
 
 @compiled("void(f8[:, :, :], f8, f8[:], i8[:], b1[:], b1[:])")
@@ -258,11 +257,10 @@ def _add_nodes(
         if not is_tried[node] or not np.isfinite(shares[node]):
             continue
         p = min(max(float(shares[node]), 0.0), 1.0)
-        left = _piece(p)
+        left, right_share = _piece(p)
         bucket = 0
         while bucket < len(_DEPTH_ENDS) and depths[node] > _DEPTH_ENDS[bucket]:
             bucket += 1
-        right_share = (p - _KNOTS[left]) / _WIDTHS[left]
         for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
             sums[0, bucket, knot] += share
             sums[1, bucket, knot] += share * p
@@ -324,9 +322,7 @@ def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
             count, drafted, accepted = sums[:, bucket, knot]
             shift = 0.0
             if count > 0.0:
-                p = drafted / count
-                left = _piece(p)
-                share = (p - _KNOTS[left]) / _WIDTHS[left]
+                left, share = _piece(drafted / count)
                 expected = count * (prior[left] + share * (prior[left + 1] - prior[left]))
                 shift = (accepted - expected) / (count + prior_weight)
             values[knot] = min(max(prior[knot] + shift, 0.0), 1.0)

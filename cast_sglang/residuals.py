@@ -167,9 +167,7 @@ class Residuals:
             costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens.
         """
         which, batch = PASSES.index(operation), self._batch_bucket(batch_size)
-        step = self._steps.get((which, batch), 0) + 1
-        self._steps[which, batch] = step
-        waited = step - self._last_explored.get((which, batch), 0)
+        waited = self._wait(which, batch)
         if waited < EXPLORE_EVERY:
             return chosen
         token = self._bucket(batch_size, chosen)[1]
@@ -191,8 +189,9 @@ class Residuals:
         loss = max(float(costs[tried - 1] / costs[chosen - 1]) - 1.0, 1.0 - tried / chosen)
         if waited * EXPLORE_SHARE < loss:
             return chosen
+        step = self._steps[which, batch]
         self._last_explored[which, batch] = self._explored[which, batch, other] = step
-        return largest[other]
+        return tried
 
     def explore_plain(self, batch_size: int, loss: float) -> bool:
         """Return whether to decode plainly once, to see what verifying a lone root takes.
@@ -205,14 +204,17 @@ class Residuals:
             loss: share of a step's time that a plain step loses.
         """
         batch = self._batch_bucket(batch_size)
-        step = self._steps.get((PLAIN, batch), 0) + 1
-        self._steps[PLAIN, batch] = step
-        waited = step - self._last_explored.get((PLAIN, batch), 0)
+        waited = self._wait(PLAIN, batch)
         known = self._known_samples[PASSES.index("verify"), batch, 0] >= MIN_SAMPLES
         if waited < (REVISIT_EVERY if known else EXPLORE_EVERY) or waited * EXPLORE_SHARE < loss:
             return False
-        self._last_explored[PLAIN, batch] = step
+        self._last_explored[PLAIN, batch] = self._steps[PLAIN, batch]
         return True
+
+    def _wait(self, which: int, batch: int) -> int:
+        """Count one more step; return how many there are since something else was tried."""
+        step = self._steps[which, batch] = self._steps.get((which, batch), 0) + 1
+        return step - self._last_explored.get((which, batch), 0)
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""

@@ -29,9 +29,13 @@ def observe(acceptance: Acceptance, rng, truth, depth: int, updates: int, nodes:
         acceptance.update(p, np.full(nodes, depth), np.ones(nodes, dtype=bool), accepted)
 
 
+def calibrated(acceptance, shares, depth):
+    return acceptance.lines(depth, shares.device).at(shares)
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_without_data_the_draft_is_believed(depth):
-    assert torch.equal(Acceptance().calibrated(PROBS, depth), PROBS)
+    assert torch.equal(calibrated(Acceptance(), PROBS, depth), PROBS)
 
 
 def test_a_known_distortion_is_recovered_at_each_depth():
@@ -40,27 +44,27 @@ def test_a_known_distortion_is_recovered_at_each_depth():
     for depth, truth in truths.items():
         observe(acceptance, rng, truth, depth, updates=200)
     for depth, truth in truths.items():
-        error = acceptance.calibrated(PROBS, depth).numpy() - truth(PROBS.numpy())
+        error = calibrated(acceptance, PROBS, depth).numpy() - truth(PROBS.numpy())
         assert np.abs(error).max() < 0.09
         assert np.abs(error).mean() < 0.02
     # Depths 3 and 4 share a curve; depth 9 has seen nothing and goes by the depths above.
     for depth in (4, 9):
-        assert torch.equal(acceptance.calibrated(PROBS, 3), acceptance.calibrated(PROBS, depth))
+        assert torch.equal(calibrated(acceptance, PROBS, 3), calibrated(acceptance, PROBS, depth))
 
 
 def test_depths_above_are_not_judged_by_those_below():
     acceptance, rng = Acceptance(), np.random.default_rng(0)
     observe(acceptance, rng, lambda p: 0.5 * p, 3, updates=50)
     for depth in (1, 2):
-        assert torch.equal(acceptance.calibrated(PROBS, depth), PROBS)
-    assert float((acceptance.calibrated(PROBS, 9) - 0.5 * PROBS).abs().mean()) < 0.05
+        assert torch.equal(calibrated(acceptance, PROBS, depth), PROBS)
+    assert float((calibrated(acceptance, PROBS, 9) - 0.5 * PROBS).abs().mean()) < 0.05
 
 
 def test_a_depth_that_differs_from_those_above_is_learned():
     acceptance, rng = Acceptance(), np.random.default_rng(1)
     observe(acceptance, rng, lambda p: p**0.5, 1, updates=50)
     observe(acceptance, rng, lambda p: 0.3 * p, 2, updates=50)
-    error = acceptance.calibrated(PROBS, 2).numpy() - 0.3 * PROBS.numpy()
+    error = calibrated(acceptance, PROBS, 2).numpy() - 0.3 * PROBS.numpy()
     assert np.abs(error).mean() < 0.04
 
 
@@ -68,7 +72,7 @@ def test_one_node_moves_the_curve_by_its_share_of_the_prior():
     acceptance = Acceptance(prior_weight=9.0)
     acceptance.update(*flat([0.5], [1], [True], [True]))
     # 0.5 is a knot: nine imagined nodes accepted at 0.5 and a real one at 1.
-    assert float(acceptance.calibrated(torch.tensor([0.5]), 1)) == pytest.approx(5.5 / 10)
+    assert float(calibrated(acceptance, torch.tensor([0.5]), 1)) == pytest.approx(5.5 / 10)
 
 
 def test_nodes_below_a_rejected_one_say_nothing():
@@ -82,8 +86,8 @@ def test_nodes_below_a_rejected_one_say_nothing():
         acceptance.update(*nodes, parent, accepted)
         wrong.update(*nodes, np.ones(32, dtype=bool), accepted)
     p = torch.tensor([0.9])
-    assert float(acceptance.calibrated(p, 2)) == pytest.approx(0.9, abs=0.03)
-    assert float(wrong.calibrated(p, 2)) == pytest.approx(0.45, abs=0.06)
+    assert float(calibrated(acceptance, p, 2)) == pytest.approx(0.9, abs=0.03)
+    assert float(calibrated(wrong, p, 2)) == pytest.approx(0.45, abs=0.06)
     assert sum(row.num_nodes for row in wrong.reliability()) == pytest.approx(
         2 * sum(row.num_nodes for row in acceptance.reliability()), rel=0.1
     )
@@ -93,7 +97,7 @@ def test_censored_nodes_leave_no_trace():
     acceptance = Acceptance()
     acceptance.update(*flat([0.7, 0.6], [2, 3], [False, False], [False, False]))
     assert acceptance.reliability() == []
-    assert torch.equal(acceptance.calibrated(PROBS, 2), PROBS)
+    assert torch.equal(calibrated(acceptance, PROBS, 2), PROBS)
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,7 +106,7 @@ def test_curves_never_fall_and_stay_probabilities(seed, updates, weight):
     rng = np.random.default_rng(seed)
     acceptance = Acceptance(prior_weight=weight)
     observe(acceptance, rng, lambda p: rng.random(p.shape), 1, updates, nodes=8)
-    values = acceptance.calibrated(PROBS, 1)
+    values = calibrated(acceptance, PROBS, 1)
     assert float(values.min()) >= 0.0 and float(values.max()) <= 1.0
     assert float(values.diff().min()) >= -1e-6
 
@@ -131,7 +135,7 @@ def test_path_scores_stay_below_the_parents():
     acceptance, rng = Acceptance(), np.random.default_rng(2)
     observe(acceptance, rng, lambda p: np.minimum(1.0, 2 * p), 2, updates=50)
     parents = torch.rand(4, 3, 1)
-    scores = parents * acceptance.calibrated(torch.rand(4, 3, 8), 2)
+    scores = parents * calibrated(acceptance, torch.rand(4, 3, 8), 2)
     assert (scores <= parents).all()
 
 
@@ -139,19 +143,19 @@ def test_old_evidence_is_forgotten():
     acceptance, rng = Acceptance(half_life=20), np.random.default_rng(3)
     observe(acceptance, rng, lambda p: 0.2 * p, 1, updates=100)
     observe(acceptance, rng, lambda p: p, 1, updates=100)
-    assert float((acceptance.calibrated(PROBS, 1) - PROBS).abs().mean()) < 0.05
+    assert float((calibrated(acceptance, PROBS, 1) - PROBS).abs().mean()) < 0.05
     # A depth that is no longer reached goes back to those above it, so that it is tried again.
     observe(acceptance, rng, lambda p: 0.0 * p, 2, updates=100)
     observe(acceptance, rng, lambda p: p, 1, updates=400)
-    above = acceptance.calibrated(PROBS, 1)
-    assert float((acceptance.calibrated(PROBS, 2) - above).abs().max()) < 0.01
+    above = calibrated(acceptance, PROBS, 1)
+    assert float((calibrated(acceptance, PROBS, 2) - above).abs().max()) < 0.01
 
 
 def test_nonsense_probabilities_are_left_out():
     acceptance = Acceptance()
     acceptance.update(*flat([np.nan, np.inf, 1.0000001], [1] * 3, [True] * 3, [True] * 3))
     assert sum(row.num_nodes for row in acceptance.reliability()) == pytest.approx(1.0)
-    assert torch.isfinite(acceptance.calibrated(PROBS, 1)).all()
+    assert torch.isfinite(calibrated(acceptance, PROBS, 1)).all()
 
 
 def test_reliability_counts_what_was_predicted_and_what_happened():
@@ -173,7 +177,7 @@ def test_state_survives_json():
     other = Acceptance()
     other.load_state(json.loads(json.dumps(acceptance.state())))
     for depth in DEPTHS:
-        assert torch.equal(other.calibrated(PROBS, depth), acceptance.calibrated(PROBS, depth))
+        assert torch.equal(calibrated(other, PROBS, depth), calibrated(acceptance, PROBS, depth))
     assert other.reliability() == acceptance.reliability()
 
 

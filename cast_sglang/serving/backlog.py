@@ -42,7 +42,6 @@ class Backlog:
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.capacity = capacity
         self._num_slots = num_slots
-        self._lacks_some = False  # whether a request may lack a row; mostly none does
         self._missing = np.zeros(num_slots, dtype=np.int64)
         self._next = np.zeros(num_slots, dtype=np.int64)  # place in the ring
         self._hidden_states: torch.Tensor | None = None  # [slots, capacity, H], a ring per request
@@ -50,17 +49,15 @@ class Backlog:
 
     def num_missing(self, slots: np.ndarray) -> int:
         """Return the most rows that any of the requests lacks."""
-        return int(self._missing[slots].max(initial=0)) if self._lacks_some else 0
+        return int(self._missing[slots].max(initial=0))
 
     def forget(self, slots: np.ndarray) -> None:
         """Drop the rows of requests whose draft has just been brought up to date."""
         self._missing[slots] = 0
-        self._lacks_some = bool(self._missing.any())
 
     def clear(self) -> None:
         """Drop the rows of all requests."""
         self._missing[:] = 0
-        self._lacks_some = False
 
     def add(self, slots: np.ndarray, hidden_states: torch.Tensor, tokens: torch.Tensor) -> None:
         """Keep one more row of each request.
@@ -78,13 +75,12 @@ class Backlog:
         self._tokens[place[0], place[1]] = tokens.to(torch.int64)
         self._next[slots] = (self._next[slots] + 1) % self.capacity
         self._missing[slots] = np.minimum(self._missing[slots] + 1, self.capacity)
-        self._lacks_some = True
 
     def take(self, slots: np.ndarray) -> MissingRows:
         """Return the requests' rows and drop them; some must lack one."""
         assert self._hidden_states is not None and self._tokens is not None
         missing = self._missing[slots]
-        self.forget(slots)
+        self._missing[slots] = 0
         first = self._next[slots] - missing
         places = (first[:, None] + np.arange(int(missing.max()))) % self.capacity
         index = torch.from_numpy(np.stack((np.broadcast_to(slots[:, None], places.shape), places)))

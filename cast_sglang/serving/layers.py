@@ -115,8 +115,8 @@ def grow_tree(
         draft.tracer.drafted(1, probs, tree.scores)
     layers = _layers(draft, forward_batch)
     draft.reads.begin_step()
-    read = draft.reads.start(tree.frontier().scores)
     scores = tree.frontier().scores
+    read = draft.reads.start(scores)
     widths: list[int] = []
 
     while True:

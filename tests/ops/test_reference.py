@@ -72,7 +72,7 @@ def test_lines_are_the_curves_of_acceptance():
         lines = cases.lines_at(acceptance, bucket)
         expected = np.interp(probs.numpy(), knots, acceptance.curves()[bucket])
         np.testing.assert_allclose(lines.at(probs).numpy(), expected, rtol=1e-5, atol=1e-6)
-        assert torch.equal(lines.at(probs), acceptance.calibrated(probs, depth))
+        assert torch.equal(lines.at(probs), acceptance.lines(depth, probs.device).at(probs))
         assert not torch.equal(lines.at(probs), probs)
 
 
