@@ -1,6 +1,7 @@
 """Rows that the draft lacks: every one comes back, in order, to its own request."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,3 +62,21 @@ def test_clear_drops_everything():
     backlog.add(np.array([1, 2]), *rows_of([7, 8]))
     backlog.clear()
     assert backlog.num_missing(np.arange(SLOTS)) == 0
+
+
+@pytest.fixture
+def empty_is_garbage():
+    """Fill memory that nobody has written with what is no token and no number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("empty_is_garbage")
+def test_rows_of_no_meaning_hold_tokens_that_exist():
+    backlog = Backlog(SLOTS, CAPACITY)
+    backlog.add(np.array([2]), *rows_of([7]))
+    backlog.add(np.array([2]), *rows_of([8]))
+    taken = backlog.take(np.array([0, 2]))
+    assert taken.tokens.tolist() == [0, 0, 7, 8]
+    assert taken.hidden_states.isfinite().all()

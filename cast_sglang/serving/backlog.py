@@ -68,8 +68,9 @@ class Backlog:
         """
         if self._hidden_states is None or self._tokens is None:
             shape = (self._num_slots, self.capacity)
-            self._hidden_states = hidden_states.new_empty(*shape, hidden_states.shape[1])
-            self._tokens = tokens.new_empty(shape, dtype=torch.int64)
+            # Rows of no meaning are run too, so what nobody wrote must be a token all the same.
+            self._hidden_states = hidden_states.new_zeros(*shape, hidden_states.shape[1])
+            self._tokens = tokens.new_zeros(shape, dtype=torch.int64)
         place = torch.from_numpy(np.stack((slots, self._next[slots]))).to(hidden_states.device)
         self._hidden_states[place[0], place[1]] = hidden_states
         self._tokens[place[0], place[1]] = tokens.to(torch.int64)
