@@ -11,7 +11,8 @@ all tasks, hours; --smoke takes less than three minutes.
 All servers are up at once, or as many as fit into memory; those that are not measured sleep. A run
 keeps `batch` requests running: one that ends makes room for the next. Tokens count from the moment
 the first ones all stream until there is no next one, so ramp and drain are dropped, every arm
-serves the same text, and the prefill of the next request is part of what is measured.
+serves the same text, and the prefill of the next request is part of what is measured. Answers are
+of half to one and a half times --tokens, so that they do not all end at once.
 Arms take turns within a repeat, and ratios are formed within a repeat, so that a drift of the
 machine cancels.
 
@@ -137,7 +138,7 @@ def load_tasks(args: argparse.Namespace, pair: Pair) -> dict[str, Task]:
     room = args.prompt_tokens
     if room is None and "--context-length" in flags[:-1]:
         context = int(flags[flags.index("--context-length") + 1])
-        room = context - args.tokens - CONTEXT_MARGIN
+        room = context - 3 * args.tokens // 2 - CONTEXT_MARGIN
     encoder = Encoder(pair.target, room, "--trust-remote-code" in flags)
     specs = [*args.tasks, *map(str, args.prompts)]
     tasks = {task.name: task for task in (load_task(spec, encoder) for spec in specs)}

@@ -25,6 +25,7 @@ from benchmarks.streams import (
 )
 
 WARMUP_TOKENS = 16
+_GOLDEN = (5**0.5 - 1) / 2
 # What an arm may end with while it is measured; anything else is a mistake of the benchmark.
 FAILURES = (ServerError, ValueError, httpx.HTTPError)
 
@@ -87,7 +88,7 @@ def warm_up(
         try:
             learns = arm.kind in ("adaptive", "cast")
             tokens = num_tokens if learns else min(num_tokens, WARMUP_TOKENS)
-            play(servers[arm.name], requests[: cell.batch], cell, tokens)
+            play(servers[arm.name], requests[: cell.batch], cell, [tokens] * cell.batch)
         except FAILURES as error:
             if on_failure is None:
                 raise
@@ -152,20 +153,37 @@ def run(
 ) -> tuple[float, list[Answer]]:
     """Send the requests; return tokens per second of steady serving, and the answers.
 
+    Args:
+        num_tokens: per answer, in the mean.
+
     Raises:
         ValueError: there was no time at which `cell.batch` requests ran.
     """
-    answers, end = play(server, requests, cell, num_tokens)
+    answers, end = play(server, requests, cell, answer_lengths(num_tokens, len(requests)))
     tokens, seconds = steady_window(answers, cell.batch, end)
     return tokens / seconds, answers
 
 
+def answer_lengths(mean: int, count: int) -> list[int]:
+    """Return lengths spread evenly from half to one and a half times the mean, in no order.
+
+    Answers of one length would all end at once under plain decoding, and the next prompts be
+    prefilled in one pass; speculation spreads the ends, so its arms would pay more for prefill.
+    Real answers differ in length whatever decodes them.
+    """
+    # Steps of the golden ratio fill an interval evenly, however many there are.
+    return [max(1, round(mean * (0.5 + (i * _GOLDEN) % 1.0))) for i in range(count)]
+
+
 def play(
-    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
+    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: Sequence[int]
 ) -> tuple[list[Answer], float]:
     """Keep `cell.batch` requests running until all are answered.
 
     A dialogue sends its next prompt as soon as the one before is answered.
+
+    Args:
+        num_tokens: of each request's answers.
 
     Returns:
         the answers, and when there was no further request for one that ended.
@@ -176,14 +194,16 @@ def play(
     async def play_all() -> tuple[list[Answer], float]:
         async with client_of(server.url) as client:
 
-            async def converse(request: Request) -> list[Answer]:
+            async def converse(item: tuple[Request, int]) -> list[Answer]:
+                request, length = item
                 answers: list[Answer] = []
                 for _ in range(request.num_turns if isinstance(request, Dialogue) else 1):
                     prompt = next_prompt(request, [answer.text for answer in answers])
-                    answers.append(await stream(client, prompt, cell.temperature, num_tokens))
+                    answers.append(await stream(client, prompt, cell.temperature, length))
                 return answers
 
-            return await keep_running(requests, cell.batch, converse)
+            items = list(zip(requests, num_tokens, strict=True))
+            return await keep_running(items, cell.batch, converse)
 
     return asyncio.run(play_all())
 

@@ -161,7 +161,11 @@ def add_workload_options(parser: argparse.ArgumentParser, batches: Sequence[int]
         "--repeats", type=int, default=3, metavar="N", help="of every run (default: 3)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=128, metavar="N", help="per answer (default: 128)"
+        "--tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="per answer, in the mean (default: 128)",
     )
     parser.add_argument(
         "--requests",

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import itertools
 import json
+import statistics
 
 import pytest
 from hypothesis import given
@@ -183,7 +184,7 @@ def test_as_many_run_as_there_are_places_and_dialogues_go_on_at_once(monkeypatch
     # In the order of the requests, whenever they ended.
     assert [answer.text[-1] for answer in answers] == list("1223444")
 
-    # To warm up, an arm that learns takes all tokens, another a few.
+    # To warm up, an arm that learns takes all tokens, another a few; measured answers differ.
     taken = []
 
     async def short(client, prompt, temperature, num_tokens):
@@ -195,6 +196,14 @@ def test_as_many_run_as_there_are_places_and_dialogues_go_on_at_once(monkeypatch
     arms = [ARM, Arm("cast", "cast")]
     cells.warm_up(arms, servers, Cell(2, 0.0, "t"), ["a", "b", "c"], 99)
     assert taken == [cells.WARMUP_TOKENS] * 2 + [99] * 2
+
+
+def test_answers_differ_in_length_around_the_mean():
+    lengths = cells.answer_lengths(128, 96)
+    assert lengths[:3] == [64, 143, 94]
+    assert (min(lengths), max(lengths)) == (64, 191)
+    assert abs(statistics.mean(lengths) - 128) < 2
+    assert cells.answer_lengths(1, 4) == [1, 1, 1, 1]
 
 
 def test_arms():
