@@ -4,10 +4,11 @@
     python -m benchmarks.bench_sweep FILE --profile PROFILE --out DIR
 
 Replays the trace (`cast-sglang replay`) once for each setting of policy `fixed`: its rules switched
-off by a price of 0, each price and R alone scaled up and down; and once for each other policy. All
-of them decide on the same recorded steps and are timed by the same table, so the speeds differ by
-the setting alone: no clock and no other text. A trace of whole envelopes (`--cast-trace-full`)
-knows the fate of every node that a setting could choose. Writes `sweep.json` and `sweep.svg`.
+off by a price of 0, each price and R alone scaled up and down; once for each other policy; and once
+for each of SGLang's fixed trees, chains of every length among them. All of them decide on the same
+recorded steps and are timed by the same table, so the speeds differ by the setting alone: no clock
+and no other text. A trace of whole envelopes (`--cast-trace-full`) knows the fate of every node
+that a setting could choose. Writes `sweep.json` and `sweep.svg`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.fixed_trees import FIXED_TREES, fits, replay_fixed
 from benchmarks.pairs import OUT, Pair
 from benchmarks.provenance import provenance
 from cast_sglang.comparison import Comparison
@@ -41,7 +43,7 @@ class Setting(NamedTuple):
     """One way to decide."""
 
     name: str
-    group: str  # base | rules | c1 | c2 | c3 | r | policies
+    group: str  # base | rules | c1 | c2 | c3 | r | policies | trees
     factor: float | None  # of the setting that the group is named after
     policy: str
     thresholds: Mapping[str, float]
@@ -51,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; return the exit code."""
     args = parse_args(argv)
     try:
-        session = open_session(args.trace, args.profile, allow_foreign=False, corrects=True, seed=0)
+        session = open_session(args.trace, args.profile, allow_foreign=False, corrects=False, seed=0)
         console = Console(stderr=True)
         rows = []
         for setting in track(list(settings(args.base)), console=console, description="replaying"):
             rows += rows_of(setting, session)
+        trees = [shape for shape in FIXED_TREES if fits(shape, session.trace.header)]
+        for shape in track(trees, console=console, description="fixed trees"):
+            setting = Setting(f"EAGLE-3 {shape}", "trees", None, "eagle", {})
+            rows += [_row(setting, comparison) for comparison in replay_fixed(session, shape)]
         relate(rows)
         identity = session.trace.header.identity
         pair = Pair(identity.target.name, identity.draft.name)

@@ -7,6 +7,7 @@ from test_replay import default_policy
 from traces import Recorder, make_tables, write
 
 from benchmarks import bench_sweep
+from benchmarks.fixed_trees import FIXED_TREES
 from cast_sglang.profiles import save_profile
 
 
@@ -24,7 +25,7 @@ def swept(tmp_path_factory):
 def test_every_setting_is_compared_with_the_base(swept):
     directory, content = swept
     rows = {row["setting"]: row for row in content["rows"]}
-    assert len(rows) == len(content["rows"]) == 1 + 4 + 4 * 4 + 3
+    assert len(rows) == len(content["rows"]) == 1 + 4 + 4 * 4 + 3 + len(FIXED_TREES)
     assert rows["base"]["vs_base"] == 1.0
     assert rows["base"]["thresholds"] == {"c1": 2.0, "c2": 2.0, "c3": 1.5, "r": 16}
     for row in rows.values():
@@ -32,6 +33,11 @@ def test_every_setting_is_compared_with_the_base(swept):
     assert rows["C3 6"]["rows"] < rows["base"]["rows"] < rows["without DR"]["rows"]
     assert rows["C2 8"]["layers"] < rows["base"]["layers"] < rows["without DP"]["layers"]
     assert rows["R 64"]["thresholds"]["r"] == 64
+    for shape in FIXED_TREES:
+        row = rows[f"EAGLE-3 {shape}"]
+        assert (row["layers"], row["rows"]) == (shape.num_steps, shape.num_draft_tokens)
+    lengths = [rows[f"EAGLE-3 {n}-1-{n + 1}"]["accept_length"] for n in range(1, 9)]
+    assert lengths == sorted(lengths)
     picture = (directory / "sweep.svg").read_text()
     assert "times its base value" in picture or "<svg" in picture
     assert content["provenance"]["command"].startswith("python -m benchmarks.bench_sweep")
