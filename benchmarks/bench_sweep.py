@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; return the exit code."""
     args = parse_args(argv)
     try:
-        session = open_session(args.trace, args.profile, allow_foreign=False, corrects=False, seed=0)
+        session = open_session(
+            args.trace, args.profile, allow_foreign=False, corrects=False, seed=0
+        )
         console = Console(stderr=True)
         rows = []
         for setting in track(list(settings(args.base)), console=console, description="replaying"):

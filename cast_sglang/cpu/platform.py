@@ -53,7 +53,7 @@ def activate() -> str | None:
     # SGLang compiles a few pointwise helpers for GPUs; here the first call of each would cost
     # seconds and a C++ compiler.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Every pass reads all weights once: in 4 KiB pages it walks page tables for a sixth of its time.
+    # Every pass reads all weights; in 4 KiB pages it walks page tables for a sixth of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return f"{__name__}:CastCpuPlatform"
 
