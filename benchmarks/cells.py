@@ -88,7 +88,8 @@ def warm_up(
         try:
             learns = arm.kind in ("adaptive", "cast")
             tokens = num_tokens if learns else min(num_tokens, WARMUP_TOKENS)
-            play(servers[arm.name], requests[: cell.batch], cell, [tokens] * cell.batch)
+            first = requests[: cell.batch]
+            play(servers[arm.name], first, cell, [tokens] * len(first))
         except FAILURES as error:
             if on_failure is None:
                 raise
