@@ -297,7 +297,11 @@ def test_a_whole_study_without_servers(right, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_profile, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
     for module in (bench_profile, cells):
         monkeypatch.setattr(module, "run", run)
-    monkeypatch.setattr(cells, "play", lambda *words: [run(*words)[1]])
+
+    def play(server, prompts, cell, lengths):
+        return run(server, prompts, cell, max(lengths))[::-1]
+
+    monkeypatch.setattr(cells, "play", play)
     save_profile(right, tmp_path / "right.json")
     (tmp_path / "task.jsonl").write_text('{"prompt": "x"}\n' * 3)
     words = f"--profile {tmp_path}/right.json --out {tmp_path}/out --prompts {tmp_path}/task.jsonl"
