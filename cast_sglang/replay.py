@@ -272,12 +272,12 @@ class Replay:
             frontier = tree.frontier()
             width = policy.breadth(frontier.scores, costs)
             grow = policy.deepen()
-            if self._explores:
+            if not grow:
+                break
+            if self._explores and tree.num_layers == 1:
                 width = self._residuals.explore(
                     "draft", batch_size, width, range(1, header.topk + 1), costs.draft
                 )
-            if not grow:
-                break
             kept = frontier.tokens[:, :width].numpy()
             first = np.take_along_axis(recorded.first_child, kept, axis=1)
             nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)

@@ -52,23 +52,11 @@ def grow_layer(
         probs = torch.from_numpy(grown)
     scores = np.empty((batch_size, width * topk), np.float32)
     best = np.empty((batch_size, topk), np.float32)
-    index, best_tokens, parents = (np.empty((batch_size, topk), np.int64) for _ in range(3))
+    nodes = np.empty((3, batch_size, topk), np.int64)  # numbers, tokens, parents
     _grow_layer(
-        above,
-        drafted,
-        children,
-        layer_start,
-        knots,
-        starts,
-        slopes,
-        grown,
-        scores,
-        best,
-        index,
-        best_tokens,
-        parents,
+        above, drafted, children, layer_start, knots, starts, slopes, grown, scores, best, nodes
     )
-    frontier = Frontier(*map(torch.from_numpy, (best, index, best_tokens, parents)))
+    frontier = Frontier(torch.from_numpy(best), *torch.from_numpy(nodes).unbind())
     return GrownLayer(probs, torch.from_numpy(scores), frontier)
 
 
@@ -161,7 +149,7 @@ def _rank(scores: np.ndarray, best: np.ndarray, index: np.ndarray) -> None:
 
 @compiled(
     "void(f4[:, :], f4[:, :], i8[:, :], i8, f4[:], f4[:], f4[:], f4[:, :], f4[:, :], f4[:, :], "
-    "i8[:, :], i8[:, :], i8[:, :])"
+    "i8[:, :, :])"
 )
 def _grow_layer(
     parent_scores: np.ndarray,
@@ -174,11 +162,10 @@ def _grow_layer(
     grown: np.ndarray,
     scores: np.ndarray,
     best: np.ndarray,
-    index: np.ndarray,
-    best_tokens: np.ndarray,
-    parents: np.ndarray,
+    nodes: np.ndarray,
 ) -> None:
     """Write the calibrated probabilities, where there are lines, the scores and the frontier."""
+    index, best_tokens, parents = nodes[0], nodes[1], nodes[2]
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size
     for request in range(batch_size):

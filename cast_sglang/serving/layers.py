@@ -132,7 +132,9 @@ def grow_tree(
         if not is_full:
             width = policy.breadth(scores, costs)
             grows = policy.deepen()
-            if draft.residuals is not None and costs is not None and draft.clock.is_timing:
+            # In the first layer alone: what a width takes does not depend on the layer.
+            may_try = grows and tree.num_layers == 1 and draft.clock.is_timing
+            if may_try and draft.residuals is not None and costs is not None:
                 batch_size, allowed = forward_batch.batch_size, range(1, draft.topk + 1)
                 width = draft.residuals.explore("draft", batch_size, width, allowed, costs.draft)
         policy_seconds += time.perf_counter() - began

@@ -68,6 +68,7 @@ class EngineMeter:
         self.worker = worker
         self._batches: dict[tuple[int, int], _Rows] = {}
         self._verify_result: Any = None
+        self._sweep = torch.zeros(1 << 25, device=worker.device)  # 128 MiB, more than any cache
         worker.draft_worker.backlog.clear()
         self._fill_slots()
 
@@ -101,15 +102,9 @@ class EngineMeter:
 
         draft = self.worker.draft_worker
         batch = self._batch(batch_size, context)
-        steps = self.worker.speculative_num_steps
+        pool, steps = draft.req_to_token_pool, self.worker.speculative_num_steps
         forward_batch, _, _ = prepare_for_draft(
-            batch.spec_info,
-            draft.req_to_token_pool,
-            batch,
-            None,
-            draft.draft_runner,
-            draft.topk,
-            steps,
+            batch.spec_info, pool, batch, None, draft.draft_runner, draft.topk, steps
         )
         if draft.layer_graphs is not None and draft.layer_graphs.holds(batch_size):
             return self._captured_layer(forward_batch, width)
@@ -139,6 +134,7 @@ class EngineMeter:
         batch = self._batch(batch_size, context)
         batch.out_cache_loc = self._slots(batch, context, rows)
         result = self._accepted(batch, rows)
+        self._sweep.sum()  # as verify does, which leaves nothing of the draft in the caches
         with self._draft_context():
             return self._time(
                 lambda: self.worker.draft_worker._draft_extend_for_decode(batch, result)
