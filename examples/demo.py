@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from benchmarks.arms import Arm, parse_arm
+from benchmarks.cells import answer_lengths
 from benchmarks.pairs import (
     INFLATED_NOTE,
     INFLATED_PARAMS,
@@ -93,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer (default: 64)")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="tokens per answer, in the mean (default: 64)"
+    )
     parser.add_argument("--profile", help="cost profile for CAST (default: measure one, once)")
     parser.add_argument(
         "--out", type=Path, default=OUT / "demo", help="directory of logs and profile"
@@ -125,8 +128,9 @@ def run_arm(arm: Arm, server: Server, batch: int, tokens: int, stages: Stages) -
     """Send the prompts, `batch` at a time, and time them."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300.0)
     prompts = heldout_prompts()[: NUM_PROMPTS[batch]]
+    lengths = answer_lengths(tokens, len(prompts))
 
-    def complete(prompt: str, max_tokens: int = tokens) -> Any:
+    def complete(prompt: str, max_tokens: int) -> Any:
         return client.completions.create(
             model="default",
             prompt=prompt,
@@ -143,7 +147,7 @@ def run_arm(arm: Arm, server: Server, batch: int, tokens: int, stages: Stages) -
         server.flush_cache()
         start = time.perf_counter()
         answers = []
-        for answer in pool.map(complete, prompts):
+        for answer in pool.map(complete, prompts, lengths):
             answers.append(answer)
             stages.progress.advance(task)
         seconds = time.perf_counter() - start
