@@ -83,6 +83,7 @@ class Decider:
             unit_us=1e4,
             plain=1.0,
             overhead=0.0,
+            plain_overhead=0.0,
         )
         sizes = tuple(range(2, num_tokens + 1))
         self.calibration = None

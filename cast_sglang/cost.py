@@ -50,6 +50,7 @@ class StepCosts(NamedTuple):
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
     plain: float  # one plain decoding step; nan if the profile has none
     overhead: float  # host time of a step that no pass covers; 0 if the profile has none
+    plain_overhead: float  # the same of a step that verifies the root alone
 
 
 def cost_of(costs: np.ndarray, count: float) -> float:
@@ -93,7 +94,7 @@ def step_units(
 
 def plain_extra(costs: Any) -> float:
     """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return step_units(costs, (), 1, 0) - plain_cost(costs)
+    return costs.plain_overhead + float(costs.verify[0]) - plain_cost(costs)
 
 
 def extend_units(costs: Any, num_rows: int) -> float:
@@ -234,13 +235,15 @@ class CostModel:
             )
         )
         plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
+        overhead = self._overhead(batch_size) / unit_us
         return StepCosts(
             verify=verify,
             draft=draft,
             draft_extend=draft_extend,
             unit_us=unit_us,
             plain=float(plain_us) / unit_us,
-            overhead=self._overhead(batch_size) / unit_us,
+            overhead=overhead,
+            plain_overhead=overhead,
         )
 
     def _overhead(self, batch_size: int) -> float:

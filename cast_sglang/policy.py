@@ -72,6 +72,10 @@ class Costs(Protocol):
     def overhead(self) -> float:
         """Time of a step that no pass covers."""
 
+    @property
+    def plain_overhead(self) -> float:
+        """The same of a step that verifies the root alone."""
+
 
 class TreePolicy(ABC):
     """The decisions of one step. A policy carries state from step to step, so it has one owner."""

@@ -44,6 +44,7 @@ NOISE = 2.0
 MAX_SCALE = 4.0
 # Scales that moved less than this since they were last applied are left alone.
 DEADBAND = 0.02
+REST_DEADBAND = 0.1
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
 # One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; it
@@ -92,6 +93,10 @@ class Residuals:
         self._samples = np.zeros(self._shape, dtype=np.int64)
         self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
         self._scales = np.ones(self._shape)
+        self._rest_windows: dict[tuple[int, int], deque[float]] = {}
+        # Microseconds of a step with a tree and of a plain one, nan where too few were seen.
+        self._rests = np.full((2, len(self._batch_edges)), np.nan)
+        self._known_rests = self._rests.copy()
         self._steps: dict[tuple[int, int], int] = {}
         self._last_explored: dict[tuple[int, int], int] = {}
         self._explored: dict[tuple[int, int, int], int] = {}
@@ -120,9 +125,25 @@ class Residuals:
         self._spreads[key] = math.log(ranked[3 * count // 4] / ranked[count // 4]) / 1.349
         self._samples[key] = count
 
+    def record_rest(self, batch_size: int, is_plain: bool, rest_us: float) -> None:
+        """Count the time of one step that its passes do not explain, in microseconds.
+
+        Scheduling, streaming of answers and what prepares and follows the passes. It weighs most
+        where a step is short, as one of plain decoding is, which has less of it.
+        """
+        key = (int(is_plain), self._batch_bucket(batch_size))
+        window = self._rest_windows.setdefault(key, deque(maxlen=WINDOW))
+        window.append(rest_us)
+        if len(window) >= MIN_SAMPLES:
+            self._rests[key] = max(0.0, sorted(window)[len(window) // 2])
+
+    def rest_us(self, batch_size: int, is_plain: bool) -> float:
+        """Return the median of what `record_rest` was told, nan where that is too little."""
+        return float(self._known_rests[int(is_plain), self._batch_bucket(batch_size)])
+
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
-        return self._ratios, self._spreads, self._samples
+        return self._ratios, self._spreads, self._samples, self._rests
 
     def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
         """Apply what was recorded; return whether a scale changed.
@@ -131,14 +152,20 @@ class Residuals:
             state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
         """
         if state is not None:
-            self._ratios, self._spreads, self._samples = (array.copy() for array in state)
+            self._ratios, self._spreads, self._samples, self._rests = (
+                array.copy() for array in state
+            )
         self._known_samples = self._samples.copy()
         ratios = _explained(self._ratios, self._spreads, self._samples)
         scales = np.clip(_filled(ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
-        if not moved.any():
+        # A rest that is known for the first time differs from nan, which is never close.
+        rested = np.abs(self._rests - self._known_rests) <= REST_DEADBAND * self._known_rests
+        rested |= np.isnan(self._rests)
+        if not moved.any() and rested.all():
             return False
         self._scales = np.where(moved, scales, self._scales)
+        self._known_rests = np.where(rested, self._known_rests, self._rests)
         self.version += 1
         return True
 
@@ -276,13 +303,21 @@ class CorrectedCosts:
             )
         )
         unit = float(self._residuals.scales("verify", batch_size, 1)[0])
+        overhead, plain_overhead = (
+            own if math.isnan(rest_us) else rest_us / raw.unit_us
+            for own, rest_us in (
+                (raw.overhead, self._residuals.rest_us(batch_size, is_plain=False)),
+                (raw.plain_overhead, self._residuals.rest_us(batch_size, is_plain=True)),
+            )
+        )
         return StepCosts(
             verify=verify / np.float32(unit),
             draft=draft / np.float32(unit),
             draft_extend=draft_extend / np.float32(unit),
             unit_us=raw.unit_us * unit,
             plain=raw.plain,
-            overhead=raw.overhead / unit,
+            overhead=overhead / unit,
+            plain_overhead=plain_overhead / unit,
         )
 
 

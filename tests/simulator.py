@@ -207,6 +207,7 @@ def make_costs(
         unit_us=10_000.0,
         plain=plain,
         overhead=0.05,
+        plain_overhead=0.05,
     )
 
 

@@ -36,6 +36,7 @@ def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespa
         draft_extend=np.array(extend if extend else [0.0], np.float32),
         plain=plain,
         overhead=0.0,
+        plain_overhead=0.0,
         unit_us=1000.0,
     )
 

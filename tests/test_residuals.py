@@ -242,3 +242,39 @@ def test_a_wrong_table_is_recovered_from(factor, wrong):
     steps = [server.step(index) for index in range(3000)]
     gained, cost = (sum(values) for values in zip(*steps[1000:], strict=True))
     assert gained / cost > 0.95 * right
+
+
+def test_what_the_passes_do_not_explain_is_learned_for_trees_and_plain_steps():
+    residuals = Residuals(8, 32)
+    model = CostModel(
+        smooth_profile(), max_batch_size=8, max_context=1024, max_verify_tokens=32, max_width=8
+    )
+    costs = CorrectedCosts(model, residuals)
+    raw = model.step_costs(4, 100)
+    for rest_us in (4000.0, 5000.0, 90_000.0, 5000.0):
+        residuals.record_rest(4, False, rest_us)
+    for rest_us in (-300.0, 1000.0, -200.0, -100.0):
+        residuals.record_rest(4, True, rest_us)
+    residuals.record_rest(8, False, 7000.0)  # too few
+    assert costs.step_costs(4, 100).overhead == raw.overhead
+    assert residuals.refresh()
+    step = costs.step_costs(4, 100)
+    assert step.overhead * step.unit_us == pytest.approx(5000.0)
+    assert step.plain_overhead == 0.0
+    other = costs.step_costs(8, 100)
+    assert other.overhead == other.plain_overhead
+    # A change within the noise leaves the costs, and with them what was derived, alone.
+    residuals.record_rest(4, False, 5100.0)
+    assert not residuals.refresh()
+    residuals.reset()
+    assert costs.step_costs(4, 100).overhead == raw.overhead
+
+
+def test_a_rest_that_rank_0_saw_counts_on_all_ranks():
+    first, second = Residuals(8, 32), Residuals(8, 32)
+    for _ in range(MIN_SAMPLES):
+        first.record_rest(1, False, 2000.0)
+        second.record_rest(1, False, 9000.0)
+    for residuals in (first, second):
+        residuals.refresh(first.state())
+        assert residuals.rest_us(1, is_plain=False) == 2000.0

@@ -61,6 +61,7 @@ class _Step(NamedTuple):
 
     predicted_us: float | None
     units: float | None  # its time by the corrected costs; None for a plain step
+    covered_us: float  # the time of its passes by them
     follows_decode: bool  # no prefill since the step before, so their distance is a step's time
 
 
@@ -86,7 +87,7 @@ class CastWorker(EAGLEWorkerV2):
         self.residuals: Residuals | None = None
         self.clock = PassClock(self.device)
         draft = self._draft_worker
-        draft.costs = draft.residuals = None
+        draft.costs = draft.residuals = draft.weights = draft.deferring = None
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         draft.reads = HostReads(self.device)
@@ -98,13 +99,11 @@ class CastWorker(EAGLEWorkerV2):
             saves = get_parallel().tp_rank == 0
             self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
-        draft.weights = draft.deferring = None
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
-        self._prefill_since_step = True
-        self._reported = False
+        self._prefill_since_step, self._reported = True, False
         found = find_server_profile(self.config, resolving_view(server_args))
         if found is not None:
             self.use_profile(found)
@@ -206,9 +205,9 @@ class CastWorker(EAGLEWorkerV2):
             context = _mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
-        speculates, catches_up = self._decide(batch)
+        speculates, catch_up = self._decide(batch)
         policy_seconds = time.perf_counter() - began
-        if catches_up:
+        if catch_up and not speculates:
             with draft_tp_context(draft.parallel_layout):
                 draft.catch_up(batch)
         self.clock.begin_step(batch_size, table)
@@ -219,17 +218,19 @@ class CastWorker(EAGLEWorkerV2):
             self.clock.end_step()
         began = time.perf_counter()
         shape = draft.last_shape if speculates else PLAIN_SHAPE
-        predicted_us = units = None
+        predicted_us, units, covered_us = None, None, 0.0
         if self.cost_model is not None:
             extended = draft.last_extend_rows
             predicted_us = self.cost_model.predict_us(
                 batch_size, context, shape.mean_rows, shape.widths, extended
             )
-            if speculates:
-                units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
+            units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
+            covered_us = (units - draft.costs.overhead + catch_up) * draft.costs.unit_us
+            units = units if speculates else None
         if draft.tracer is not None:
             draft.tracer.record(self._num_steps, shape, draft, predicted_us)
-        self._pending.append(_Step(predicted_us, units, not self._prefill_since_step))
+        follows = not self._prefill_since_step
+        self._pending.append(_Step(predicted_us, units, covered_us, follows))
         self._prefill_since_step = False
         policy_seconds += shape.policy_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
@@ -242,20 +243,19 @@ class CastWorker(EAGLEWorkerV2):
         self._observing = 0.0
         return result
 
-    def _decide(self, batch: ScheduleBatch) -> tuple[bool, bool]:
-        """Decide whether this step drafts, and if not, whether to bring the draft up to date.
+    def _decide(self, batch: ScheduleBatch) -> tuple[bool, float]:
+        """Return whether this step drafts, and the units it spends to bring the draft up to date.
 
         Effects: weighs the requests of the step.
         """
         draft = self._draft_worker
         wishes = wishes_of(batch.reqs)
-        draft.weights = None
-        if any(wish != THROUGHPUT for wish in wishes):
-            draft.weights = np.array(request_weights(wishes))
+        differ = any(wish != THROUGHPUT for wish in wishes)
+        draft.weights = np.array(request_weights(wishes)) if differ else None
         draft.policy.weigh(draft.weights)
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
-            return any(wish != OFF for wish in wishes), False
+            return any(wish != OFF for wish in wishes), 0.0
         batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
         speculates = any(wish != OFF for wish in wishes) and draft.policy.speculate(
             batch_size, draft.costs, plain_extra(draft.costs), catch_up
@@ -263,8 +263,9 @@ class CastWorker(EAGLEWorkerV2):
         if speculates and self.residuals is not None and self.clock.times_next:
             loss = draft.policy.plain_loss(batch_size)
             speculates = not self.residuals.explore_plain(batch_size, loss)
-        is_full = not speculates and missing == draft.backlog.capacity
-        return speculates, is_full and catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
+        is_cheap = catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
+        is_due = speculates or (missing == draft.backlog.capacity and is_cheap)
+        return speculates, catch_up if is_due else 0.0
 
     @contextlib.contextmanager
     def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
@@ -357,9 +358,9 @@ class CastWorker(EAGLEWorkerV2):
         if not self._pending:
             return
         step, now = self._pending.popleft(), time.perf_counter()
+        batch_size = len(num_correct_drafts_per_req)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
-        if step.units is not None and num_correct_drafts_per_req:
-            batch_size = len(num_correct_drafts_per_req)
+        if step.units is not None and batch_size:
             accepted = sum(num_correct_drafts_per_req) / batch_size
             self._draft_worker.policy.observe(batch_size, accepted, step.units)
         measured_us = None
@@ -368,6 +369,9 @@ class CastWorker(EAGLEWorkerV2):
             measured_us = (now - self._last_done) * 1e6
         if step.predicted_us is not None and measured_us is not None:
             self.cast_stats.record_time(step.predicted_us, measured_us)
+            if self.residuals is not None and batch_size:
+                rest_us = measured_us - step.covered_us
+                self.residuals.record_rest(batch_size, step.units is None, rest_us)
         if self._draft_worker.tracer is not None:
             self._draft_worker.tracer.done(measured_us)
         self._last_done = now
