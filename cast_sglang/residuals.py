@@ -26,6 +26,7 @@ from cast_sglang.cost import (
     CostModel,
     StepCosts,
 )
+from cast_sglang.whole_steps import WholeSteps, shrink
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
@@ -38,13 +39,10 @@ MIN_SAMPLES = 4
 STRIDE = 8
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 32
-# Standard errors by which a bucket may differ from the others of its pass without being believed.
-NOISE = 2.0
 # A scale beyond this is a broken measurement rather than drift.
 MAX_SCALE = 4.0
 # Scales that moved less than this since they were last applied are left alone.
 DEADBAND = 0.02
-REST_DEADBAND = 0.1
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
 # One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; it
@@ -52,6 +50,8 @@ REPORT_BEYOND = 1.25
 EXPLORE_EVERY = 16
 REVISIT_EVERY = 256
 EXPLORE_SHARE = 0.01
+# What fresh samples of plain steps may lose.
+REVISIT_SHARE = EXPLORE_SHARE / 4
 
 
 class Residual(NamedTuple):
@@ -93,10 +93,7 @@ class Residuals:
         self._samples = np.zeros(self._shape, dtype=np.int64)
         self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
         self._scales = np.ones(self._shape)
-        self._rest_windows: dict[tuple[int, int], deque[float]] = {}
-        # Microseconds of a step with a tree and of a plain one, nan where too few were seen.
-        self._rests = np.full((2, len(self._batch_edges)), np.nan)
-        self._known_rests = self._rests.copy()
+        self._whole_steps = WholeSteps(len(self._batch_edges))
         self._steps: dict[tuple[int, int], int] = {}
         self._last_explored: dict[tuple[int, int], int] = {}
         self._explored: dict[tuple[int, int, int], int] = {}
@@ -125,25 +122,17 @@ class Residuals:
         self._spreads[key] = math.log(ranked[3 * count // 4] / ranked[count // 4]) / 1.349
         self._samples[key] = count
 
-    def record_rest(self, batch_size: int, is_plain: bool, rest_us: float) -> None:
-        """Count the time of one step that its passes do not explain, in microseconds.
+    def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
+        """Count one whole step; arguments as of `WholeSteps.record`."""
+        self._whole_steps.record(self._batch_bucket(batch_size), is_plain, ratio)
 
-        Scheduling, streaming of answers and what prepares and follows the passes. It weighs most
-        where a step is short, as one of plain decoding is, which has less of it.
-        """
-        key = (int(is_plain), self._batch_bucket(batch_size))
-        window = self._rest_windows.setdefault(key, deque(maxlen=WINDOW))
-        window.append(rest_us)
-        if len(window) >= MIN_SAMPLES:
-            self._rests[key] = max(0.0, sorted(window)[len(window) // 2])
-
-    def rest_us(self, batch_size: int, is_plain: bool) -> float:
-        """Return the median of what `record_rest` was told, nan where that is too little."""
-        return float(self._known_rests[int(is_plain), self._batch_bucket(batch_size)])
+    def plain_ratio(self, batch_size: int) -> float:
+        """Return what a plain step takes, relative to its costs, where one with a tree takes 1."""
+        return self._whole_steps.plain_ratio(self._batch_bucket(batch_size))
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
-        return self._ratios, self._spreads, self._samples, self._rests
+        return self._ratios, self._spreads, self._samples, self._whole_steps.state()
 
     def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
         """Apply what was recorded; return whether a scale changed.
@@ -151,21 +140,16 @@ class Residuals:
         Args:
             state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
         """
+        whole = None
         if state is not None:
-            self._ratios, self._spreads, self._samples, self._rests = (
-                array.copy() for array in state
-            )
+            self._ratios, self._spreads, self._samples, whole = (array.copy() for array in state)
         self._known_samples = self._samples.copy()
         ratios = _explained(self._ratios, self._spreads, self._samples)
         scales = np.clip(_filled(ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
-        # A rest that is known for the first time differs from nan, which is never close.
-        rested = np.abs(self._rests - self._known_rests) <= REST_DEADBAND * self._known_rests
-        rested |= np.isnan(self._rests)
-        if not moved.any() and rested.all():
+        if not self._whole_steps.refresh(whole) and not moved.any():
             return False
         self._scales = np.where(moved, scales, self._scales)
-        self._known_rests = np.where(rested, self._known_rests, self._rests)
         self.version += 1
         return True
 
@@ -233,7 +217,8 @@ class Residuals:
         batch = self._batch_bucket(batch_size)
         waited = self._wait(PLAIN, batch)
         known = self._known_samples[PASSES.index("verify"), batch, 0] >= MIN_SAMPLES
-        if waited < (REVISIT_EVERY if known else EXPLORE_EVERY) or waited * EXPLORE_SHARE < loss:
+        share = REVISIT_SHARE if known else EXPLORE_SHARE
+        if waited < EXPLORE_EVERY or waited * share < loss:
             return False
         self._last_explored[PLAIN, batch] = self._steps[PLAIN, batch]
         return True
@@ -303,32 +288,25 @@ class CorrectedCosts:
             )
         )
         unit = float(self._residuals.scales("verify", batch_size, 1)[0])
-        overhead, plain_overhead = (
-            own if math.isnan(rest_us) else rest_us / raw.unit_us
-            for own, rest_us in (
-                (raw.overhead, self._residuals.rest_us(batch_size, is_plain=False)),
-                (raw.plain_overhead, self._residuals.rest_us(batch_size, is_plain=True)),
-            )
-        )
+        overhead = raw.overhead / unit
+        plain = (1.0 + overhead) * self._residuals.plain_ratio(batch_size)
         return StepCosts(
             verify=verify / np.float32(unit),
             draft=draft / np.float32(unit),
             draft_extend=draft_extend / np.float32(unit),
             unit_us=raw.unit_us * unit,
             plain=raw.plain,
-            overhead=overhead / unit,
-            plain_overhead=plain_overhead / unit,
+            overhead=overhead,
+            plain_overhead=plain - 1.0,
         )
 
 
 def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Draw each bucket towards the common ratio of its pass and batch size, by its own noise.
 
-    Definition: log out = common + s(log ratio - common), s(d) = sign(d) max(0, |d| - NOISE errors)
+    Definition: log out = common + shrink(log ratio - common, error)
         common = median of the log ratios, each with the weight of its samples
         error = 1.25 max(own spread, median spread) / sqrt(samples), that of a median
-
-    Source: Donoho, "De-noising by soft-thresholding" (IEEE Trans. Inf. Theory 41, 1995).
     """
     explained = ratios.copy()
     for row in np.ndindex(ratios.shape[:2]):
@@ -341,9 +319,7 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
         common = logs[order][middle]
         spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
         error = 1.25 * spread / np.sqrt(counts)
-        departed = logs - common
-        departed = np.sign(departed) * np.maximum(np.abs(departed) - NOISE * error, 0.0)
-        explained[row][known] = np.exp(common + departed)
+        explained[row][known] = np.exp(common + shrink(logs - common, error))
     return explained
 
 

@@ -165,8 +165,19 @@ def slots_after(
     req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int
 ) -> Tensor:
     """[B, count] int64 slots of each request's positions start, start + 1, ..."""
-    positions = start.unsqueeze(1) + torch.arange(count)
-    return req_to_token[req_pool_indices.unsqueeze(1), positions].long()
+    slots = np.empty((len(req_pool_indices), count), np.int64)
+    rows, first = req_pool_indices.to(torch.int64).numpy(), start.to(torch.int64).numpy()
+    _read_slots(req_to_token.numpy(), rows, first, slots)
+    return torch.from_numpy(slots)
+
+
+@compiled("void(i4[:, :], i8[:], i8[:], i8[:, :])")
+def _read_slots(
+    req_to_token: np.ndarray, rows: np.ndarray, start: np.ndarray, slots: np.ndarray
+) -> None:
+    for request in range(len(rows)):
+        for column in range(slots.shape[1]):
+            slots[request, column] = req_to_token[rows[request], start[request] + column]
 
 
 def assign_req_to_token(
@@ -182,13 +193,28 @@ def assign_req_to_token(
     Args:
         out_cache_loc: [sum(end_offset - start_offset)] slots, request after request.
     """
-    counts = (end_offset - start_offset).long()
-    first = torch.cumsum(counts, dim=0) - counts
-    columns = torch.arange(out_cache_loc.shape[0]) + torch.repeat_interleave(
-        start_offset - first, counts
+    _write_slots(
+        req_pool_indices.to(torch.int64).numpy(),
+        start_offset.to(torch.int64).numpy(),
+        end_offset.to(torch.int64).numpy(),
+        out_cache_loc.to(torch.int64).numpy(),
+        req_to_token.numpy(),
     )
-    rows = torch.repeat_interleave(req_pool_indices, counts)
-    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+
+
+@compiled("void(i8[:], i8[:], i8[:], i8[:], i4[:, :])")
+def _write_slots(
+    rows: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    slots: np.ndarray,
+    req_to_token: np.ndarray,
+) -> None:
+    index = 0
+    for request in range(len(rows)):
+        for column in range(start[request], end[request]):
+            req_to_token[rows[request], column] = slots[index]
+            index += 1
 
 
 def fill_bonus_tokens(

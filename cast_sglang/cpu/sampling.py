@@ -1,6 +1,9 @@
-"""Sampling for verification at temperature > 0, and seeded random numbers, in plain torch."""
+"""Sampling for verification at temperature > 0, and seeded random numbers."""
 
+import numpy as np
 import torch
+
+from cast_sglang.compiled import compiled
 
 Tensor = torch.Tensor
 
@@ -46,6 +49,27 @@ def top_p_renorm(probs: Tensor, top_ps: Tensor) -> Tensor:
     return torch.zeros_like(probs).scatter_(1, tokens, values)
 
 
+@compiled("i8(f4[:], f4[:], f8)")
+def _draw(mass: np.ndarray, taken: np.ndarray, coin: float) -> int:
+    """Return a token with probability proportional to `mass - taken`, by inverting its CDF.
+
+    It is always one of positive mass where there is one; of none, the last.
+    """
+    total = 0.0
+    for token in range(len(mass)):
+        total += max(mass[token] - taken[token], 0.0)
+    drawn, running = len(mass) - 1, 0.0
+    for token in range(len(mass)):
+        left = mass[token] - taken[token]
+        if left > 0.0:
+            # Rounding can leave the coin past the last of them.
+            drawn = token
+            running += left
+            if running > coin * total:
+                break
+    return drawn
+
+
 def tree_speculative_sampling(
     predicts: Tensor,
     accept_index: Tensor,
@@ -83,65 +107,66 @@ def tree_speculative_sampling(
 
     Source: contract of SGLang 0.5.23 `tree_speculative_sampling_target_only`.
     """
-    batch, width = candidates.shape
-    rows = torch.arange(batch)
+    _sample_paths(
+        candidates.to(torch.int64).numpy(),
+        retrive_index.numpy(),
+        retrive_next_token.numpy(),
+        retrive_next_sibling.numpy(),
+        uniform_samples.numpy(),
+        uniform_samples_for_final_sampling.numpy(),
+        target_probs.numpy(),
+        threshold_single,
+        max(threshold_acc, 1e-9),
+        draft_probs.numpy(),
+        predicts.numpy(),
+        accept_index.numpy(),
+        accept_token_num.numpy(),
+    )
+
+
+@compiled(
+    "void(i8[:, :], i8[:, :], i8[:, :], i8[:, :], f4[:, :], f4[:], f4[:, :, :], f8, f8, "
+    "f4[:, :, :], i4[:], i4[:, :], i4[:])"
+)
+def _sample_paths(
+    candidates: np.ndarray,
+    retrieve_index: np.ndarray,
+    next_token: np.ndarray,
+    next_sibling: np.ndarray,
+    coins: np.ndarray,
+    final_coins: np.ndarray,
+    target_probs: np.ndarray,
+    threshold_single: float,
+    threshold_acc: float,
+    rejected_probs: np.ndarray,
+    predicts: np.ndarray,
+    accept_index: np.ndarray,
+    accept_token_num: np.ndarray,
+) -> None:
     max_accepted = accept_index.shape[1] - 1
-    threshold_acc = max(threshold_acc, 1e-9)
-    last = torch.zeros_like(rows)
-    num_accepted = torch.zeros_like(rows)
-    mass = torch.zeros(batch)
-    accept_index[:, 0] = retrive_index[:, 0]
-    node = retrive_next_token[:, 0]
-    while True:
-        active = (node >= 0) & (num_accepted < max_accepted)
-        if not active.any():
-            break
-        here = node.clamp(min=0)
-        token = candidates[rows, here]
-        prob = target_probs[rows, last, token]
-        mass = mass + prob
-        coin = uniform_samples[rows, last]
-        wins = (coin < mass / threshold_acc) | (prob >= threshold_single)
-        accepted = active & (prob > 0) & wins
-        rejected = active & ~accepted
-        draft_probs[rows, last, token] = torch.where(rejected, prob, draft_probs[rows, last, token])
-        # The accepted node's token follows the node accepted before it.
-        before = retrive_index[rows, last]
-        predicts[before] = torch.where(accepted, token.to(predicts.dtype), predicts[before])
-        num_accepted = num_accepted + accepted
-        last = torch.where(accepted, here, last)
-        mass = mass.masked_fill(accepted, 0.0)
-        accept_index[rows, num_accepted] = retrive_index[rows, last].to(accept_index.dtype)
-        node = torch.where(
-            accepted, retrive_next_token[rows, here], retrive_next_sibling[rows, here]
-        ).masked_fill_(~active, -1)
-    accept_token_num.copy_(num_accepted)
-
-    residual = target_probs[rows, last]
-    # A full path has no rejected children below its last node.
-    open_path = (num_accepted < max_accepted).unsqueeze(1)
-    residual = torch.where(open_path, residual - draft_probs[rows, last], residual).clamp_(min=0)
-    final = sample_from_mass(residual, uniform_samples_for_final_sampling)
-    predicts[retrive_index[rows, last]] = final.to(predicts.dtype)
-
-
-def sample_from_mass(mass: Tensor, coins: Tensor) -> Tensor:
-    """Draw one token per row with probability proportional to `mass`, by inverting its CDF.
-
-    Args:
-        mass: [R, V] float32 >= 0; a row of zeros gives the last token.
-        coins: [R] in [0, 1).
-
-    Returns:
-        [R] int64; always a token of positive mass where there is one.
-    """
-    vocab_size = mass.shape[1]
-    cdf = mass.cumsum(dim=1)
-    token = torch.searchsorted(cdf, (coins * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    # Rounding can put the coin past the last bucket.
-    positive = torch.where(mass > 0, torch.arange(vocab_size), -1).amax(dim=1)
-    last_positive = torch.where(positive < 0, vocab_size - 1, positive)
-    return torch.minimum(token, last_positive)
+    for request in range(len(candidates)):
+        probs, rejected = target_probs[request], rejected_probs[request]
+        last, accepted, mass = 0, 0, 0.0
+        accept_index[request, 0] = retrieve_index[request, 0]
+        node = next_token[request, 0]
+        while node >= 0 and accepted < max_accepted:
+            token = candidates[request, node]
+            prob = probs[last, token]
+            mass += prob
+            wins = coins[request, last] < mass / threshold_acc or prob >= threshold_single
+            if prob > 0.0 and wins:
+                # The accepted node's token follows the node accepted before it.
+                predicts[retrieve_index[request, last]] = token
+                accepted += 1
+                accept_index[request, accepted] = retrieve_index[request, node]
+                last, mass, node = node, 0.0, next_token[request, node]
+            else:
+                rejected[last, token] = prob
+                node = next_sibling[request, node]
+        accept_token_num[request] = accepted
+        # Below the last node of a full path nothing was rejected.
+        final = _draw(probs[last], rejected[last], final_coins[request])
+        predicts[retrieve_index[request, last]] = final
 
 
 def murmur_hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ class Backlog:
             # Rows of no meaning are run too, so what nobody wrote must be a token all the same.
             self._hidden_states = hidden_states.new_zeros(*shape, hidden_states.shape[1])
             self._tokens = tokens.new_zeros(shape, dtype=torch.int64)
-        place = torch.from_numpy(np.stack((slots, self._next[slots]))).to(hidden_states.device)
-        self._hidden_states[place[0], place[1]] = hidden_states
-        self._tokens[place[0], place[1]] = tokens.to(torch.int64)
+        place = torch.from_numpy(slots * self.capacity + self._next[slots]).to(hidden_states.device)
+        self._hidden_states.flatten(0, 1).index_copy_(0, place, hidden_states)
+        self._tokens.flatten().index_copy_(0, place, tokens.to(torch.int64))
         self._next[slots] = (self._next[slots] + 1) % self.capacity
         self._missing[slots] = np.minimum(self._missing[slots] + 1, self.capacity)
 

@@ -61,7 +61,7 @@ class _Step(NamedTuple):
 
     predicted_us: float | None
     units: float | None  # its time by the corrected costs; None for a plain step
-    covered_us: float  # the time of its passes by them
+    expected_us: float  # by the corrected costs; of a plain step by those of its passes
     follows_decode: bool  # no prefill since the step before, so their distance is a step's time
 
 
@@ -218,19 +218,19 @@ class CastWorker(EAGLEWorkerV2):
             self.clock.end_step()
         began = time.perf_counter()
         shape = draft.last_shape if speculates else PLAIN_SHAPE
-        predicted_us, units, covered_us = None, None, 0.0
+        predicted_us, units, expected_us = None, None, 0.0
         if self.cost_model is not None:
             extended = draft.last_extend_rows
             predicted_us = self.cost_model.predict_us(
                 batch_size, context, shape.mean_rows, shape.widths, extended
             )
             units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
-            covered_us = (units - draft.costs.overhead + catch_up) * draft.costs.unit_us
+            expected_us = (units + catch_up) * draft.costs.unit_us
             units = units if speculates else None
         if draft.tracer is not None:
             draft.tracer.record(self._num_steps, shape, draft, predicted_us)
         follows = not self._prefill_since_step
-        self._pending.append(_Step(predicted_us, units, covered_us, follows))
+        self._pending.append(_Step(predicted_us, units, expected_us, follows))
         self._prefill_since_step = False
         policy_seconds += shape.policy_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
@@ -370,8 +370,8 @@ class CastWorker(EAGLEWorkerV2):
         if step.predicted_us is not None and measured_us is not None:
             self.cast_stats.record_time(step.predicted_us, measured_us)
             if self.residuals is not None and batch_size:
-                rest_us = measured_us - step.covered_us
-                self.residuals.record_rest(batch_size, step.units is None, rest_us)
+                ratio = measured_us / step.expected_us
+                self.residuals.record_step(batch_size, step.units is None, ratio)
         if self._draft_worker.tracer is not None:
             self._draft_worker.tracer.done(measured_us)
         self._last_done = now

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,9 +169,13 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p):
 
 
 def test_zero_mass_never_wins():
-    mass = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]]).repeat(4, 1)
-    tokens = sampling.sample_from_mass(mass, torch.tensor([0.0, 0.39, 0.41, 1.0 - 2**-24]))
-    assert tokens.tolist() == [1, 1, 3, 3]
+    mass = np.array([0.0, 0.4, 0.0, 0.6, 0.0], dtype=np.float32)
+    none = np.zeros(5, np.float32)
+    tokens = [sampling._draw(mass, none, coin) for coin in (0.0, 0.39, 0.41, 1.0 - 2**-24)]
+    assert tokens == [1, 1, 3, 3]
+    taken = np.array([0.0, 0.5, 0.0, 0.0, 0.0], dtype=np.float32)
+    assert sampling._draw(mass, taken, 0.0) == 3
+    assert sampling._draw(none, none, 0.5) == 4
 
 
 def test_murmur_hash_matches_a_scalar_computation():
