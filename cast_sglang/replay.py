@@ -155,6 +155,7 @@ class Replay:
             raise TraceError(f"trace {trace.path}: no step drafted, so none can be decided")
         self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
+        self._was_plain = False  # the step before, as recorded
         # What steps took beyond their passes, in us, by octave of the batch size and kind of step.
         self._rest: dict[tuple[int, bool], deque[float]] = {}
 
@@ -350,3 +351,8 @@ class Replay:
             key = ((step.batch_size - 1).bit_length(), step.is_plain)
             rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
             rest.append(step.measured_us - expected_us)
+            # Nothing recorded tells what catching up took after plain steps.
+            if step.is_plain or not self._was_plain:
+                ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
+                self._residuals.record_step(step.batch_size, step.is_plain, ratio)
+        self._was_plain = step.is_plain

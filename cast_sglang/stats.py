@@ -99,7 +99,8 @@ class StepStats:
             num_layers: draft layers grown.
             num_draft_nodes: nodes drafted per request.
             num_verify_rows: rows per request that the target verified, root included; a mean.
-            policy_us: host time spent choosing the trees, in microseconds.
+            policy_us: host time spent choosing the trees and learning for it, in microseconds; not
+                that of scoring and ranking candidates, which every tree needs.
         """
         totals = self._totals
         totals.steps += 1

@@ -145,9 +145,9 @@ class CastDraftWorker(EagleDraftWorker):
 
         began = time.perf_counter()
         num_layers = self.policy.depth(tree.num_layers, self.costs)
+        policy_seconds += time.perf_counter() - began
         widths = widths[: num_layers - 1]
         ranked = tree.ranked(self.max_draft_tokens - 1, num_layers)
-        policy_seconds += time.perf_counter() - began
         (scores,) = self.reads.start(ranked.scores).wait()
         began = time.perf_counter()
         num_draft_tokens, num_rows = self._rows_to_verify(scores)

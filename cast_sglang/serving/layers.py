@@ -102,15 +102,16 @@ def grow_tree(
             children.
 
     Returns:
-        The tree, the width of each layer below the root, and the host's seconds of deciding.
+        The tree, the width of each layer below the root, and the host's seconds of deciding:
+        calibration included; scoring and ranking, which every tree needs, not.
     """
     spec_info, policy, costs = forward_batch.spec_info, draft.policy, draft.costs
     probs = spec_info.topk_p
     tokens = draft.to_target_vocab(spec_info.topk_index)
     began = time.perf_counter()
     lines = _lines(draft.calibration, probs, 1)
-    tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device), lines)
     policy_seconds = time.perf_counter() - began
+    tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device), lines)
     if draft.tracer is not None:
         draft.tracer.drafted(1, probs, tree.scores)
     layers = _layers(draft, forward_batch)
@@ -147,8 +148,8 @@ def grow_tree(
             probs, tokens = layers.run(frontier, width)
             began = time.perf_counter()
             lines = _lines(draft.calibration, probs, tree.num_layers + 1)
-            chances = tree.grow(frontier, width, tokens, probs, lines)
             policy_seconds += time.perf_counter() - began
+            chances = tree.grow(frontier, width, tokens, probs, lines)
         if draft.tracer is not None:
             draft.tracer.drafted(tree.num_layers, probs, chances)
         widths.append(width)

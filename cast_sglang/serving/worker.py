@@ -104,8 +104,7 @@ class CastWorker(EAGLEWorkerV2):
         self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
         self._prefill_since_step, self._reported = True, False
-        found = find_server_profile(self.config, resolving_view(server_args))
-        if found is not None:
+        if (found := find_server_profile(self.config, resolving_view(server_args))) is not None:
             self.use_profile(found)
 
     def init_attention_backends(self) -> None:
@@ -280,14 +279,15 @@ class CastWorker(EAGLEWorkerV2):
 
     def _correct_costs(self) -> None:
         """Take what the last steps measured into the costs of the next ones."""
-        self._take_times()
-        if self.residuals is None or self._num_steps % REFRESH_EVERY:
+        is_due = self._num_steps % REFRESH_EVERY == 0
+        if is_due or self._draft_worker.tracer is not None:
+            self._take_times()
+        if self.residuals is None or not is_due:
             return
         state = None
         if get_parallel().tp_size > 1:
             # Every rank must choose the same trees, so every rank takes rank 0's times.
-            group = get_tp_group()
-            state = group.broadcast_object(self.residuals.state(), src=0)
+            state = get_tp_group().broadcast_object(self.residuals.state(), src=0)
         self.residuals.refresh(state)
         self.cast_stats.record_residuals(self.residuals)
         self._report(self.residuals.suspects())
