@@ -24,7 +24,7 @@ DEADBAND = 0.01
 
 
 class WholeSteps:
-    """What a plain step takes, relative to its costs, where one with a tree takes what its say.
+    """What a plain step takes, relative to its costs, where one with a tree takes what its own say.
 
     Args:
         num_buckets: of batch sizes.
