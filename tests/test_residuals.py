@@ -252,7 +252,7 @@ def corrected(residuals):
     model = CostModel(
         smooth_profile(), max_batch_size=8, max_context=1024, max_verify_tokens=32, max_width=8
     )
-    return CorrectedCosts(model, residuals), model.step_costs(4, 100)
+    return CorrectedCosts(model, residuals)
 
 
 @pytest.mark.parametrize("mostly_plain", [False, True])
@@ -266,10 +266,7 @@ def test_plain_steps_are_compared_with_their_neighbours(mostly_plain):
         if index % 32 == 0:
             residuals.refresh()
     assert residuals.plain_ratio(4) == pytest.approx(0.9, abs=0.03)
-    model = CostModel(
-        smooth_profile(), max_batch_size=8, max_context=1024, max_verify_tokens=32, max_width=8
-    )
-    step = CorrectedCosts(model, residuals).step_costs(4, 100)
+    step = corrected(residuals).step_costs(4, 100)
     assert 1.0 + step.plain_overhead == pytest.approx(
         residuals.plain_ratio(4) * (1.0 + step.overhead)
     )
