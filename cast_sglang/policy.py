@@ -110,6 +110,10 @@ class TreePolicy(ABC):
         """
         return
 
+    def expect(self, answer_tokens: float) -> None:
+        """Let the policy know how many tokens answers have lately had, in the mean; > 0."""
+        return
+
     @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Return how many of a layer's best nodes are kept; called once per grown layer.

@@ -36,6 +36,10 @@ _KEEP = 0.5 ** (1 / HALF_LIFE)
 # Weight of a new bucket's first price, in target passes: some steps, to be outvoted at once.
 START_WEIGHT = 4.0
 
+# Steps of an answer that bring nothing: half of its last one lies beyond its end, and half a step
+# passes until another request has its place.
+LOST_STEPS = 1.0
+
 # What speculation may lose against plain decoding before it gives way, in target passes, at batch
 # size 1: more than bad luck, less than a second. Luck evens out with the root of the batch size.
 MAX_LOSS = 32.0
@@ -54,23 +58,27 @@ class _Bucket:
 
     tokens: float  # forgotten sums over steps; tokens per request
     time: float
-    steps: float = 0.0
-    row_price: float = math.nan  # what a verified row has to bring, running mean; nan when unknown
-    ranked: int = 0
+    steps: float
     plain_units: float = math.inf  # time of a plain step; inf while plain is no candidate
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
 
-    @property
-    def price(self) -> float:
-        return max(self.tokens / self.time, 1.0 / self.plain_units)
+    def worth(self, loss: float) -> float:
+        """Return what a token of the mean step is worth, relative to one of a plain step."""
+        return (1.0 + loss) / (1.0 + loss * self.tokens / self.steps)
 
-    def learn_row_price(self, row_price: float) -> None:
-        self.ranked += 1
-        if math.isnan(self.row_price):
-            self.row_price = row_price
-        self.row_price += (row_price - self.row_price) * max(1 / (1 + self.ranked), 1 - _KEEP)
+    def rate(self, loss: float) -> float:
+        """Return the best known rate, in tokens of plain steps per unit of time."""
+        return max(self.tokens * self.worth(loss) / self.time, 1.0 / self.plain_units)
+
+    def price(self, loss: float) -> float:
+        """Return what a unit of time has to bring in further tokens of a step.
+
+        Args:
+            loss: here and above, steps that an answer loses, per token of it.
+        """
+        return self.rate(loss) * (1.0 + loss) / self.worth(loss) ** 2
 
 
 class _View(NamedTuple):
@@ -81,7 +89,7 @@ class _View(NamedTuple):
     extend: np.ndarray  # [E], draft extend of 1.. rows
     rows: np.ndarray  # [N], verifying 1.. rows
     verify: np.ndarray  # [S], verifying each allowed size
-    next_row: np.ndarray  # [S], least time per further row from each size to a larger one
+    sized: np.ndarray  # [N], verifying the smallest allowed size of 1.. rows or more
     token: float  # what a further accepted token adds to draft extend
 
 
@@ -95,14 +103,17 @@ class AutoPolicy(TreePolicy):
     plain decoding without its overhead: a low price, so that the first trees err on the large side
     and show what is accepted. That start weighs as much as about two steps.
 
-    Expansion looks one layer ahead, by the worth V of a node's unknown children (`lookahead.py`).
-    Their rows are worth a place among the verified ones at the *row price*: the price of a further
-    row, or, where the next size is too dear or there is none, the score of the node that would be
-    displaced. So the best k nodes are expanded, or the tree is left as it is, by
+    Expansion compares the tree that stands with the one with a further layer, both at their best
+    cut, by what the children of such nodes have lately been (`lookahead.py`):
 
-        max over k of mean over the batch of sum over s <= k of V(v_s) - price * draft[k]
+        max over k of cut(tree and children of the best k) - price * draft[k]  against  cut(tree)
 
     A worker that does not call `expanded` leaves it to the root's children to stand for all.
+
+    Where answers are short, long steps are worth less than their tokens. An answer of L tokens by
+    steps of x takes L / x steps, and some more (`LOST_STEPS`) whose place brings nothing. So what
+    is to be as high as it can be is not x / T, but x / (1 + x LOST_STEPS / L) / T, and the price of
+    a further token follows from that. L is told by `expect`.
 
     Where the target runs requests of unequal numbers of rows, `share_out` ranks the nodes of all
     requests together and cuts once, where a further row no longer pays; so a request that drafts
@@ -124,24 +135,27 @@ class AutoPolicy(TreePolicy):
         self._max_layers = max_layers
         self._extend_by_outcome = extend_by_outcome
         self._buckets: dict[int, _Bucket] = {}
-        self._lookahead = Lookahead()
+        self._lookahead = Lookahead(max_layers)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
         self._deepen = False
         self._root_children: torch.Tensor | None = None  # until deeper ones are seen in the step
         self._weights: np.ndarray | None = None  # [B, 1]
+        self._loss = 0.0  # steps that an answer loses, per token of it
 
     def price(self, batch_size: int) -> float:
         """Return accepted tokens asked per unit of time at this batch size."""
-        return self._bucket(batch_size).price
+        return self._bucket(batch_size).price(self._loss)
+
+    def expect(self, answer_tokens: float) -> None:
+        self._loss = LOST_STEPS / answer_tokens
 
     def state(self) -> list[dict[str, Any]]:
         """Return what is known of each octave of batch sizes, for people and as JSON."""
         return [
             {
                 "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
-                "price": bucket.price,
-                "row_price": None if math.isnan(bucket.row_price) else bucket.row_price,
+                "price": bucket.price(self._loss),
                 "is_plain": bucket.is_plain,
             }
             for octave, bucket in sorted(self._buckets.items())
@@ -152,22 +166,21 @@ class AutoPolicy(TreePolicy):
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and whether it pays to expand it at all."""
-        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        view, price = self._read(costs), self.price(scores.shape[0])
         ranked = self._weighed(scores)
         if self._layers == 1:
+            self._lookahead.begin_tree()
             self._root_children = scores
             if not self._lookahead.has_learned:
-                self._lookahead.add(None, scores)
+                self._lookahead.add(0, None, scores)
                 self._lookahead.learn()
-        row_price = bucket.row_price
-        if math.isnan(row_price):  # before the first verify; a lone size has no price of a row
-            row_price = bucket.price * float(view.next_row[0]) if len(self._sizes) > 1 else 0.0
         # An accepted token is one row more to extend, where its number decides that.
-        token = 1.0 - bucket.price * view.token
+        token = 1.0 - price * view.token
+        room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
-            ranked, token, row_price, view.growth, bucket.price
+            self._layers, ranked, token, view.sized, view.growth, price, max(room, 1)
         )
-        self._deepen = gain > 0.0 and self._layers < self._max_layers
+        self._deepen = gain > 0.0 and room > 0
         return width
 
     def deepen(self) -> bool:
@@ -180,11 +193,11 @@ class AutoPolicy(TreePolicy):
         The tensors must not be overwritten before `rerank`.
         """
         self._root_children = None
-        self._lookahead.add(parent_scores, child_probs)
+        self._lookahead.add(self._layers - 1, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the size whose nodes bring most beyond the price of their time."""
-        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        view, price = self._read(costs), self.price(scores.shape[0])
         num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
         if num_sizes == 0:
             raise ValueError(
@@ -193,20 +206,20 @@ class AutoPolicy(TreePolicy):
             )
         ranked = self._weighed(scores)
         layers = -1 if self._extend_by_outcome else self._layers
-        best, least = _best_size(
+        best = _best_size(
             ranked,
             self._num_nodes[:num_sizes],
             view.verify,
             view.extend,
             layers,
-            bucket.price,
+            price,
         )
-        self._close_step(bucket, view, best, least, scores)
+        self._close_step()
         return self._sizes[best]
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those worth their time."""
-        view, bucket = self._read(costs), self._bucket(scores.shape[0])
+        view, price = self._read(costs), self.price(scores.shape[0])
         ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
         batch_size, num_nodes = ranked.shape
         # Stable, so that a request's parent comes before a child of the same score.
@@ -216,22 +229,18 @@ class AutoPolicy(TreePolicy):
         nodes = np.arange(1, len(order) + 1) / batch_size
         verify = np.interp(1.0 + nodes, np.arange(1, len(view.rows) + 1), view.rows)
         time = verify + self._extend_time(view, nodes, utility)
-        best = int((utility - bucket.price * time).argmax())
-        size = min(int(np.searchsorted(self._num_nodes, nodes[best])), len(self._sizes) - 1)
-        self._close_step(bucket, view, size, float(shares[best]) * batch_size, scores)
+        best = int((utility - price * time).argmax())
+        self._close_step()
         return 1 + np.bincount(order[: best + 1] // num_nodes, minlength=batch_size)
 
     def _weighed(self, scores: torch.Tensor) -> np.ndarray:
         ranked = scores.numpy(force=True)
         return ranked if self._weights is None else ranked * self._weights
 
-    def _close_step(
-        self, bucket: _Bucket, view: _View, size: int, least: float, scores: torch.Tensor
-    ) -> None:
-        """Learn the row price and the children of this step, whose tree is chosen."""
-        bucket.learn_row_price(min(bucket.price * float(view.next_row[size]), least))
+    def _close_step(self) -> None:
+        """Learn from the children of this step, whose tree is chosen."""
         if self._root_children is not None:
-            self._lookahead.add(None, self._root_children)
+            self._lookahead.add(0, None, self._root_children)
         self._lookahead.learn()
         self._layers, self._root_children = 1, None
 
@@ -252,7 +261,7 @@ class AutoPolicy(TreePolicy):
         bucket.time = _KEEP * bucket.time + time_units
         bucket.steps = _KEEP * bucket.steps + 1.0
         if math.isfinite(bucket.plain_units):
-            gain = tokens * bucket.plain_units - time_units
+            gain = tokens * bucket.worth(self._loss) * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
     def speculate(
@@ -276,7 +285,8 @@ class AutoPolicy(TreePolicy):
         assert costs is not None
         bucket.plain_units = plain_cost(costs) + plain_extra
         if bucket.is_plain or bucket.account < 0.0:
-            mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / max(bucket.steps, 1.0)
+            plain_time = bucket.tokens * bucket.worth(self._loss) * bucket.plain_units
+            mean_loss = (bucket.time - plain_time) / bucket.steps
             bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss) + catch_up
         if bucket.is_plain:
             bucket.account += PROBE_SHARE * bucket.plain_units
@@ -286,17 +296,17 @@ class AutoPolicy(TreePolicy):
 
     def plain_loss(self, batch_size: int) -> float:
         bucket = self._bucket(batch_size)
-        return 1.0 - 1.0 / (bucket.price * bucket.plain_units)
+        return 1.0 - 1.0 / (bucket.rate(self._loss) * bucket.plain_units)
 
     def _bucket(self, batch_size: int) -> _Bucket:
         octave = (batch_size - 1).bit_length()
         bucket = self._buckets.get(octave)
         if bucket is None:
-            price, row_price = 1.0, math.nan
+            bucket = _Bucket(START_WEIGHT, START_WEIGHT, START_WEIGHT)
             if self._buckets:
                 nearest = self._buckets[min(self._buckets, key=lambda other: abs(other - octave))]
-                price, row_price = nearest.price, nearest.row_price
-            bucket = _Bucket(price * START_WEIGHT, START_WEIGHT, row_price=row_price)
+                part = START_WEIGHT / nearest.time
+                bucket = _Bucket(part * nearest.tokens, START_WEIGHT, part * nearest.steps)
             bucket.max_account = bucket.account = MAX_LOSS / math.sqrt(2**octave)
             self._buckets[octave] = bucket
         return bucket
@@ -311,10 +321,6 @@ class AutoPolicy(TreePolicy):
 
 def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
     verify, extend = costs.verify[num_nodes], costs.draft_extend
-    rows = num_nodes[None, :] - num_nodes[:, None]
-    slopes = np.divide(
-        verify[None, :] - verify[:, None], rows, out=np.full(rows.shape, np.inf), where=rows > 0
-    )
     row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
     row_of_layer, row_of_token = (0.0, row) if extend_by_outcome else (row, 0.0)
     return _View(
@@ -323,12 +329,12 @@ def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View
         extend=extend,
         rows=costs.verify,
         verify=verify,
-        next_row=np.maximum(slopes.min(axis=1), 0.0),
+        sized=verify[np.searchsorted(num_nodes, np.arange(num_nodes[-1] + 1))],
         token=row_of_token,
     )
 
 
-@compiled("Tuple((i8, f8))(f4[:, :], i8[:], f4[:], f4[:], i8, f8)")
+@compiled("i8(f4[:, :], i8[:], f4[:], f4[:], i8, f8)")
 def _best_size(
     scores: np.ndarray,
     num_nodes: np.ndarray,
@@ -336,8 +342,8 @@ def _best_size(
     extend: np.ndarray,
     layers: int,
     price: float,
-) -> tuple[int, float]:
-    """Return which number of nodes is best verified, and the mean score of the last of them.
+) -> int:
+    """Return which number of nodes is best verified.
 
     Definition: the first i that maximises, with u = mean over requests of the sum of
         scores[:, : num_nodes[i]], u - price * (verify[i] + extend at the longest path)
@@ -351,8 +357,7 @@ def _best_size(
             each request accepts, utility in the mean.
     """
     batch_size = len(scores)
-    best, least, most = 0, 0.0, -np.inf
-    utility, mean, choice = 0.0, 0.0, 0
+    best, most, utility, choice = 0, -np.inf, 0.0, 0
     for node in range(num_nodes[-1]):
         mean = 0.0
         for request in range(batch_size):
@@ -368,6 +373,6 @@ def _best_size(
         time = verify[choice] + extend[low]
         time += min(longest - low, 1.0) * (extend[high] - extend[low])
         if utility - price * time > most:
-            best, least, most = choice, mean, utility - price * time
+            best, most = choice, utility - price * time
         choice += 1
-    return best, least
+    return best

@@ -183,6 +183,8 @@ class Replay:
         catch_up = extend_units(costs, missing)
         policy, batch_size = self._policy, step.batch_size
         policy.weigh(None if (weights == 1.0).all() else weights)
+        if step.answer_tokens is not None:
+            policy.expect(step.answer_tokens)
         price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
         drafts = bool(weights.any()) and policy.speculate(
             batch_size, costs, plain_extra(costs), catch_up

@@ -34,8 +34,9 @@ PASSES = ("verify", "draft", "draft_extend")
 PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the passes' sizes
 WINDOW = 32
 MIN_SAMPLES = 4
-# Once a bucket has some samples, only every so many-th counts, so that a window spans many seconds:
-# a median over one slow moment would make the bucket in use look dearer than its neighbours.
+# Of a full window only every so many-th pass counts, so that it spans many seconds: a median over
+# one slow moment would make the bucket in use look dearer than its neighbours. An empty one takes
+# all, and the fuller the fewer, so that rare buckets are known soon.
 STRIDE = 8
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 32
@@ -113,7 +114,7 @@ class Residuals:
         if window is None:
             window = self._windows[key] = deque(maxlen=WINDOW)
         self._recorded[key] += 1
-        if len(window) >= STRIDE and self._recorded[key] % STRIDE:
+        if self._recorded[key] % min(2 ** (len(window) * 4 // WINDOW), STRIDE):
             return
         window.append(ratio)
         ranked, count = sorted(window), len(window)

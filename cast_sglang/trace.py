@@ -123,6 +123,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     measured_us: float | None = None  # None after a prefill, whose time is in between
     policy_us: float = 0.0
     price: float | None = None
+    answer_tokens: float | None = None  # of the answers that had ended, in the mean
     passes: list[TracedPass] = []  # that became known during the step
     own_choice: TracedChoice | None = None  # the policy's, where the whole envelope was verified
 

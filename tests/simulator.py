@@ -189,13 +189,16 @@ def _step(
 def make_costs(
     regime: str, batch_size: int, *, draft: float = 0.06, plain: float = 0.97
 ) -> StepCosts:
-    """Costs of one of three regimes, in units of a target pass over one row per request."""
+    """Costs of one of four regimes, in units of a target pass over one row per request."""
     rows = batch_size * np.arange(1, TOKENS + 1)
     nodes = batch_size * np.arange(1, TOPK + 1)
     if regime == "memory":  # a pass streams the weights, whatever the rows
         verify, layer = 1.0 + 1e-4 * rows, 1.0 + 1e-4 * nodes
     elif regime == "compute":  # 64 rows take as long as the weights
         verify, layer = 1.0 + rows / 64, 1.0 + nodes / 64
+    elif regime == "knee":  # dear up to 64 rows, and less so beyond
+        verify = 1.0 + np.minimum(rows, 64) / 32 + np.maximum(rows - 64, 0) / 64
+        layer = 1.0 + nodes / 64
     else:  # tiles of 64 rows
         verify, layer = 1.0 + 0.5 * np.ceil(rows / 64), 1.0 + 0.5 * np.ceil(nodes / 64)
     verify, layer = verify / verify[0], layer / layer[0]

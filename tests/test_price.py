@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,9 +25,9 @@ from simulator import (
 
 from cast_sglang.acceptance import Acceptance
 from cast_sglang.cost import step_units
-from cast_sglang.lookahead import Lookahead, _value
+from cast_sglang.lookahead import Lookahead
 from cast_sglang.optimal import optimal_choice
-from cast_sglang.price import HALF_LIFE, MAX_LOSS, AutoPolicy
+from cast_sglang.price import HALF_LIFE, LOST_STEPS, MAX_LOSS, AutoPolicy
 
 
 def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:
@@ -51,11 +52,6 @@ def priced(policy: AutoPolicy, price: float, batch_size: int = 1) -> AutoPolicy:
     for _ in range(40 * HALF_LIFE):
         policy.observe(batch_size, price - 1.0, 1.0)
     return policy
-
-
-def worth(lookahead: Lookahead, scores: np.ndarray, row_price: float) -> np.ndarray:
-    """V of each score."""
-    return np.array([_value(lookahead._surplus, float(score), row_price) for score in scores])
 
 
 def grow(policy: AutoPolicy, scores: torch.Tensor, step_costs) -> int:
@@ -177,40 +173,96 @@ def test_optimal_choice_is_exhaustive(seed, price):
         optimal_choice(layers[:1], [], verify, (5, 7), price)
 
 
-@pytest.mark.parametrize("row_price", [0.02, 0.15])
-def test_lookahead_is_its_definition(row_price):
-    vectors, weights = np.array([[0.8, 0.1], [0.5, 0.3]]), np.array([0.9, 0.4])
-    lookahead = Lookahead()
-    assert not lookahead.has_learned
-    lookahead.add(torch.from_numpy(weights[:, None]).float(), torch.from_numpy(vectors).float())
-    lookahead.learn()
-    scores = np.linspace(0.0, 1.0, 50)
-    gains = np.maximum(scores[:, None, None] * vectors - row_price, 0.0).sum(axis=2)
-    expected = gains @ weights / weights.sum()
-    np.testing.assert_allclose(worth(lookahead, scores, row_price), expected, atol=0.04)
+def best_cut(nodes: dict[float, float], token, verify, price) -> float:
+    """cut(nodes) of some scores and how many nodes per request have them."""
+    most, count, utility = -price * verify[0], 0.0, 0.0
+    for score in sorted(nodes, reverse=True):
+        part = min(nodes[score], len(verify) - 1 - count)
+        count, utility = count + part, utility + part * score
+        time = np.interp(count, range(len(verify)), verify)
+        most = max(most, token * utility - price * time)
+    return most
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**31), row_price=st.sampled_from([0.001, 0.05, 0.3]))
-def test_children_never_promise_more_than_their_parents(seed, row_price):
-    """Why one layer ahead is far enough."""
+@given(
+    batch=st.integers(1, 3),
+    topk=st.integers(1, 4),
+    layers=st.integers(1, 3),
+    price=st.sampled_from([0.2, 1.0, 3.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_lookahead_is_its_definition(batch, topk, layers, price, seed):
+    """On scores that lie on the grid, so that nothing is rounded."""
     rng = np.random.default_rng(seed)
-    lookahead = Lookahead()
-    vectors = rng.dirichlet(np.full(4, 0.5), 8)
-    lookahead.add(torch.rand(2, 4), torch.from_numpy(vectors).float())
+
+    def on_grid(*shape):
+        return np.exp2(-rng.integers(0, 24, shape) / 8).astype(np.float32)
+
+    vectors, weights = on_grid(2, 3), on_grid(2, 1)
+    lookahead = Lookahead(3)
+    assert not lookahead.has_learned
+    lookahead.add(1, torch.from_numpy(weights), torch.from_numpy(vectors))
     lookahead.learn()
-    parent, children = rng.random(), rng.dirichlet(np.full(4, 0.5))
-    below = worth(lookahead, parent * children, row_price).sum()
-    assert below <= float(worth(lookahead, np.array([parent]), row_price)[0]) * 1.1 + 1e-3
+    verify = (1 + rng.random(6).cumsum() ** rng.choice([0.5, 1, 2])).astype(np.float32)
+    growth, token = rng.random(topk).astype(np.float32), 0.9
+    lookahead.begin_tree()
+    tree: Counter[float] = Counter()
+    for _ in range(layers):
+        scores = -np.sort(-on_grid(batch, topk), axis=1)
+        width, gain = lookahead.best_width(1, scores, token, verify, growth, price, 1)
+        for score in scores.ravel():
+            tree[round(float(score), 6)] += 1 / batch
+        grown, gains = tree.copy(), []
+        for k in range(topk):
+            for score in scores[:, k]:
+                for vector, weight in zip(vectors, weights[:, 0] / weights.sum(), strict=True):
+                    for prob in vector:
+                        grown[round(float(score * prob), 6)] += weight / batch
+            cuts = [best_cut(nodes, token, verify, price) for nodes in (grown, tree)]
+            gains.append(cuts[0] - cuts[1] - price * growth[k])
+        assert gain == pytest.approx(max(gains), abs=1e-4)
+        assert gains[width - 1] == pytest.approx(gain, abs=1e-4)
+
+
+def test_several_layers_may_pay_where_one_does_not():
+    """The first row of a tile pays for all of it."""
+    lookahead, growth = Lookahead(4), np.full(1, 0.05, np.float32)
+    lookahead.add(0, None, torch.tensor([[0.9]]))
+    lookahead.learn()
+    verify = np.array([1.0, 1.0, 2.0, 2.0, 2.0], np.float32)
+    gains = []
+    for max_layers in (1, 2, 3):
+        lookahead.begin_tree()
+        scores = np.full((1, 1), 0.9, np.float32)
+        gains.append(lookahead.best_width(1, scores, 1.0, verify, growth, 1.2, max_layers)[1])
+    assert gains[0] == pytest.approx(-0.06)  # the child is not worth the tile
+    assert gains[1] == pytest.approx(0.81 + 0.73 - 1.32, abs=0.04)
+    assert gains[2] == pytest.approx(0.81 + 0.73 + 0.66 - 1.38, abs=0.06)
+
+
+def test_drafts_that_get_worse_with_depth_are_told_apart():
+    lookahead, growth = Lookahead(4), np.zeros(1, np.float32)
+    roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
+    for depth, prob in ((0, 0.9), (1, 0.3)):
+        for _ in range(200):
+            lookahead.add(depth, None, torch.tensor([[prob]]))
+            lookahead.learn()
+    for depth, prob in ((0, 0.9), (1, 0.3), (2, 0.3)):  # what is not known is as above
+        lookahead.begin_tree()
+        gain = lookahead.best_width(depth, roots, 1.0, free, growth, 1.0, 1)[1]
+        assert gain == pytest.approx(prob, abs=0.02)
 
 
 def test_lookahead_forgets():
-    lookahead = Lookahead()
+    lookahead, growth = Lookahead(3), np.zeros(1, np.float32)
     for prob, steps in ((0.9, 200), (0.1, 200)):
         for _ in range(steps):
-            lookahead.add(None, torch.tensor([[prob]]))
+            lookahead.add(0, None, torch.tensor([[prob]]))
             lookahead.learn()
-    assert float(worth(lookahead, np.ones(1), 0.0)[0]) == pytest.approx(0.1, abs=0.02)
+    roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
+    gain = lookahead.best_width(0, roots, 1.0, free, growth, 1.0, 1)[1]
+    assert gain == pytest.approx(0.1, abs=0.02)
 
 
 def test_growth_pays_by_what_the_children_promise():
@@ -228,9 +280,9 @@ def test_growth_pays_by_what_the_children_promise():
 def test_width_weighs_the_further_node_against_its_time():
     scores = torch.tensor([[0.5, 0.4, 0.05]])
     for node, width in ((0.001, 2), (0.2, 1)):
-        policy = priced(AutoPolicy((4,), 8), 2.0)
+        policy = priced(AutoPolicy((5,), 8), 2.0)
         policy.expanded(torch.tensor([[0.5]]), torch.tensor([[0.9, 0.1]]))
-        policy.rerank(torch.tensor([[0.5, 0.4, 0.12]]), costs())
+        policy.rerank(torch.tensor([[0.5, 0.4, 0.12, 0.1]]), costs())
         assert grow(policy, scores, costs(draft=[0.05, 0.05 + node, 0.05 + 2 * node])) == width
 
 
@@ -290,13 +342,42 @@ def test_equal_histories_give_equal_decisions():
         np.testing.assert_array_equal(first, second)
 
 
+@settings(max_examples=50, deadline=None)
+@given(answer=st.sampled_from([4.0, 20.0, 100.0]), seed=st.integers(0, 2**31))
+def test_the_price_leads_to_the_most_answers_per_time(answer, seed):
+    """Each of some trees is the best at a price; the steady one gives the most answers."""
+    rng = np.random.default_rng(seed)
+    tokens, times = 1 + 5 * rng.random(20), 1 + rng.random(20).cumsum() / 4
+    policy = AutoPolicy(SIZES, LAYERS)
+    policy.expect(answer)
+    for _ in range(40 * HALF_LIFE):
+        best = int((tokens - policy.price(1) * times).argmax())
+        policy.observe(1, tokens[best] - 1.0, times[best])
+    answers = 1 / (times * (answer / tokens + LOST_STEPS))
+    assert answers[best] >= answers.max() * (1 - 1e-3)
+
+
+def test_plain_decoding_is_compared_by_answers():
+    """A step with a tree is worth a little less than its tokens, where answers are short."""
+    for answer, stays in ((1000.0, True), (16.0, False)):
+        policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(plain=1.0)
+        policy.expect(answer)
+        drafts = []
+        for _ in range(400):
+            drafts.append(policy.speculate(8, step_costs))
+            if drafts[-1]:
+                policy.observe(8, 3.0, 3.6)
+        assert all(drafts) is stays
+        assert stays or sum(drafts[-100:]) < 20
+
+
 # --- In closed loop ---
 
 WARM_UP = 100
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 32])
-@pytest.mark.parametrize("regime", ["memory", "compute", "stairs"])
+@pytest.mark.parametrize("regime", ["memory", "compute", "stairs", "knee"])
 def test_auto_is_near_the_best_fixed_tree_of_hindsight(regime, batch_size):
     """No constant is set by hand, and the grid of fixed trees is searched afterwards."""
     step_costs, text = make_costs(regime, batch_size), Text(batch_size, 3)
@@ -469,7 +550,7 @@ def test_each_batch_size_decides_for_itself():
     state = json.loads(json.dumps(policy.state()))
     assert [row["batch_sizes"] for row in state] == [[1, 1], [17, 32]]
     assert [row["is_plain"] for row in state] == [False, True]
-    assert state[0]["price"] == policy.price(1) and state[0]["row_price"] is None
+    assert state[0]["price"] == policy.price(1)
 
 
 def test_sizes_are_those_of_the_simulator():

@@ -196,6 +196,7 @@ class Tracer:
             predicted_us=predicted_us,
             policy_us=shape.policy_seconds * 1e6,
             price=None if auto is None else auto.price(len(requests)),
+            answer_tokens=self._worker.answers.mean_tokens,
         )
         self._open.append(_OpenStep(traced, continuations, []))
         running = dict(zip(numbers, outcome.tokens, strict=True))

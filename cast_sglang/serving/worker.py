@@ -40,6 +40,7 @@ from cast_sglang.serving.layers import compile_ops
 from cast_sglang.serving.pass_graphs import PassGraphs, capture_verify, plan_graphs
 from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.readback import HostReads
+from cast_sglang.serving.requests import AnswerLengths, mean_context
 from cast_sglang.serving.tracing import Tracer
 from cast_sglang.serving.wishes import wishes_of
 from cast_sglang.stats import StepStats
@@ -99,6 +100,7 @@ class CastWorker(EAGLEWorkerV2):
             saves = get_parallel().tp_rank == 0
             self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
+        self.answers = AnswerLengths()
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._observing = 0.0  # seconds spent on results since the last step
@@ -201,7 +203,7 @@ class CastWorker(EAGLEWorkerV2):
         self._correct_costs()
         table = None
         if self.cost_model is not None:
-            context = _mean_context(batch)
+            context = mean_context(batch)
             table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
         speculates, catch_up = self._decide(batch)
@@ -248,6 +250,8 @@ class CastWorker(EAGLEWorkerV2):
         Effects: weighs the requests of the step.
         """
         draft = self._draft_worker
+        if self.answers.note(batch.reqs):
+            draft.policy.expect(self.answers.mean_tokens)
         wishes = wishes_of(batch.reqs)
         differ = any(wish != THROUGHPUT for wish in wishes)
         draft.weights = np.array(request_weights(wishes)) if differ else None
@@ -379,14 +383,6 @@ class CastWorker(EAGLEWorkerV2):
         interval = self.config.log_interval
         if interval and self._num_steps % interval == 0:
             logger.info(self.cast_stats.log_line())
-
-
-def _mean_context(batch: ScheduleBatch) -> float:
-    """Return the mean committed length of the batch's requests, in tokens."""
-    if batch.seq_lens_cpu is not None:
-        return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
-    lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
-    return sum(lengths) / len(batch.reqs)
 
 
 @contextlib.contextmanager
