@@ -26,14 +26,13 @@ from cast_sglang.cost import (
     CostModel,
     StepCosts,
 )
-from cast_sglang.whole_steps import WholeSteps, shrink
+from cast_sglang.evidence import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
+from cast_sglang.whole_steps import WholeSteps
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
 PASSES = ("verify", "draft", "draft_extend")
 PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the passes' sizes
-WINDOW = 32
-MIN_SAMPLES = 4
 # Of a full window only every so many-th pass counts, so that it spans many seconds: a median over
 # one slow moment would make the bucket in use look dearer than its neighbours. An empty one takes
 # all, and the fuller the fewer, so that rare buckets are known soon.
@@ -116,12 +115,10 @@ class Residuals:
         self._recorded[key] += 1
         if self._recorded[key] % min(2 ** (len(window) * 4 // WINDOW), STRIDE):
             return
-        window.append(ratio)
-        ranked, count = sorted(window), len(window)
-        self._ratios[key] = ranked[count // 2]
-        # From the quartiles, as of a normal distribution.
-        self._spreads[key] = math.log(ranked[3 * count // 4] / ranked[count // 4]) / 1.349
-        self._samples[key] = count
+        window.append(math.log(ratio))
+        median, self._spreads[key] = median_and_spread(window)
+        self._ratios[key] = math.exp(median)
+        self._samples[key] = len(window)
 
     def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
         """Count one whole step; arguments as of `WholeSteps.record`."""
@@ -307,7 +304,7 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
 
     Definition: log out = common + shrink(log ratio - common, error)
         common = median of the log ratios, each with the weight of its samples
-        error = 1.25 max(own spread, median spread) / sqrt(samples), that of a median
+        error = that of a median, by max(own spread, median spread)
     """
     explained = ratios.copy()
     for row in np.ndindex(ratios.shape[:2]):
@@ -319,7 +316,7 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
         middle = np.searchsorted(np.cumsum(counts[order]), counts.sum() / 2)
         common = logs[order][middle]
         spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
-        error = 1.25 * spread / np.sqrt(counts)
+        error = median_error(spread, counts)
         explained[row][known] = np.exp(common + shrink(logs - common, error))
     return explained
 

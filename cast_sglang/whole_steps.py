@@ -11,14 +11,12 @@ from collections import deque
 
 import numpy as np
 
-__all__ = ["WholeSteps", "shrink"]
+from cast_sglang.evidence import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 
-WINDOW = 32
-MIN_SAMPLES = 4
+__all__ = ["WholeSteps"]
+
 # Steps before one in which it looks for the other kind.
 NEIGHBOURS = 16
-# Standard errors by which a measured value may differ from the expected without being believed.
-NOISE = 2.0
 # A ratio that moved less than this since it was last applied is left alone.
 DEADBAND = 0.01
 
@@ -51,10 +49,12 @@ class WholeSteps:
         recent.append((is_plain, own))
         if len(others) < MIN_SAMPLES:
             return
-        difference = own - sorted(others)[len(others) // 2]
+        difference = own - median_and_spread(others)[0]
         window.append(difference if is_plain else -difference)
         if len(window) >= MIN_SAMPLES:
-            self._measured[bucket] = _believed(window)
+            median, spread = median_and_spread(window)
+            error = median_error(np.array(spread), np.array(len(window)))
+            self._measured[bucket] = shrink(np.array(median), error)
 
     def state(self) -> np.ndarray:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
@@ -71,30 +71,3 @@ class WholeSteps:
     def plain_ratio(self, bucket: int) -> float:
         """Return it as of the last refresh, 1 where too little was seen."""
         return math.exp(self._known[bucket])
-
-
-def shrink(departed: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Return how far measured values are believed to be from the expected ones.
-
-    Definition: out = departed * max(0, 1 - (NOISE * error / departed)^2)
-
-    Nothing where noise may explain it, nearly all where it is far beyond: to take the noise off in
-    full, as soft thresholding does, would leave every value short by it.
-
-    Args:
-        departed: measured minus expected.
-        error: >= 0, standard errors of the measured.
-
-    Source: Breiman, "Better subset regression using the nonnegative garrote" (Technometrics 37,
-    1995).
-    """
-    noise = np.minimum(NOISE * error / np.maximum(np.abs(departed), 1e-12), 1.0)
-    return departed * (1.0 - noise**2)
-
-
-def _believed(values: deque[float]) -> float:
-    """Return the median of some differences, as far as it is not noise."""
-    ranked, count = sorted(values), len(values)
-    spread = (ranked[3 * count // 4] - ranked[count // 4]) / 1.349
-    error = 1.25 * spread / math.sqrt(count)
-    return float(shrink(np.array(ranked[count // 2]), np.array(error)))

@@ -9,19 +9,17 @@ import torch
 from builders import make_profile, make_table
 
 from cast_sglang.cost import CostModel
+from cast_sglang.evidence import MIN_SAMPLES, WINDOW, shrink
 from cast_sglang.policy import select_count
 from cast_sglang.residuals import (
     DEADBAND,
     EXPLORE_EVERY,
     EXPLORE_SHARE,
     MAX_SCALE,
-    MIN_SAMPLES,
     REVISIT_SHARE,
-    WINDOW,
     CorrectedCosts,
     Residuals,
 )
-from cast_sglang.whole_steps import shrink
 
 FLAT = np.ones(32)
 
