@@ -17,33 +17,36 @@ class Request(SimpleNamespace):
         return self.is_finished
 
 
-def request(num_tokens: int, is_finished: bool = True) -> Request:
-    return Request(output_ids_through_stop=[0] * num_tokens, is_finished=is_finished)
+def request(is_finished: bool = True) -> Request:
+    return Request(is_finished=is_finished)
 
 
-def test_only_answers_that_ended_count():
+def test_tokens_over_ends():
     lengths = AnswerLengths()
-    short, long, retracted = request(10), request(30), request(5, is_finished=False)
-    assert not lengths.note([short, long, retracted])
+    first, second, retracted = request(), request(), request(is_finished=False)
+    lengths.note([first, second, retracted])
+    lengths.count(10)
     assert lengths.mean_tokens is None
-    assert not lengths.note([long, short])  # in another order, and without one that comes back
-    assert lengths.note([long])
-    assert lengths.mean_tokens == 10
-    assert not lengths.note([long])
-    assert lengths.note([retracted])
-    assert lengths.mean_tokens == pytest.approx(20, abs=0.5)  # the later counts a little more
+    lengths.note([second, first])  # in another order, and without one that comes back
+    assert lengths.mean_tokens is None
+    lengths.note([second])
+    assert lengths.mean_tokens == pytest.approx(10, rel=0.03)
+    lengths.count(30)  # of the one that runs: long ones count before they end
+    assert lengths.mean_tokens == pytest.approx(40, rel=0.03)
 
 
 def test_a_new_kind_of_answers_is_followed():
     lengths = AnswerLengths()
     for num_tokens, count in ((100, 500), (20, HALF_LIFE)):
         for _ in range(count):
-            lengths.note([request(num_tokens)])
-    # The last one still runs.
+            lengths.note([request()])
+            lengths.count(num_tokens)
+    lengths.note([])
     assert lengths.mean_tokens == pytest.approx(60, abs=2)
 
 
-def test_an_answer_without_tokens_is_no_division_by_zero():
+def test_answers_without_tokens_are_no_division_by_zero():
     lengths = AnswerLengths()
-    lengths.note([request(0)])
-    assert lengths.note([]) and lengths.mean_tokens == 1
+    lengths.note([request()])
+    lengths.note([])
+    assert lengths.mean_tokens == 1.0

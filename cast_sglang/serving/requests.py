@@ -15,31 +15,34 @@ _KEEP = 0.5 ** (1 / HALF_LIFE)
 
 
 class AnswerLengths:
-    """The mean length of the answers that ended lately.
+    """The mean length of answers lately: tokens over ends, so that those still running count too.
 
-    Attributes:
-        mean_tokens: None while none has ended.
+    A mean of the ended ones alone would be that of the short ones for as long as long ones run.
     """
 
     def __init__(self) -> None:
-        self.mean_tokens: float | None = None
         self._running: list[Req] = []
-        self._tokens = self._count = 0.0  # forgotten sums
+        self._tokens = self._ends = 0.0  # forgotten sums
 
-    def note(self, running: list[Req]) -> bool:
-        """Take note of the requests of a step; return whether the mean changed."""
+    @property
+    def mean_tokens(self) -> float | None:
+        """None while no answer has ended."""
+        return max(1.0, self._tokens / self._ends) if self._ends else None
+
+    def note(self, running: list[Req]) -> None:
+        """Take note of the requests of a step."""
         if running == self._running:
-            return False
+            return
         staying = set(map(id, running))
         # One that was retracted leaves as well, and comes back.
-        ended = [req for req in self._running if id(req) not in staying and req.finished()]
+        ends = sum(id(req) not in staying and req.finished() for req in self._running)
         self._running = list(running)
-        for req in ended:
-            self._tokens = _KEEP * self._tokens + max(1, len(req.output_ids_through_stop))
-            self._count = _KEEP * self._count + 1.0
-        if ended:
-            self.mean_tokens = self._tokens / self._count
-        return bool(ended)
+        keep = _KEEP**ends
+        self._tokens, self._ends = keep * self._tokens, keep * self._ends + ends
+
+    def count(self, num_tokens: int) -> None:
+        """Count new tokens of all requests of a step."""
+        self._tokens += num_tokens
 
 
 def mean_context(batch: ScheduleBatch) -> float:

@@ -250,8 +250,9 @@ class CastWorker(EAGLEWorkerV2):
         Effects: weighs the requests of the step.
         """
         draft = self._draft_worker
-        if self.answers.note(batch.reqs):
-            draft.policy.expect(self.answers.mean_tokens)
+        self.answers.note(batch.reqs)
+        if (answer_tokens := self.answers.mean_tokens) is not None:
+            draft.policy.expect(answer_tokens)
         wishes = wishes_of(batch.reqs)
         differ = any(wish != THROUGHPUT for wish in wishes)
         draft.weights = np.array(request_weights(wishes)) if differ else None
@@ -363,10 +364,11 @@ class CastWorker(EAGLEWorkerV2):
             return
         step, now = self._pending.popleft(), time.perf_counter()
         batch_size = len(num_correct_drafts_per_req)
+        num_drafts = sum(num_correct_drafts_per_req)
+        self.answers.count(batch_size + num_drafts)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
-            accepted = sum(num_correct_drafts_per_req) / batch_size
-            self._draft_worker.policy.observe(batch_size, accepted, step.units)
+            self._draft_worker.policy.observe(batch_size, num_drafts / batch_size, step.units)
         measured_us = None
         if step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
