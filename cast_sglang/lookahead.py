@@ -125,7 +125,7 @@ class Lookahead:
             verify: [N] float32, time of 1.. rows per request, the root included.
             growth: [>= K] float32, time of one more layer of 1.. nodes.
             price: accepted tokens asked per unit of time.
-            max_layers: how many more the tree may grow, >= 1.
+            max_layers: how many more the tree may grow.
         """
         width, gain = _best_width(
             self._means[depth:],
@@ -251,21 +251,17 @@ def _best_width(
             tree[0, place] += 1.0 / batch_size
             tree[1, place] += scores[request, k] / batch_size
     stands = _best_cut(tree, token, verify, price)
-    grown, width, most = tree.copy(), 0, -np.inf
+    grown, layer, width, most = tree.copy(), np.zeros_like(tree), 0, -np.inf
     for k in range(topk):
         for request in range(batch_size):
             _expand(children[0], 1.0 / batch_size, float(scores[request, k]), grown)
         gain = _best_cut(grown, token, verify, price) - stands - price * growth[k]
         if gain > most:
-            width, most = k + 1, gain
+            layer, width, most = grown - tree, k + 1, gain
     if most > 0.0 or max_layers < 2:
         return width, most
 
-    layer = np.zeros_like(tree)
-    for request in range(batch_size):
-        for k in range(width):
-            _expand(children[0], 1.0 / batch_size, float(scores[request, k]), layer)
-    grown[:] = tree + layer
+    grown = tree + layer
     for further in range(1, max_layers):
         below, room = np.zeros_like(tree), float(width)
         for place in range(_LAST):

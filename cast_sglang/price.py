@@ -178,7 +178,7 @@ class AutoPolicy(TreePolicy):
         token = 1.0 - price * view.token
         room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
-            self._layers, ranked, token, view.sized, view.growth, price, max(room, 1)
+            self._layers, ranked, token, view.sized, view.growth, price, room
         )
         self._deepen = gain > 0.0 and room > 0
         return width
