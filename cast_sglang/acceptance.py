@@ -41,7 +41,7 @@ _FORMAT = 2
 PRIOR_WEIGHT = 8.0
 HALF_LIFE = 256
 # Lines lack at most this part of the updates that count.
-REMAKE_SHARE = 16
+REMAKE_SHARE = 8
 
 
 class Reliability(NamedTuple):
@@ -89,8 +89,7 @@ class Acceptance:
         self._sums = np.zeros((3, *_SHAPE))
         # Made when asked for: the curves of all data, the lines of data that may be a little older.
         self._curves: np.ndarray | None = None
-        self._tables: dict[torch.device, torch.Tensor] = {}
-        self._lines: dict[tuple[torch.device, int], CalibrationLines] = {}
+        self._lines: dict[torch.device, list[CalibrationLines]] = {}  # of depth 1, 2 and so on
         self._num_updates = self._age = 0
 
     def update(
@@ -122,21 +121,20 @@ class Acceptance:
 
         Effects: no host sync; now and then one small copy to the device.
         """
-        bucket = bisect_left(_DEPTH_ENDS, depth)
-        lines = self._lines.get((device, bucket))
+        lines = self._lines.get(device)
         if lines is None:
-            table = self._tables.get(device)
-            if table is None:
-                # One copy for all: inner knots in the first row, then starts, then slopes.
-                packed = torch.from_numpy(_pack_lines(self.curves()))
-                table = self._tables[device] = packed.to(device, non_blocking=True)
-            starts, slopes = table[1 + bucket], table[1 + _SHAPE[0] + bucket]
-            lines = self._lines[device, bucket] = CalibrationLines(table[0, :-1], starts, slopes)
-        return lines
+            # One copy for all: inner knots in the first row, then starts, then slopes.
+            packed = torch.from_numpy(_pack_lines(self.curves()))
+            knots, *rows = packed.to(device, non_blocking=True).unbind()
+            starts, slopes = rows[: _SHAPE[0]], rows[_SHAPE[0] :]
+            lines = self._lines[device] = []
+            for each in range(1, _DEPTH_ENDS[-1] + 2):
+                bucket = bisect_left(_DEPTH_ENDS, each)
+                lines.append(CalibrationLines(knots[:-1], starts[bucket], slopes[bucket]))
+        return lines[min(depth, len(lines)) - 1]
 
     def _forget_lines(self) -> None:
         self._age = 0
-        self._tables.clear()
         self._lines.clear()
 
     def curves(self) -> np.ndarray:

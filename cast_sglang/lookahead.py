@@ -85,12 +85,9 @@ class Lookahead:
         if not self._seen:
             return
         for depth, scores, probs in self._seen:
-            self._children[depth] *= _KEEP
-            self._parents[depth] *= _KEEP
             weights = _ROOT if scores is None else scores.numpy(force=True)
-            self._parents[depth] += _count_children(
-                weights, probs.numpy(force=True), self._turn, self._children[depth]
-            )
+            known = self._parents, self._children
+            _count_children(weights, probs.numpy(force=True), self._turn, depth, *known)
             self._turn += 1
         self._seen.clear()
         _fill_means(self._children, self._parents, self._means)
@@ -146,32 +143,40 @@ def _place(score: float) -> float:
     return min(max(-_PER_OCTAVE * math.log2(max(score, 1e-9)), 0.0), float(_LAST))
 
 
-@compiled("f8(f4[:, :], f4[:, :], i8, f8[:])")
+@compiled("void(f4[:, :], f4[:, :], i8, i8, f8[:], f8[:, :])")
 def _count_children(
-    weights: np.ndarray, probs: np.ndarray, turn: int, children: np.ndarray
-) -> float:
-    """Add the children of some nodes to the histogram; return the weight of the nodes.
+    weights: np.ndarray,
+    probs: np.ndarray,
+    turn: int,
+    depth: int,
+    parents: np.ndarray,
+    children: np.ndarray,
+) -> None:
+    """Add the children of some nodes to the histogram of their depth, whose older ones fade.
 
     Args:
         weights: [B, n] float32, path scores, the first W of each row those of the nodes; [1, 1]
             for all alike.
         probs: [B * W, K] float32, the nodes' children's probabilities given them.
         turn: of many nodes, chooses which ones count.
-        children: [places], gets weight for each child at its distance below its parent.
+        depth: of the nodes.
+        parents: [depths], gets the weight of each node.
+        children: [depths, places], gets it for each child at its distance below its parent.
     """
-    total, width = 0.0, len(probs) // len(weights)
+    parents[depth] *= _KEEP
+    children[depth] *= _KEEP
+    width = len(probs) // len(weights)
     stride = -(-len(probs) // _MAX_NODES)
     for node in range(turn % stride, len(probs), stride):
         weight = float(weights[0, 0] if weights.size == 1 else weights[node // width, node % width])
-        total += weight
+        parents[depth] += weight
         for child in range(probs.shape[1]):
             distance = _place(float(probs[node, child]))
             # A child between two places is shared by them; one beyond the last counts as there.
             low = min(int(distance), _LAST - 1)
             further = weight * (distance - low)
-            children[low] += weight - further
-            children[low + 1] += further
-    return total
+            children[depth, low] += weight - further
+            children[depth, low + 1] += further
 
 
 @compiled("void(f8[:, :], f8[:], f8[:, :])")

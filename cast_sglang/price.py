@@ -138,6 +138,7 @@ class AutoPolicy(TreePolicy):
         self._lookahead = Lookahead(max_layers)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
+        self._price = 1.0  # of the step's tree
         self._deepen = False
         self._root_children: torch.Tensor | None = None  # until deeper ones are seen in the step
         self._weights: np.ndarray | None = None  # [B, 1]
@@ -166,19 +167,19 @@ class AutoPolicy(TreePolicy):
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and whether it pays to expand it at all."""
-        view, price = self._read(costs), self.price(scores.shape[0])
-        ranked = self._weighed(scores)
+        view, ranked = self._read(costs), self._weighed(scores)
         if self._layers == 1:
+            self._price = self.price(scores.shape[0])
             self._lookahead.begin_tree()
             self._root_children = scores
             if not self._lookahead.has_learned:
                 self._lookahead.add(0, None, scores)
                 self._lookahead.learn()
         # An accepted token is one row more to extend, where its number decides that.
-        token = 1.0 - price * view.token
+        token = 1.0 - self._price * view.token
         room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
-            self._layers, ranked, token, view.sized, view.growth, price, room
+            self._layers, ranked, token, view.sized, view.growth, self._price, room
         )
         self._deepen = gain > 0.0 and room > 0
         return width

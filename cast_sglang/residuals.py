@@ -38,7 +38,7 @@ PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the pa
 # all, and the fuller the fewer, so that rare buckets are known soon.
 STRIDE = 8
 # Steps between two corrections of the costs; each takes some hundred microseconds.
-REFRESH_EVERY = 32
+REFRESH_EVERY = 64
 # A scale beyond this is a broken measurement rather than drift.
 MAX_SCALE = 4.0
 # Scales that moved less than this since they were last applied are left alone.
@@ -94,6 +94,7 @@ class Residuals:
         self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
         self._scales = np.ones(self._shape)
         self._whole_steps = WholeSteps(len(self._batch_edges))
+        self._last_steps: list[tuple[int, bool, float]] = []  # since the last refresh
         self._steps: dict[tuple[int, int], int] = {}
         self._last_explored: dict[tuple[int, int], int] = {}
         self._explored: dict[tuple[int, int, int], int] = {}
@@ -122,7 +123,7 @@ class Residuals:
 
     def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
         """Count one whole step; arguments as of `WholeSteps.record`."""
-        self._whole_steps.record(self._batch_bucket(batch_size), is_plain, ratio)
+        self._last_steps.append((self._batch_bucket(batch_size), is_plain, ratio))
 
     def plain_ratio(self, batch_size: int) -> float:
         """Return what a plain step takes, relative to its costs, where one with a tree takes 1."""
@@ -130,6 +131,7 @@ class Residuals:
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
+        self._take_steps()
         return self._ratios, self._spreads, self._samples, self._whole_steps.state()
 
     def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
@@ -138,6 +140,7 @@ class Residuals:
         Args:
             state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
         """
+        self._take_steps()
         whole = None
         if state is not None:
             self._ratios, self._spreads, self._samples, whole = (array.copy() for array in state)
@@ -150,6 +153,11 @@ class Residuals:
         self._scales = np.where(moved, scales, self._scales)
         self.version += 1
         return True
+
+    def _take_steps(self) -> None:
+        for step in self._last_steps:
+            self._whole_steps.record(*step)
+        self._last_steps.clear()
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""

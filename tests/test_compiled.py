@@ -42,7 +42,14 @@ def arguments(function, rng, batch, n):
         ),
         "_fit": (sums, 8.0),
         "_place": (float(rng.random()),),
-        "_count_children": (floats(rng, batch, n), floats(rng, batch * n, 4), 7, children),
+        "_count_children": (
+            floats(rng, batch, n),
+            floats(rng, batch * n, 4),
+            7,
+            1,
+            floats(rng, 2, dtype=np.float64),
+            np.tile(children, (2, 1)),
+        ),
         "_fill_means": (
             floats(rng, 3, n, dtype=np.float64),
             np.array([0.0, 2.0, 0.5]),

@@ -43,21 +43,24 @@ class Backlog:
         self.capacity = capacity
         self._num_slots = num_slots
         self._missing = np.zeros(num_slots, dtype=np.int64)
+        self._is_empty = True  # as mostly; looking at each request takes longer
         self._next = np.zeros(num_slots, dtype=np.int64)  # place in the ring
         self._hidden_states: torch.Tensor | None = None  # [slots, capacity, H], a ring per request
         self._tokens: torch.Tensor | None = None
 
     def num_missing(self, slots: np.ndarray) -> int:
         """Return the most rows that any of the requests lacks."""
-        return int(self._missing[slots].max(initial=0))
+        return 0 if self._is_empty else int(self._missing[slots].max(initial=0))
 
     def forget(self, slots: np.ndarray) -> None:
         """Drop the rows of requests whose draft has just been brought up to date."""
         self._missing[slots] = 0
+        self._is_empty = self._is_empty or not self._missing.any()
 
     def clear(self) -> None:
         """Drop the rows of all requests."""
         self._missing[:] = 0
+        self._is_empty = True
 
     def add(self, slots: np.ndarray, hidden_states: torch.Tensor, tokens: torch.Tensor) -> None:
         """Keep one more row of each request.
@@ -76,12 +79,13 @@ class Backlog:
         self._tokens.flatten().index_copy_(0, place, tokens.to(torch.int64))
         self._next[slots] = (self._next[slots] + 1) % self.capacity
         self._missing[slots] = np.minimum(self._missing[slots] + 1, self.capacity)
+        self._is_empty = False
 
     def take(self, slots: np.ndarray) -> MissingRows:
         """Return the requests' rows and drop them; some must lack one."""
         assert self._hidden_states is not None and self._tokens is not None
         missing = self._missing[slots]
-        self._missing[slots] = 0
+        self.forget(slots)
         first = self._next[slots] - missing
         places = (first[:, None] + np.arange(int(missing.max()))) % self.capacity
         index = torch.from_numpy(np.stack((np.broadcast_to(slots[:, None], places.shape), places)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,10 @@ __all__ = ["Calibration", "CalibrationFile"]
 
 # Steps with drafts between two writes of the file, each a fraction of a millisecond.
 SAVE_EVERY = 1024
+# Outcomes that are read and learned together once many are known: between two passes of a model the
+# code has left the caches, and most of the time goes into fetching it.
+LEARN_AT_ONCE = 8
+_MANY = 16
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +95,20 @@ class _Drafted(NamedTuple):
 class _Outcome(NamedTuple):
     """A step whose outcome is known, on the device at first."""
 
-    read: Read  # parent list, selected candidates, accepted rows, and `_Drafted.probs`
-    widths: tuple[int, ...]
-    topk: int
+    drafted: _Drafted
+    accept_index: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return what `verify_outcomes` takes first."""
+        parents, nodes = self.drafted.selection.parent_list, self.drafted.selection.top_scores_index
+        return parents, nodes, self.accept_index, self.drafted.probs
 
 
 class Calibration:
     """Gives the layers of a tree an `Acceptance`'s lines and teaches it by the tree's outcome.
 
-    A step's outcome is learned when the next tree has been drafted: drafting has waited for it, so
-    by then its copy is on the host.
+    Outcomes are learned when the next tree has been drafted: drafting has waited for them, so by
+    then their copies are on the host. At first that is one at a time, later some.
     """
 
     def __init__(
@@ -115,7 +124,8 @@ class Calibration:
         self._num_learned = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._drafted: _Drafted | None = None
-        self._outcome: _Outcome | None = None
+        self._outcomes: list[_Outcome] = []
+        self._read: Read | None = None  # of all outcomes
 
     def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
         """Return what to calibrate a layer's candidates by, in the op that scores them.
@@ -136,7 +146,7 @@ class Calibration:
         topk: int,
         wanted: torch.Tensor | None = None,
     ) -> None:
-        """Take note of what the step verifies, and learn from the step before.
+        """Take note of what the step verifies, and learn from the steps before when it is time.
 
         Args:
             wanted: [B] bool, False for requests whose nodes cannot be accepted; None for none such.
@@ -159,19 +169,21 @@ class Calibration:
         """
         drafted, self._drafted = self._drafted, None
         if drafted is not None:
-            selection = drafted.selection
-            read = self._reads.start(
-                selection.parent_list, selection.top_scores_index, accept_index, drafted.probs
-            )
-            self._outcome = _Outcome(read, drafted.widths, drafted.topk)
+            self._outcomes.append(_Outcome(drafted, accept_index))
+            if len(self._outcomes) >= (LEARN_AT_ONCE if self._num_learned >= _MANY else 1):
+                tensors = [tensor for outcome in self._outcomes for tensor in outcome.tensors()]
+                self._read = self._reads.start(*tensors)
 
     def _learn(self) -> None:
-        if self._outcome is None:
+        if self._read is None:
             return
-        outcome, self._outcome = self._outcome, None
-        parents, nodes, accepted, probs = (part.numpy() for part in outcome.read.wait())
-        outcomes = verify_outcomes(parents, nodes, accepted, probs, outcome.widths, outcome.topk)
-        self.acceptance.update(*(part.ravel() for part in outcomes))
-        self._num_learned += 1
-        if self._file is not None and self._num_learned % SAVE_EVERY == 0:
-            self._file.save(self.acceptance)
+        arrays = iter([tensor.numpy() for tensor in self._read.wait()])
+        for drafted, _ in self._outcomes:
+            parents, nodes, accepted, probs = islice(arrays, 4)
+            parts = verify_outcomes(parents, nodes, accepted, probs, drafted.widths, drafted.topk)
+            self.acceptance.update(*(part.ravel() for part in parts))
+            self._num_learned += 1
+            if self._file is not None and self._num_learned % SAVE_EVERY == 0:
+                self._file.save(self.acceptance)
+        self._outcomes.clear()
+        self._read = None

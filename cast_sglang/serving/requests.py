@@ -29,16 +29,17 @@ class AnswerLengths:
         """None while no answer has ended."""
         return max(1.0, self._tokens / self._ends) if self._ends else None
 
-    def note(self, running: list[Req]) -> None:
-        """Take note of the requests of a step."""
+    def note(self, running: list[Req]) -> bool:
+        """Take note of the requests of a step; return whether they are others than before."""
         if running == self._running:
-            return
+            return False
         staying = set(map(id, running))
         # One that was retracted leaves as well, and comes back.
         ends = sum(id(req) not in staying and req.finished() for req in self._running)
         self._running = list(running)
         keep = _KEEP**ends
         self._tokens, self._ends = keep * self._tokens, keep * self._ends + ends
+        return True
 
     def count(self, num_tokens: int) -> None:
         """Count new tokens of all requests of a step."""

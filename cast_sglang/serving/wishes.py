@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from sglang.srt.runtime_context import get_spec
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.wish import THROUGHPUT, parse_wish
+from cast_sglang.wish import OFF, THROUGHPUT, parse_wish, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["check_wish", "wishes_of"]
+__all__ = ["check_wish", "weights_of", "wishes_of"]
 
 
 def check_wish(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +42,17 @@ def wishes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
     took the request in, counts as throughput: the scheduler must outlive it.
     """
     return tuple([_wish_of(req.sampling_params.custom_params) for req in reqs])
+
+
+def weights_of(reqs: Iterable[Req]) -> tuple[bool, np.ndarray | None]:
+    """Return whether any request of a batch wants drafts, and what the tokens of each are worth.
+
+    The latter is `request_weights`, [B]; None where all are worth the same.
+    """
+    wishes = wishes_of(reqs)
+    differ = any(wish != THROUGHPUT for wish in wishes)
+    weights = np.array(request_weights(wishes)) if differ else None
+    return any(wish != OFF for wish in wishes), weights
 
 
 def _wish_of(custom_params: Any) -> str:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.distributed import get_tp_group
@@ -23,7 +22,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, extend_units, plain_extra, step_units
+from cast_sglang.cost import CostModel, StepCosts, extend_units, plain_extra, step_units
 from cast_sglang.grid import longest_context
 from cast_sglang.optimal import OptimalPolicy
 from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
@@ -42,9 +41,8 @@ from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.readback import HostReads
 from cast_sglang.serving.requests import AnswerLengths, mean_context
 from cast_sglang.serving.tracing import Tracer
-from cast_sglang.serving.wishes import wishes_of
+from cast_sglang.serving.wishes import weights_of
 from cast_sglang.stats import StepStats
-from cast_sglang.wish import OFF, THROUGHPUT, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -53,6 +51,10 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, policy_seconds=0.0)
+
+# Steps of the same requests between two looks at what they cost; a context grows by less than one
+# bucket of the tables meanwhile.
+LOOK_UP_EVERY = 8
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,8 @@ class CastWorker(EAGLEWorkerV2):
             self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
         self.answers = AnswerLengths()
+        self._table: StepCosts | None = None  # as measured, of the requests that run
+        self._wants_drafts = True  # any of them
         self._num_steps = 0
         self._pending: deque[_Step] = deque()
         self._observing = 0.0  # seconds spent on results since the last step
@@ -201,11 +205,10 @@ class CastWorker(EAGLEWorkerV2):
         if draft.tracer is not None:
             draft.tracer.begin(batch)
         self._correct_costs()
-        table = None
-        if self.cost_model is not None:
-            context = mean_context(batch)
-            table = self.cost_model.step_costs(batch_size, context)
-            draft.costs = self.costs.step_costs(batch_size, context)
+        is_due = self._num_steps % LOOK_UP_EVERY == 0 or draft.tracer is not None
+        if self.answers.note(batch.reqs) or is_due:
+            self._look_up(batch)
+        table = self._table
         speculates, catch_up = self._decide(batch)
         policy_seconds = time.perf_counter() - began
         if catch_up and not speculates:
@@ -220,12 +223,10 @@ class CastWorker(EAGLEWorkerV2):
         began = time.perf_counter()
         shape = draft.last_shape if speculates else PLAIN_SHAPE
         predicted_us, units, expected_us = None, None, 0.0
-        if self.cost_model is not None:
-            extended = draft.last_extend_rows
-            predicted_us = self.cost_model.predict_us(
-                batch_size, context, shape.mean_rows, shape.widths, extended
-            )
-            units = step_units(draft.costs, shape.widths, shape.mean_rows, extended)
+        if table is not None:
+            passes = shape.widths, shape.mean_rows, draft.last_extend_rows
+            predicted_us = step_units(table, *passes) * table.unit_us
+            units = step_units(draft.costs, *passes)
             expected_us = (units + catch_up) * draft.costs.unit_us
             units = units if speculates else None
         if draft.tracer is not None:
@@ -244,24 +245,26 @@ class CastWorker(EAGLEWorkerV2):
         self._observing = 0.0
         return result
 
-    def _decide(self, batch: ScheduleBatch) -> tuple[bool, float]:
-        """Return whether this step drafts, and the units it spends to bring the draft up to date.
-
-        Effects: weighs the requests of the step.
-        """
-        draft = self._draft_worker
-        self.answers.note(batch.reqs)
+    def _look_up(self, batch: ScheduleBatch) -> None:
+        """Take what the requests ask for and what they cost into the next decisions."""
+        draft, batch_size = self._draft_worker, len(batch.reqs)
         if (answer_tokens := self.answers.mean_tokens) is not None:
             draft.policy.expect(answer_tokens)
-        wishes = wishes_of(batch.reqs)
-        differ = any(wish != THROUGHPUT for wish in wishes)
-        draft.weights = np.array(request_weights(wishes)) if differ else None
+        self._wants_drafts, draft.weights = weights_of(batch.reqs)
         draft.policy.weigh(draft.weights)
+        if self.cost_model is not None:
+            context = mean_context(batch)
+            self._table = self.cost_model.step_costs(batch_size, context)
+            draft.costs = self.costs.step_costs(batch_size, context)
+
+    def _decide(self, batch: ScheduleBatch) -> tuple[bool, float]:
+        """Return whether to draft, and the units it takes to bring the draft up to date."""
+        draft = self._draft_worker
         missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
         if draft.costs is None:
-            return any(wish != OFF for wish in wishes), 0.0
+            return self._wants_drafts, 0.0
         batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
-        speculates = any(wish != OFF for wish in wishes) and draft.policy.speculate(
+        speculates = self._wants_drafts and draft.policy.speculate(
             batch_size, draft.costs, plain_extra(draft.costs), catch_up
         )
         if speculates and self.residuals is not None and self.clock.times_next:
@@ -382,8 +385,7 @@ class CastWorker(EAGLEWorkerV2):
             self._draft_worker.tracer.done(measured_us)
         self._last_done = now
         self._observing += time.perf_counter() - now
-        interval = self.config.log_interval
-        if interval and self._num_steps % interval == 0:
+        if self.config.log_interval and self._num_steps % self.config.log_interval == 0:
             logger.info(self.cast_stats.log_line())
 
 
