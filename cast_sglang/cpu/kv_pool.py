@@ -63,9 +63,11 @@ class FusedRowKVPool(MHATokenToKVPool):
         self._kv_copy_config = None
 
     def _move_kv_cache_impl(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        # Accepted paths mostly begin where they belong, and each row is one of every layer.
+        moves = src_loc != tgt_loc
         # The gather completes before the scatter starts, so overlapping moves are safe.
-        moved = self.rows.index_select(1, src_loc.long())
-        self.rows.index_copy_(1, tgt_loc.long(), moved)
+        moved = self.rows.index_select(1, src_loc[moves].long())
+        self.rows.index_copy_(1, tgt_loc[moves].long(), moved)
 
 
 def _zeros_as_used(num_bytes: int) -> torch.Tensor:

@@ -122,9 +122,9 @@ def test_pool_moves_slots_of_all_layers():
     pool = make_pool()
     pool.storage.copy_(torch.randn(pool.storage.shape))
     before = pool.storage.clone()
-    # Overlapping, as an accepted path that moves up by one.
-    pool.move_kv_cache(torch.tensor([2, 3, 4]), torch.tensor([3, 4, 9]))
-    assert torch.equal(pool.storage[:, [2, 3, 4]], before[:, [3, 4, 9]])
+    # Overlapping, as an accepted path that begins where it belongs and moves up by one later.
+    pool.move_kv_cache(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 3, 4, 9]))
+    assert torch.equal(pool.storage[:, [0, 1, 2, 3, 4]], before[:, [0, 1, 3, 4, 9]])
     assert torch.equal(pool.storage[:, 5:], before[:, 5:])
 
 
