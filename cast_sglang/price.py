@@ -88,7 +88,6 @@ class _View(NamedTuple):
     growth: np.ndarray  # [K], one more layer of 1.. nodes, extending the draft by it included
     extend: np.ndarray  # [E], draft extend of 1.. rows
     rows: np.ndarray  # [N], verifying 1.. rows
-    verify: np.ndarray  # [S], verifying each allowed size
     sized: np.ndarray  # [N], verifying the smallest allowed size of 1.. rows or more
     token: float  # what a further accepted token adds to draft extend
 
@@ -198,7 +197,6 @@ class AutoPolicy(TreePolicy):
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the size whose nodes bring most beyond the price of their time."""
-        view, price = self._read(costs), self.price(scores.shape[0])
         num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
         if num_sizes == 0:
             raise ValueError(
@@ -206,33 +204,25 @@ class AutoPolicy(TreePolicy):
                 f"{scores.shape[1] + 1} nodes"
             )
         ranked = self._weighed(scores)
-        layers = -1 if self._extend_by_outcome else self._layers
-        best = _best_size(
-            ranked,
-            self._num_nodes[:num_sizes],
-            view.verify,
-            view.extend,
-            layers,
-            price,
-        )
+        sizes = self._num_nodes[:num_sizes]
+        best = _best_size(ranked, sizes, *self._terms(costs, len(ranked)))
         self._close_step()
         return self._sizes[best]
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those worth their time."""
-        view, price = self._read(costs), self.price(scores.shape[0])
         ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
-        batch_size, num_nodes = ranked.shape
-        # Stable, so that a request's parent comes before a child of the same score.
-        order = np.argsort(-ranked, axis=None, kind="stable")
-        shares = ranked.ravel()[order] / batch_size
-        utility = shares.cumsum()
-        nodes = np.arange(1, len(order) + 1) / batch_size
-        verify = np.interp(1.0 + nodes, np.arange(1, len(view.rows) + 1), view.rows)
-        time = verify + self._extend_time(view, nodes, utility)
-        best = int((utility - price * time).argmax())
+        num_rows = _share_out(ranked, *self._terms(costs, len(ranked)))
         self._close_step()
-        return 1 + np.bincount(order[: best + 1] // num_nodes, minlength=batch_size)
+        return num_rows
+
+    def _terms(
+        self, costs: Costs | None, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray, int, float]:
+        """Return what a cut is judged by: rows, extend, layers and price of `_best_size`."""
+        view = self._read(costs)
+        layers = -1 if self._extend_by_outcome else self._layers
+        return view.rows, view.extend, layers, self.price(batch_size)
 
     def _weighed(self, scores: torch.Tensor) -> np.ndarray:
         ranked = scores.numpy(force=True)
@@ -244,12 +234,6 @@ class AutoPolicy(TreePolicy):
             self._lookahead.add(0, None, self._root_children)
         self._lookahead.learn()
         self._layers, self._root_children = 1, None
-
-    def _extend_time(self, view: _View, nodes: np.ndarray, utility: np.ndarray) -> np.ndarray:
-        """Return the time of draft extend after verifying each number of nodes."""
-        longest = utility if self._extend_by_outcome else np.minimum(self._layers, nodes)
-        # One row more than drafts accepted, and index 0 is the time of one row.
-        return np.interp(longest, np.arange(len(view.extend)), view.extend)
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Take note of what a step with a tree brought; plain steps are not reported.
@@ -321,7 +305,7 @@ class AutoPolicy(TreePolicy):
 
 
 def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
-    verify, extend = costs.verify[num_nodes], costs.draft_extend
+    extend = costs.draft_extend
     row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
     row_of_layer, row_of_token = (0.0, row) if extend_by_outcome else (row, 0.0)
     return _View(
@@ -329,17 +313,41 @@ def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View
         growth=costs.draft + np.float32(row_of_layer),
         extend=extend,
         rows=costs.verify,
-        verify=verify,
-        sized=verify[np.searchsorted(num_nodes, np.arange(num_nodes[-1] + 1))],
+        sized=costs.verify[num_nodes[np.searchsorted(num_nodes, np.arange(num_nodes[-1] + 1))]],
         token=row_of_token,
     )
+
+
+@compiled("f8(f4[:], f8)")
+def _between(times: np.ndarray, place: float) -> float:
+    """Return the time at a place that need not be whole; the last one beyond the end."""
+    low = min(int(place), len(times) - 1)
+    high = min(low + 1, len(times) - 1)
+    return times[low] + min(place - low, 1.0) * (times[high] - times[low])
+
+
+@compiled("f8(f4[:], f4[:], i8, f8, f8)")
+def _cut_time(
+    rows: np.ndarray, extend: np.ndarray, layers: int, nodes: float, utility: float
+) -> float:
+    """Return the time of verifying so many nodes per request and of extending the draft then.
+
+    Args:
+        rows: [N], time of verifying 1.. rows, the root's among them.
+        extend: [E], time of extending the draft by 1.. rows.
+        layers: of the tree, which no path exceeds; below 0 where the draft is extended by what
+            each request accepts, utility in the mean.
+    """
+    longest = utility if layers < 0 else min(float(layers), nodes)
+    # One row more than nodes or drafts, and index 0 is the time of one row.
+    return _between(rows, nodes) + _between(extend, longest)
 
 
 @compiled("i8(f4[:, :], i8[:], f4[:], f4[:], i8, f8)")
 def _best_size(
     scores: np.ndarray,
     num_nodes: np.ndarray,
-    verify: np.ndarray,
+    rows: np.ndarray,
     extend: np.ndarray,
     layers: int,
     price: float,
@@ -347,33 +355,55 @@ def _best_size(
     """Return which number of nodes is best verified.
 
     Definition: the first i that maximises, with u = mean over requests of the sum of
-        scores[:, : num_nodes[i]], u - price * (verify[i] + extend at the longest path)
+        scores[:, : num_nodes[i]], u - price * time of num_nodes[i] nodes
 
     Args:
         scores: [B, n] float32, descending.
         num_nodes: [S], ascending, at most n.
-        verify: [>= S], time of verifying each.
-        extend: [E], time of extending the draft by 1.. rows.
-        layers: of the tree, which no path exceeds; below 0 where the draft is extended by what
-            each request accepts, utility in the mean.
+        rows, extend, layers: as of `_cut_time`.
     """
     batch_size = len(scores)
     best, most, utility, choice = 0, -np.inf, 0.0, 0
     for node in range(num_nodes[-1]):
-        mean = 0.0
         for request in range(batch_size):
-            mean += scores[request, node]
-        mean /= batch_size
-        utility += mean
+            utility += scores[request, node] / batch_size
         if node + 1 != num_nodes[choice]:
             continue
-        longest = utility if layers < 0 else float(min(layers, num_nodes[choice]))
-        # One row more than drafts accepted, and index 0 is the time of one row.
-        low = min(int(longest), len(extend) - 1)
-        high = min(low + 1, len(extend) - 1)
-        time = verify[choice] + extend[low]
-        time += min(longest - low, 1.0) * (extend[high] - extend[low])
-        if utility - price * time > most:
-            best, most = choice, utility - price * time
+        gain = utility - price * _cut_time(rows, extend, layers, float(node + 1), utility)
+        if gain > most:
+            best, most = choice, gain
         choice += 1
     return best
+
+
+@compiled("i8[:](f4[:, :], f4[:], f4[:], i8, f8)")
+def _share_out(
+    scores: np.ndarray, rows: np.ndarray, extend: np.ndarray, layers: int, price: float
+) -> np.ndarray:
+    """Return how many rows of each request are best verified, its root among them.
+
+    Definition: with the nodes of all requests in descending order, the first n that maximises
+        (sum of the n best scores) / B - price * time of n / B nodes per request
+
+    Args:
+        scores: [B, K] float32, descending.
+        rows, extend, layers: as of `_cut_time`.
+    """
+    batch_size, topk = scores.shape
+    negated = np.empty(batch_size * topk, np.float32)
+    for request in range(batch_size):
+        for k in range(topk):
+            negated[request * topk + k] = -scores[request, k]
+    # Stable, so that a request's parent comes before a child of the same score.
+    order = np.argsort(negated, kind="mergesort")
+    best, most, utility = 0, -np.inf, 0.0
+    for place in range(len(order)):
+        utility -= negated[order[place]] / batch_size
+        nodes = (place + 1) / batch_size
+        gain = utility - price * _cut_time(rows, extend, layers, nodes, utility)
+        if gain > most:
+            best, most = place, gain
+    num_rows = np.ones(batch_size, np.int64)
+    for place in range(best + 1):
+        num_rows[order[place] // topk] += 1
+    return num_rows

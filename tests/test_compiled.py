@@ -26,6 +26,8 @@ def arguments(function, rng, batch, n):
     sums = np.sort(floats(rng, 3, buckets, knots, dtype=np.float64), axis=0)[::-1].copy()
     flags = rng.random((2, batch * n)) < 0.5
     children = floats(rng, lookahead._LAST + 1, dtype=np.float64)
+    rows, extend = np.sort(floats(rng, n + 1)), np.sort(floats(rng, 1 + n // 3))
+    cut = rows, extend, int(rng.integers(-1, 4))
     return {
         "_piece": (float(rng.random()),),
         "_add_nodes": (
@@ -67,14 +69,15 @@ def arguments(function, rng, batch, n):
             batch,
         ),
         "_expand": (children, 0.3, float(rng.random()), np.stack((children, children))),
+        "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
+        "_cut_time": (*cut, float(n * rng.random()), float(rng.random())),
         "_best_size": (
             best_scores(rng, batch, n),
             np.unique(rng.integers(1, n + 1, 4)),
-            np.sort(floats(rng, 9)),
-            np.sort(floats(rng, 1 + n // 3)),
-            int(rng.integers(-1, 4)),
+            *cut,
             2.0,
         ),
+        "_share_out": (best_scores(rng, batch, n), *cut, 2.0),
     }[function.__name__]
 
 
