@@ -32,9 +32,11 @@ _SCORES = 2.0 ** (-np.arange(_LAST + 1) / _PER_OCTAVE)
 # Nodes read from one layer: enough for a mean, few where the batch is large.
 _MAX_NODES = 8
 _ROOT = np.ones((1, 1), np.float32)  # the score of every root
-# Steps with nodes of the same depth after which a node counts half.
+# Trees with nodes of the same depth, of those that count, after which a node counts half.
 HALF_LIFE = 32
 _KEEP = 0.5 ** (1 / HALF_LIFE)
+# Once so many trees have been grown, the nodes of one in two count: it takes as long as to decide.
+_MANY_TREES = 2 * HALF_LIFE
 # Nodes for which the mean of the depth above counts where a depth has been seen little or never.
 _PRIOR = 1.0
 
@@ -57,7 +59,7 @@ class Lookahead:
         self._means = self._children.copy()
         self._tree = np.zeros((2, _LAST + 1))
         self._seen: list[tuple[int, torch.Tensor | None, torch.Tensor]] = []
-        self._turn = 0
+        self._turn = self._num_trees = 0
 
     @property
     def has_learned(self) -> bool:
@@ -69,12 +71,16 @@ class Lookahead:
     ) -> None:
         """Take note of the children of the nodes of one layer; read and counted by `learn`.
 
+        Once many trees are known, those of every second one are passed over.
+
         Args:
             depth: of the nodes, 0 for roots.
             parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
                 have children; None for roots.
             child_probs: [B * W, K] float32, their children's probabilities given them.
         """
+        if self._num_trees > _MANY_TREES and self._num_trees % 2:
+            return
         self._seen.append((depth, parent_scores, child_probs))
 
     def learn(self) -> None:
@@ -94,6 +100,7 @@ class Lookahead:
 
     def begin_tree(self) -> None:
         """Forget the candidates of the last tree."""
+        self._num_trees += 1
         self._tree.fill(0.0)
 
     def best_width(

@@ -102,6 +102,18 @@ def test_requests_that_want_no_drafts_teach_nothing():
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
 
+def test_of_many_outcomes_a_part_teaches():
+    calibration, learned = Calibration(), []
+    for _ in range(module._MANY + 8 * module.TEACH_EVERY * module.LEARN_AT_ONCE):
+        step(calibration, [[0, -1, -1], [4, -1, -1]])
+        learned.append(calibration._num_learned)
+    # Each with the next tree at first; then some at a time, of every other step.
+    assert learned[: module._MANY] == list(range(module._MANY))
+    assert learned[-1] == pytest.approx(module._MANY + 8 * module.LEARN_AT_ONCE, abs=8)
+    # A step that does not teach leaves nothing behind that the next outcome could be taken for.
+    assert observed(calibration)[1][1] == 0.0
+
+
 def test_an_outcome_without_a_tree_is_ignored():
     calibration = Calibration()
     calibration.verified(torch.zeros((2, 1), dtype=torch.int64))

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from cast_sglang import acceptance, lookahead, price
+from cast_sglang import acceptance, cuts, lookahead
 from cast_sglang.compiled import compiled
 
 BATCHES_AND_WIDTHS = [(1, 1), (1, 7), (3, 2), (5, 31), (8, 13), (33, 5)]
@@ -71,19 +71,19 @@ def arguments(function, rng, batch, n):
         "_expand": (children, 0.3, float(rng.random()), np.stack((children, children))),
         "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
         "_cut_time": (*cut, float(n * rng.random()), float(rng.random())),
-        "_best_size": (
+        "best_size": (
             best_scores(rng, batch, n),
             np.unique(rng.integers(1, n + 1, 4)),
             *cut,
             2.0,
         ),
-        "_share_out": (best_scores(rng, batch, n), *cut, 2.0),
+        "share_out": (best_scores(rng, batch, n), *cut, 2.0),
     }[function.__name__]
 
 
 LOOPS = [
     loop
-    for module in (acceptance, lookahead, price)
+    for module in (acceptance, cuts, lookahead)
     for loop in vars(module).values()
     # That one is compared with a walk down the tree, in test_acceptance.py.
     if hasattr(loop, "py_func") and loop is not acceptance._read_outcomes

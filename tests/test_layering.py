@@ -15,9 +15,9 @@ MAX_LINES = 400
 # A module may import those to its left. The edges, serving and cpu, come last.
 ORDER = (
     "errors __init__ compiled config wish profile_schema profiles tree graph_sizes journal cost "
-    "evidence whole_steps residuals policy ops acceptance lookahead price optimal stats metering "
-    "grid roofline smoothing tabulating profiler trace reward recorded replay comparison tuning "
-    "offline plots drawing gallery report diagnosis cli cpu serving"
+    "evidence whole_steps residuals policy ops acceptance cuts lookahead price optimal stats "
+    "metering grid roofline smoothing tabulating profiler trace reward recorded replay "
+    "comparison tuning offline plots drawing gallery report diagnosis cli cpu serving"
 ).split()
 EDGES = ("serving", "cpu")
 

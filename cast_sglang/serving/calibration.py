@@ -25,8 +25,10 @@ __all__ = ["Calibration", "CalibrationFile"]
 
 # Steps with drafts between two writes of the file, each a fraction of a millisecond.
 SAVE_EVERY = 1024
-# Outcomes that are read and learned together once many are known: between two passes of a model the
-# code has left the caches, and most of the time goes into fetching it.
+# Once many outcomes are known, one step in so many teaches, and so many are learned together:
+# between two passes of a model the code has left the caches, and most of the time goes into
+# fetching it.
+TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
 _MANY = 16
 
@@ -108,7 +110,7 @@ class Calibration:
     """Gives the layers of a tree an `Acceptance`'s lines and teaches it by the tree's outcome.
 
     Outcomes are learned when the next tree has been drafted: drafting has waited for them, so by
-    then their copies are on the host. At first that is one at a time, later some.
+    then their copies are on the host. At first that is each of them at once, later a part of them.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Calibration:
         self.acceptance = Acceptance() if file is None else file.load()
         self._file = file if saves else None
         self._reads = HostReads("cpu") if reads is None else reads
-        self._num_learned = 0
+        self._num_learned = self._num_drafted = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._drafted: _Drafted | None = None
         self._outcomes: list[_Outcome] = []
@@ -152,6 +154,9 @@ class Calibration:
             wanted: [B] bool, False for requests whose nodes cannot be accepted; None for none such.
         """
         self._learn()
+        self._num_drafted += 1
+        if self._num_learned >= _MANY and self._num_drafted % TEACH_EVERY:
+            return
         batch_size = selection.top_scores_index.shape[0]
         layers = [probs.view(batch_size, -1) for probs in self._probs]
         # The candidate that does not exist has no probability either, and teaches nothing.
