@@ -38,7 +38,9 @@ _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
 _FORMAT = 2
 
-PRIOR_WEIGHT = 8.0
+# Small: a draft that is too modest keeps trees small until it is known, and one that is too sure is
+# soon found out, as its nodes are verified.
+PRIOR_WEIGHT = 2.0
 HALF_LIFE = 256
 # Lines lack at most this part of the updates that count.
 REMAKE_SHARE = 8

@@ -30,7 +30,7 @@ SAVE_EVERY = 1024
 # fetching it.
 TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
-_MANY = 16
+_MANY = 128
 
 logger = logging.getLogger(__name__)
 
