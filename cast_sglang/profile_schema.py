@@ -113,6 +113,12 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
     provenance: Provenance
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def table_error(self) -> float:
+        """Relative error to expect of an entry, below 1; 0 where nothing is known of it."""
+        heldout = self.provenance.heldout
+        return 0.0 if heldout is None else min(heldout.median_error, 0.5)
+
 
 def validate_profile(profile: CostProfile) -> None:
     """Check what the types cannot say: axes, shapes, ranges and agreement between tables.

@@ -9,7 +9,9 @@ by luck is one that gets chosen. So all buckets of a pass and batch size share o
 the device is now, and a bucket departs from it only by what its own noise does not explain.
 
 A bucket that the table makes look dear is never chosen, so serving alone would never find out that
-it is cheap. `explore` therefore asks, rarely, for another bucket than the policy chose.
+it is cheap. So what has not been measured yet is taken for as cheap as the table's own error allows
+beside what has: it is tried where it is a close second, and then it is known. And `explore` asks,
+rarely, for another bucket than the policy chose.
 """
 
 import bisect
@@ -74,9 +76,11 @@ class Residuals:
     Args:
         max_batch_size: largest number of requests in a step.
         max_tokens: largest number of rows or nodes per request in any pass.
+        table_error: relative error of the table's times, in [0, 1).
     """
 
-    def __init__(self, max_batch_size: int, max_tokens: int) -> None:
+    def __init__(self, max_batch_size: int, max_tokens: int, table_error: float = 0.0) -> None:
+        self._table_error = table_error
         self._batch_edges = _edges(max_batch_size, halves=False)
         self._token_edges = _edges(max_tokens, halves=True)
         shape = (len(PASSES), len(self._batch_edges), len(self._token_edges))
@@ -146,7 +150,8 @@ class Residuals:
             self._ratios, self._spreads, self._samples, whole = (array.copy() for array in state)
         self._known_samples = self._samples.copy()
         ratios = _explained(self._ratios, self._spreads, self._samples)
-        scales = np.clip(_filled(ratios, self._samples), 1 / MAX_SCALE, MAX_SCALE)
+        filled = _filled(ratios, self._samples, self._table_error)
+        scales = np.clip(filled, 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
         if not self._whole_steps.refresh(whole) and not moved.any():
             return False
@@ -329,10 +334,12 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
     return explained
 
 
-def _filled(ratios: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
     """Give buckets without evidence the ratio of the nearest with, of the same batch sizes.
 
-    Tables are wrong in regions: a kernel that changed, a cache that another process shares.
+    Tables are wrong in regions: a kernel that changed, a cache that another process shares. Beside
+    that each entry has its own error, taken in favour of all but the first: whether a lone root
+    takes less is a question of its own, see `explore_plain`.
     """
     known = samples >= MIN_SAMPLES
     filled = np.ones_like(ratios)
@@ -342,6 +349,7 @@ def _filled(ratios: np.ndarray, samples: np.ndarray) -> np.ndarray:
             measured = index[known[row]]
             nearest = np.abs(index[:, None] - measured).argmin(axis=1)
             filled[row] = ratios[row][measured[nearest]]
+            filled[row][1:][~known[row][1:]] *= 1.0 - table_error
     return filled
 
 

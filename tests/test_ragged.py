@@ -7,7 +7,13 @@ import torch
 
 from cast_sglang.cpu.attention import CastCpuAttnBackend
 from cast_sglang.cpu.reads import causal_read
-from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.ragged import (
+    kept_rows,
+    last_layer,
+    last_rows,
+    running_only,
+    runs_kept_rows,
+)
 
 WIDTH = 3
 
@@ -102,6 +108,80 @@ def test_attention_of_kept_rows_is_that_of_all_rows():
     kept = kept_rows(torch.tensor([3, 1, 2]), WIDTH)
     backend.kept_rows = kept
     torch.testing.assert_close(attend(queries[kept]), expected[kept])
+
+
+class Layer(torch.nn.Module):
+    """The parts of a decoder layer by the names that EAGLE-3's has, each row on its own."""
+
+    def __init__(self, hidden=4):
+        super().__init__()
+        self.self_attn = torch.nn.Module()
+        self.self_attn.o_proj = torch.nn.Linear(hidden, hidden)
+        self.post_attention_layernorm = AddedNorm()
+        self.seen = []
+
+    def forward(self, attended, residual):
+        hidden, residual = self.post_attention_layernorm(self.self_attn.o_proj(attended), residual)
+        self.seen.append(len(hidden))
+        return hidden * 2.0, residual
+
+
+class AddedNorm(torch.nn.Module):
+    def forward(self, hidden, residual):
+        return torch.tanh(hidden + residual), hidden + residual
+
+
+class LayerRunner:
+    """A model of one layer over `hidden_states`."""
+
+    def __init__(self):
+        self.attn_backend = SimpleNamespace(kept_rows=None)
+        self.layer = Layer()
+
+    def forward(self, forward_batch):
+        states = forward_batch.spec_info.hidden_states
+        hidden, residual = self.layer(states, states + 1.0)
+        return SimpleNamespace(
+            logits_output=SimpleNamespace(next_token_logits=hidden, hidden_states=residual)
+        )
+
+
+def filled_layout(batch_size):
+    batch = layout(batch_size)
+    generator = torch.Generator().manual_seed(1)
+    batch.spec_info.hidden_states = torch.randn(batch_size * WIDTH, 4, generator=generator)
+    return batch
+
+
+def test_last_rows():
+    assert last_rows(torch.tensor([1, 3, 2]), WIDTH).tolist() == [0, 5, 7]
+
+
+@pytest.mark.parametrize("num_rows", [(2, 1, 3), (WIDTH, WIDTH, WIDTH), (1, 1, 1)])
+def test_the_last_layer_goes_on_with_the_rows_that_are_read(num_rows):
+    runner, num_rows = LayerRunner(), torch.tensor(num_rows)
+    everything = runner.forward(filled_layout(3)).logits_output
+    kept, read = kept_rows(num_rows, WIDTH), last_rows(num_rows, WIDTH)
+    with running_only(runner, kept, runner.layer, read):
+        output = runner.forward(filled_layout(3)).logits_output
+    assert runner.layer.seen == [3 * WIDTH, 3]
+    for name in ("next_token_logits", "hidden_states"):
+        ours, theirs = getattr(output, name), getattr(everything, name)
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours[read], theirs[read])
+        assert ours.count_nonzero() == theirs[read].count_nonzero()
+    runner.forward(filled_layout(3))
+    assert runner.layer.seen[-1] == 3 * WIDTH
+
+
+def test_a_draft_of_other_layers_runs_them_whole():
+    assert last_layer(torch.nn.Linear(2, 2)) is None
+    other = torch.nn.Module()
+    other.model = torch.nn.Module()
+    other.model.layers = torch.nn.ModuleList([Layer()])
+    assert last_layer(other) is None
+    other.model.layers = torch.nn.ModuleList()
+    assert last_layer(other) is None
 
 
 def test_a_backend_that_does_not_know_of_kept_rows_is_left_alone():

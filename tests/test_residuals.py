@@ -57,6 +57,18 @@ def test_a_bucket_takes_its_median_ratio():
     assert scale(residuals, 8, operation="draft") == 1.0
 
 
+def test_what_was_never_measured_is_a_little_cheaper_than_its_neighbours():
+    residuals = Residuals(8, 32, table_error=0.05)
+    assert residuals.scales("verify", 4, 32).tolist() == [1.0] * 32  # nothing was measured
+    record(residuals, 1.2, tokens=2)
+    record(residuals, 1.0, tokens=8)
+    residuals.refresh()
+    found = {tokens: scale(residuals, tokens) for tokens in (1, 2, 3, 6, 8, 32)}
+    # A lone root is left to the tries of plain decoding.
+    assert found == pytest.approx({1: 1.2, 2: 1.2, 3: 1.14, 6: 0.95, 8: 1.0, 32: 0.95}, rel=0.01)
+    assert scale(residuals, 3, operation="draft") == 1.0
+
+
 def test_noise_alone_moves_no_bucket_against_another():
     """Each size taken eight times with 15 % of noise: a right table keeps its shape."""
     ranges = []

@@ -32,7 +32,13 @@ from cast_sglang.serving.draft_attention import create_tree_backend
 from cast_sglang.serving.layer_graphs import capture_layers
 from cast_sglang.serving.layers import grow_tree
 from cast_sglang.serving.pass_graphs import capture_extend, extend_rows
-from cast_sglang.serving.ragged import first_columns, kept_rows, running_only
+from cast_sglang.serving.ragged import (
+    first_columns,
+    kept_rows,
+    last_layer,
+    last_rows,
+    running_only,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -87,6 +93,7 @@ class CastDraftWorker(EagleDraftWorker):
     extend_graphs: PassGraphs | None
     weights: np.ndarray | None  # [B], what the tokens of the step's requests are worth
     is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
+    last_layer: torch.nn.Module | None  # can go on with one row per request; None if it cannot
     shares_out: bool  # one budget of verified nodes for the batch
     backlog: Backlog
     deferring: EagleDraftInput | None  # in a plain step, what it began with
@@ -99,6 +106,7 @@ class CastDraftWorker(EagleDraftWorker):
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
         self.layer_graphs = self.extend_graphs = self.graph_plan = None
+        self.last_layer = last_layer(self.draft_runner.model)
 
     def init_attention_backend(self) -> None:
         """Build the backend of the tree's layers and the one of draft extend."""
@@ -182,6 +190,9 @@ class CastDraftWorker(EagleDraftWorker):
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
         verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
         verify_input.num_rows = num_rows
+        siblings = verify_input.retrieve_next_sibling
+        # Known for free where nothing is in flight.
+        verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
         if wanted is not None:
             # Nothing hangs below the root of a request that wants no drafts.
             verify_input.retrieve_next_token.masked_fill_(~wanted.unsqueeze(1), -1)
@@ -273,7 +284,7 @@ class CastDraftWorker(EagleDraftWorker):
         with (
             self._width(rows, len(batch.reqs)),
             self.clock.time("draft_extend", self.last_extend_rows),
-            running_only(self.draft_runner, kept),
+            self._extending(batch_result.accept_lens, rows, kept),
         ):
             super()._draft_extend_for_decode(
                 batch, first_columns(batch, batch_result, rows), **kwargs
@@ -321,12 +332,30 @@ class CastDraftWorker(EagleDraftWorker):
             speculative_num_draft_tokens=width,
         )
         kept = kept_rows(num_rows, width) if self.is_ragged else None
-        with self._width(width, len(batch.reqs)), running_only(self.draft_runner, kept):
+        with (
+            self._width(width, len(batch.reqs)),
+            self._extending(result.accept_lens, width, kept),
+        ):
             super()._draft_extend_for_decode(past, result)
         for name in _NEXT_CHILDREN:
             now, before = getattr(result.next_draft_input, name), getattr(batch.spec_info, name)
             took = is_missing.to(self.device).unsqueeze(1)
             setattr(batch.spec_info, name, torch.where(took, now, before))
+
+    def _extending(
+        self, num_rows: torch.Tensor, width: int, kept: torch.Tensor | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let draft extend run the kept rows, and those behind each request's last only so far.
+
+        Args:
+            num_rows: [B] int, rows of each request that hold something.
+            width: rows laid out for each request.
+            kept: as of `running_only`.
+        """
+        if width == 1 or self.extend_graphs is not None:
+            # Captured passes run as they were captured.
+            return running_only(self.draft_runner, kept)
+        return running_only(self.draft_runner, kept, self.last_layer, last_rows(num_rows, width))
 
     @contextlib.contextmanager
     def _width(self, num_tokens: int, batch_size: int) -> Iterator[None]:

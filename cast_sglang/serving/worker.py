@@ -105,9 +105,8 @@ class CastWorker(EAGLEWorkerV2):
         self.answers = AnswerLengths()
         self._table: StepCosts | None = None  # as measured, of the requests that run
         self._wants_drafts = True  # any of them
-        self._num_steps = 0
         self._pending: deque[_Step] = deque()
-        self._observing = 0.0  # seconds spent on results since the last step
+        self._num_steps, self._observing = 0, 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
         self._prefill_since_step, self._reported = True, False
         if (found := find_server_profile(self.config, resolving_view(server_args))) is not None:
@@ -154,7 +153,8 @@ class CastWorker(EAGLEWorkerV2):
             max_extend_rows=self.max_extend_rows,
             lookup=self.config.lookup,
         )
-        residuals = Residuals(get_schedule().max_running_requests, self.max_draft_tokens)
+        largest = get_schedule().max_running_requests, self.max_draft_tokens
+        residuals = Residuals(*largest, found.profile.table_error)
         self.costs = CorrectedCosts(self.cost_model, residuals)
         explores = self.config.policy != "eagle" and not self.config.trace_full
         if self.config.residuals == "on" and explores:
@@ -337,8 +337,8 @@ class CastWorker(EAGLEWorkerV2):
         if num_rows is not None:
             mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
         topk = self.topk
-        if rows == 1:
-            self.topk = 1  # a lone root stands where it belongs, so nothing is to be moved
+        if rows == 1 or getattr(batch.spec_info, "is_path", False):
+            self.topk = 1  # accepted nodes stand where they belong, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
             if (graphs := self.verify_graphs) is not None:
