@@ -114,6 +114,18 @@ def test_profile_passes_other_flags_through_in_order(profiled, capsys):
     assert json.loads(last) == {"output": "x.json", "seconds": 1.0}
 
 
+@pytest.mark.parametrize("error", [None, 0.01, 0.051])
+def test_a_rough_profile_asks_for_more_time(error, monkeypatch, profiled, capsys):
+    facts = {"output": "x.json", "heldout_median_error": error}
+    measure = sys.modules["cast_sglang.serving.measure"]
+    monkeypatch.setattr(measure, "profile_server", lambda server_argv, **options: facts)
+    assert main(["profile", "--output", "x.json", "--quick"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == facts
+    assert ("off by 5.1%" in err and "--budget-seconds 60" in err) == (error == 0.051)
+    assert bool(err) == (error == 0.051)
+
+
 def test_profile_does_not_take_abbreviations(profiled):
     main(["profile", "--output", "x.json", "--out", "y"])
     assert profiled[0][0] == ["--out", "y"]
