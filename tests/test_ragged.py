@@ -8,6 +8,7 @@ import torch
 from cast_sglang.cpu.attention import CastCpuAttnBackend
 from cast_sglang.cpu.reads import causal_read
 from cast_sglang.serving.ragged import (
+    ending_at,
     kept_rows,
     last_layer,
     last_rows,
@@ -172,6 +173,28 @@ def test_the_last_layer_goes_on_with_the_rows_that_are_read(num_rows):
         assert ours.count_nonzero() == theirs[read].count_nonzero()
     runner.forward(filled_layout(3))
     assert runner.layer.seen[-1] == 3 * WIDTH
+
+
+def test_a_pass_ends_at_the_last_row_of_each_request(monkeypatch):
+    monkeypatch.setattr("cast_sglang.serving.ragged.last_layer", lambda model: model.model.layer)
+    outer = torch.nn.Module()
+    outer.model = torch.nn.Module()
+    outer.model.layer, outer.model.norm = Layer(), AddedNorm()
+    states = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
+    last = torch.tensor([3, 1, 3]).cumsum(0) - 1
+
+    def run():
+        return outer.model.norm(*outer.model.layer(states, states + 1.0))
+
+    everything = run()
+    with ending_at(outer, last):
+        ours = run()
+    assert outer.model.layer.seen == [7, 3]
+    for some, whole in zip(ours, everything, strict=True):
+        assert some.shape == whole.shape
+        torch.testing.assert_close(some[last], whole[last])
+        assert some.count_nonzero() == whole[last].count_nonzero()
+    torch.testing.assert_close(run(), everything)
 
 
 def test_a_draft_of_other_layers_runs_them_whole():

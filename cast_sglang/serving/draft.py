@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from cast_sglang.serving.layer_graphs import capture_layers
 from cast_sglang.serving.layers import grow_tree
 from cast_sglang.serving.pass_graphs import capture_extend, extend_rows
 from cast_sglang.serving.ragged import (
+    ending_at,
     first_columns,
     kept_rows,
     last_layer,
@@ -254,6 +255,20 @@ class CastDraftWorker(EagleDraftWorker):
 
     def to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
         return index if self.hot_token_id is None else self.hot_token_id[index]
+
+    def _draft_extend_for_prefill(
+        self, batch: ScheduleBatch, *args: Any, **kwargs: Any
+    ) -> EagleDraftInput:
+        """Write draft KV for prompts and draft the first root's children."""
+        ending: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        # On a GPU the pass may be captured, in pieces or as a whole.
+        is_eager = torch.device(self.device).type == "cpu" and not batch.forward_mode.is_idle()
+        if is_eager and self.last_layer is not None:
+            ending = ending_at(
+                self.draft_runner.model, torch.tensor(batch.extend_lens).cumsum(0) - 1
+            )
+        with ending:
+            return super()._draft_extend_for_prefill(batch, *args, **kwargs)
 
     def _draft_extend_for_decode(
         self, batch: ScheduleBatch, batch_result: GenerationBatchResult, **kwargs: object

@@ -4,8 +4,9 @@ SGLang lays a pass of verify or draft extend out with the same number of rows fo
 Where the attention backend can, only the rows that hold something are run: the batch is packed
 before the model and spread out again behind it, so all code around the model sees equal numbers.
 
-Draft extend reads the results of one row per request; the others are there for their keys and
-values. So behind the attention of the draft's last layer only that row need go on.
+Draft extend, and the draft's prefill, read the results of one row per request; the others are there
+for their keys and values. So behind the attention of the draft's last layer only that row need go
+on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 __all__ = [
+    "ending_at",
     "first_columns",
     "kept_rows",
     "last_layer",
@@ -70,7 +72,7 @@ def last_layer(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 @contextlib.contextmanager
-def _going_on_with(layer: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
+def _going_on_with(layer: Any, rows: torch.Tensor) -> Iterator[None]:
     """Let a decoder layer go on behind its attention with these of its rows alone."""
     hooks = (
         layer.self_attn.o_proj.register_forward_pre_hook(
@@ -88,6 +90,32 @@ def _going_on_with(layer: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]
 
 
 @contextlib.contextmanager
+def ending_at(model: torch.nn.Module, last: torch.Tensor) -> Iterator[None]:
+    """Let a pass of the model end at some of its rows; what stands for the others is zero.
+
+    Args:
+        model: one that has a `last_layer`.
+        last: [B] int64 places of the rows, ascending; the last one is the last row of the pass.
+    """
+    num_rows = int(last[-1]) + 1
+
+    def spread(_: object, args: object, normed: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        return tuple(
+            rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, last, rows) for rows in normed
+        )
+
+    decoder: Any = model.model
+    layer = last_layer(model)
+    assert layer is not None
+    hook = decoder.norm.register_forward_hook(spread)
+    try:
+        with _going_on_with(layer, last):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def running_only(
     runner: ModelRunner,
     kept: torch.Tensor | None,
@@ -102,6 +130,7 @@ def running_only(
             for all that are kept.
         read: flat places among the kept, ascending; needed with a layer.
     """
+    going_on: contextlib.AbstractContextManager[None]
     if layer is not None and read is not None:
         shown = read
         going_on = _going_on_with(layer, read if kept is None else torch.searchsorted(kept, read))
