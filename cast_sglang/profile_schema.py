@@ -106,6 +106,11 @@ class CostTables(_Record, frozen=True, kw_only=True):
     plain: CostTable | None = None
     step_overhead_us: list[float] | None = None
 
+    @property
+    def table_error(self) -> float:
+        """Relative error to expect of an entry, below 1; 0 where nothing is known of it."""
+        return 0.0
+
 
 class CostProfile(CostTables, frozen=True, kw_only=True):
     """The tables of one host and pair, with their provenance."""
@@ -115,7 +120,6 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
 
     @property
     def table_error(self) -> float:
-        """Relative error to expect of an entry, below 1; 0 where nothing is known of it."""
         heldout = self.provenance.heldout
         return 0.0 if heldout is None else min(heldout.median_error, 0.5)
 

@@ -139,7 +139,8 @@ class Replay:
             warns=False,
         )
         self.extrapolated = self._model.extrapolated
-        self._residuals = Residuals(header.max_batch_size, header.num_draft_tokens)
+        largest = header.max_batch_size, header.num_draft_tokens
+        self._residuals = Residuals(*largest, tables.table_error)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
         # A server that corrects its tables also tries other sizes now and then.
         self._explores = (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cast_sglang import profiles
 from cast_sglang.errors import ProfileError
-from cast_sglang.profile_schema import ModelIdentity, validate_profile
+from cast_sglang.profile_schema import CostTables, Heldout, ModelIdentity, validate_profile
 from cast_sglang.profiles import (
     check_profile,
     config_hash,
@@ -372,3 +372,13 @@ def test_default_directories(tmp_path, monkeypatch):
     save_profile(make_profile(here), user_profile_path(here))
     assert find_profile(here).path.is_relative_to(tmp_path)
     assert REPOSITORY / "profiles" in profiles.profile_directories()
+
+
+@pytest.mark.parametrize(("median_error", "expected"), [(None, 0.0), (0.015, 0.015), (3.0, 0.5)])
+def test_the_error_to_expect_of_a_table(median_error, expected):
+    profile = make_profile()
+    heldout = median_error and Heldout(points=9, median_error=median_error, p95_error=4.0)
+    provenance = msgspec.structs.replace(profile.provenance, heldout=heldout)
+    assert make_profile(provenance=provenance).table_error == expected
+    bare = {name: getattr(profile, name) for name in CostTables.__struct_fields__}
+    assert CostTables(**bare).table_error == 0.0
