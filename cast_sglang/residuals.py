@@ -349,7 +349,9 @@ def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.n
             measured = index[known[row]]
             nearest = np.abs(index[:, None] - measured).argmin(axis=1)
             filled[row] = ratios[row][measured[nearest]]
-            filled[row][1:][~known[row][1:]] *= 1.0 - table_error
+            is_favoured = ~known[row]
+            is_favoured[0] = False
+            filled[row][is_favoured] *= 1.0 - table_error
     return filled
 
 

@@ -175,21 +175,18 @@ def test_the_last_layer_goes_on_with_the_rows_that_are_read(num_rows):
     assert runner.layer.seen[-1] == 3 * WIDTH
 
 
-def test_a_pass_ends_at_the_last_row_of_each_request(monkeypatch):
-    monkeypatch.setattr("cast_sglang.serving.ragged.last_layer", lambda model: model.model.layer)
-    outer = torch.nn.Module()
-    outer.model = torch.nn.Module()
-    outer.model.layer, outer.model.norm = Layer(), AddedNorm()
+def test_a_pass_ends_at_the_last_row_of_each_request():
+    layer, norm = Layer(), AddedNorm()
     states = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
     last = torch.tensor([3, 1, 3]).cumsum(0) - 1
 
     def run():
-        return outer.model.norm(*outer.model.layer(states, states + 1.0))
+        return norm(*layer(states, states + 1.0))
 
     everything = run()
-    with ending_at(outer, last):
+    with ending_at(norm, layer, last):
         ours = run()
-    assert outer.model.layer.seen == [7, 3]
+    assert layer.seen == [7, 3]
     for some, whole in zip(ours, everything, strict=True):
         assert some.shape == whole.shape
         torch.testing.assert_close(some[last], whole[last])

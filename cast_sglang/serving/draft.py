@@ -264,9 +264,8 @@ class CastDraftWorker(EagleDraftWorker):
         # On a GPU the pass may be captured, in pieces or as a whole.
         is_eager = torch.device(self.device).type == "cpu" and not batch.forward_mode.is_idle()
         if is_eager and self.last_layer is not None:
-            ending = ending_at(
-                self.draft_runner.model, torch.tensor(batch.extend_lens).cumsum(0) - 1
-            )
+            last = torch.tensor(batch.extend_lens).cumsum(0) - 1
+            ending = ending_at(self.draft_runner.model.model.norm, self.last_layer, last)
         with ending:
             return super()._draft_extend_for_prefill(batch, *args, **kwargs)
 

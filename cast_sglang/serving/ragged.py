@@ -89,25 +89,24 @@ def _going_on_with(layer: Any, rows: torch.Tensor) -> Iterator[None]:
             hook.remove()
 
 
+def _spread(rows: torch.Tensor, places: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return [num_rows, ...] with the rows in their places and zeros elsewhere."""
+    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, places, rows)
+
+
 @contextlib.contextmanager
-def ending_at(model: torch.nn.Module, last: torch.Tensor) -> Iterator[None]:
-    """Let a pass of the model end at some of its rows; what stands for the others is zero.
+def ending_at(norm: torch.nn.Module, layer: torch.nn.Module, last: torch.Tensor) -> Iterator[None]:
+    """Let a pass of a model end at some of its rows; what stands for the others is zero.
 
     Args:
-        model: one that has a `last_layer`.
+        norm: the model's last norm, behind all layers.
+        layer: its `last_layer`.
         last: [B] int64 places of the rows, ascending; the last one is the last row of the pass.
     """
     num_rows = int(last[-1]) + 1
-
-    def spread(_: object, args: object, normed: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-        return tuple(
-            rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, last, rows) for rows in normed
-        )
-
-    decoder: Any = model.model
-    layer = last_layer(model)
-    assert layer is not None
-    hook = decoder.norm.register_forward_hook(spread)
+    hook = norm.register_forward_hook(
+        lambda _, args, normed: tuple(_spread(rows, last, num_rows) for rows in normed)
+    )
     try:
         with _going_on_with(layer, last):
             yield
@@ -152,9 +151,7 @@ def running_only(
         output = forward(forward_batch, *args, **kwargs)
         logits_output = output.logits_output
         for name in ("next_token_logits", "hidden_states"):
-            rows = getattr(logits_output, name)
-            spread = rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, shown, rows)
-            setattr(logits_output, name, spread)
+            setattr(logits_output, name, _spread(getattr(logits_output, name), shown, num_rows))
         return output
 
     runner.forward = forward_kept

@@ -106,9 +106,9 @@ class CastWorker(EAGLEWorkerV2):
         self._table: StepCosts | None = None  # as measured, of the requests that run
         self._wants_drafts = True  # any of them
         self._pending: deque[_Step] = deque()
-        self._num_steps, self._observing = 0, 0.0  # seconds spent on results since the last step
+        self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
-        self._prefill_since_step, self._reported = True, False
+        self._num_steps, self._prefill_since_step, self._reported = 0, True, False
         if (found := find_server_profile(self.config, resolving_view(server_args))) is not None:
             self.use_profile(found)
 
