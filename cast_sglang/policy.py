@@ -254,11 +254,8 @@ class FixedPolicy(TreePolicy):
         assert costs is not None
         self._layer = None
         num_sizes = sum(size <= scores.shape[1] + 1 for size in self._sizes)
-        if num_sizes == 0:
-            raise ValueError(
-                f"the smallest verify size {self._sizes[0]} is larger than the tree of "
-                f"{scores.shape[1] + 1} nodes"
-            )
+        if num_sizes == 0:  # the tree ended below the smallest size
+            return scores.shape[1] + 1
         utility = scores.mean(dim=0).cumsum(dim=0).cpu()[self._utility_index[:num_sizes]]
         cost = torch.from_numpy(costs.verify)[self._cost_index[:num_sizes]]
         return self._sizes[int(select_count(utility, cost, self.c3)) - 1]

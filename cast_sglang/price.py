@@ -198,11 +198,9 @@ class AutoPolicy(TreePolicy):
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the size whose nodes bring most beyond the price of their time."""
         num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
-        if num_sizes == 0:
-            raise ValueError(
-                f"the smallest verify size {self._sizes[0]} is larger than the tree of "
-                f"{scores.shape[1] + 1} nodes"
-            )
+        if num_sizes == 0:  # the tree ended below the smallest size
+            self._close_step()
+            return scores.shape[1] + 1
         ranked = self._weighed(scores)
         sizes = self._num_nodes[:num_sizes]
         best = best_size(ranked, sizes, *self._terms(costs, len(ranked)))

@@ -164,9 +164,14 @@ def assign_extend_cache_locs(
 def slots_after(
     req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int
 ) -> Tensor:
-    """[B, count] int64 slots of each request's positions start, start + 1, ..."""
+    """[B, count] int64 slots of each request's positions start, start + 1, ...
+
+    Raises:
+        IndexError: a position lies behind the end of a row, where the next request's slots are.
+    """
     slots = np.empty((len(req_pool_indices), count), np.int64)
     rows, first = req_pool_indices.to(torch.int64).numpy(), start.to(torch.int64).numpy()
+    _check_end(int(first.max(initial=0)) + count, req_to_token)
     _read_slots(req_to_token.numpy(), rows, first, slots)
     return torch.from_numpy(slots)
 
@@ -192,7 +197,11 @@ def assign_req_to_token(
 
     Args:
         out_cache_loc: [sum(end_offset - start_offset)] slots, request after request.
+
+    Raises:
+        IndexError: a position lies behind the end of a row, where the next request's slots are.
     """
+    _check_end(int(end_offset.max()), req_to_token)
     _write_slots(
         req_pool_indices.to(torch.int64).numpy(),
         start_offset.to(torch.int64).numpy(),
@@ -200,6 +209,15 @@ def assign_req_to_token(
         out_cache_loc.to(torch.int64).numpy(),
         req_to_token.numpy(),
     )
+
+
+def _check_end(end: int, req_to_token: Tensor) -> None:
+    """Refuse positions that a row of the table does not have; compiled loops do not look."""
+    if end > req_to_token.shape[1]:
+        raise IndexError(
+            f"position {end - 1} of a request, whose row of req_to_token has "
+            f"{req_to_token.shape[1]}"
+        )
 
 
 @compiled("void(i8[:], i8[:], i8[:], i8[:], i4[:, :])")

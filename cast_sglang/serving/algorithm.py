@@ -327,6 +327,16 @@ def _refuse_unsupported(server_args: argparse.Namespace | ServerArgs) -> None:
             server_args.speculative_draft_window_size is not None,
             "CAST's draft reads the whole prefix; drop the flag",
         ),
+        "--enable-return-hidden-states": (
+            server_args.enable_return_hidden_states,
+            "the states at hand are the ones that the draft reads, not those of plain decoding; "
+            "drop the flag",
+        ),
+        "--return-hidden-states-mode": (
+            server_args.return_hidden_states_mode is not None,
+            "the states at hand are the ones that the draft reads, not those of plain decoding; "
+            "drop the flag",
+        ),
         "--disaggregation-mode": (
             server_args.disaggregation_mode != "null",
             "not supported by CAST yet; use null",

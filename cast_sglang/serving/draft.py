@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.layer_graphs import LayerGraphs
     from cast_sglang.serving.pass_graphs import GraphPlan, PassGraphs
     from cast_sglang.serving.readback import HostReads
+    from cast_sglang.serving.requests import StepRoom
     from cast_sglang.serving.tracing import Tracer
 
 
@@ -86,6 +87,7 @@ class CastDraftWorker(EagleDraftWorker):
     costs: StepCosts | None  # of the step that runs; None for a policy that needs none
     residuals: Residuals | None  # None without correction
     verify_sizes: tuple[int, ...]
+    room: StepRoom  # of the step that runs
     clock: PassClock
     tracer: Tracer | None  # None without recording
     reads: HostReads
@@ -156,7 +158,7 @@ class CastDraftWorker(EagleDraftWorker):
         num_layers = self.policy.depth(tree.num_layers, self.costs)
         policy_seconds += time.perf_counter() - began
         widths = widths[: num_layers - 1]
-        ranked = tree.ranked(self.max_draft_tokens - 1, num_layers)
+        ranked = tree.ranked(self.room.max_rows - 1, num_layers)
         (scores,) = self.reads.start(ranked.scores).wait()
         began = time.perf_counter()
         num_draft_tokens, num_rows = self._rows_to_verify(scores)
@@ -207,11 +209,12 @@ class CastDraftWorker(EagleDraftWorker):
         """
         num_rows = self.policy.share_out(scores, self.costs) if self.shares_out else None
         if num_rows is None:
-            size = self.policy.rerank(scores, self.costs)
+            size = min(self.policy.rerank(scores, self.costs), scores.shape[1] + 1)
         else:
             size = math.ceil(num_rows.mean())
         if self.residuals is not None and self.costs is not None and self.clock.is_timing:
-            sizes = self.verify_sizes[: bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)]
+            num_sizes = bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)
+            sizes = self.verify_sizes[:num_sizes] or (size,)
             explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
             if explored != size:
                 size, num_rows = explored, None

@@ -22,17 +22,18 @@ __all__ = [
     "captures_decode",
     "device_facts",
     "host_identity",
+    "is_draft_path",
     "is_eagle3_config",
     "published",
+    "read_config",
     "read_draft_config",
 ]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
 
-@functools.cache
-def read_draft_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """Return the draft's Hugging Face config.
+def read_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the Hugging Face config of a checkpoint.
 
     Raises:
         HostError: it cannot be read.
@@ -41,17 +42,40 @@ def read_draft_config(path: str, revision: str | None, trust_remote_code: bool) 
 
     try:
         return get_config(path, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    # The path may come from a client, and transformers checks a config by errors of many kinds.
+    except Exception as error:
         reason = " ".join(str(error).split())
-        raise HostError(
-            f"--speculative-draft-model-path {path}: no readable config.json: {reason[:300]}"
-        ) from error
+        raise HostError(f"{path}: no readable config.json: {reason[:300]}") from error
+
+
+@functools.cache
+def read_draft_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the draft's Hugging Face config, as it was when first read.
+
+    Raises:
+        HostError: it cannot be read.
+    """
+    try:
+        return read_config(path, revision, trust_remote_code)
+    except HostError as error:
+        raise HostError(f"--speculative-draft-model-path {error}") from error
 
 
 def is_eagle3_config(draft_config: Any) -> bool:
     """Return whether the draft is an EAGLE-3 head (it reads three layers of the target)."""
     name = architecture(draft_config)
     return EAGLE_ARCHITECTURES.get(name, name.lower().endswith("eagle3"))
+
+
+def is_draft_path(path: str) -> bool:
+    """Return whether a checkpoint is an EAGLE or EAGLE-3 draft, by its config."""
+    from sglang.srt.runtime_context import get_model
+
+    try:
+        config = read_config(path, None, get_model().trust_remote_code)
+    except HostError:
+        return False
+    return "eagle" in architecture(config).lower()
 
 
 def architecture(hf_config: Any) -> str:

@@ -114,14 +114,14 @@ def grow_tree(
     tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device), lines)
     if draft.tracer is not None:
         draft.tracer.drafted(1, probs, tree.scores)
-    layers = _layers(draft, forward_batch)
+    layers, max_layers = _layers(draft, forward_batch), draft.room.max_layers
     draft.reads.begin_step()
     scores = tree.frontier().scores
     read = draft.reads.start(scores)
     widths: list[int] = []
 
     while True:
-        frontier, is_full = tree.frontier(), tree.num_layers == tree.max_layers
+        frontier, is_full = tree.frontier(), tree.num_layers == max_layers
         if not is_full:
             layers.prepare(frontier)
         above = scores

@@ -312,6 +312,7 @@ class _Rows:
 
     def __init__(self, worker: CastWorker, batch_size: int, context: int) -> None:
         from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         self._worker = worker
@@ -325,6 +326,9 @@ class _Rows:
             )
             for row in range(batch_size)
         ]
+        for req in self._reqs:
+            req.kv.kv_committed_len = context
+            req.kv.kv_allocated_len = context + get_alloc_reserve_per_decode()
 
     def batch(self) -> ScheduleBatch:
         from sglang.srt.managers.schedule_batch import ScheduleBatch

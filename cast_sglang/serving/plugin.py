@@ -25,9 +25,10 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, wishes
+    from cast_sglang.serving import algorithm, host_patches, wishes
 
     algorithm.register()
+    host_patches.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
     HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", wishes.check_wish, HookType.AFTER)

@@ -1,13 +1,17 @@
-"""What the running requests tell: how long their contexts are, and how long answers get."""
+"""What the running requests tell: their contexts, how long answers get, how far they may go."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-__all__ = ["AnswerLengths", "mean_context"]
+__all__ = ["PLAIN_RESERVE", "AnswerLengths", "StepRoom", "TokensLeft", "mean_context", "slots_left"]
+
+# Slots that a request reserves where it can only be decoded plainly: one for the step, and one for
+# the step before, whose result the host may not know yet.
+PLAIN_RESERVE = 2
 
 # Ended answers after which one counts half.
 HALF_LIFE = 32
@@ -52,3 +56,54 @@ def mean_context(batch: ScheduleBatch) -> float:
         return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
     lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
     return sum(lengths) / len(batch.reqs)
+
+
+class StepRoom(NamedTuple):
+    """How much of the envelope a step may use, by what its requests still can take."""
+
+    max_layers: int  # of the tree; 0 where nothing may be drafted
+    max_rows: int  # verified per request, root included
+
+    @property
+    def has_drafts(self) -> bool:
+        return self.max_layers > 0 and self.max_rows > 1
+
+
+class TokensLeft:
+    """The most tokens that any running request may still get.
+
+    Requests are looked at when they change, and in each step only when all of them end soon: a step
+    brings a request from one to `max_tokens` tokens.
+
+    Args:
+        max_tokens: the most tokens that a step of the whole envelope brings a request.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._at_least = 0
+
+    def step(self, reqs: list[Req], num_pending: int, are_new: bool) -> int:
+        """Return how many tokens the step may bring; exact where that is less than it could.
+
+        Args:
+            num_pending: earlier steps whose results are not in the requests yet.
+            are_new: the requests differ from those of the step before.
+        """
+        if are_new or self._at_least < self._max_tokens:
+            left = max(req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs)
+            # A step that is not counted yet brings one token at least.
+            most, least = left - num_pending, left - num_pending * self._max_tokens
+        else:
+            most = least = self._at_least
+        self._at_least = least - self._max_tokens
+        return most
+
+
+def slots_left(req: Req, pending_rows: int) -> int:
+    """Return the cache slots that a request holds past its committed length.
+
+    Args:
+        pending_rows: tokens that steps may have committed of which the host does not know yet.
+    """
+    return int(req.kv.kv_allocated_len - req.kv.kv_committed_len) - pending_rows

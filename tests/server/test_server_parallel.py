@@ -25,9 +25,12 @@ ABORTED_TOKENS = 2000
 
 
 @pytest.fixture(scope="module")
-def tp2(start_server: ServerFactory) -> Iterator[Server]:
+def tp2(start_server: ServerFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # The default policy: it learns from what each rank sees, and the ranks must agree on trees.
-    with start_server("cast", "--tp-size", "2", name="cast-tp2") as server:
+    # Only rank 0 writes the trace.
+    trace = str(tmp_path_factory.mktemp("traces") / "tp2.trace")
+    flags = ("--tp-size", "2", "--cast-trace", trace)
+    with start_server("cast", *flags, name="cast-tp2") as server:
         yield server
 
 

@@ -1,0 +1,201 @@
+"""What the plugin changes in SGLang's own objects, in one place.
+
+A new SGLang release is to be checked against this file. Every hook leaves servers of other
+algorithms as they are, but for the room of a request's row on the CPU platform.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_spec
+
+from cast_sglang.cpu.platform import PLATFORM_NAME
+from cast_sglang.serving.identity import is_draft_path
+from cast_sglang.serving.requests import PLAIN_RESERVE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+__all__ = ["register_hooks"]
+
+_KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
+_EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
+_SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
+_WEIGHT_UPDATER = (
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+)
+
+logger = logging.getLogger(__name__)
+
+# Slots that the batch that is being prepared reserves per request; None for SGLang's own number.
+_reserve: int | None = None
+
+
+def register_hooks() -> None:
+    """Register the hooks; SGLang applies them in every process after all plugins are loaded."""
+    for target, hook in (
+        (f"{_KV_CONFIGURATOR}.get_req_to_token_extra_context_len", _widen_rows),
+        # Both names of the function: SGLang's two front ends import it.
+        (f"{_TOKENIZER_MANAGER}.compute_num_reserved_tokens", _reserve_no_context),
+        ("sglang.srt.rust_server.config.compute_num_reserved_tokens", _reserve_no_context),
+        (f"{_SCHEDULE_BATCH}._new_tokens_required_next_decode_spec_v2", _tokens_required),
+        (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
+        (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
+        (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
+        (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
+        (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
+    ):
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def is_cast() -> bool:
+    """Return whether this process serves with CAST."""
+    return get_spec().speculative_algorithm == "CAST"
+
+
+def _widen_rows(original: Callable[[], int]) -> int:
+    """Give a row of `req_to_token` room for what a step reserves past the context limit.
+
+    SGLang reserves 2 * max(steps * topk, tokens) slots for a request's next step, and at page size
+    1 gives its row room for 4 + tokens. A request near the limit then writes into the next row.
+    The platform serves SGLang's own EAGLE trees, which have the same need.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    extra = original()
+    if get_spec().speculative_algorithm is None:
+        return extra
+    if is_cast() or os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME:
+        extra = max(extra, get_alloc_reserve_per_decode())
+    return extra
+
+
+def _reserve_no_context(original: Callable[[], int]) -> int:
+    """Admit the prompts and lengths that plain decoding admits: drafts shrink near the limit."""
+    return 0 if is_cast() else original()
+
+
+def _lacks_room(batch: ScheduleBatch, requests: list[Req], num_tokens: int) -> bool:
+    """Return whether a request that is alone cannot get the slots of a step with drafts."""
+    if len(requests) != 1 or not is_cast():
+        return False
+    free = batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size()
+    return bool(free < num_tokens)
+
+
+def _tokens_required(
+    original: Callable[..., int], batch: ScheduleBatch, requests: list[Req], page_size: int
+) -> int:
+    """Ask the pool for plain decoding's slots where it cannot give the last request more.
+
+    SGLang aborts a request for which the pool has no room when it runs alone. Plain decoding would
+    serve it, so such a request is decoded with what there is.
+    """
+    needed = original(batch, requests, page_size)
+    if _lacks_room(batch, requests, needed):
+        kv = requests[0].kv
+        return max(0, kv.kv_committed_len + PLAIN_RESERVE - kv.kv_allocated_len)
+    return needed
+
+
+def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
+    """Reserve what `_tokens_required` asked for, and never more than a row holds."""
+    global _reserve
+    needed = 0
+    if len(batch.reqs) == 1 and is_cast():
+        from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+        kv = batch.reqs[0].kv
+        needed = kv.kv_committed_len + get_alloc_reserve_per_decode() - kv.kv_allocated_len
+    _reserve = PLAIN_RESERVE if _lacks_room(batch, batch.reqs, needed) else None
+    try:
+        original(batch)
+    finally:
+        _reserve = None
+
+
+def _reserve_of_batch(original: Callable[[], int]) -> int:
+    return original() if _reserve is None else _reserve
+
+
+def _select_runners(
+    original: Callable[..., list[tuple[str, Any]]], manager: Any, selector: str = "all"
+) -> list[tuple[str, Any]]:
+    """Take "all" for the target: its weights do not fit a draft that has a checkpoint of its own.
+
+    The draft shares the target's embedding, and its head where it has none, as the same tensors.
+    """
+    if selector == "all" and is_cast():
+        selector = "target"
+    return original(manager, selector)
+
+
+def _update_weights_from_disk(
+    original: Callable[..., Any], manager: Any, request: UpdateWeightFromDiskReqInput
+) -> Any:
+    """Update the draft where the path is that of a draft, else the target alone.
+
+    What does not fit is refused before any weight is touched. Files that turn out to be damaged
+    leave the weights that were served before.
+    """
+    if not is_cast():
+        return original(manager, request)
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
+
+    worker, path = manager.draft_worker, request.model_path
+    of_draft = is_draft_path(path)
+    error = worker.weight_update_error(path, of_draft)
+    if error is not None:
+        success, message = False, error
+    elif of_draft:
+        success, message = _with_rollback(
+            worker.draft_worker.draft_runner.model_config,
+            path,
+            lambda wanted: worker.update_draft_from_disk(wanted, request.load_format),
+        )
+        if success:
+            manager.record_weight_version_after_update(request.weight_version)
+            success, message = manager.flush_cache_after_weight_update(request, success, message)
+    else:
+
+        def update_target(wanted: str) -> tuple[bool, str]:
+            output = original(manager, msgspec.structs.replace(request, model_path=wanted))
+            return output.success, output.message
+
+        runner = manager.tp_worker.model_runner
+        success, message = _with_rollback(runner.model_config, path, update_target)
+    return UpdateWeightFromDiskReqOutput(success=success, message=message, num_paused_requests=0)
+
+
+def _with_rollback(
+    model_config: Any, path: str, update: Callable[[str], tuple[bool, str]]
+) -> tuple[bool, str]:
+    """Update a model from a path; where loading fails, load again what was served before."""
+    served = model_config.model_path
+    try:
+        success, message = update(path)
+    # SGLang's own rollback reads the damaged files again and raises what they raise.
+    except Exception as error:
+        logger.exception("CAST: loading weights from %s failed", path)
+        update(served)
+        return False, f"{path} cannot be loaded, the weights are those of before: {error}"
+    if not success:
+        model_config.model_path = served
+    return success, message
+
+
+def _keep_model_path(
+    original: Callable[..., None], manager: Any, model_path: str, load_format: str
+) -> None:
+    """Keep the name of the served model where only its draft was updated."""
+    if not (is_cast() and is_draft_path(model_path)):
+        original(manager, model_path, load_format)
