@@ -111,19 +111,13 @@ def ops_of_a_step(
     positions = torch.empty(batch * num_tokens, dtype=torch.int64, device=device)
     built = (parent_list, index, seq_lens, mask, positions, *links, topk, steps)
 
-    draft_costs, costs = rand(topk).cumsum(0), rand(num_tokens).cumsum(0)
-    sizes = torch.arange(2, num_tokens + 1, device=device)
-    price = torch.tensor(2.0, device=device)
     # Every call writes what nothing reads, so any layer stands for all.
     frontier = layers[-1].frontier.scores
-    utility, lines = ops.mean_utility(frontier), identity_lines(device)
+    lines = identity_lines(device)
     calls: dict[str, Callable[[], object]] = {
         "grow_layer": lambda: ops.grow_layer(frontier, probs, tokens, start),
         "grow_layer, calibrated": lambda: ops.grow_layer(frontier, probs, tokens, start, lines),
-        "mean_utility": lambda: ops.mean_utility(frontier),
-        "select_count": lambda: ops.select_count(utility, draft_costs, 2.0),
         "rank_nodes": lambda: ops.rank_nodes(scores, num_tokens - 1),
-        "choose_size": lambda: ops.choose_size(ranked.scores, costs, sizes, price),
         "select_nodes": lambda: ops.select_nodes(ranked.node_index, all_tokens, num_tokens),
         "build_tree": lambda: ops.build_tree(*built),
     }
@@ -131,8 +125,7 @@ def ops_of_a_step(
     def whole_step() -> None:
         for _ in range(steps - 1):
             calls["grow_layer, calibrated"]()
-            calls["mean_utility"]()
-        for op in ("rank_nodes", "choose_size", "select_nodes", "build_tree"):
+        for op in ("rank_nodes", "select_nodes", "build_tree"):
             calls[op]()
 
     return calls | {f"{steps} layers": whole_step}

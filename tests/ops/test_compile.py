@@ -83,11 +83,6 @@ def build_tree(fused, num_tokens=64, widths=(10,) * 7, seq_len=torch.int64):
     fused.build_tree(*case[:2], case.seq_lens.to(seq_len), *links, 10, case.num_steps)
 
 
-def choose_size(fused, n=63):
-    costs, sizes = torch.ones(n + 1), torch.arange(2, n + 2)
-    fused.choose_size(torch.zeros(64, n), costs, sizes, torch.tensor(2.0))
-
-
 def list_slots(fused, slot=torch.int32):
     fused.list_slots(*cases.slots(generator(), [700, 3], 10, 8, 5, slot)[:7])
 
@@ -100,10 +95,7 @@ LAUNCHES = {
         {"width": 1, "topk": 1},
         {"width": 16, "topk": 16},
     ],
-    "mean_utility": [lambda fused: fused.mean_utility(torch.zeros(64, 10))],
-    "select_count": [lambda fused: fused.select_count(torch.zeros(3, 10), torch.zeros(10), 2.0)],
     "rank_nodes": [{}, {"num_candidates": 5, "num_nodes": 1}, {"num_nodes": 710}],
-    "choose_size": [{}, {"n": 1}],
     "select_nodes": [{}, {"is_ragged": False}],
     "list_slots": [{}, {"slot": torch.int64}],
     "build_tree": [
@@ -123,13 +115,12 @@ def test_kernels_compile_for_sm_90(op, case, monkeypatch):
     name = f"{op}_kernel"
     recorder = Recorder(getattr(kernels, name))
     monkeypatch.setattr(kernels, name, recorder)
-    shape = LAUNCHES[op][case]
-    shape(fused) if callable(shape) else globals()[op](fused, **shape)
+    globals()[op](fused, **LAUNCHES[op][case])
     compiled = recorder.compile()
     ptx = compiled.asm["ptx"]
     assert ".ftz" not in ptx  # denormals stay
     assert not re.search(r"\b(atom|red)\.", ptx)  # nothing depends on a race
-    if op in ("grow_layer", "mean_utility", "select_count", "choose_size"):
+    if op == "grow_layer":
         assert "fma.rn.f32" not in ptx  # products are rounded before they are summed
     assert compiled.metadata.shared <= MAX_SHARED_BYTES
     assert spilled_bytes(compiled.asm["cubin"]) == 0
