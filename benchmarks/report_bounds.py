@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.arms import static_shape
 from benchmarks.report_data import Row, Run, cell_of
-from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel, plain_cost
+from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel, plain_cost, step_units
 from cast_sglang.profile_schema import CostProfile
 
 # The model continues the tables for batches and contexts that they do not reach.
@@ -90,7 +90,7 @@ class Bounds:
             steps, topk, tokens = static_shape(row["arm"]) or (0, 0, 0)
             accepted = row["accept_length"]
             widths = [topk] * (steps - 1)
-            step_us = mean_us(lambda c: model.predict_us(batch, c, tokens, widths, accepted))
+            step_us = mean_us(lambda c: _step_us(model, batch, c, widths, tokens, accepted))
             rate = batch * accepted / step_us * 1e6
         return float(rate * mean_us(lambda c: _plain_us(model, batch, c)) / 1e6 / batch)
 
@@ -110,6 +110,18 @@ def _model(profile: CostProfile) -> CostModel:
         max_width=MAX_ROWS,
         warns=False,  # what lies beyond is asked for on purpose
     )
+
+
+def _step_us(
+    model: CostModel,
+    batch: int,
+    context: int,
+    widths: Sequence[int],
+    num_rows: int,
+    num_extend_rows: float,
+) -> float:
+    costs = model.step_costs(batch, context)
+    return step_units(costs, widths, num_rows, num_extend_rows) * costs.unit_us
 
 
 def _plain_us(model: CostModel, batch: int, context: int) -> float:

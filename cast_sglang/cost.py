@@ -201,28 +201,6 @@ class CostModel:
             self._cache[batch_size, bucket] = costs
         return costs
 
-    def predict_us(
-        self,
-        batch_size: int,
-        context: float,
-        num_verify_rows: float,
-        draft_widths: Sequence[int],
-        num_extend_rows: float,
-    ) -> float:
-        """Predict the time of a step in microseconds; host arithmetic only.
-
-        Definition: unit_us * (verify[rows] + sum of draft[width] + draft_extend[rows] + overhead)
-
-        Args:
-            num_verify_rows: rows per request of the target pass, root included; in [1, N]. A mean
-                over requests need not be whole, here and below.
-            draft_widths: nodes per request of each draft layer that ran; each in [1, K].
-            num_extend_rows: rows per request of the draft's extend pass; in [0, E], 0 for none.
-        """
-        costs = self.step_costs(batch_size, context)
-        units = step_units(costs, draft_widths, num_verify_rows, num_extend_rows)
-        return units * costs.unit_us
-
     def _compute(self, batch_size: int, context: int) -> StepCosts:
         verify_us = self._verify.at(batch_size, context)
         unit_us = float(verify_us[0])

@@ -231,9 +231,6 @@ def _section(step: TracedStep, request: TracedRequest, drawing: str | None) -> s
         facts.append(f"predicted {step.predicted_us / 1e3:.1f} ms")
     if step.measured_us is not None:
         facts.append(f"measured {step.measured_us / 1e3:.1f} ms")
-    if (own := step.own_choice) is not None:
-        mine = "plain" if own.is_plain else f"{own.num_layers} layers, {max(own.num_rows)} rows"
-        facts.append(f"the policy's own choice: {mine}")
     tree = "" if drawing is None else f'<div class="tree">{drawing}</div>'
     return f"<h3>{title}</h3><p>{html.escape('; '.join(facts))}</p>{tree}"
 

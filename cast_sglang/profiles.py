@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ from cast_sglang.profile_schema import (
 
 __all__ = [
     "FoundProfile",
-    "check_profile",
     "config_hash",
     "find_profile",
     "load_profile",
@@ -39,9 +38,6 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 64 << 20
-
-# MIGRATIONS[v] turns the raw JSON object of version v into version v + 1.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 # Keys of a model config that change neither the shapes nor the operations of a forward pass, so a
 # fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that begin with an
@@ -216,21 +212,6 @@ def find_profile(
     )
 
 
-def check_profile(
-    profile: CostProfile, identity: HostIdentity, allow_foreign: bool = False
-) -> list[str]:
-    """Compare where a profile was measured with where it is to be used.
-
-    Returns:
-        Warnings, one line each: differing memory, versions, backend, graph or overlap setting; with
-        `allow_foreign` also the mismatches that would raise.
-
-    Raises:
-        ProfileError: another device, model pair, dtype, quantization or TP size.
-    """
-    return _check(profile, identity, allow_foreign, "cost profile ")
-
-
 def _check(
     profile: CostProfile, identity: HostIdentity, allow_foreign: bool, prefix: str
 ) -> list[str]:
@@ -291,17 +272,11 @@ def _candidates(directories: Sequence[Path], exact_name: str) -> Iterator[Path]:
 
 def _decode(data: bytes) -> CostProfile:
     version = msgspec.json.decode(data, type=_Versioned).schema_version
-    if version == SCHEMA_VERSION:
-        return msgspec.json.decode(data, type=CostProfile)
-    known = sorted({*MIGRATIONS, SCHEMA_VERSION})
-    if version not in known:
-        names = ", ".join(str(number) for number in known)
-        raise ProfileError(f"schema_version {version} is unknown; this release reads {names}")
-    content = msgspec.json.decode(data)
-    while version != SCHEMA_VERSION:
-        content = MIGRATIONS[version](content)
-        version += 1
-    return msgspec.convert(content, type=CostProfile)
+    if version != SCHEMA_VERSION:
+        raise ProfileError(
+            f"schema_version {version} is unknown; this release reads {SCHEMA_VERSION}"
+        )
+    return msgspec.json.decode(data, type=CostProfile)
 
 
 def _stable(value: Any) -> Any:

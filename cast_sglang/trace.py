@@ -125,7 +125,6 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     price: float | None = None
     answer_tokens: float | None = None  # of the answers that had ended, in the mean
     passes: list[TracedPass] = []  # that became known during the step
-    own_choice: TracedChoice | None = None  # the policy's, where the whole envelope was verified
 
     @property
     def batch_size(self) -> int:

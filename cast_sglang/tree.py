@@ -127,11 +127,6 @@ class DraftTree:
         """[B, W] int64 of each layer below the root: candidates that were expanded, best first."""
         return [nodes[:, :width] for nodes, width in self._kept]
 
-    @property
-    def num_expanded(self) -> int:
-        """Nodes per request that went through the draft model (the root not counted)."""
-        return sum(width for _, width in self._kept)
-
     def frontier(self) -> Frontier:
         """Return the newest layer's best K candidates."""
         return self._frontier

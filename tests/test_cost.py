@@ -147,16 +147,6 @@ def test_bad_arguments(change):
         make_model(**change)
 
 
-def test_prediction_is_the_sum_of_its_passes():
-    model = make_model()
-    costs = model.step_costs(3, 500)
-    units = costs.verify[5] + costs.draft[7] + costs.draft[3] + costs.draft_extend[4]
-    expected = (float(units) + costs.overhead) * costs.unit_us
-    assert model.predict_us(3, 500, 6, [8, 4], 5) == pytest.approx(expected, rel=1e-6)
-    alone = float(costs.verify[5]) + costs.overhead
-    assert model.predict_us(3, 500, 6, [], 0) == pytest.approx(alone * costs.unit_us, rel=1e-6)
-
-
 @settings(deadline=None)
 @given(st.integers(1, 64), st.floats(0, 1e6), st.sampled_from(["linear", "nearest"]))
 def test_costs_are_positive_and_finite_anywhere(batch_size, context, lookup):

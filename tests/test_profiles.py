@@ -15,7 +15,6 @@ from cast_sglang import profiles
 from cast_sglang.errors import ProfileError
 from cast_sglang.profile_schema import CostTables, Heldout, ModelIdentity, validate_profile
 from cast_sglang.profiles import (
-    check_profile,
     config_hash,
     find_profile,
     load_profile,
@@ -218,17 +217,6 @@ def test_too_large(tmp_path):
     fails_with_one_line(path, "64 MiB")
 
 
-def test_old_versions_are_migrated(saved, monkeypatch):
-    rewrite(saved, lambda content: content.update(schema_version=0, legacy=1))
-
-    def from_version_0(content):
-        content.pop("legacy")
-        return {**content, "schema_version": 1}
-
-    monkeypatch.setitem(profiles.MIGRATIONS, 0, from_version_0)
-    assert load_profile(saved) == make_profile()
-
-
 def test_estimated_tables_need_no_samples():
     table = make_table()
     bare = msgspec.structs.replace(table, samples=[[[0] * 4] * 2] * 2)
@@ -242,8 +230,12 @@ def test_estimated_tables_need_no_samples():
 # Identity
 
 
-def test_same_host_has_no_warnings():
-    assert check_profile(make_profile(), make_identity()) == []
+def warnings_on(here, path, **options):
+    return find_profile(here, str(path), **options).warnings
+
+
+def test_same_host_has_no_warnings(saved):
+    assert warnings_on(make_identity(), saved) == []
 
 
 @pytest.mark.parametrize(
@@ -259,17 +251,17 @@ def test_same_host_has_no_warnings():
         ),
     ],
 )
-def test_foreign_profile_is_refused_with_the_command_to_run(change, expected):
+def test_foreign_profile_is_refused_with_the_command_to_run(saved, change, expected):
     here = make_identity(**change)
     with pytest.raises(ProfileError) as caught:
-        check_profile(make_profile(), here)
+        warnings_on(here, saved)
     message = str(caught.value)
     assert expected in message and "\n" not in message
     assert "cast-sglang profile --model-path org/Target-8B" in message
     assert f"--speculative-draft-model-path {here.draft.name}" in message
     assert f"--output {user_profile_path(here)}" in message
     assert "CAST_ALLOW_FOREIGN_PROFILE=1" in message
-    [warning] = check_profile(make_profile(), here, allow_foreign=True)
+    [warning] = warnings_on(here, saved, allow_foreign=True)
     assert expected in warning
 
 
@@ -285,21 +277,21 @@ def test_foreign_profile_is_refused_with_the_command_to_run(change, expected):
         {"versions": {"sglang": "0.5.24", "torch": "2.11.0"}},
     ],
 )
-def test_lesser_differences_warn(change):
-    [warning] = check_profile(make_profile(), make_identity(**change))
+def test_lesser_differences_warn(saved, change):
+    [warning] = warnings_on(make_identity(**change), saved)
     assert "another" in warning and "\n" not in warning
 
 
-def test_irrelevant_differences_are_silent():
+def test_irrelevant_differences_are_silent(saved):
     here = make_identity(
         driver="1", runtime="2", overlap=None, versions={"python": "3.11", "new": "1"}
     )
-    assert check_profile(make_profile(), here) == []
+    assert warnings_on(here, saved) == []
 
 
-def test_a_renamed_model_is_the_same_model():
+def test_a_renamed_model_is_the_same_model(saved):
     target = ModelIdentity(name="local-copy", config_hash="a" * 64, architectures=["Llama"])
-    assert check_profile(make_profile(), make_identity(target=target)) == []
+    assert warnings_on(make_identity(target=target), saved) == []
 
 
 def test_config_hash_keeps_the_architecture_only():

@@ -22,11 +22,9 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from cast_sglang.grid import longest_context
 from cast_sglang.price import AutoPolicy
-from cast_sglang.replay import Replay, make_policy
 from cast_sglang.serving.identity import host_identity, published
 from cast_sglang.trace import (
     Continuation,
-    Trace,
     TracedPass,
     TracedRequest,
     TracedStep,
@@ -99,7 +97,6 @@ class Tracer:
     def __init__(self, worker: CastWorker) -> None:
         self._worker = worker
         self._writer: TraceWriter | None = None  # made with the first step, which has a profile
-        self._own: Replay | None = None  # what the policy would choose where all is verified
         self._has_tokens = worker.config.trace_tokens
         self._open: deque[_OpenStep] = deque()
         self._requests: dict[str, int] = {}  # numbers of the running requests
@@ -233,14 +230,9 @@ class Tracer:
 
     def _write(self, open_step: _OpenStep) -> None:
         if self._writer is None:
-            worker, config = self._worker, self._worker.config
+            config = self._worker.config
             file = Path(config.trace).expanduser()
-            header = self._header()
-            self._writer = TraceWriter(file, config.trace_mb << 20, header)
-            if config.trace_full and worker.profile is not None:
-                policy = make_policy(config.policy, header)
-                trace = Trace(file, header, [], [])
-                self._own = Replay(trace, worker.profile.profile, policy, rewards=False)
+            self._writer = TraceWriter(file, config.trace_mb << 20, self._header())
         paths = open_step.continuations
         requests = [
             msgspec.structs.replace(request, follows=path.follows, is_open=path.is_open)
@@ -254,8 +246,6 @@ class Tracer:
             measured_us=open_step.measured_us,
             passes=open_step.passes,
         )
-        if self._own is not None:
-            step = msgspec.structs.replace(step, own_choice=self._own.decide(step).choice)
         self._writer.write(step)
         if not self._writer.is_open:
             self._worker.draft_worker.tracer = None  # the rest of the run costs nothing

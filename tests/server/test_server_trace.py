@@ -97,7 +97,6 @@ def test_full_trace(start_server, prompts, made_up_profile, tmp_path):
         assert step.widths == [header.topk] * (header.num_steps - 1)
         assert step.mean_rows == header.num_draft_tokens
     outcomes = list(Replay(trace, load_profile(made_up_profile), make_policy("auto", header)))
-    assert [outcome.choice for outcome in outcomes] == [step.own_choice for step in trace.steps]
     # The policy would have verified less, for nearly as much.
     accepted = sum(len(r.accepted) for s in trace.steps for r in s.requests)
     kept = sum(o.accepted * s.batch_size for o, s in zip(outcomes, trace.steps, strict=True))
