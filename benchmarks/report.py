@@ -1,7 +1,7 @@
 """One page from the files that benchmarks leave behind: `report.html` and `report.md`.
 
     python -m benchmarks.report RESULTS.json [MORE.json ...] --profile PROFILE.json \\
-        --reliability reliability.json --study profile-study.json --out DIR
+        --reliability reliability.json --out DIR
     python -m benchmarks.report RESULTS.json --update-readme README.md
 
 The page holds its pictures itself and asks nothing of any other place; beside it lie the pictures
@@ -25,7 +25,6 @@ from benchmarks.report_data import (
     Run,
     arms_of,
     load_runs,
-    raw_runs,
     read_json,
     workloads,
 )
@@ -75,7 +74,6 @@ class Inputs(NamedTuple):
     runs: list[Run]
     profiles: list[NamedProfile]
     reliability: Path | None
-    study: Path | None
     bounds: Bounds
     styles: dict[str, figures.Style]
     copies: dict[Path, Path]  # of the files of numbers, relative to the page
@@ -108,7 +106,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--profile", type=Path, nargs="+", default=[], help="cost profiles that the servers used"
     )
     parser.add_argument("--reliability", type=Path, help="reliability.json of bench_calibration")
-    parser.add_argument("--study", type=Path, help="results.json of bench_profile")
     parser.add_argument(
         "--prompt-tokens",
         type=float,
@@ -132,12 +129,11 @@ def write_report(args: argparse.Namespace) -> Path:
     """Write the page with what belongs to it and return where it is."""
     runs = [run for path in args.results for run in load_runs(path)]
     profiles = [NamedProfile(path.name, load_profile(path)) for path in args.profile]
-    sources = [path for path in (*args.results, args.reliability, args.study) if path]
+    sources = [path for path in (*args.results, args.reliability) if path]
     inputs = Inputs(
         runs,
         profiles,
         args.reliability,
-        args.study,
         Bounds(profiles, args.prompt_tokens),
         figures.styles_of(arms_of(runs)),
         copy_numbers(sources, args.out),
@@ -182,7 +178,7 @@ def compose(inputs: Inputs) -> list[Block]:
             where = f"{origin['device']}, {origin['target']}, {origin['date'][:16]}"
             blocks.append(Heading(f"Run {number}: {where}"))
         blocks += run_chapter(inputs, run, f"run-{number}", 2 if is_only else 3)
-    return [*blocks, *profile_chapter(inputs), *reliability_chapter(inputs), *study_chapter(inputs)]
+    return [*blocks, *profile_chapter(inputs), *reliability_chapter(inputs)]
 
 
 def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
@@ -309,25 +305,6 @@ def reliability_chapter(inputs: Inputs) -> list[Block]:
         ),
         Details("How it was measured", [_origin(inputs.reliability, content["provenance"])]),
     ]
-
-
-def study_chapter(inputs: Inputs) -> list[Block]:
-    """Return how much speed an imperfect table costs."""
-    heading = Heading("Sensitivity to the cost tables")
-    if inputs.study is None:
-        command = "python -m benchmarks.bench_profile --profile PROFILE --out DIR"
-        return [heading, _missing("study of wrong tables", command, "--study DIR/results.json")]
-    blocks: list[Block] = [heading]
-    for number, run in enumerate(raw_runs(inputs.study, "variant"), start=1):
-        origin = run["provenance"]
-        title = f"{origin['device']}, {origin['target']}"
-        caption = f"Speed with imperfect tables, relative to the right one: {origin['date'][:16]}"
-        blocks += [
-            Picture(f"study-{number}", figures.draw_study(run["rows"], title), caption),
-            Details("Numbers", [tables.study(run["rows"])]),
-            Details("How it was measured", [_origin(inputs.study, origin)]),
-        ]
-    return blocks
 
 
 def _origin(path: Path, provenance: dict[str, object]) -> Block:

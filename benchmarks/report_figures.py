@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import bench_calibration, variant_figure
+from benchmarks import bench_calibration
 from benchmarks.arms import kind_of
 from benchmarks.report_data import Row, is_plain, label_of, ratio_of
 from cast_sglang.plots import plot_profiles
@@ -160,11 +160,6 @@ def draw_reliability(points: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the reliability curves of `bench_calibration`."""
     known = [bench_calibration.Point(**point) for point in points]
     return _drawn_by(lambda path: bench_calibration.draw(known, str(path)))
-
-
-def draw_study(rows: Sequence[Row], title: str) -> bytes:
-    """Draw the speeds with imperfect tables, as `bench_profile` does."""
-    return _drawn_by(lambda path: variant_figure.draw(list(rows), title, [path]))
 
 
 def _settings() -> Any:

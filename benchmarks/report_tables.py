@@ -201,24 +201,6 @@ def raw_numbers(rows: Sequence[Row]) -> Grid:
     return Grid(names, texts, num_words=0)
 
 
-def study(rows: Sequence[Row]) -> Grid:
-    """Return the speeds with imperfect tables."""
-    headings = ("batch", "task", "table", "speed vs right", "by the right table")
-    lines = [
-        (
-            str(row["batch"]),
-            row["task"],
-            row["variant"],
-            spread(ratio_of(row, "vs_right")),
-            shown(row.get("vs_right_by_table"), "x"),
-            shown(row["accept_length"]),
-            shown(_scaled(row.get("table_error"), 100.0), "%", 0),
-        )
-        for row in sorted(rows, key=lambda row: (row["task"], row["batch"]))
-    ]
-    return Grid((*headings, "accept length", "table error"), lines, num_words=3)
-
-
 def by_batch(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
     """Group rows by batch size, from the smallest."""
     sizes = sorted({row["batch"] for row in rows})

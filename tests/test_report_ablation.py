@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import bench_ablation
 from benchmarks.arms import Arm, parse_arms
-from benchmarks.bench_ablation import choose_arms, parse_args
+from benchmarks.bench_ablation import choose_arms, one_context, parse_args
 from benchmarks.cells import Cell, Group, Result
 from benchmarks.report_ablation import (
     draw_sweeps,
@@ -66,10 +66,22 @@ def test_the_part_context_writes_the_other_table_and_the_rest_goes_on(tmp_path, 
     [[_, arms, *rest]] = given
     derived = tmp_path / "one-context.json"
     assert arms.split(",")[2:] == [BASE, f"{BASE}+profile={derived}", f"{BASE}+lookup=nearest"]
-    assert len(load_profile(derived).target.contexts) == 1
+    assert load_profile(derived) == one_context(make_profile())
     assert rest == [*("--out", str(tmp_path), "--batches", "1,8", "--profile", words[1])]
     (tmp_path / "p.json").write_text("{}")
     assert bench_ablation.main([*words, "--parts", "context"]) == 1
+
+
+def test_one_context_keeps_the_shortest():
+    right = make_profile()
+    thin = one_context(right)
+    for name in ("target", "draft", "draft_extend", "plain"):
+        ours, theirs = getattr(thin, name), getattr(right, name)
+        assert len(theirs.contexts) > 1
+        assert (ours.batch_sizes, ours.contexts) == (theirs.batch_sizes, theirs.contexts[:1])
+        for cell in ("time_us", "spread_us", "samples"):
+            assert getattr(ours, cell) == [rows[:1] for rows in getattr(theirs, cell)]
+    assert thin.step_overhead_us == right.step_overhead_us
 
 
 @pytest.mark.parametrize(

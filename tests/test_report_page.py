@@ -125,8 +125,7 @@ def page(tmp_path, results):
     points = [{**point, "accepted": 0.45}, {**point, "drafted": 0.9, "accepted": 0.8}]
     content = {"provenance": ORIGIN, "errors": {"drafted": 0.1}, "points": points}
     (tmp_path / "reliability.json").write_text(json.dumps(content))
-    study = ROOT / "benchmarks/results/amd-epyc-2-cores__tiny-170m__profile-study.json"
-    words = [results, "--profile", tmp_path / "profile.json", "--study", study]
+    words = [results, "--profile", tmp_path / "profile.json"]
     words += ["--reliability", tmp_path / "reliability.json", "--prompt-tokens", 100]
     assert report.main([*map(str, words), "--out", str(tmp_path / "page")]) == 0
     return tmp_path / "page/report.html"
@@ -141,7 +140,7 @@ def test_the_page_needs_nothing_else_and_links_to_what_is_there(page):
     assert all((page.parent / link).is_file() for link in links)
     markdown = (page.parent / "report.md").read_text()
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown)
-    assert text.count("<img") == len(pictures) == len(set(pictures)) == 2 * 2 + 2 + 5 + 3
+    assert text.count("<img") == len(pictures) == len(set(pictures)) == 2 * 2 + 2 + 5
     assert all((page.parent / name).read_bytes().count(b"</svg>") == 1 for name in pictures)
     for words in ("no success in itself", "bound by the table", "This run was cut short"):
         assert words in text and words in markdown
@@ -155,7 +154,7 @@ def test_what_was_not_given_is_left_out_with_the_command_that_makes_it(tmp_path)
     old.write_text(json.dumps({"provenance": ORIGIN, "rows": [row]}))
     assert report.main([str(old), "--out", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page/report.html").read_text()
-    for module in ("bench_serving", "bench_calibration", "bench_profile"):
+    for module in ("bench_serving", "bench_calibration"):
         assert f"python -m benchmarks.{module} --" in text
     assert "cast-sglang profile" in text
     assert text.count("<img") == 1
