@@ -30,9 +30,9 @@ import msgspec
 from benchmarks import bench_serving
 from benchmarks.options import list_of
 from benchmarks.pairs import OUT
+from cast_sglang.costs.profiles import load_profile, save_profile
+from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
-from cast_sglang.profile_schema import CostProfile, CostTable
-from cast_sglang.profiles import load_profile, save_profile
 
 # Near the speed-ups of the padded tiny pair on two cores, where good prices lie.
 PRICES = "2-2-1.5"

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cast_sglang.cost import StepCosts
+from cast_sglang.costs.model import StepCosts
 from cast_sglang.ops import ops_for
 from cast_sglang.ops.contract import CalibrationLines
-from cast_sglang.policy import FixedPolicy, TreePolicy
-from cast_sglang.price import AutoPolicy
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.fixed import FixedPolicy, TreePolicy
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.tree import DraftTree
 

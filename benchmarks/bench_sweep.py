@@ -29,9 +29,9 @@ from rich.table import Table
 from benchmarks.fixed_trees import FIXED_TREES, fits, replay_fixed
 from benchmarks.pairs import OUT, Pair
 from benchmarks.provenance import provenance
-from cast_sglang.comparison import Comparison
 from cast_sglang.errors import CastError
-from cast_sglang.offline import Session, open_session
+from cast_sglang.trace.session import Session, open_session
+from cast_sglang.trace.summary import Comparison
 
 BASE = {"c1": 2.0, "c2": 2.0, "c3": 1.5, "r": 16}
 RULES = {"without DR": ("c3",), "without DP": ("c2",), "without BP": ("c1",)}

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.arms import Arm
 from benchmarks.servers import Server
 
-# Sums since the server's start; what they mean is said in `cast_sglang/stats.py`.
+# Sums since the server's start; what they mean is said in `cast_sglang/serving/stats.py`.
 TOTALS = (
     "steps",
     "plain_steps",

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from cast_sglang.comparison import Comparison, compare
-from cast_sglang.offline import Session
-from cast_sglang.policy import Costs, TreePolicy
-from cast_sglang.replay import Replay
-from cast_sglang.trace import Trace, TraceHeader, packed, unpacked
+from cast_sglang.policy.fixed import Costs, TreePolicy
+from cast_sglang.trace.records import Trace, TraceHeader, packed, unpacked
+from cast_sglang.trace.replay import Replay
+from cast_sglang.trace.session import Session
+from cast_sglang.trace.summary import Comparison, compare
 
 __all__ = ["FIXED_TREES", "FixedTree", "Shape", "fits", "replay_fixed"]
 

@@ -40,8 +40,8 @@ from benchmarks.report_page import (
     pictures_in,
 )
 from benchmarks.report_readme import update_readme
+from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
-from cast_sglang.profiles import load_profile
 
 TITLE = "CAST: how fast, and why"
 PICTURES, NUMBERS = "pictures", "numbers"  # folders beside the page

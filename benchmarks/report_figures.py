@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks import bench_calibration
 from benchmarks.arms import kind_of
 from benchmarks.report_data import Row, is_plain, label_of, ratio_of
-from cast_sglang.plots import plot_profiles
-from cast_sglang.profile_schema import CostProfile
+from cast_sglang.costs.schema import CostProfile
+from cast_sglang.report.profile_plot import plot_profiles
 
 # Of Okabe and Ito, and of Tol where these run out: told apart by the colour-blind too.
 COLORS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from cast_sglang.profile_schema import (
+from cast_sglang.costs.schema import (
     CostProfile,
     CostTable,
     HostIdentity,

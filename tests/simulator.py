@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.acceptance import Acceptance, verify_outcomes
-from cast_sglang.cost import StepCosts, step_units
+from cast_sglang.costs.model import StepCosts, step_units
 from cast_sglang.ops import reference
-from cast_sglang.optimal import optimal_choice
-from cast_sglang.policy import TreePolicy
-from cast_sglang.price import AutoPolicy
+from cast_sglang.policy.acceptance import Acceptance, verify_outcomes
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.policy.optimal import optimal_choice
 from cast_sglang.tree import DraftTree
 
 TOPK = 8

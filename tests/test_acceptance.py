@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.acceptance import Acceptance, _isotonic, verify_outcomes
 from cast_sglang.ops import reference
+from cast_sglang.policy.acceptance import Acceptance, _isotonic, verify_outcomes
 from cast_sglang.tree import DraftTree
 
 PROBS = torch.linspace(0.0, 1.0, 1001)

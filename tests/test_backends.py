@@ -99,7 +99,7 @@ def test_a_gpu_server_defaults_to_the_backend_with_graphs(has_gpu, given, monkey
     ],
 )
 def test_a_profile_says_whether_steps_were_captured(device, backend, captures):
-    from cast_sglang.serving.identity import captures_decode
+    from cast_sglang.serving.launch.identity import captures_decode
 
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=backend), prefill=PhaseConfig())
     server_args = SimpleNamespace(device=device, cuda_graph_config=graphs)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.serving.backlog import Backlog
+from cast_sglang.serving.drafting.backlog import Backlog
 
 SLOTS, CAPACITY, HIDDEN = 6, 4, 3
 

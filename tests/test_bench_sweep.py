@@ -8,7 +8,7 @@ from traces import Recorder, make_tables, write
 
 from benchmarks import bench_sweep
 from benchmarks.fixed_trees import FIXED_TREES
-from cast_sglang.profiles import save_profile
+from cast_sglang.costs.profiles import save_profile
 
 
 @pytest.fixture(scope="module")

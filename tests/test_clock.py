@@ -6,8 +6,8 @@ from collections import deque
 import pytest
 from builders import make_profile
 
-from cast_sglang.cost import CostModel
-from cast_sglang.serving.clock import PassClock
+from cast_sglang.costs.model import CostModel
+from cast_sglang.serving.pass_clock import PassClock
 
 
 @pytest.fixture

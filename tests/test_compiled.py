@@ -6,8 +6,8 @@ import numba
 import numpy as np
 import pytest
 
-from cast_sglang import acceptance, cuts, lookahead
-from cast_sglang.compiled import compiled
+from cast_sglang.ops.compiled import compiled
+from cast_sglang.policy import acceptance, lookahead, verify_size
 
 BATCHES_AND_WIDTHS = [(1, 1), (1, 7), (3, 2), (5, 31), (8, 13), (33, 5)]
 
@@ -83,7 +83,7 @@ def arguments(function, rng, batch, n):
 
 LOOPS = [
     loop
-    for module in (acceptance, cuts, lookahead)
+    for module in (acceptance, verify_size, lookahead)
     for loop in vars(module).values()
     # That one is compared with a walk down the tree, in test_acceptance.py.
     if hasattr(loop, "py_func") and loop is not acceptance._read_outcomes

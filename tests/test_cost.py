@@ -8,7 +8,7 @@ from builders import make_profile, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.cost import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.costs.model import CONTEXT_BUCKET_TOKENS, CostModel
 
 LIMITS = {"max_batch_size": 8, "max_context": 4096, "max_verify_tokens": 12, "max_width": 8}
 
@@ -128,7 +128,7 @@ def test_one_entry_per_bucket():
 
 
 def test_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr("cast_sglang.cost.MAX_CACHED_STEPS", 3)
+    monkeypatch.setattr("cast_sglang.costs.model.MAX_CACHED_STEPS", 3)
     model = make_model()
     entries = [model.step_costs(1, context) for context in (64, 128, 192, 256)]
     assert model.step_costs(1, 256) is entries[3] and len(model._cache) == 3

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from benchmarks.pairs import ROOT, tiny_pair
 from benchmarks.servers import CPU_PLATFORM
-from cast_sglang.diagnosis import Check, Diagnosis
-from cast_sglang.profile_schema import Heldout
-from cast_sglang.profiles import FoundProfile
-from cast_sglang.serving.doctor import check_profile_fit, examine
+from cast_sglang.costs.profiles import FoundProfile
+from cast_sglang.costs.schema import Heldout
+from cast_sglang.serving.launch.diagnosis import Check, Diagnosis
+from cast_sglang.serving.launch.doctor import check_profile_fit, examine
 from tests.server.profiles import write_profile
 
 TIMEOUT_SECONDS = 600

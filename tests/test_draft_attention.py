@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from cast_sglang.errors import HostError
-from cast_sglang.serving.draft_attention import create_tree_backend, triton_tree_backend_class
+from cast_sglang.serving.drafting.attention import create_tree_backend, triton_tree_backend_class
 
 
 def test_unknown_backend_names_the_flag():

@@ -10,11 +10,11 @@ import pytest
 from simulator import LAYERS, TOPK
 from traces import Recorder, default_policy, make_header, make_tables
 
-from cast_sglang.drawing import tree_svg
 from cast_sglang.errors import TraceError
-from cast_sglang.gallery import parse_numbers, write_gallery
-from cast_sglang.replay import make_policy
-from cast_sglang.trace import unpacked
+from cast_sglang.report.trace_page import parse_numbers, write_gallery
+from cast_sglang.report.tree_svg import tree_svg
+from cast_sglang.trace.records import unpacked
+from cast_sglang.trace.replay import make_policy
 
 SVG = "{http://www.w3.org/2000/svg}"
 

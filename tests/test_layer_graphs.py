@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cast_sglang.graph_sizes import GraphSizes
 from cast_sglang.ops import reference
-from cast_sglang.policy import TreePolicy
+from cast_sglang.policy.fixed import TreePolicy
 from cast_sglang.serving.calibration import Calibration
-from cast_sglang.serving.clock import PassClock
-from cast_sglang.serving.layer_graphs import LayerGraphs
-from cast_sglang.serving.layers import compile_ops, grow_tree
-from cast_sglang.serving.readback import HostReads
+from cast_sglang.serving.drafting.captured_layers import LayerGraphs
+from cast_sglang.serving.drafting.layers import compile_ops, grow_tree
+from cast_sglang.serving.graphs.sizes import GraphSizes
+from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.pass_clock import PassClock
 
 TOPK, STEPS, HIDDEN, CONTEXT, SLOTS = 3, 5, 4, 16, 4000
 

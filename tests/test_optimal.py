@@ -8,7 +8,7 @@ import torch
 from simulator import LAYERS, SIZES, TOPK, Text, make_costs
 
 from cast_sglang.ops import reference
-from cast_sglang.optimal import OptimalPolicy
+from cast_sglang.policy.optimal import OptimalPolicy
 from cast_sglang.tree import DraftTree
 
 

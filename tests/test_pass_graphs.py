@@ -7,9 +7,9 @@ import pytest
 from builders import make_profile
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel
-from cast_sglang.graph_sizes import GraphSizes
-from cast_sglang.serving.pass_graphs import PassGraphs, choose_sizes, plan_graphs
+from cast_sglang.costs.model import CostModel
+from cast_sglang.serving.graphs.passes import PassGraphs, choose_sizes, plan_graphs
+from cast_sglang.serving.graphs.sizes import GraphSizes
 
 TOPK, TOKENS, EXTEND = 4, 16, 6
 

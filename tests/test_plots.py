@@ -8,9 +8,9 @@ import pytest
 from builders import make_identity, make_profile, make_table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cast_sglang.cost import CostModel
+from cast_sglang.costs.model import CostModel
 from cast_sglang.errors import ProfileError
-from cast_sglang.plots import plot_profiles
+from cast_sglang.report.profile_plot import plot_profiles
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_says_nothing_about_servers(draw, caplog):
     with caplog.at_level(logging.WARNING):
         draw(make_profile())
     assert not caplog.records
-    assert not logging.getLogger("cast_sglang.cost").disabled
+    assert not logging.getLogger("cast_sglang.costs.model").disabled
 
 
 def test_a_file_that_cannot_be_written(tmp_path):

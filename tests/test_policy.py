@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.policy import EaglePolicy, FixedPolicy, select_count
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy, select_count
 
 
 def paper_select_count(utility: list[float], cost: list[float], price: float) -> int:

@@ -23,11 +23,11 @@ from simulator import (
     run,
 )
 
-from cast_sglang.acceptance import Acceptance
-from cast_sglang.cost import step_units
-from cast_sglang.lookahead import Lookahead
-from cast_sglang.optimal import optimal_choice
-from cast_sglang.price import HALF_LIFE, LOST_STEPS, MAX_LOSS, AutoPolicy
+from cast_sglang.costs.model import step_units
+from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.auto import HALF_LIFE, LOST_STEPS, MAX_LOSS, AutoPolicy
+from cast_sglang.policy.lookahead import Lookahead
+from cast_sglang.policy.optimal import optimal_choice
 
 
 def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:

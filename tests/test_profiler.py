@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from builders import make_identity
 
-from cast_sglang import profiler
-from cast_sglang.cost import CostModel
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
-from cast_sglang.grid import Grid, default_grid
-from cast_sglang.journal import journal_path
-from cast_sglang.metering import Limits, Sampler, Sampling
-from cast_sglang.profiler import choose_references, run_profile, summarize, write_profile
-from cast_sglang.profiles import load_profile
+from cast_sglang.profiling import run
+from cast_sglang.profiling.grid import Grid, default_grid
+from cast_sglang.profiling.journal import journal_path
+from cast_sglang.profiling.run import choose_references, run_profile, summarize, write_profile
+from cast_sglang.profiling.sampler import Limits, Sampler, Sampling
 
 LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=24, max_width=8)
 BASE_US = {"verify": 1000.0, "draft": 100.0, "draft_extend": 150.0}
@@ -107,12 +107,12 @@ def test_heldout_points_are_in_no_table():
         grid = default_grid(LIMITS)
         references = choose_references(grid)
         with Sampler(StaircaseMeter(), Sampling(seed=seed), references) as sampler:
-            run = profiler._Run(sampler, LIMITS, grid)
-            run.measure()
-        in_tables = {point for operation in profiler.TABLES for point in run._points(operation)}
-        assert len(run._heldout) == Sampling().heldout_points
-        assert run._heldout.isdisjoint(in_tables)
-        assert all(sampler.has(point) for point in run._heldout | in_tables)
+            measuring = run._Run(sampler, LIMITS, grid)
+            measuring.measure()
+        in_tables = {point for operation in run.TABLES for point in measuring._points(operation)}
+        assert len(measuring._heldout) == Sampling().heldout_points
+        assert measuring._heldout.isdisjoint(in_tables)
+        assert all(sampler.has(point) for point in measuring._heldout | in_tables)
 
 
 def test_heldout_error_tells_a_bad_grid_from_a_good_one():

@@ -11,10 +11,8 @@ from builders import make_identity, make_profile, make_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cast_sglang import profiles
-from cast_sglang.errors import ProfileError
-from cast_sglang.profile_schema import CostTables, Heldout, ModelIdentity, validate_profile
-from cast_sglang.profiles import (
+from cast_sglang.costs import profiles
+from cast_sglang.costs.profiles import (
     config_hash,
     find_profile,
     load_profile,
@@ -22,6 +20,8 @@ from cast_sglang.profiles import (
     save_profile,
     user_profile_path,
 )
+from cast_sglang.costs.schema import CostTables, Heldout, ModelIdentity, validate_profile
+from cast_sglang.errors import ProfileError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import torch
 
 from cast_sglang.cpu.attention import CastCpuAttnBackend
 from cast_sglang.cpu.reads import causal_read
-from cast_sglang.serving.ragged import (
+from cast_sglang.serving.row_packing import (
     ending_at,
     kept_rows,
     last_layer,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cast_sglang.serving import readback
-from cast_sglang.serving.readback import HostReads
+from cast_sglang.serving import host_reads
+from cast_sglang.serving.host_reads import HostReads
 
 
 class FakeDevice:
@@ -32,7 +32,7 @@ def log(monkeypatch):
     log = []
     monkeypatch.setattr(torch, "get_device_module", lambda device: FakeDevice(log))
     monkeypatch.setattr(
-        readback, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8).fill_(255)
+        host_reads, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8).fill_(255)
     )
     return log
 
@@ -75,8 +75,8 @@ def test_memory_and_events_are_used_again_after_two_steps(log):
 def test_a_step_may_read_more_than_fits_at_first(log):
     reads = HostReads("cuda")
     reads.begin_step()
-    parts = [torch.rand(readback._FIRST_BYTES // 8) for _ in range(5)]
-    parts.append(torch.rand(readback._FIRST_BYTES))
+    parts = [torch.rand(host_reads._FIRST_BYTES // 8) for _ in range(5)]
+    parts.append(torch.rand(host_reads._FIRST_BYTES))
     read = reads.start(*parts)
     for part, copy in zip(parts, read.wait(), strict=True):
         assert torch.equal(part, copy)

@@ -6,13 +6,13 @@ import pytest
 from simulator import LAYERS, TOKENS, TOPK
 from traces import Recorder, default_policy, make_header, make_tables, write
 
-from cast_sglang.comparison import compare
+from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
-from cast_sglang.offline import open_session
-from cast_sglang.profiles import save_profile
-from cast_sglang.recorded import recorded_reward
-from cast_sglang.replay import Replay, make_policy
-from cast_sglang.trace import packed, parents_of, unpacked
+from cast_sglang.trace.candidates import recorded_reward
+from cast_sglang.trace.records import packed, parents_of, unpacked
+from cast_sglang.trace.replay import Replay, make_policy
+from cast_sglang.trace.session import open_session
+from cast_sglang.trace.summary import compare
 
 HEADER = make_header(None)
 

@@ -17,7 +17,7 @@ from benchmarks.report_ablation import (
 )
 from benchmarks.report_data import base_of, normalised
 from benchmarks.rows import as_rows
-from cast_sglang.profiles import load_profile, save_profile
+from cast_sglang.costs.profiles import load_profile, save_profile
 from tests.builders import make_profile
 
 BASE = "cast:fixed:2-2-1.5"

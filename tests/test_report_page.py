@@ -35,8 +35,8 @@ from benchmarks.report_readme import (
 from benchmarks.report_tables import headline, how_measured, in_short
 from benchmarks.rows import as_rows, summarise
 from benchmarks.streams import Answer
-from cast_sglang.cost import CostModel
-from cast_sglang.profiles import save_profile
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.profiles import save_profile
 from tests.builders import make_profile
 
 ROOT = Path(__file__).resolve().parent.parent

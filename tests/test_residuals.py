@@ -8,10 +8,7 @@ import pytest
 import torch
 from builders import make_profile, make_table
 
-from cast_sglang.cost import CostModel
-from cast_sglang.evidence import MIN_SAMPLES, WINDOW, shrink
-from cast_sglang.policy import select_count
-from cast_sglang.residuals import (
+from cast_sglang.costs.correction import (
     DEADBAND,
     EXPLORE_EVERY,
     EXPLORE_SHARE,
@@ -20,6 +17,9 @@ from cast_sglang.residuals import (
     CorrectedCosts,
     Residuals,
 )
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, shrink
+from cast_sglang.policy.fixed import select_count
 
 FLAT = np.ones(32)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cast_sglang.reward import tree_reward
+from cast_sglang.trace.reward import tree_reward
 
 
 def test_by_hand():

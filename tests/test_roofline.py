@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from builders import make_identity
 
-from cast_sglang.grid import Grid
-from cast_sglang.profile_schema import validate_profile
-from cast_sglang.profiler import make_profile
-from cast_sglang.roofline import DeviceRates, ModelSize, estimate_tables, measure_rates
+from cast_sglang.costs.schema import validate_profile
+from cast_sglang.profiling.grid import Grid
+from cast_sglang.profiling.roofline import DeviceRates, ModelSize, estimate_tables, measure_rates
+from cast_sglang.profiling.run import make_profile
 
 GRID = Grid((1, 8), (128, 1024), (1, 8, 64), (1, 8), (1, 9))
 # A gigabyte of weights at 1 TB/s: a millisecond to read them.

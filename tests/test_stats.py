@@ -7,7 +7,7 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cast_sglang.stats import StepStats
+from cast_sglang.serving.stats import StepStats
 
 
 def record_two_steps(stats):
@@ -84,7 +84,7 @@ def test_no_labels_no_metrics():
 def test_multiprocess_directory_set_after_import_is_honoured(tmp_path):
     script = """
 import os, sys
-from cast_sglang.stats import StepStats
+from cast_sglang.serving.stats import StepStats
 assert "prometheus_client" not in sys.modules
 stats = StepStats({"tp_rank": "0"})
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]

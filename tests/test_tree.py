@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.ops import reference
-from cast_sglang.policy import EaglePolicy
+from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.tree import DraftTree
 
 

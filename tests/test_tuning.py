@@ -5,8 +5,8 @@ import json
 import pytest
 from traces import SETTINGS, Recorder, make_header, make_tables
 
-from cast_sglang.replay import Replay, make_policy
-from cast_sglang.tuning import print_tuned, sample_steps, tune
+from cast_sglang.trace.replay import Replay, make_policy
+from cast_sglang.trace.tuning import print_tuned, sample_steps, tune
 
 
 @pytest.fixture(scope="module")

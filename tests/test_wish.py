@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.serving import wishes
-from cast_sglang.wish import (
+from cast_sglang.policy.request_modes import (
     LATENCY,
     LATENCY_WEIGHT,
     OFF,
@@ -17,6 +16,7 @@ from cast_sglang.wish import (
     parse_wish,
     request_weights,
 )
+from cast_sglang.serving import wishes
 
 NO_WISHES = [None, {}, {"cast": None}, {"thinking_budget": 7}]
 BAD_WISHES = ["", "fast", "OFF", " off", 0, 1, False, True, 1.5, [], ["off"], {}, {"off": 1}]

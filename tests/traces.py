@@ -9,12 +9,12 @@ import torch
 from builders import make_identity, make_profile, make_table
 from simulator import LAYERS, TOKENS, TOPK, Text, distorted
 
-from cast_sglang.cost import CostModel, plain_extra, step_units
+from cast_sglang.costs.model import CostModel, plain_extra, step_units
+from cast_sglang.costs.schema import CostProfile
 from cast_sglang.ops import reference
-from cast_sglang.policy import TreePolicy
-from cast_sglang.price import AutoPolicy
-from cast_sglang.profile_schema import CostProfile
-from cast_sglang.trace import (
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.trace.records import (
     Continuation,
     Trace,
     TracedPass,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cast_sglang.compiled import compiled
 from cast_sglang.ops import contract
+from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import CalibrationLines, GrownLayer
 from cast_sglang.ops.reference import list_slots
 from cast_sglang.tree import Frontier, RankedNodes

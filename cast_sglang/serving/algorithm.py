@@ -16,10 +16,10 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from cast_sglang.config import CastConfig
+from cast_sglang.costs.profiles import FoundProfile, find_profile
 from cast_sglang.errors import HostError, MissingProfileError
-from cast_sglang.profiles import FoundProfile, find_profile
 from cast_sglang.serving.calibration import CalibrationFile
-from cast_sglang.serving.identity import host_identity, is_eagle3_config, read_draft_config
+from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
 
 if TYPE_CHECKING:
     from sglang.srt.managers.overlap_utils import FutureMap
@@ -32,6 +32,7 @@ __all__ = [
     "check_flags",
     "choose_attention_backend",
     "find_server_profile",
+    "register",
     "verify_sizes",
 ]
 

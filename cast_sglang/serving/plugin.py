@@ -74,7 +74,7 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
 def _provide_profile(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Make a cost profile if the worker that was just built needs one and found none."""
     if getattr(scheduler.draft_worker, "lacks_profile", False):
-        from cast_sglang.serving.start import provide_profile
+        from cast_sglang.serving.profiling.first_start import provide_profile
 
         provide_profile(scheduler)
 
@@ -99,10 +99,10 @@ def _add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) 
 
 def _handle_profile_request(original: Any, scheduler: Any, request: Any) -> Any:
     """Serve the profiler's call, which SGLang would look up among the scheduler's methods."""
-    from cast_sglang.serving import measure
+    from cast_sglang.serving.profiling import command
 
-    if request.method == measure.RPC_METHOD:
-        return measure.handle_rpc(scheduler, request.parameters)
+    if request.method == command.RPC_METHOD:
+        return command.handle_rpc(scheduler, request.parameters)
     return original(scheduler, request)
 
 

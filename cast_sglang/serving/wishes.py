@@ -13,7 +13,7 @@ import numpy as np
 from sglang.srt.runtime_context import get_spec
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.wish import OFF, THROUGHPUT, parse_wish, request_weights
+from cast_sglang.policy.request_modes import OFF, THROUGHPUT, parse_wish, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

@@ -22,27 +22,27 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts, extend_units, plain_extra, step_units
-from cast_sglang.grid import longest_context
-from cast_sglang.optimal import OptimalPolicy
-from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import KEEP_UP_SHARE, AutoPolicy
-from cast_sglang.profiles import FoundProfile, profile_command
-from cast_sglang.residuals import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
+from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
+from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
+from cast_sglang.costs.profiles import FoundProfile, profile_command
+from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.policy.optimal import OptimalPolicy
+from cast_sglang.profiling.grid import longest_context
 from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
-from cast_sglang.serving.backlog import Backlog
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
-from cast_sglang.serving.clock import PassClock
-from cast_sglang.serving.draft import CastDraftWorker, DraftShape
-from cast_sglang.serving.identity import host_identity
-from cast_sglang.serving.layers import compile_ops
-from cast_sglang.serving.pass_graphs import PassGraphs, capture_verify, plan_graphs
-from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
-from cast_sglang.serving.readback import HostReads
+from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.layers import compile_ops
+from cast_sglang.serving.drafting.worker import CastDraftWorker, DraftShape
+from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify, plan_graphs
+from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.launch.identity import host_identity
+from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import AnswerLengths, mean_context
-from cast_sglang.serving.tracing import Tracer
+from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.stats import StepStats
+from cast_sglang.serving.trace_recorder import Tracer
 from cast_sglang.serving.wishes import weights_of
-from cast_sglang.stats import StepStats
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.acceptance import Acceptance
 from cast_sglang.ops import ops_for, reference
+from cast_sglang.policy.acceptance import Acceptance
 from tests.ops import cases
 
 seeds = st.integers(0, 2**31)

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from cast_sglang.profile_schema import CostProfile
-from cast_sglang.profiles import save_profile
+from cast_sglang.costs.profiles import save_profile
+from cast_sglang.costs.schema import CostProfile
 
 BATCH_SIZES = [1, 4, 16]
 CONTEXTS = [128, 1024]

@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.servers import Server
 from cast_sglang.cli import main
-from cast_sglang.profiles import load_profile
-from cast_sglang.recorded import recorded_reward
-from cast_sglang.replay import Replay, make_policy
-from cast_sglang.trace import Trace, read_trace, unpacked
+from cast_sglang.costs.profiles import load_profile
+from cast_sglang.trace.candidates import recorded_reward
+from cast_sglang.trace.records import Trace, read_trace, unpacked
+from cast_sglang.trace.replay import Replay, make_policy
 from tests.server.client import generate
 
 # The limit includes the start of servers, which a busy machine stretches.
