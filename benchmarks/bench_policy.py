@@ -23,7 +23,8 @@ from cast_sglang.costs.model import StepCosts
 from cast_sglang.ops import ops_for
 from cast_sglang.ops.contract import CalibrationLines
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.policy.fixed import FixedPolicy, TreePolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.fixed import FixedPolicy
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.tree import DraftTree
 

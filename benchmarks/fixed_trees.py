@@ -5,7 +5,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from cast_sglang.policy.fixed import Costs, TreePolicy
+from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.trace.records import Trace, TraceHeader, packed, unpacked
 from cast_sglang.trace.replay import Replay
 from cast_sglang.trace.session import Session

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from benchmarks.arms import static_shape
 from benchmarks.report_data import Row, Run, cell_of
-from cast_sglang.costs.model import CONTEXT_BUCKET_TOKENS, CostModel, plain_cost, step_units
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.model import CostModel, plain_cost, step_units
 from cast_sglang.costs.schema import CostProfile
 
 # The model continues the tables for batches and contexts that they do not reach.

@@ -353,7 +353,7 @@ def _trace_show(
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     from cast_sglang.report.trace_page import write_gallery
-    from cast_sglang.trace.records import read_trace
+    from cast_sglang.trace.file import read_trace
 
     page = write_gallery(
         read_trace(arguments.trace),

@@ -15,10 +15,11 @@ import torch
 
 from cast_sglang.costs.model import StepCosts, step_units
 from cast_sglang.ops import reference
-from cast_sglang.policy.acceptance import Acceptance, verify_outcomes
+from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.optimal import optimal_choice
+from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.tree import DraftTree
 
 TOPK = 8

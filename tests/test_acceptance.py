@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.ops import reference
-from cast_sglang.policy.acceptance import Acceptance, _isotonic, verify_outcomes
+from cast_sglang.policy.acceptance import Acceptance, _isotonic
+from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.tree import DraftTree
 
 PROBS = torch.linspace(0.0, 1.0, 1001)

@@ -85,8 +85,7 @@ LOOPS = [
     loop
     for module in (acceptance, verify_size, lookahead)
     for loop in vars(module).values()
-    # That one is compared with a walk down the tree, in test_acceptance.py.
-    if hasattr(loop, "py_func") and loop is not acceptance._read_outcomes
+    if hasattr(loop, "py_func")
 ]
 
 

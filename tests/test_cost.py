@@ -8,7 +8,8 @@ from builders import make_profile, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.costs.model import CONTEXT_BUCKET_TOKENS, CostModel
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.model import CostModel
 
 LIMITS = {"max_batch_size": 8, "max_context": 4096, "max_verify_tokens": 12, "max_width": 8}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cast_sglang.ops import reference
-from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.policy.base import TreePolicy
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.captured_layers import LayerGraphs
-from cast_sglang.serving.drafting.layers import compile_ops, grow_tree
+from cast_sglang.serving.drafting.grow import compile_ops, grow_tree
 from cast_sglang.serving.graphs.sizes import GraphSizes
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock

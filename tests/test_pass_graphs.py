@@ -8,7 +8,8 @@ from builders import make_profile
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.model import CostModel
-from cast_sglang.serving.graphs.passes import PassGraphs, choose_sizes, plan_graphs
+from cast_sglang.serving.graphs.passes import PassGraphs
+from cast_sglang.serving.graphs.plan import choose_sizes, plan_graphs
 from cast_sglang.serving.graphs.sizes import GraphSizes
 
 TOPK, TOKENS, EXTEND = 4, 16, 6

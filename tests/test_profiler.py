@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from builders import make_identity
 
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling import run
 from cast_sglang.profiling.grid import Grid, default_grid
 from cast_sglang.profiling.journal import journal_path
+from cast_sglang.profiling.meter import Sampling
 from cast_sglang.profiling.run import choose_references, run_profile, summarize, write_profile
-from cast_sglang.profiling.sampler import Limits, Sampler, Sampling
+from cast_sglang.profiling.sampler import Sampler
 
 LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=24, max_width=8)
 BASE_US = {"verify": 1000.0, "draft": 100.0, "draft_extend": 150.0}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from cast_sglang.profiling.smoothing import smooth
+from cast_sglang.profiling.tables import smooth
 
 AXES = ((1, 2, 4, 8, 16, 32), (128, 1024), (1, 2, 4, 8, 16, 32))
 SHAPES = np.array(list(itertools.product(*AXES)), dtype=float)

@@ -9,14 +9,8 @@ import pytest
 from traces import Recorder, default_policy, make_header, make_tables, write
 
 from cast_sglang.errors import TraceError
-from cast_sglang.trace.records import (
-    Continuation,
-    TraceWriter,
-    packed,
-    parents_of,
-    read_trace,
-    unpacked,
-)
+from cast_sglang.trace.file import TraceWriter, read_trace
+from cast_sglang.trace.records import Continuation, packed, parents_of, unpacked
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from cast_sglang.policy.request_modes import (
     parse_wish,
     request_weights,
 )
-from cast_sglang.serving import wishes
+from cast_sglang.serving import requests
 
 NO_WISHES = [None, {}, {"cast": None}, {"thinking_budget": 7}]
 BAD_WISHES = ["", "fast", "OFF", " off", 0, 1, False, True, 1.5, [], ["off"], {}, {"off": 1}]
@@ -81,7 +81,7 @@ def test_weights():
     assert LATENCY_WEIGHT == 4.0
 
 
-def requests(*custom_params):
+def batch_of(*custom_params):
     return [
         SimpleNamespace(sampling_params=SimpleNamespace(custom_params=params))
         for params in custom_params
@@ -89,24 +89,24 @@ def requests(*custom_params):
 
 
 def test_wishes_of_a_batch():
-    batch = requests(None, {"cast": "off"}, {"other": 1}, {"cast": "latency"})
-    assert wishes.wishes_of(batch) == (THROUGHPUT, OFF, THROUGHPUT, LATENCY)
-    assert wishes.wishes_of([]) == ()
+    batch = batch_of(None, {"cast": "off"}, {"other": 1}, {"cast": "latency"})
+    assert requests.wishes_of(batch) == (THROUGHPUT, OFF, THROUGHPUT, LATENCY)
+    assert requests.wishes_of([]) == ()
 
 
 def test_a_wish_that_was_never_checked_does_not_end_the_scheduler():
-    batch = requests(*({"cast": value} for value in BAD_WISHES), *BAD_CUSTOM_PARAMS)
-    assert set(wishes.wishes_of(batch)) == {THROUGHPUT}
+    batch = batch_of(*({"cast": value} for value in BAD_WISHES), *BAD_CUSTOM_PARAMS)
+    assert set(requests.wishes_of(batch)) == {THROUGHPUT}
 
 
 @pytest.mark.parametrize("algorithm", ["CAST", "EAGLE3", None])
 def test_only_a_cast_server_checks_wishes(monkeypatch, algorithm):
     spec = SimpleNamespace(speculative_algorithm=algorithm)
-    monkeypatch.setattr(wishes, "get_spec", lambda: spec)
+    monkeypatch.setattr(requests, "get_spec", lambda: spec)
     good, bad = (SimpleNamespace(custom_params={"cast": value}) for value in ("off", "fast"))
-    wishes.check_wish(None, good, 32_000)
+    requests.check_wish(None, good, 32_000)
     if algorithm == "CAST":
         with pytest.raises(ConfigError, match="custom_params.cast"):
-            wishes.check_wish(None, bad, 32_000)
+            requests.check_wish(None, bad, 32_000)
     else:
-        wishes.check_wish(None, bad, 32_000)
+        requests.check_wish(None, bad, 32_000)

@@ -13,7 +13,8 @@ from cast_sglang.costs.model import CostModel, plain_extra, step_units
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.ops import reference
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.trace.file import TraceWriter
 from cast_sglang.trace.records import (
     Continuation,
     Trace,
@@ -21,7 +22,6 @@ from cast_sglang.trace.records import (
     TracedRequest,
     TracedStep,
     TraceHeader,
-    TraceWriter,
     packed,
     tables_digest,
 )

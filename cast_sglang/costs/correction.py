@@ -22,12 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.costs.model import (
-    CONTEXT_BUCKET_TOKENS,
-    MAX_CACHED_STEPS,
-    CostModel,
-    StepCosts,
-)
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 from cast_sglang.costs.plain_ratio import WholeSteps
 

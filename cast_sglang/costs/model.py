@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cast_sglang.config import LOOKUPS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
-    "CONTEXT_BUCKET_TOKENS",
     "CostModel",
     "StepCosts",
     "cost_of",
@@ -26,7 +26,6 @@ __all__ = [
     "step_units",
 ]
 
-CONTEXT_BUCKET_TOKENS = 64
 MAX_CACHED_STEPS = 4096
 # Beyond the measured contexts the cost is continued with its last slope up to this multiple.
 MAX_CONTEXT_EXTRAPOLATION = 2

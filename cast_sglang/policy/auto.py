@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from cast_sglang.costs.model import plain_cost
-from cast_sglang.policy.fixed import Costs, TreePolicy
+from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
 from cast_sglang.policy.verify_size import best_size, share_out
 

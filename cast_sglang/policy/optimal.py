@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.policy.fixed import Costs
+from cast_sglang.policy.base import Costs
 
 __all__ = ["Choice", "OptimalPolicy", "optimal_choice"]
 

@@ -6,20 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cast_sglang.costs.model import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, longest_context
 from cast_sglang.profiling.journal import Point
-from cast_sglang.profiling.sampler import Limits
 
-__all__ = [
-    "AXES",
-    "Axes",
-    "Grid",
-    "Interval",
-    "default_grid",
-    "log_uniform",
-    "longest_context",
-    "spread",
-]
+__all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
 
 AXES = ("batch_size", "context", "num_tokens")
 
@@ -59,13 +49,6 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
         draft_widths=_powers_of_four(limits.max_width),
         extend_rows=_powers_of_four(extend_rows),
     )
-
-
-def longest_context(max_context: int, max_verify_rows: int) -> int:
-    """Return the longest context before a pass that a profile measures."""
-    longest = max(max_context - max_verify_rows, 1)
-    # Off a bucket's edge the cost model would round past the last grid point.
-    return longest - longest % CONTEXT_BUCKET_TOKENS if longest > CONTEXT_BUCKET_TOKENS else longest
 
 
 class Interval(NamedTuple):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.costs.schema import (
@@ -34,7 +35,8 @@ from cast_sglang.costs.schema import (
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
 from cast_sglang.profiling.journal import Journal, Point, journal_path
-from cast_sglang.profiling.sampler import Limits, Meter, Sampler, Sampling
+from cast_sglang.profiling.meter import Meter, Sampling
+from cast_sglang.profiling.sampler import Sampler
 from cast_sglang.profiling.tables import tabulate
 
 __all__ = [

@@ -12,7 +12,8 @@ import torch
 
 from cast_sglang.costs.profiles import write_atomically
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.acceptance import Acceptance, verify_outcomes
+from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.serving.host_reads import HostReads, Read
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, wishes
+    from cast_sglang.serving import algorithm, requests
 
     algorithm.register()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", wishes.check_wish, HookType.AFTER)
+    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_wish, HookType.AFTER)
     for method, hook, kind in (
         ("__init__", _provide_profile, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),
@@ -62,7 +62,7 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
-        from cast_sglang.serving.algorithm import check_flags, choose_attention_backend
+        from cast_sglang.serving.launch.arguments import check_flags, choose_attention_backend
 
         check_flags(namespace)
         choose_attention_backend(namespace)

@@ -1,13 +1,25 @@
-"""What the running requests tell: how long their contexts are, and how long answers get."""
+"""What requests tell: their wishes, how long their contexts are, and how long answers get.
+
+Wishes are checked where a request arrives and read where it is served. SGLang carries custom
+parameters from the client to the scheduler whether or not a custom logit processor uses them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sglang.srt.runtime_context import get_spec
+
+from cast_sglang.errors import ConfigError
+from cast_sglang.policy.request_modes import OFF, THROUGHPUT, parse_wish, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["AnswerLengths", "mean_context"]
+__all__ = ["AnswerLengths", "check_wish", "mean_context", "weights_of", "wishes_of"]
 
 # Ended answers after which one counts half.
 HALF_LIFE = 32
@@ -52,3 +64,45 @@ def mean_context(batch: ScheduleBatch) -> float:
         return int(batch.seq_lens_cpu.sum()) / len(batch.reqs)
     lengths = (len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
     return sum(lengths) / len(batch.reqs)
+
+
+def check_wish(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
+    """Refuse a request whose wish is none; runs after SGLang's check of its sampling parameters.
+
+    That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
+    400. A server of another algorithm takes custom parameters as ever.
+
+    Raises:
+        ConfigError: names the parameter, its value and what is allowed.
+    """
+    if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
+        parse_wish(params.custom_params)
+
+
+def wishes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
+    """Return the wish of each request of a batch.
+
+    A wish that never passed `check_wish`, because another front end than SGLang's Python server
+    took the request in, counts as throughput: the scheduler must outlive it.
+    """
+    return tuple([_wish_of(req.sampling_params.custom_params) for req in reqs])
+
+
+def weights_of(reqs: Iterable[Req]) -> tuple[bool, np.ndarray | None]:
+    """Return whether any request of a batch wants drafts, and what the tokens of each are worth.
+
+    The latter is `request_weights`, [B]; None where all are worth the same.
+    """
+    wishes = wishes_of(reqs)
+    differ = any(wish != THROUGHPUT for wish in wishes)
+    weights = np.array(request_weights(wishes)) if differ else None
+    return any(wish != OFF for wish in wishes), weights
+
+
+def _wish_of(custom_params: Any) -> str:
+    if custom_params is None:  # as in most requests
+        return THROUGHPUT
+    try:
+        return parse_wish(custom_params)
+    except ConfigError:
+        return THROUGHPUT

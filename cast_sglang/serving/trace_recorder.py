@@ -20,16 +20,16 @@ import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
+from cast_sglang.costs.limits import longest_context
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.profiling.grid import longest_context
 from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.trace.file import TraceWriter
 from cast_sglang.trace.records import (
     Continuation,
     TracedPass,
     TracedRequest,
     TracedStep,
     TraceHeader,
-    TraceWriter,
     packed,
     tables_digest,
 )
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-    from cast_sglang.serving.drafting.worker import CastDraftWorker, DraftShape
+    from cast_sglang.serving.drafting.worker import CastDraftWorker
     from cast_sglang.serving.pass_clock import TimedPass
+    from cast_sglang.serving.step import DraftShape
     from cast_sglang.serving.worker import CastWorker
     from cast_sglang.tree import DraftTree, Selection
 

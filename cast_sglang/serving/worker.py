@@ -23,34 +23,34 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
+from cast_sglang.costs.limits import longest_context
 from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
 from cast_sglang.costs.profiles import FoundProfile, profile_command
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
-from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
 from cast_sglang.policy.optimal import OptimalPolicy
-from cast_sglang.profiling.grid import longest_context
-from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.drafting.backlog import Backlog
-from cast_sglang.serving.drafting.layers import compile_ops
-from cast_sglang.serving.drafting.worker import CastDraftWorker, DraftShape
-from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify, plan_graphs
+from cast_sglang.serving.drafting.grow import compile_ops
+from cast_sglang.serving.drafting.worker import CastDraftWorker
+from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
+from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths, mean_context
+from cast_sglang.serving.requests import AnswerLengths, mean_context, weights_of
 from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.stats import StepStats
+from cast_sglang.serving.step import PLAIN_SHAPE
 from cast_sglang.serving.trace_recorder import Tracer
-from cast_sglang.serving.wishes import weights_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
-
-PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, policy_seconds=0.0)
 
 # Steps of the same requests between two looks at what they cost; a context grows by about one
 # bucket of the tables meanwhile where all drafts are accepted, and mostly by less.

@@ -32,7 +32,8 @@ from cast_sglang.costs.schema import CostTables
 from cast_sglang.errors import TraceError
 from cast_sglang.ops import reference
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
-from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy, TreePolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
 from cast_sglang.policy.optimal import OptimalPolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
 from cast_sglang.trace.records import (

@@ -14,7 +14,8 @@ from cast_sglang.config import CastConfig
 from cast_sglang.costs.profiles import find_profile, load_profile
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.errors import ConfigError, TraceError
-from cast_sglang.trace.records import Trace, TraceHeader, read_trace, tables_digest
+from cast_sglang.trace.file import read_trace
+from cast_sglang.trace.records import Trace, TraceHeader, tables_digest
 from cast_sglang.trace.replay import Replay, make_policy
 from cast_sglang.trace.summary import Comparison, compare, print_comparisons
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_sglang.costs.schema import CostTables
-from cast_sglang.policy.fixed import TreePolicy
+from cast_sglang.policy.base import TreePolicy
 from cast_sglang.trace.records import Trace, TracedStep
 from cast_sglang.trace.replay import Replay, make_policy
 

@@ -9,7 +9,8 @@ from benchmarks.servers import Server
 from cast_sglang.cli import main
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.trace.candidates import recorded_reward
-from cast_sglang.trace.records import Trace, read_trace, unpacked
+from cast_sglang.trace.file import read_trace
+from cast_sglang.trace.records import Trace, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
 from tests.server.client import generate
 

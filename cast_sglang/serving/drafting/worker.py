@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from sglang.srt.utils.common import fast_topk
 
 from cast_sglang.serving.drafting.attention import create_tree_backend
 from cast_sglang.serving.drafting.captured_layers import capture_layers
-from cast_sglang.serving.drafting.layers import grow_tree
+from cast_sglang.serving.drafting.grow import grow_tree
 from cast_sglang.serving.graphs.passes import capture_extend, extend_rows
 from cast_sglang.serving.row_packing import (
     ending_at,
@@ -40,6 +40,7 @@ from cast_sglang.serving.row_packing import (
     last_rows,
     running_only,
 )
+from cast_sglang.serving.step import DraftShape
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
 
     from cast_sglang.costs.correction import Residuals
     from cast_sglang.costs.model import StepCosts
-    from cast_sglang.policy.fixed import TreePolicy
+    from cast_sglang.policy.base import TreePolicy
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.drafting.backlog import Backlog
     from cast_sglang.serving.drafting.captured_layers import LayerGraphs
-    from cast_sglang.serving.graphs.passes import GraphPlan, PassGraphs
+    from cast_sglang.serving.graphs.passes import PassGraphs
+    from cast_sglang.serving.graphs.plan import GraphPlan
     from cast_sglang.serving.host_reads import HostReads
     from cast_sglang.serving.pass_clock import PassClock
     from cast_sglang.serving.trace_recorder import Tracer
@@ -62,20 +64,6 @@ if TYPE_CHECKING:
 
 # What a draft input says of the next root's children.
 _NEXT_CHILDREN = ("topk_p", "topk_index", "hidden_states")
-
-
-class DraftShape(NamedTuple):
-    """What one step drafted and chose."""
-
-    widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
-    num_draft_tokens: int  # N, nodes verified per request, root included
-    num_rows: np.ndarray | None  # [B], of each request where they differ; at most N
-    policy_seconds: float  # host time of the decisions, waiting for the device not included
-
-    @property
-    def mean_rows(self) -> float:
-        """Rows verified per request, root included."""
-        return float(self.num_draft_tokens if self.num_rows is None else self.num_rows.mean())
 
 
 class CastDraftWorker(EagleDraftWorker):

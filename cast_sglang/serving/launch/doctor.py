@@ -17,10 +17,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.config import CastConfig, flag_specs
+from cast_sglang.costs.limits import longest_context
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import FoundProfile, find_profile
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
-from cast_sglang.profiling.grid import longest_context
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _check_device() -> Check:
     import torch
     from sglang.srt.platforms import current_platform
 
-    from cast_sglang.cpu.platform import PLATFORM_NAME
+    from cast_sglang.cpu.names import PLATFORM_NAME
     from cast_sglang.serving.launch.identity import device_facts
 
     if current_platform.device_name == PLATFORM_NAME:

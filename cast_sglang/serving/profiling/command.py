@@ -15,10 +15,10 @@ from cast_sglang.costs.profiles import user_profile_path
 from cast_sglang.errors import HostError
 from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
+from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import run_profile, summarize, write_profile
-from cast_sglang.profiling.sampler import Meter, Sampling
 from cast_sglang.serving.launch.identity import host_identity, published
-from cast_sglang.serving.profiling.engine_meter import lead
+from cast_sglang.serving.profiling.ranks import lead
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler

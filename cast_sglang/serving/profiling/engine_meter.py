@@ -10,55 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from array import array
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cast_sglang.policy.fixed import TreePolicy
-from cast_sglang.profiling.sampler import Limits
+from cast_sglang.costs.limits import Limits
+from cast_sglang.serving.profiling.batches import Rows, SmallTree
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.tree import Frontier
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
-    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from cast_sglang.serving.worker import CastWorker
 
-__all__ = ["EngineMeter", "lead"]
-
-Result = TypeVar("Result")
-
-
-def lead(scheduler: Scheduler, run: Callable[[Any], Result]) -> Result | None:
-    """Call `run` with a meter on rank 0, while the other ranks run what it runs.
-
-    Args:
-        run: what to do with the meter, a `Meter`.
-
-    Returns:
-        The result on rank 0, None on the others.
-
-    Effects: the scheduler must be idle; its tables are afterwards as before.
-    """
-    group = scheduler.tp_group
-    meter = EngineMeter(scheduler.draft_worker)
-    try:
-        if group.world_size == 1:
-            return run(meter)
-        if group.rank_in_group != 0:
-            _follow(meter, group)
-            return None
-        leader = _LeadingMeter(meter, group)
-        try:
-            return run(leader)
-        finally:
-            leader.close()
-    finally:
-        meter.close()
+__all__ = ["EngineMeter"]
 
 
 class EngineMeter:
@@ -66,7 +34,7 @@ class EngineMeter:
 
     def __init__(self, worker: CastWorker) -> None:
         self.worker = worker
-        self._batches: dict[tuple[int, int], _Rows] = {}
+        self._batches: dict[tuple[int, int], Rows] = {}
         self._verify_result: Any = None
         self._sweep = torch.zeros(1 << 25, device=worker.device)  # 128 MiB, more than any cache
         worker.draft_worker.backlog.clear()
@@ -177,7 +145,7 @@ class EngineMeter:
 
         with contextlib.ExitStack() as stack:
             for owner, name, value in (
-                (draft, "policy", _SmallTree()),
+                (draft, "policy", SmallTree()),
                 (worker, "cast_stats", StepStats()),
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
@@ -229,7 +197,7 @@ class EngineMeter:
         """Return a decode batch as the scheduler would hand it to the worker."""
         key = (batch_size, context)
         if key not in self._batches:
-            self._batches[key] = _Rows(self.worker, batch_size, context)
+            self._batches[key] = Rows(self.worker, batch_size, context)
         return self._batches[key].batch()
 
     def _accepted(self, batch: ScheduleBatch, rows: int) -> Any:
@@ -288,109 +256,3 @@ class EngineMeter:
         )
         verify_input.spec_steps = rows - 1
         return verify_input
-
-
-class _SmallTree(TreePolicy):
-    """A policy of one grown layer and two verified rows."""
-
-    def __init__(self) -> None:
-        self._num_layers = 0
-
-    def breadth(self, scores: torch.Tensor, costs: Any) -> int:
-        return 1
-
-    def deepen(self) -> bool:
-        self._num_layers += 1
-        return self._num_layers == 1
-
-    def rerank(self, scores: torch.Tensor, costs: Any) -> int:
-        return 2
-
-
-class _Rows:
-    """The parts of a synthetic batch that can be kept between calls."""
-
-    def __init__(self, worker: CastWorker, batch_size: int, context: int) -> None:
-        from sglang.srt.managers.schedule_batch import Req
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        self._worker = worker
-        self._context = context
-        self._reqs = [
-            Req(
-                rid=f"cast-profile-{row}",
-                origin_input_text="",
-                origin_input_ids=array("q", [1] * context),
-                sampling_params=SamplingParams(temperature=0.0, max_new_tokens=1 << 20),
-            )
-            for row in range(batch_size)
-        ]
-
-    def batch(self) -> ScheduleBatch:
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
-        from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-        worker, batch_size = self._worker, len(self._reqs)
-        device, model_config = worker.device, worker.target_worker.model_runner.model_config
-        batch = ScheduleBatch.init_new(
-            self._reqs,
-            worker.req_to_token_pool,
-            worker.token_to_kv_pool_allocator,
-            None,
-            model_config,
-            False,
-            worker.speculative_algorithm,
-        )
-        batch.forward_mode = ForwardMode.DECODE
-        batch.seq_lens_cpu = torch.full((batch_size,), self._context, dtype=torch.int64)
-        batch.seq_lens = batch.seq_lens_cpu.to(device)
-        batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
-        batch.seq_lens_sum = self._context * batch_size
-        # Row 0 is where SGLang lets padded requests write.
-        batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
-        batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
-        batch.multimodal_inputs = [None] * batch_size
-        batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, model_config.vocab_size)
-        batch.spec_info = self._draft_input(batch_size)
-        return batch
-
-    def _draft_input(self, batch_size: int) -> Any:
-        from sglang.srt.speculative.eagle_info import EagleDraftInput
-        from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
-
-        worker, device = self._worker, self._worker.device
-        hidden_size, dtype = get_draft_recurrent_hidden_state_spec(worker.draft_worker.draft_runner)
-        return EagleDraftInput(
-            topk_p=torch.full((batch_size, worker.topk), 0.5, device=device),
-            topk_index=torch.ones((batch_size, worker.topk), dtype=torch.int64, device=device),
-            hidden_states=torch.zeros((batch_size, hidden_size), dtype=dtype, device=device),
-            bonus_tokens=torch.ones(batch_size, dtype=torch.int32, device=device),
-        )
-
-
-class _LeadingMeter:
-    """Rank 0's meter under tensor parallelism: tells the others what to run before running it."""
-
-    def __init__(self, meter: EngineMeter, group: Any) -> None:
-        self._meter, self._group = meter, group
-
-    def limits(self) -> Limits:
-        return self._meter.limits()
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def run(*args: int) -> Any:
-            self._group.broadcast_object((name, args), src=0)
-            return getattr(self._meter, name)(*args)
-
-        return run
-
-    def close(self) -> None:
-        self._group.broadcast_object(None, src=0)
-
-
-def _follow(meter: EngineMeter, group: Any) -> None:
-    """Run what rank 0 runs until it is done."""
-    while (call := group.broadcast_object(None, src=0)) is not None:
-        name, args = call
-        getattr(meter, name)(*args)

@@ -17,11 +17,12 @@ from cast_sglang.costs.profiles import (
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.errors import CastError, ProfileError
 from cast_sglang.profiling.grid import default_grid
+from cast_sglang.profiling.meter import Sampling
 from cast_sglang.profiling.roofline import ModelSize, estimate_tables, measure_rates
 from cast_sglang.profiling.run import make_profile, run_profile
-from cast_sglang.profiling.sampler import Sampling
 from cast_sglang.serving.launch.identity import host_identity, published
-from cast_sglang.serving.profiling.engine_meter import EngineMeter, lead
+from cast_sglang.serving.profiling.engine_meter import EngineMeter
+from cast_sglang.serving.profiling.ranks import lead
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
