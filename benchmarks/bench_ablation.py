@@ -28,8 +28,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import bench_serving
-from benchmarks.options import list_of
-from benchmarks.pairs import OUT
+from benchmarks.harness.options import list_of
+from benchmarks.harness.pairs import OUT
 from cast_sglang.costs.profiles import load_profile, save_profile
 from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.bench_calibration import Point, draw, error_of, parse_args, predict
+from benchmarks.studies.bench_calibration import Point, draw, error_of, parse_args, predict
 
 
 def row(depth, nodes, drafted, calibrated, accepted):

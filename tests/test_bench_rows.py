@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.arms import Arm
-from benchmarks.cells import Cell, Group, Result
-from benchmarks.counters import TOTALS, gained, step_means
-from benchmarks.ledger import Ledger
-from benchmarks.rows import as_rows, as_table, row_fields, summarise, summary_table
-from benchmarks.streams import Answer
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.cells import Cell, Group, Result
+from benchmarks.harness.counters import TOTALS, gained, step_means
+from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.rows import as_rows, as_table, row_fields, summarise, summary_table
+from benchmarks.harness.streams import Answer
 
 ARMS = [
     Arm("plain", "plain"),

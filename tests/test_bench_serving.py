@@ -11,16 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import bench_serving, cells
-from benchmarks.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
+from benchmarks import bench_serving
 from benchmarks.bench_serving import choose_cells
-from benchmarks.cells import Cell, choose_prompts, run
-from benchmarks.counters import TOTALS
-from benchmarks.dialogues import Dialogue
-from benchmarks.options import parse_args
-from benchmarks.pairs import Pair
-from benchmarks.streams import Answer, accept_length, latencies, steady_window
-from benchmarks.tasks import Task
+from benchmarks.harness import cells
+from benchmarks.harness.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
+from benchmarks.harness.cells import Cell, choose_prompts, run
+from benchmarks.harness.counters import TOTALS
+from benchmarks.harness.dialogues import Dialogue
+from benchmarks.harness.options import parse_args
+from benchmarks.harness.pairs import Pair
+from benchmarks.harness.streams import Answer, accept_length, latencies, steady_window
+from benchmarks.harness.tasks import Task
 
 
 def steps(start: float, seconds: float, gains: list[int], lag: float = 0.0) -> Answer:

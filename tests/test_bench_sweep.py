@@ -6,8 +6,8 @@ import pytest
 from test_replay import default_policy
 from traces import Recorder, make_tables, write
 
-from benchmarks import bench_sweep
-from benchmarks.fixed_trees import FIXED_TREES
+from benchmarks.studies import bench_sweep
+from benchmarks.studies.fixed_trees import FIXED_TREES
 from cast_sglang.costs.profiles import save_profile
 
 
@@ -40,7 +40,7 @@ def test_every_setting_is_compared_with_the_base(swept):
     assert lengths == sorted(lengths)
     picture = (directory / "sweep.svg").read_text()
     assert "times its base value" in picture or "<svg" in picture
-    assert content["provenance"]["command"].startswith("python -m benchmarks.bench_sweep")
+    assert content["provenance"]["command"].startswith("python -m benchmarks.studies.bench_sweep")
 
 
 def test_what_cannot_be_read_is_told(tmp_path, capsys):

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.dialogues import Encoder, conversation, rethinking
-from benchmarks.pairs import tiny_pair
-from benchmarks.prompt_files import Item, PromptFileError, read_items, read_prompts
-from benchmarks.tasks import DATA, STAND_INS, TaskError, load_task
+from benchmarks.harness.dialogues import Encoder, conversation, rethinking
+from benchmarks.harness.pairs import tiny_pair
+from benchmarks.harness.prompt_files import Item, PromptFileError, read_items, read_prompts
+from benchmarks.harness.tasks import DATA, STAND_INS, TaskError, load_task
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_missing_package_is_named_with_the_command(task, package, encoder, mon
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.setattr("benchmarks.tasks.resources.files", lambda name: refuse(name))
+    monkeypatch.setattr("benchmarks.harness.tasks.resources.files", lambda name: refuse(name))
     with pytest.raises(TaskError, match=f"needs the package {package}: uv pip install .*{package}"):
         load_task(task, encoder)
 

@@ -13,8 +13,8 @@ import pytest
 from builders import make_profile
 from rich.console import Console
 
-from benchmarks.pairs import ROOT, tiny_pair
-from benchmarks.servers import CPU_PLATFORM
+from benchmarks.harness.pairs import ROOT, tiny_pair
+from benchmarks.harness.servers import CPU_PLATFORM
 from cast_sglang.costs.profiles import FoundProfile
 from cast_sglang.costs.schema import Heldout
 from cast_sglang.serving.launch.diagnosis import Check, Diagnosis

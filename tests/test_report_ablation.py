@@ -4,10 +4,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import bench_ablation
-from benchmarks.arms import Arm, parse_arms
 from benchmarks.bench_ablation import choose_arms, one_context, parse_args
-from benchmarks.cells import Cell, Group, Result
-from benchmarks.report_ablation import (
+from benchmarks.harness.arms import Arm, parse_arms
+from benchmarks.harness.cells import Cell, Group, Result
+from benchmarks.harness.rows import as_rows
+from benchmarks.report.ablation import (
     draw_sweeps,
     draw_switched,
     own_value,
@@ -15,8 +16,7 @@ from benchmarks.report_ablation import (
     switched,
     table,
 )
-from benchmarks.report_data import base_of, normalised
-from benchmarks.rows import as_rows
+from benchmarks.report.data import base_of, normalised
 from cast_sglang.costs.profiles import load_profile, save_profile
 from tests.builders import make_profile
 

@@ -9,32 +9,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.arms import parse_arms, split
-from benchmarks.cells import Cell, Group, Result
-from benchmarks.counters import TOTALS
-from benchmarks.ledger import Ledger
-from benchmarks.report_ablation import switched, table
-from benchmarks.report_bounds import Bounds, NamedProfile
-from benchmarks.report_data import (
+from benchmarks.harness.arms import parse_arms, split
+from benchmarks.harness.cells import Cell, Group, Result
+from benchmarks.harness.counters import TOTALS
+from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.rows import as_rows, summarise
+from benchmarks.harness.streams import Answer
+from benchmarks.report import __main__ as report
+from benchmarks.report.ablation import switched, table
+from benchmarks.report.bounds import Bounds, NamedProfile
+from benchmarks.report.data import (
     base_of,
     latest,
     load_runs,
     normalised,
     speed_ratio,
 )
-from benchmarks.report_figures import styles_of
-from benchmarks.report_page import Grid, Heading, Paragraph, as_html, markdown_of
-from benchmarks.report_readme import (
+from benchmarks.report.figures import styles_of
+from benchmarks.report.page import Grid, Heading, Paragraph, as_html, markdown_of
+from benchmarks.report.readme import (
     is_marked,
     marked,
     overview,
     readme_block,
     results_shown,
 )
-from benchmarks.report_tables import headline, how_measured, in_short
-from benchmarks.rows import as_rows, summarise
-from benchmarks.streams import Answer
+from benchmarks.report.tables import headline, how_measured, in_short
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import save_profile
 from tests.builders import make_profile
@@ -154,7 +154,7 @@ def test_what_was_not_given_is_left_out_with_the_command_that_makes_it(tmp_path)
     old.write_text(json.dumps({"provenance": ORIGIN, "rows": [row]}))
     assert report.main([str(old), "--out", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page/report.html").read_text()
-    for module in ("bench_serving", "bench_calibration"):
+    for module in ("bench_serving", "studies.bench_calibration"):
         assert f"python -m benchmarks.{module} --" in text
     assert "cast-sglang profile" in text
     assert text.count("<img") == 1

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_ops
+from benchmarks.micro import bench_ops
 
 
 def test_without_a_gpu_it_ends_with_a_message(monkeypatch, capsys):
@@ -21,7 +21,7 @@ def test_without_a_gpu_it_ends_with_a_message(monkeypatch, capsys):
 
 
 def test_dry_run_runs_every_op():
-    command = [sys.executable, "-m", "benchmarks.bench_ops", "--dry-run", "--batches", "2"]
+    command = [sys.executable, "-m", "benchmarks.micro.bench_ops", "--dry-run", "--batches", "2"]
     command += ["--topk", "2", "--steps", "3", "--tokens", "5"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

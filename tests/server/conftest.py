@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arms import parse_arm
-from benchmarks.pairs import Pair, heldout_prompts, tiny_pair
-from benchmarks.servers import CPU_PLATFORM, Server
+from benchmarks.harness.arms import parse_arm
+from benchmarks.harness.pairs import Pair, heldout_prompts, tiny_pair
+from benchmarks.harness.servers import CPU_PLATFORM, Server
 from tests.server.client import greedy_ids
 from tests.server.profiles import write_profile
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.pairs import ROOT, Pair
-from benchmarks.servers import CPU_PLATFORM, server_command
+from benchmarks.harness.pairs import ROOT, Pair
+from benchmarks.harness.servers import CPU_PLATFORM, server_command
 from tests.server.profiles import write_profile
 
 # The limit includes the start of servers, which a busy machine stretches.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.servers import Server
+from benchmarks.harness.servers import Server
 from cast_sglang.cli import main
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.trace.candidates import recorded_reward

@@ -1,4 +1,4 @@
-"""Host time of CAST's decisions for one step, without a model: python -m benchmarks.bench_policy
+"""Host time of a step's decisions, without a model: python -m benchmarks.micro.bench_policy
 
 Draws random draft probabilities, grows a tree with a policy and times what a step spends on
 choosing: ranking a layer, breadth and depth, ranking all nodes, reranking; with `auto` also

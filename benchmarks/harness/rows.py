@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.arms import Arm, kind_of, static_shape
-from benchmarks.cells import Cell, Group, Result
-from benchmarks.counters import FIELDS, step_means
-from benchmarks.streams import accept_length, latencies
+from benchmarks.harness.arms import Arm, kind_of, static_shape
+from benchmarks.harness.cells import Cell, Group, Result
+from benchmarks.harness.counters import FIELDS, step_means
+from benchmarks.harness.streams import accept_length, latencies
 
 Row = dict[str, Any]
 ALL = "all"

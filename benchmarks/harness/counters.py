@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm
-from benchmarks.servers import Server
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.servers import Server
 
 # Sums since the server's start; what they mean is said in `cast_sglang/serving/stats.py`.
 TOTALS = (

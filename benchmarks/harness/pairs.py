@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.servers import platform_environment
+from benchmarks.harness.servers import platform_environment
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out"
 # Names another directory with target/, draft/ and heldout_prompts.jsonl.
 DIRECTORY_VARIABLE = "TINY_PAIR_DIR"

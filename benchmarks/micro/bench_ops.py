@@ -1,4 +1,4 @@
-"""Device time of the tensor ops, fused against reference: python -m benchmarks.bench_ops
+"""Device time of the tensor ops, fused against reference: python -m benchmarks.micro.bench_ops
 
 Times each op, and all ops of one step in a row, at every batch size: launched one by one, as the
 host sees it, and replayed from one CUDA graph of many calls, as the device sees it. Each number is
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import PACKAGES, git_commit
+from benchmarks.harness.provenance import PACKAGES, git_commit
 
 MODULES = ("fused", "reference")
 COLUMNS = ("fused_eager", "reference_eager", "fused_graph", "reference_graph")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.arms import kind_of, parse_arm
-from benchmarks.rows import row_fields
+from benchmarks.harness.arms import kind_of, parse_arm
+from benchmarks.harness.rows import row_fields
 
 Row = dict[str, Any]
 COMPARED = ("vs_plain", "vs_best_static")

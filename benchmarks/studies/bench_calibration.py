@@ -1,6 +1,6 @@
 """How far draft probabilities can be trusted, before and after calibration, on held-out prompts.
 
-    python -m benchmarks.bench_calibration --out DIR
+    python -m benchmarks.studies.bench_calibration --out DIR
 
 One server learns from one half of the prompts. A fresh one then answers the other half; what it
 sees is predicted by the draft's own probabilities and by the map that the first server learned.
@@ -21,12 +21,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.arms import parse_arm
-from benchmarks.counters import cast_state
-from benchmarks.pairs import OUT, Pair, heldout_prompts, tiny_pair
-from benchmarks.provenance import provenance
-from benchmarks.servers import ServerError, exit_on_sigterm, serving
-from benchmarks.streams import stream_batch
+from benchmarks.harness.arms import parse_arm
+from benchmarks.harness.counters import cast_state
+from benchmarks.harness.pairs import OUT, Pair, heldout_prompts, tiny_pair
+from benchmarks.harness.provenance import provenance
+from benchmarks.harness.servers import ServerError, exit_on_sigterm, serving
+from benchmarks.harness.streams import stream_batch
 
 Row = Mapping[str, Any]  # as `acceptance.Reliability`
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = {name: error_of(points, name) for name in ("drafted", "calibrated")}
     settings = {name: getattr(args, name) for name in ("temperature", "batch", "tokens")}
     settings["server_flags"] = args.server_flags
-    origin = provenance("benchmarks.bench_calibration", argv, pair, "", settings)
+    origin = provenance("benchmarks.studies.bench_calibration", argv, pair, "", settings)
     content = {"provenance": origin, "errors": errors, "points": [p._asdict() for p in points]}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "reliability.json").write_text(json.dumps(content, indent=1) + "\n")

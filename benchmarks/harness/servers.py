@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import httpx
 
-from benchmarks.arms import Arm
+from benchmarks.harness.arms import Arm
 
 CPU_PLATFORM = {"SGLANG_PLATFORM": "cast_cpu"}
 STARTUP_SECONDS = 600.0

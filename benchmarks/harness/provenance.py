@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from benchmarks.pairs import ROOT, Pair, device_name
+from benchmarks.harness.pairs import ROOT, Pair, device_name
 
 PACKAGES = ("cast-sglang", "sglang", "torch", "triton")
 

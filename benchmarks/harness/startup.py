@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.arms import Arm
-from benchmarks.servers import device_kind
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.servers import device_kind
 
 # What a server of the padded tiny pair takes for itself, most of it for imports.
 SERVER_BYTES = 3_400_000_000

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import STATIC_GRID
-from benchmarks.pairs import OUT
-from benchmarks.servers import device_kind
-from benchmarks.tasks import Task
+from benchmarks.harness.arms import STATIC_GRID
+from benchmarks.harness.pairs import OUT
+from benchmarks.harness.servers import device_kind
+from benchmarks.harness.tasks import Task
 
 WARMUP_TOKENS = 64
 MIN_TOKENS = 32

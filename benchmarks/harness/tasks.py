@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.dialogues import (
+from benchmarks.harness.dialogues import (
     Dialogue,
     Encoder,
     conversation,
@@ -36,10 +36,10 @@ from benchmarks.dialogues import (
     text_once,
     tokens_once,
 )
-from benchmarks.pairs import tiny_directory
-from benchmarks.prompt_files import Item, read_items
+from benchmarks.harness.pairs import tiny_directory
+from benchmarks.harness.prompt_files import Item, read_items
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 STAND_INS = ("chat", "instruct", "summarise", "qa", "reasoning")
 STAND_IN_NOTE = "original stand-in of this project, not a published set"
 SCALED = "reasoning"  # what test-time scaling works on if nothing else is named

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.arms import kind_of
-from benchmarks.report_bounds import Bounds
-from benchmarks.report_data import (
+from benchmarks.harness.arms import kind_of
+from benchmarks.harness.rows import shown
+from benchmarks.report.bounds import Bounds
+from benchmarks.report.data import (
     COMPARED,
     MEAN,
     Row,
@@ -18,8 +19,7 @@ from benchmarks.report_data import (
     spread,
     workloads,
 )
-from benchmarks.report_page import Block, Grid, Paragraph
-from benchmarks.rows import shown
+from benchmarks.report.page import Block, Grid, Paragraph
 
 HEADLINE = ("batch", "arm", "tokens/s", "vs plain", "vs best static", "accept length")
 BOUND = "bound"  # a column between the two ratios

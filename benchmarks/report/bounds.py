@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.arms import static_shape
-from benchmarks.report_data import Row, Run, cell_of
+from benchmarks.harness.arms import static_shape
+from benchmarks.report.data import Row, Run, cell_of
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
 from cast_sglang.costs.model import CostModel, plain_cost, step_units
 from cast_sglang.costs.schema import CostProfile

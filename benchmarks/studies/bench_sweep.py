@@ -1,7 +1,7 @@
 """What each rule of CAST brings and how much its settings matter, from one trace, without a server.
 
     sglang serve ... --speculative-algorithm CAST --cast-trace FILE --cast-trace-full   # record
-    python -m benchmarks.bench_sweep FILE --profile PROFILE --out DIR
+    python -m benchmarks.studies.bench_sweep FILE --profile PROFILE --out DIR
 
 Replays the trace (`cast-sglang replay`) once for each setting of policy `fixed`: its rules switched
 off by a price of 0, each price and R alone scaled up and down; once for each other policy; and once
@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.fixed_trees import FIXED_TREES, fits, replay_fixed
-from benchmarks.pairs import OUT, Pair
-from benchmarks.provenance import provenance
+from benchmarks.harness.pairs import OUT, Pair
+from benchmarks.harness.provenance import provenance
+from benchmarks.studies.fixed_trees import FIXED_TREES, fits, replay_fixed
 from cast_sglang.errors import CastError
 from cast_sglang.trace.session import Session, open_session
 from cast_sglang.trace.summary import Comparison
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         relate(rows)
         identity = session.trace.header.identity
         pair = Pair(identity.target.name, identity.draft.name)
-        origin = provenance("benchmarks.bench_sweep", argv, pair, "", {"base": args.base})
+        origin = provenance("benchmarks.studies.bench_sweep", argv, pair, "", {"base": args.base})
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "sweep.json"
         content = {"provenance": origin, "is_full": session.trace.header.is_full, "rows": rows}

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report_data import (
+from benchmarks.harness.rows import shown
+from benchmarks.report.data import (
     MEAN,
     Ratio,
     Row,
@@ -18,8 +19,7 @@ from benchmarks.report_data import (
     speed_ratio,
     spread,
 )
-from benchmarks.report_page import Grid
-from benchmarks.rows import shown
+from benchmarks.report.page import Grid
 from cast_sglang.config import CastConfig
 
 HEADINGS = ("batch", "arm", "compared with", "speed", "by the table", "accept length")

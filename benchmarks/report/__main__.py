@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import report_ablation as ablation
-from benchmarks import report_figures as figures
-from benchmarks import report_tables as tables
-from benchmarks.report_bounds import Bounds, NamedProfile
-from benchmarks.report_data import (
+from benchmarks.report import ablation, figures, tables
+from benchmarks.report.bounds import Bounds, NamedProfile
+from benchmarks.report.data import (
     ReportError,
     Run,
     arms_of,
@@ -28,7 +26,7 @@ from benchmarks.report_data import (
     read_json,
     workloads,
 )
-from benchmarks.report_page import (
+from benchmarks.report.page import (
     Block,
     Bullets,
     Details,
@@ -39,7 +37,7 @@ from benchmarks.report_page import (
     as_markdown,
     pictures_in,
 )
-from benchmarks.report_readme import update_readme
+from benchmarks.report.readme import update_readme
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
 
@@ -290,7 +288,7 @@ def reliability_chapter(inputs: Inputs) -> list[Block]:
     """Return how far draft probabilities can be trusted."""
     heading = Heading("Reliability of the draft's probabilities")
     if inputs.reliability is None:
-        command = "python -m benchmarks.bench_calibration --out DIR"
+        command = "python -m benchmarks.studies.bench_calibration --out DIR"
         option = "--reliability DIR/reliability.json"
         return [heading, _missing("reliability curves", command, option)]
     content = read_json(inputs.reliability, "points")

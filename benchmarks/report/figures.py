@@ -13,9 +13,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import bench_calibration
-from benchmarks.arms import kind_of
-from benchmarks.report_data import Row, is_plain, label_of, ratio_of
+from benchmarks.harness.arms import kind_of
+from benchmarks.report.data import Row, is_plain, label_of, ratio_of
+from benchmarks.studies import bench_calibration
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.report.profile_plot import plot_profiles
 

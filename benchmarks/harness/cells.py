@@ -11,11 +11,11 @@ from typing import NamedTuple, TypeVar
 import httpx
 from rich.progress import Progress, TaskID
 
-from benchmarks.arms import Arm
-from benchmarks.counters import cast_state, gained
-from benchmarks.dialogues import Dialogue
-from benchmarks.servers import Server, ServerError
-from benchmarks.streams import (
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.counters import cast_state, gained
+from benchmarks.harness.dialogues import Dialogue
+from benchmarks.harness.servers import Server, ServerError
+from benchmarks.harness.streams import (
     Answer,
     Prompt,
     client_of,

@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import report_tables as tables
-from benchmarks.arms import kind_of
-from benchmarks.report_data import (
+from benchmarks.harness.arms import kind_of
+from benchmarks.harness.rows import shown
+from benchmarks.report import tables
+from benchmarks.report.data import (
     Ratio,
     ReportError,
     Row,
@@ -22,8 +23,7 @@ from benchmarks.report_data import (
     spread,
     workloads,
 )
-from benchmarks.report_page import Block, Grid, Paragraph, markdown_of
-from benchmarks.rows import shown
+from benchmarks.report.page import Block, Grid, Paragraph, markdown_of
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMMAND = "python -m benchmarks.report"
