@@ -6,13 +6,13 @@ import types
 
 import msgspec
 import pytest
-import traces
-from builders import make_identity, make_profile, make_table
 
 from cast_sglang import __version__
 from cast_sglang.cli import main
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import HostError
+from tests.support import traces
+from tests.support.builders import make_identity, make_profile, make_table
 
 
 @pytest.fixture

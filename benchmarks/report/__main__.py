@@ -18,14 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.report import ablation, figures, tables
 from benchmarks.report.bounds import Bounds, NamedProfile
-from benchmarks.report.data import (
-    ReportError,
-    Run,
-    arms_of,
-    load_runs,
-    read_json,
-    workloads,
-)
+from benchmarks.report.data import ReportError, Run, arms_of, load_runs, read_json, workloads
 from benchmarks.report.page import (
     Block,
     Bullets,
