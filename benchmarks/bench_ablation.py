@@ -25,18 +25,22 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from benchmarks import bench_serving
-from benchmarks.options import list_of
-from benchmarks.pairs import OUT
-from benchmarks.variants import one_context
+from benchmarks.harness.options import list_of
+from benchmarks.harness.pairs import OUT
+from cast_sglang.costs.profiles import load_profile, save_profile
+from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
-from cast_sglang.profiles import load_profile, save_profile
 
 # Near the speed-ups of the padded tiny pair on two cores, where good prices lie.
 PRICES = "2-2-1.5"
 RS = (1, 4, 64)
 LEARNING = ("calibration=off", "joint_budget=on", "residuals=off")
 DERIVED = "one-context.json"
+TABLES = ("target", "draft", "draft_extend", "plain")
+CELLS = ("time_us", "spread_us", "samples")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +131,18 @@ def context(args: argparse.Namespace) -> list[str]:
     derived = args.out / DERIVED
     save_profile(one_context(load_profile(args.profile)), derived)
     return [base, f"{base}+profile={derived}", f"{base}+lookup=nearest"]
+
+
+def one_context(profile: CostProfile) -> CostProfile:
+    """Keep the shortest context of each table only."""
+    tables = {name: getattr(profile, name) for name in TABLES}
+    kept = {name: _shortest(table) for name, table in tables.items() if table is not None}
+    return msgspec.structs.replace(profile, **kept)
+
+
+def _shortest(table: CostTable) -> CostTable:
+    cells = {name: [contexts[:1] for contexts in getattr(table, name)] for name in CELLS}
+    return msgspec.structs.replace(table, contexts=table.contexts[:1], **cells)
 
 
 def learning(args: argparse.Namespace) -> list[str]:

@@ -46,13 +46,13 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Arm, parse_arms, split
-from benchmarks.cells import Cell, Group, Result, choose_prompts, take_turns, warm_up
-from benchmarks.counters import profiles_in_use
-from benchmarks.dialogues import Encoder
-from benchmarks.ledger import Ledger
-from benchmarks.options import parse_args, settings
-from benchmarks.pairs import (
+from benchmarks.harness.arms import Arm, parse_arms, split
+from benchmarks.harness.cells import Cell, Group, Result, choose_prompts, take_turns, warm_up
+from benchmarks.harness.counters import profiles_in_use
+from benchmarks.harness.dialogues import Encoder
+from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.options import parse_args, settings
+from benchmarks.harness.pairs import (
     INFLATED_NOTE,
     CommandError,
     Pair,
@@ -61,8 +61,8 @@ from benchmarks.pairs import (
     measured_profile,
     tiny_pair,
 )
-from benchmarks.provenance import provenance
-from benchmarks.rows import (
+from benchmarks.harness.provenance import provenance
+from benchmarks.harness.rows import (
     Row,
     as_table,
     compared,
@@ -71,9 +71,9 @@ from benchmarks.rows import (
     summarise,
     summary_table,
 )
-from benchmarks.servers import Server, ServerError, device_kind, exit_on_sigterm, serving
-from benchmarks.startup import servers_at_once, start_display
-from benchmarks.tasks import Task, load_task
+from benchmarks.harness.servers import Server, ServerError, device_kind, exit_on_sigterm, serving
+from benchmarks.harness.startup import servers_at_once, start_display
+from benchmarks.harness.tasks import Task, load_task
 
 PROFILE_SECONDS = 180
 # Tokens that speculation writes beyond the end of an answer.

@@ -227,7 +227,7 @@ def _add_trace_commands(commands: Any) -> None:
 
 def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
     # Imported here: it loads SGLang, which takes seconds and which `show` does not need.
-    from cast_sglang.serving.measure import profile_server
+    from cast_sglang.serving.profiling.command import profile_server
 
     budget = arguments.budget_seconds or (
         QUICK_BUDGET_SECONDS if arguments.quick else BUDGET_SECONDS
@@ -255,17 +255,17 @@ def _show(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     from rich.console import Console
 
-    from cast_sglang import report
-    from cast_sglang.profiles import load_profile
+    from cast_sglang.costs.profiles import load_profile
+    from cast_sglang.report import profile_text
 
     paths = [path for path in (arguments.profile, arguments.second) if path is not None]
     profiles = [load_profile(path) for path in paths]
     if len(profiles) > 1:
-        report.print_comparison(profiles[0], profiles[1], Console())
+        profile_text.print_comparison(profiles[0], profiles[1], Console())
     else:
-        report.print_profile(profiles[0], Console())
+        profile_text.print_profile(profiles[0], Console())
     if not arguments.no_plot:
-        from cast_sglang.plots import plot_profiles
+        from cast_sglang.report.profile_plot import plot_profiles
 
         picture = arguments.plot or Path("__vs__".join(path.stem for path in paths) + ".png")
         plot_profiles(profiles, picture)
@@ -274,7 +274,7 @@ def _show(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
 
 
 def _doctor(arguments: argparse.Namespace, server_argv: list[str]) -> int:
-    from cast_sglang.serving.doctor import examine
+    from cast_sglang.serving.launch.doctor import examine
 
     diagnosis = examine(server_argv, cast_profile=arguments.cast_profile)
     if arguments.json:
@@ -313,7 +313,7 @@ def _tune(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
     from rich.console import Console
     from rich.progress import Progress
 
-    from cast_sglang.tuning import print_tuned, tune
+    from cast_sglang.trace.tuning import print_tuned, tune
 
     session = _session(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -336,7 +336,7 @@ def _tune(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
 
 
 def _session(arguments: argparse.Namespace) -> Any:
-    from cast_sglang.offline import open_session
+    from cast_sglang.trace.session import open_session
 
     return open_session(
         arguments.trace,
@@ -352,8 +352,8 @@ def _trace_show(
 ) -> int:
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    from cast_sglang.gallery import write_gallery
-    from cast_sglang.trace import read_trace
+    from cast_sglang.report.trace_page import write_gallery
+    from cast_sglang.trace.file import read_trace
 
     page = write_gallery(
         read_trace(arguments.trace),

@@ -8,7 +8,7 @@ which they were proposed: the K children of the root, then K children for each k
 layer. So candidate g is a child of expanded node number g // K, where number 0 is the root: this is
 the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection into a mask.
 
-The tree holds tensors and chooses nothing: `policy.py` chooses, and `ops` holds the formulas, in
+The tree holds tensors and chooses nothing: `policy` chooses, and `ops` holds the formulas, in
 plain torch and in one kernel each.
 """
 
@@ -126,11 +126,6 @@ class DraftTree:
     def expanded(self) -> list[torch.Tensor]:
         """[B, W] int64 of each layer below the root: candidates that were expanded, best first."""
         return [nodes[:, :width] for nodes, width in self._kept]
-
-    @property
-    def num_expanded(self) -> int:
-        """Nodes per request that went through the draft model (the root not counted)."""
-        return sum(width for _, width in self._kept)
 
     def frontier(self) -> Frontier:
         """Return the newest layer's best K candidates."""

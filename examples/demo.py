@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.arms import Arm, parse_arm
-from benchmarks.cells import answer_lengths
-from benchmarks.pairs import (
+from benchmarks.harness.arms import Arm, parse_arm
+from benchmarks.harness.cells import answer_lengths
+from benchmarks.harness.pairs import (
     INFLATED_NOTE,
     INFLATED_PARAMS,
     OUT,
@@ -34,7 +34,7 @@ from benchmarks.pairs import (
     inflated_pair,
     measured_profile,
 )
-from benchmarks.servers import Server, ServerError, exit_on_sigterm, serving
+from benchmarks.harness.servers import Server, ServerError, exit_on_sigterm, serving
 
 MODEL = f"tiny pair at {INFLATED_PARAMS}"
 ARMS = ("plain", "static", "cast")  # static is SGLang's EAGLE-3

@@ -2,7 +2,7 @@
 
 import os
 
-from benchmarks.servers import exit_on_sigterm
+from benchmarks.harness.servers import exit_on_sigterm
 
 
 def pytest_configure() -> None:

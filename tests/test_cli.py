@@ -6,13 +6,13 @@ import types
 
 import msgspec
 import pytest
-import traces
-from builders import make_identity, make_profile, make_table
 
 from cast_sglang import __version__
 from cast_sglang.cli import main
+from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import HostError
-from cast_sglang.profiles import save_profile
+from tests.support import traces
+from tests.support.builders import make_identity, make_profile, make_table
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def profiled(monkeypatch):
         calls.append((server_argv, options))
         return {"output": options["output"], "seconds": 1.0}
 
-    module = types.ModuleType("cast_sglang.serving.measure")
+    module = types.ModuleType("cast_sglang.serving.profiling.command")
     module.profile_server = profile_server
-    monkeypatch.setitem(sys.modules, "cast_sglang.serving.measure", module)
+    monkeypatch.setitem(sys.modules, "cast_sglang.serving.profiling.command", module)
     return calls
 
 
@@ -117,7 +117,7 @@ def test_profile_passes_other_flags_through_in_order(profiled, capsys):
 @pytest.mark.parametrize("error", [None, 0.01, 0.051])
 def test_a_rough_profile_asks_for_more_time(error, monkeypatch, profiled, capsys):
     facts = {"output": "x.json", "heldout_median_error": error}
-    measure = sys.modules["cast_sglang.serving.measure"]
+    measure = sys.modules["cast_sglang.serving.profiling.command"]
     monkeypatch.setattr(measure, "profile_server", lambda server_argv, **options: facts)
     assert main(["profile", "--output", "x.json", "--quick"]) == 0
     out, err = capsys.readouterr()
@@ -135,7 +135,9 @@ def test_profile_failure(profiled, monkeypatch, capsys):
     def fail(server_argv, **options):
         raise HostError("no GPU here")
 
-    monkeypatch.setattr(sys.modules["cast_sglang.serving.measure"], "profile_server", fail)
+    monkeypatch.setattr(
+        sys.modules["cast_sglang.serving.profiling.command"], "profile_server", fail
+    )
     assert main(["profile", "--output", "x.json"]) == 2
     assert capsys.readouterr() == ("", "error: no GPU here\n")
 

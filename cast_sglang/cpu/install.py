@@ -17,7 +17,7 @@ from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from cast_sglang.cpu import kernels, sampling
 from cast_sglang.cpu.attention import CastCpuAttnBackend, CastCpuMultiStepDraftBackend
 from cast_sglang.cpu.layers import register_layers
-from cast_sglang.cpu.platform import ATTENTION_BACKEND, PLATFORM_NAME
+from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
 
 _OPS = "sglang.kernels.ops"
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 
-from cast_sglang.compiled import compiled
 from cast_sglang.cpu.reads import full_mask_cells
 from cast_sglang.ops import loops
+from cast_sglang.ops.compiled import compiled
 
 Tensor = torch.Tensor
 

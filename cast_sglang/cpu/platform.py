@@ -17,12 +17,10 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
 from cast_sglang.errors import HostError
 
 logger = logging.getLogger(__name__)
-
-PLATFORM_NAME = "cast_cpu"
-ATTENTION_BACKEND = "cast_cpu"
 
 # A tiny model would otherwise turn most of the host's memory into KV slots it can never use.
 MAX_TOTAL_TOKENS = 131_072

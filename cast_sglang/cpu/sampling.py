@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cast_sglang.compiled import compiled
+from cast_sglang.ops.compiled import compiled
 
 Tensor = torch.Tensor
 

@@ -19,12 +19,9 @@ __all__ = [
     "CalibrationLines",
     "GrownLayer",
     "check_build_tree",
-    "check_choose_size",
     "check_grow_layer",
     "check_list_slots",
-    "check_mean_utility",
     "check_rank_nodes",
-    "check_select_count",
     "check_select_nodes",
 ]
 
@@ -108,38 +105,11 @@ def check_grow_layer(
         )
 
 
-def check_mean_utility(scores: torch.Tensor) -> None:
-    """Raise ValueError unless this is an argument of `mean_utility`."""
-    _check("scores", scores, torch.float32, 2)
-    _check_range("n", scores.shape[1], 1, MAX_CANDIDATES)
-
-
-def check_select_count(utility: torch.Tensor, cost: torch.Tensor) -> None:
-    """Raise ValueError unless these are arguments of `select_count`."""
-    _check("cost", cost, torch.float32, 1)
-    if utility.dtype != torch.float32 or utility.dim() < 1 or utility.numel() == 0:
-        raise ValueError(f"utility must be [..., K] torch.float32, got {_describe(utility)}")
-    if utility.shape[-1] != cost.shape[0]:
-        raise ValueError(f"cost must be [{utility.shape[-1]}], got {_describe(cost)}")
-    _check_range("K", cost.shape[0], 1, MAX_CANDIDATES)
-
-
 def check_rank_nodes(scores: torch.Tensor, num_nodes: int) -> None:
     """Raise ValueError unless these are arguments of `rank_nodes`."""
     _check("scores", scores, torch.float32, 2)
     _check_range("M", scores.shape[1], 1, MAX_CANDIDATES)
     _check_range("num_nodes", num_nodes, 1, scores.shape[1])
-
-
-def check_choose_size(
-    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
-) -> None:
-    """Raise ValueError unless these are arguments of `choose_size`."""
-    check_mean_utility(scores)
-    _check("verify_cost", verify_cost, torch.float32, 1)
-    _check("sizes", sizes, torch.int64, 1)
-    if price.dtype != torch.float32 or price.dim() != 0:
-        raise ValueError(f"price must be 0-d torch.float32, got {_describe(price)}")
 
 
 def check_select_nodes(

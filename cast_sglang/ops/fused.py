@@ -1,8 +1,8 @@
 """The ops as one Triton kernel each: names, signatures and meaning are those of `reference`.
 
-One program serves one request, so that its whole row stays in registers; sums over the batch run in
-one program, in a fixed order. There are no atomics and no products fused into sums, so results that
-must agree between ranks do so bit for bit, and the scores of a layer are the reference's own bits.
+One program serves one request, so that its whole row stays in registers. There are no atomics and
+no products fused into sums, so results that must agree between ranks do so bit for bit, and the
+scores of a layer are the reference's own bits.
 Sizes that change from step to step are plain arguments: kernels are compiled anew only when a size
 passes a power of two, or for another K or depth.
 """
@@ -18,18 +18,14 @@ from cast_sglang.tree import Frontier, RankedNodes
 
 __all__ = [
     "build_tree",
-    "choose_size",
     "grow_layer",
     "list_slots",
-    "mean_utility",
     "rank_nodes",
-    "select_count",
     "select_nodes",
 ]
 
-# Cells of a tile, and requests at most in one that is summed over the batch.
+# Cells of a tile.
 _TILE = 4096
-_TILE_ROWS = 64
 # Slots that a program copies at a time.
 _SLOT_TILE = 512
 
@@ -83,46 +79,6 @@ def grow_layer(
     return GrownLayer(grown_probs, scores, frontier)
 
 
-def mean_utility(scores: torch.Tensor) -> torch.Tensor:
-    """Sum the scores of the best nodes, averaged over the batch; see `reference`."""
-    contract.check_mean_utility(scores)
-    scores = _rows(scores)
-    batch_size, n = scores.shape
-    out = scores.new_empty(n)
-    columns = triton.next_power_of_2(n)
-    rows = _tile_rows(columns)
-    kernels.mean_utility_kernel[(1,)](
-        scores,
-        scores.stride(0),
-        batch_size,
-        n,
-        out,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=_num_warps(rows * columns, 512),
-        enable_fp_fusion=False,
-    )
-    return out
-
-
-def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> torch.Tensor:
-    """Choose how many of the best nodes are worth their cost; see `policy.select_count`."""
-    contract.check_select_count(utility, cost)
-    out = torch.empty(utility.shape[:-1], dtype=torch.int64, device=utility.device)
-    columns = triton.next_power_of_2(len(cost))
-    kernels.select_count_kernel[(out.numel(),)](
-        utility.contiguous(),
-        cost.contiguous(),
-        float(price),
-        out,
-        len(cost),
-        COLUMNS=columns,
-        num_warps=_num_warps(columns, 256),
-        enable_fp_fusion=False,
-    )
-    return out
-
-
 def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
     """Keep each request's best candidates, best first; see `reference`."""
     contract.check_rank_nodes(scores, num_nodes)
@@ -143,34 +99,6 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
         num_warps=_num_warps(candidates, 256),
     )
     return RankedNodes(best, index)
-
-
-def choose_size(
-    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
-) -> torch.Tensor:
-    """Choose how many nodes to verify, all on the device; see `reference`."""
-    contract.check_choose_size(scores, verify_cost, sizes, price)
-    scores = _rows(scores)
-    out = torch.empty((), dtype=torch.int64, device=scores.device)
-    columns = triton.next_power_of_2(scores.shape[1])
-    rows = _tile_rows(columns)
-    kernels.choose_size_kernel[(1,)](
-        scores,
-        scores.stride(0),
-        *scores.shape,
-        verify_cost.contiguous(),
-        len(verify_cost),
-        sizes.contiguous(),
-        len(sizes),
-        price,
-        out,
-        ROWS=rows,
-        COLUMNS=columns,
-        SIZES=triton.next_power_of_2(len(sizes)),
-        num_warps=_num_warps(rows * columns, 512),
-        enable_fp_fusion=False,
-    )
-    return out
 
 
 def select_nodes(
@@ -278,10 +206,6 @@ def build_tree(
 def _padded(n: int) -> int:
     # At least 2: the best one of several would come out of `tl.topk` as a scalar.
     return max(2, triton.next_power_of_2(n))
-
-
-def _tile_rows(columns: int) -> int:
-    return max(1, min(_TILE_ROWS, _TILE // columns))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

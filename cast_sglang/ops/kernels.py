@@ -13,12 +13,9 @@ import triton.language as tl
 
 __all__ = [
     "build_tree_kernel",
-    "choose_size_kernel",
     "grow_layer_kernel",
     "list_slots_kernel",
-    "mean_utility_kernel",
     "rank_nodes_kernel",
-    "select_count_kernel",
     "select_nodes_kernel",
 ]
 
@@ -105,43 +102,6 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     tl.store(best_tokens_ptr + to, tokens, mask=kept)
 
 
-@triton.jit
-def _utility(  # type: ignore[no-untyped-def]
-    scores_ptr, stride, batch_size, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    column = tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, batch_size, ROWS):
-        row = start + tl.arange(0, ROWS)
-        cells = scores_ptr + row[:, None] * stride + column[None, :]
-        is_real = (row < batch_size)[:, None] & (column < n)[None, :]
-        total += tl.sum(tl.load(cells, mask=is_real, other=0.0), axis=0)
-    return tl.cumsum(tl.div_rn(total, tl.zeros([COLUMNS], tl.float32) + batch_size), axis=0)
-
-
-@triton.jit(do_not_specialize=["stride", "batch_size", "n"])
-def mean_utility_kernel(  # type: ignore[no-untyped-def]
-    scores_ptr, stride, batch_size, n, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Sum the scores of the whole batch; one program."""
-    column = tl.arange(0, COLUMNS)
-    utility = _utility(scores_ptr, stride, batch_size, n, ROWS, COLUMNS)
-    tl.store(out_ptr + column, utility, mask=column < n)
-
-
-@triton.jit(do_not_specialize=["n", "price"])
-def select_count_kernel(  # type: ignore[no-untyped-def]
-    utility_ptr, cost_ptr, price, out_ptr, n, COLUMNS: tl.constexpr
-):
-    """Choose one row's best count."""
-    row = tl.program_id(0)
-    k = tl.arange(0, COLUMNS)
-    utility = tl.load(utility_ptr + row * n + k, mask=k < n, other=float("-inf"))
-    value = utility - price * tl.load(cost_ptr + k, mask=k < n, other=0.0)
-    count = tl.argmax(value, axis=0, tie_break_left=True) + 1
-    tl.store(out_ptr + row, count.to(tl.int64))
-
-
 @triton.jit(do_not_specialize=["stride", "n", "num_nodes"])
 def rank_nodes_kernel(  # type: ignore[no-untyped-def]
     scores_ptr,
@@ -163,34 +123,6 @@ def rank_nodes_kernel(  # type: ignore[no-untyped-def]
     to = request * num_nodes + rank
     tl.store(best_scores_ptr + to, best_scores, mask=rank < num_nodes)
     tl.store(best_index_ptr + to, best.to(tl.int64), mask=rank < num_nodes)
-
-
-@triton.jit(do_not_specialize=["stride", "batch_size", "n", "num_costs", "num_sizes"])
-def choose_size_kernel(  # type: ignore[no-untyped-def]
-    scores_ptr,
-    stride,
-    batch_size,
-    n,
-    cost_ptr,
-    num_costs,
-    sizes_ptr,
-    num_sizes,
-    price_ptr,
-    out_ptr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIZES: tl.constexpr,
-):
-    """Choose the batch's number of verified nodes; one program."""
-    utility = _utility(scores_ptr, stride, batch_size, n, ROWS, COLUMNS)
-    choice = tl.arange(0, SIZES)
-    sizes = tl.load(sizes_ptr + choice, mask=choice < num_sizes, other=0)
-    is_allowed = (sizes >= 2) & (sizes <= n + 1) & (sizes <= num_costs)
-    cost = tl.load(cost_ptr + sizes - 1, mask=is_allowed, other=0.0)
-    gain = tl.gather(utility, tl.where(is_allowed, sizes - 2, 0).to(tl.int32), 0)
-    value = tl.where(is_allowed, gain - tl.load(price_ptr) * cost, float("-inf"))
-    best = tl.argmax(value, axis=0, tie_break_left=True)
-    tl.store(out_ptr, tl.sum(tl.where(choice == best, sizes, 0), axis=0))
 
 
 @triton.jit(do_not_specialize=["index_stride", "tokens_stride", "num_nodes", "num_candidates"])

@@ -9,20 +9,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cast_sglang.compiled import compiled
 from cast_sglang.ops import contract
+from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import CalibrationLines, GrownLayer
-from cast_sglang.ops.reference import choose_size, list_slots, mean_utility, select_count
+from cast_sglang.ops.reference import list_slots
 from cast_sglang.tree import Frontier, RankedNodes
 
 __all__ = [
     "build_tree",
-    "choose_size",
     "grow_layer",
     "list_slots",
-    "mean_utility",
     "rank_nodes",
-    "select_count",
     "select_nodes",
 ]
 

@@ -1,7 +1,7 @@
 """The ops in plain torch: their definition, their CPU path, and the oracle for `fused`.
 
 Shape letters are those of `tree.py`: B requests, K `topk`, W expanded nodes, M candidates, N
-`num_draft_tokens`, root included; P pieces of a calibration curve, S allowed sizes.
+`num_draft_tokens`, root included; P pieces of a calibration curve.
 
 Effects, of all ops: pure but for the outputs that `build_tree` is given; no host sync; static
 output shapes, so safe under CUDA graphs. Nothing is random and no sum depends on a race, so equal
@@ -14,17 +14,13 @@ import torch
 
 from cast_sglang.ops import contract
 from cast_sglang.ops.contract import CalibrationLines, GrownLayer
-from cast_sglang.policy import select_count
 from cast_sglang.tree import Frontier, RankedNodes
 
 __all__ = [
     "build_tree",
-    "choose_size",
     "grow_layer",
     "list_slots",
-    "mean_utility",
     "rank_nodes",
-    "select_count",
     "select_nodes",
 ]
 
@@ -81,26 +77,6 @@ def grow_layer(
     return GrownLayer(probs, scores, frontier)
 
 
-def mean_utility(scores: torch.Tensor) -> torch.Tensor:
-    """Sum the scores of the best nodes, averaged over the batch.
-
-    Definition: out[k - 1] = sum over requests b, sum over s < k of scores[b, s] / B
-
-    Args:
-        scores: [B, n] float32, each request's best nodes, descending. Rows may be strided.
-
-    Returns:
-        [n] float32, expected accepted tokens per request of the best k nodes, k = 1..n.
-
-    Raises:
-        ValueError: shape or dtype out of range.
-
-    Source: CAST (arXiv 2510.26577), the utility u_k of breadth pruning and reranking.
-    """
-    contract.check_mean_utility(scores)
-    return scores.mean(dim=0).cumsum(dim=0)
-
-
 def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
     """Keep each request's best candidates, best first.
 
@@ -122,44 +98,6 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
     contract.check_rank_nodes(scores, num_nodes)
     best, index = torch.sort(scores, dim=1, descending=True, stable=True)
     return RankedNodes(best[:, :num_nodes], index[:, :num_nodes])
-
-
-def choose_size(
-    scores: torch.Tensor, verify_cost: torch.Tensor, sizes: torch.Tensor, price: torch.Tensor
-) -> torch.Tensor:
-    """Choose how many nodes to verify, all on the device.
-
-    Definition: u = mean_utility(scores); allowed = [N in sizes if 2 <= N <= min(n + 1, R)]
-        out = the N in allowed that maximises u[N - 2] - price * verify_cost[N - 1]; ties to the
-        first in `sizes`; sizes[0] if none is allowed
-
-    N nodes are N - 1 drafts and N verified rows.
-
-    Args:
-        scores: [B, n] float32, each request's best nodes, descending. Rows may be strided.
-        verify_cost: [R] float32, finite; index k - 1: time of one verify pass over k rows per
-            request.
-        sizes: [S] int64, ascending; sizes beyond what was ranked or costed are passed over.
-        price: [] float32 >= 0, accepted tokens asked per unit of time. A tensor, so that a captured
-            graph reads the price of the day.
-
-    Returns:
-        [] int64 on the device of `scores`, N for the whole batch.
-
-    Raises:
-        ValueError: shape or dtype out of range.
-
-    Source: CAST (arXiv 2510.26577), dynamic reranking; contract of `policy.FixedPolicy.rerank`.
-    """
-    contract.check_choose_size(scores, verify_cost, sizes, price)
-    utility = mean_utility(scores)
-    limit = min(scores.shape[1] + 1, verify_cost.shape[0])
-    allowed = (sizes >= 2) & (sizes <= limit)
-    rows = torch.where(allowed, sizes, 2)
-    gain = utility[rows - 2].masked_fill(~allowed, -torch.inf)
-    # A lone cost stands for one row, at which nothing is allowed.
-    time = verify_cost[(rows - 1).clamp(max=verify_cost.shape[0] - 1)]
-    return torch.take(sizes, select_count(gain, price * time, 1.0) - 1)
 
 
 def select_nodes(

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cast_sglang.acceptance import Acceptance, verify_outcomes
+from cast_sglang.costs.profiles import write_atomically
 from cast_sglang.errors import ConfigError
-from cast_sglang.profiles import write_atomically
-from cast_sglang.serving.readback import HostReads, Read
+from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.outcomes import verify_outcomes
+from cast_sglang.serving.host_reads import HostReads, Read
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
+    from cast_sglang.costs.schema import HostIdentity
     from cast_sglang.ops.contract import CalibrationLines
-    from cast_sglang.profile_schema import HostIdentity
     from cast_sglang.tree import Selection
 
 __all__ = ["Calibration", "CalibrationFile"]

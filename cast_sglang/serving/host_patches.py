@@ -6,25 +6,24 @@ algorithms as they are, but for the room of a request's row on the CPU platform.
 
 from __future__ import annotations
 
-import logging
-import os
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_spec
 
-from cast_sglang.cpu.platform import PLATFORM_NAME
-from cast_sglang.serving.identity import is_draft_path
-from cast_sglang.serving.requests import PLAIN_RESERVE
+from cast_sglang.cpu.names import PLATFORM_NAME
+from cast_sglang.serving.launch.identity import is_draft_path
+from cast_sglang.serving.step_room import PLAIN_RESERVE
+from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-__all__ = ["register_hooks"]
+__all__ = ["building_draft_worker", "is_cast", "register_hooks"]
 
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
@@ -33,8 +32,6 @@ _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
 _WEIGHT_UPDATER = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 )
-
-logger = logging.getLogger(__name__)
 
 # Slots that the batch that is being prepared reserves per request; None for SGLang's own number.
 _reserve: int | None = None
@@ -62,6 +59,19 @@ def is_cast() -> bool:
     return get_spec().speculative_algorithm == "CAST"
 
 
+@contextlib.contextmanager
+def building_draft_worker(draft_worker_class: type) -> Iterator[None]:
+    """Let EAGLEWorkerV2's constructor build our draft worker; it names its class by a global."""
+    from sglang.srt.speculative import eagle_worker_v2
+
+    original = eagle_worker_v2.EagleDraftWorker
+    eagle_worker_v2.EagleDraftWorker = draft_worker_class
+    try:
+        yield
+    finally:
+        eagle_worker_v2.EagleDraftWorker = original
+
+
 def _widen_rows(original: Callable[[], int]) -> int:
     """Give a row of `req_to_token` room for what a step reserves past the context limit.
 
@@ -70,11 +80,12 @@ def _widen_rows(original: Callable[[], int]) -> int:
     The platform serves SGLang's own EAGLE trees, which have the same need.
     """
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+    from sglang.srt.platforms import current_platform
 
     extra = original()
     if get_spec().speculative_algorithm is None:
         return extra
-    if is_cast() or os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME:
+    if is_cast() or current_platform.device_name == PLATFORM_NAME:
         extra = max(extra, get_alloc_reserve_per_decode())
     return extra
 
@@ -151,17 +162,18 @@ def _update_weights_from_disk(
         return original(manager, request)
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
 
-    worker, path = manager.draft_worker, request.model_path
-    of_draft = is_draft_path(path)
-    error = worker.weight_update_error(path, of_draft)
+    path, of_draft = request.model_path, is_draft_path(request.model_path)
+    target, draft_worker = manager.tp_worker.model_runner, manager.draft_worker.draft_worker
+    model_config = (draft_worker.draft_runner if of_draft else target).model_config
+    error = why_not(path, model_config.hf_config)
     if error is not None:
         success, message = False, error
     elif of_draft:
-        success, message = _with_rollback(
-            worker.draft_worker.draft_runner.model_config,
-            path,
-            lambda wanted: worker.update_draft_from_disk(wanted, request.load_format),
-        )
+
+        def update_draft(wanted: str) -> tuple[bool, str]:
+            return update_draft_from_disk(draft_worker, target.model, wanted, request.load_format)
+
+        success, message = with_rollback(model_config, path, update_draft)
         if success:
             manager.record_weight_version_after_update(request.weight_version)
             success, message = manager.flush_cache_after_weight_update(request, success, message)
@@ -171,26 +183,8 @@ def _update_weights_from_disk(
             output = original(manager, msgspec.structs.replace(request, model_path=wanted))
             return output.success, output.message
 
-        runner = manager.tp_worker.model_runner
-        success, message = _with_rollback(runner.model_config, path, update_target)
+        success, message = with_rollback(model_config, path, update_target)
     return UpdateWeightFromDiskReqOutput(success=success, message=message, num_paused_requests=0)
-
-
-def _with_rollback(
-    model_config: Any, path: str, update: Callable[[str], tuple[bool, str]]
-) -> tuple[bool, str]:
-    """Update a model from a path; where loading fails, load again what was served before."""
-    served = model_config.model_path
-    try:
-        success, message = update(path)
-    # SGLang's own rollback reads the damaged files again and raises what they raise.
-    except Exception as error:
-        logger.exception("CAST: loading weights from %s failed", path)
-        update(served)
-        return False, f"{path} cannot be loaded, the weights are those of before: {error}"
-    if not success:
-        model_config.model_path = served
-    return success, message
 
 
 def _keep_model_path(

@@ -25,13 +25,13 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, host_patches, wishes
+    from cast_sglang.serving import algorithm, host_patches, requests
 
     algorithm.register()
     host_patches.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", wishes.check_wish, HookType.AFTER)
+    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_wish, HookType.AFTER)
     for method, hook, kind in (
         ("__init__", _provide_profile, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),
@@ -63,7 +63,7 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
-        from cast_sglang.serving.algorithm import check_flags, choose_attention_backend
+        from cast_sglang.serving.launch.arguments import check_flags, choose_attention_backend
 
         check_flags(namespace)
         choose_attention_backend(namespace)
@@ -75,7 +75,7 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
 def _provide_profile(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Make a cost profile if the worker that was just built needs one and found none."""
     if getattr(scheduler.draft_worker, "lacks_profile", False):
-        from cast_sglang.serving.start import provide_profile
+        from cast_sglang.serving.profiling.first_start import provide_profile
 
         provide_profile(scheduler)
 
@@ -100,10 +100,10 @@ def _add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) 
 
 def _handle_profile_request(original: Any, scheduler: Any, request: Any) -> Any:
     """Serve the profiler's call, which SGLang would look up among the scheduler's methods."""
-    from cast_sglang.serving import measure
+    from cast_sglang.serving.profiling import command
 
-    if request.method == measure.RPC_METHOD:
-        return measure.handle_rpc(scheduler, request.parameters)
+    if request.method == command.RPC_METHOD:
+        return command.handle_rpc(scheduler, request.parameters)
     return original(scheduler, request)
 
 

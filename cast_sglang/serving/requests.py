@@ -1,17 +1,25 @@
-"""What the running requests tell: their contexts, how long answers get, how far they may go."""
+"""What requests tell: their wishes, how long their contexts are, and how long answers get.
+
+Wishes are checked where a request arrives and read where it is served. SGLang carries custom
+parameters from the client to the scheduler whether or not a custom logit processor uses them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sglang.srt.runtime_context import get_spec
+
+from cast_sglang.errors import ConfigError
+from cast_sglang.policy.request_modes import OFF, THROUGHPUT, parse_wish, request_weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["PLAIN_RESERVE", "AnswerLengths", "StepRoom", "TokensLeft", "mean_context", "slots_left"]
-
-# Slots that a request reserves where it can only be decoded plainly: one for the step, and one for
-# the step before, whose result the host may not know yet.
-PLAIN_RESERVE = 2
+__all__ = ["AnswerLengths", "check_wish", "mean_context", "weights_of", "wishes_of"]
 
 # Ended answers after which one counts half.
 HALF_LIFE = 32
@@ -58,52 +66,43 @@ def mean_context(batch: ScheduleBatch) -> float:
     return sum(lengths) / len(batch.reqs)
 
 
-class StepRoom(NamedTuple):
-    """How much of the envelope a step may use, by what its requests still can take."""
+def check_wish(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
+    """Refuse a request whose wish is none; runs after SGLang's check of its sampling parameters.
 
-    max_layers: int  # of the tree; 0 where nothing may be drafted
-    max_rows: int  # verified per request, root included
+    That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
+    400. A server of another algorithm takes custom parameters as ever.
 
-    @property
-    def has_drafts(self) -> bool:
-        return self.max_layers > 0 and self.max_rows > 1
-
-
-class TokensLeft:
-    """The most tokens that any running request may still get.
-
-    Requests are looked at when they change, and in each step only when all of them end soon: a step
-    brings a request from one to `max_tokens` tokens.
-
-    Args:
-        max_tokens: the most tokens that a step of the whole envelope brings a request.
+    Raises:
+        ConfigError: names the parameter, its value and what is allowed.
     """
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._at_least = 0
-
-    def step(self, reqs: list[Req], num_pending: int, are_new: bool) -> int:
-        """Return how many tokens the step may bring; exact where that is less than it could.
-
-        Args:
-            num_pending: earlier steps whose results are not in the requests yet.
-            are_new: the requests differ from those of the step before.
-        """
-        if are_new or self._at_least < self._max_tokens:
-            left = max(req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs)
-            # A step that is not counted yet brings one token at least.
-            most, least = left - num_pending, left - num_pending * self._max_tokens
-        else:
-            most = least = self._at_least
-        self._at_least = least - self._max_tokens
-        return most
+    if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
+        parse_wish(params.custom_params)
 
 
-def slots_left(req: Req, pending_rows: int) -> int:
-    """Return the cache slots that a request holds past its committed length.
+def wishes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
+    """Return the wish of each request of a batch.
 
-    Args:
-        pending_rows: tokens that steps may have committed of which the host does not know yet.
+    A wish that never passed `check_wish`, because another front end than SGLang's Python server
+    took the request in, counts as throughput: the scheduler must outlive it.
     """
-    return int(req.kv.kv_allocated_len - req.kv.kv_committed_len) - pending_rows
+    return tuple([_wish_of(req.sampling_params.custom_params) for req in reqs])
+
+
+def weights_of(reqs: Iterable[Req]) -> tuple[bool, np.ndarray | None]:
+    """Return whether any request of a batch wants drafts, and what the tokens of each are worth.
+
+    The latter is `request_weights`, [B]; None where all are worth the same.
+    """
+    wishes = wishes_of(reqs)
+    differ = any(wish != THROUGHPUT for wish in wishes)
+    weights = np.array(request_weights(wishes)) if differ else None
+    return any(wish != OFF for wish in wishes), weights
+
+
+def _wish_of(custom_params: Any) -> str:
+    if custom_params is None:  # as in most requests
+        return THROUGHPUT
+    try:
+        return parse_wish(custom_params)
+    except ConfigError:
+        return THROUGHPUT

@@ -16,62 +16,42 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.runtime_context import get_model, get_observability, get_parallel, get_schedule
-from sglang.srt.speculative import eagle_worker_v2
+from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cost import CostModel, StepCosts, extend_units, plain_extra, step_units
-from cast_sglang.errors import HostError
-from cast_sglang.grid import longest_context
-from cast_sglang.optimal import OptimalPolicy
-from cast_sglang.policy import EaglePolicy, FixedPolicy, TreePolicy
-from cast_sglang.price import KEEP_UP_SHARE, AutoPolicy
-from cast_sglang.profiles import FoundProfile, profile_command
-from cast_sglang.residuals import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.serving.algorithm import find_server_profile, verify_sizes
-from cast_sglang.serving.backlog import Backlog
+from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
+from cast_sglang.costs.limits import longest_context
+from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
+from cast_sglang.costs.profiles import FoundProfile, profile_command
+from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
+from cast_sglang.policy.optimal import OptimalPolicy
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
-from cast_sglang.serving.clock import PassClock
-from cast_sglang.serving.draft import CastDraftWorker, DraftShape
-from cast_sglang.serving.identity import host_identity, read_config
-from cast_sglang.serving.layers import compile_ops
-from cast_sglang.serving.pass_graphs import PassGraphs, capture_verify, plan_graphs
-from cast_sglang.serving.ragged import kept_rows, running_only, runs_kept_rows
-from cast_sglang.serving.readback import HostReads
-from cast_sglang.serving.requests import (
-    AnswerLengths,
-    StepRoom,
-    TokensLeft,
-    mean_context,
-    slots_left,
-)
-from cast_sglang.serving.tracing import Tracer
-from cast_sglang.serving.wishes import weights_of
-from cast_sglang.stats import StepStats
+from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.grow import compile_ops
+from cast_sglang.serving.drafting.worker import CastDraftWorker
+from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
+from cast_sglang.serving.graphs.plan import plan_graphs
+from cast_sglang.serving.host_patches import building_draft_worker
+from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
+from cast_sglang.serving.launch.identity import host_identity
+from cast_sglang.serving.pass_clock import PassClock
+from cast_sglang.serving.requests import AnswerLengths, mean_context, weights_of
+from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.stats import StepStats
+from cast_sglang.serving.step import PLAIN_SHAPE
+from cast_sglang.serving.step_room import Envelope
+from cast_sglang.serving.trace_recorder import Tracer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
-
-PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, policy_seconds=0.0)
-
-# What a checkpoint must have in common with the one whose weights it replaces.
-_SHAPE_KEYS = (
-    "architectures",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "draft_vocab_size",
-)
 
 # Steps of the same requests between two looks at what they cost; a context grows by about one
 # bucket of the tables meanwhile where all drafts are accepted, and mostly by less.
@@ -99,7 +79,7 @@ class CastWorker(EAGLEWorkerV2):
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
     ) -> None:
-        with _building(CastDraftWorker):
+        with building_draft_worker(CastDraftWorker):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.config = CastConfig.load()
         self.max_draft_tokens = self.speculative_num_draft_tokens
@@ -125,7 +105,7 @@ class CastWorker(EAGLEWorkerV2):
             self.calibration = Calibration(file, saves, draft.reads)
         draft.calibration = self.calibration
         self.answers = AnswerLengths()
-        self._tokens_left = TokensLeft(self.max_extend_rows)
+        self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
         self._table: StepCosts | None = None  # as measured, of the requests that run
         self._wants_drafts = True  # any of them
         self._pending: deque[_Step] = deque()
@@ -233,7 +213,8 @@ class CastWorker(EAGLEWorkerV2):
         if are_new or is_due:
             self._look_up(batch)
         table = self._table
-        draft.room = self._room(batch, are_new)
+        pending = [step.max_tokens for step in self._pending]
+        draft.room = self._envelope.room(batch.reqs, pending, are_new)
         speculates, catch_up = self._decide(batch)
         policy_seconds = time.perf_counter() - began
         if catch_up and not speculates:
@@ -282,23 +263,6 @@ class CastWorker(EAGLEWorkerV2):
             context = mean_context(batch)
             self._table = self.cost_model.step_costs(batch_size, context)
             draft.costs = self.costs.step_costs(batch_size, context)
-
-    def _room(self, batch: ScheduleBatch, are_new: bool) -> StepRoom:
-        """Return how much of the envelope the step may use.
-
-        A tree is no deeper than the request that may get the most tokens can go, which is what is
-        left of its answer and so of the context. A request that is alone may hold fewer slots than
-        the envelope takes (`host_patches`); then the tree keeps within them and leaves one for the
-        next step.
-        """
-        left = self._tokens_left.step(batch.reqs, len(self._pending), are_new)
-        layers, rows = min(self.speculative_num_steps, left - 1), self.max_draft_tokens
-        if len(batch.reqs) == 1:
-            pending = sum(step.max_tokens for step in self._pending)
-            slots = slots_left(batch.reqs[0], pending)
-            # The children of the last layer are not run, so they take no slots.
-            layers, rows = min(layers, slots // self.topk + 1), min(rows, slots - 1)
-        return StepRoom(layers, rows)
 
     def _decide(self, batch: ScheduleBatch) -> tuple[bool, float]:
         """Return whether to draft, and the units it takes to bring the draft up to date."""
@@ -397,46 +361,6 @@ class CastWorker(EAGLEWorkerV2):
         finally:
             self.topk, self.speculative_num_draft_tokens = topk, self.max_draft_tokens
 
-    def weight_update_error(self, path: str, of_draft: bool) -> str | None:
-        """Return why a checkpoint cannot replace the served weights; None if it can.
-
-        SGLang finds that out in the middle of loading, and then loads the same files again to undo
-        it, which ends the server.
-        """
-        runner = self._draft_worker.draft_runner if of_draft else self.target_worker.model_runner
-        try:
-            new = read_config(path, None, get_model().trust_remote_code)
-        except HostError as error:
-            return str(error)
-        for key in _SHAPE_KEYS:
-            theirs, ours = (getattr(x, key, None) for x in (new, runner.model_config.hf_config))
-            if theirs != ours:
-                return f"{path} does not fit what is served: its {key} is {theirs}, not {ours}"
-        return None
-
-    def update_draft_from_disk(self, path: str, load_format: str) -> tuple[bool, str]:
-        """Load a draft's weights from another checkpoint of the same shape.
-
-        Returns:
-            Whether it succeeded, and a message.
-        """
-        runner = self._draft_worker.draft_runner
-        target = self.target_worker.model_runner.model
-        shared = {weight.data_ptr() for weight in target.parameters()}
-        own_head = runner.model.lm_head.weight.data_ptr() not in shared
-
-        def is_own(name: str) -> bool:
-            # The embedding is the target's, and so is the head of a draft that brings none.
-            return "embed_tokens" not in name and (own_head or "lm_head" not in name)
-
-        success, message = runner.weight_updater.update_weights_from_disk(
-            path, load_format, weight_name_filter=is_own
-        )
-        hot_tokens = getattr(runner.model, "hot_token_id", None)
-        if success and hot_tokens is not None:
-            self._draft_worker.hot_token_id.copy_(hot_tokens)  # in place, for captured graphs
-        return success, message
-
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
         self._pending.clear()
@@ -471,14 +395,3 @@ class CastWorker(EAGLEWorkerV2):
         self._observing += time.perf_counter() - now
         if self.config.log_interval and self._num_steps % self.config.log_interval == 0:
             logger.info(self.cast_stats.log_line())
-
-
-@contextlib.contextmanager
-def _building(draft_worker_class: type) -> Iterator[None]:
-    """Let EAGLEWorkerV2's constructor build our draft worker; it names its class by a global."""
-    original = eagle_worker_v2.EagleDraftWorker
-    eagle_worker_v2.EagleDraftWorker = draft_worker_class
-    try:
-        yield
-    finally:
-        eagle_worker_v2.EagleDraftWorker = original

@@ -88,7 +88,7 @@ def check_environment(settings: Settings, numbers: Numbers) -> None:
 def check_ops(settings: Settings, numbers: Numbers) -> None:
     """Compare the fused ops with the reference, on the device or in the interpreter."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs"]
-    command += [f"tests/ops/test_{name}.py" for name in ("fused", "compile", "device")]
+    command += [f"tests/ops/test_{name}.py" for name in ("fused", "kernels", "device")]
     # Most of the time is the compiler's.
     if util.find_spec("xdist") and not settings.is_dry:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
@@ -104,7 +104,7 @@ def check_ops(settings: Settings, numbers: Numbers) -> None:
 
 def check_op_times(settings: Settings, numbers: Numbers) -> None:
     """Time the ops of a step; dry, run each of them once."""
-    command = [sys.executable, "-m", "benchmarks.bench_ops"]
+    command = [sys.executable, "-m", "benchmarks.micro.bench_ops"]
     command += ["--batches", ",".join(map(str, settings.batches))]
     command += ["--dry-run"] if settings.is_dry else ["--repeats", "20"]
     result = json.loads(run(command, stderr=None).splitlines()[-1])
@@ -117,7 +117,7 @@ def check_op_times(settings: Settings, numbers: Numbers) -> None:
 
 def check_inflate(settings: Settings, numbers: Numbers) -> None:
     """Make the large pair from the tiny one."""
-    from benchmarks.pairs import tiny_pair
+    from benchmarks.harness.pairs import tiny_pair
 
     pair, folder = tiny_pair(), Path(settings.work) / "inflated"
     shutil.rmtree(folder, ignore_errors=True)
@@ -131,7 +131,7 @@ def check_inflate(settings: Settings, numbers: Numbers) -> None:
 
 def check_equality_tiny(settings: Settings, numbers: Numbers) -> None:
     """Compare greedy tokens with plain decoding's in float32: they must be the same."""
-    from benchmarks.pairs import tiny_pair
+    from benchmarks.harness.pairs import tiny_pair
 
     # Triton multiplies float32 in TF32 unless told otherwise.
     with environment({"TRITON_F32_DEFAULT": "ieee"}):
@@ -194,7 +194,7 @@ def check_speed(settings: Settings, numbers: Numbers) -> None:
 
 def check_trace(settings: Settings, numbers: Numbers) -> None:
     """Take a profiler trace of CAST's steps and sum up the policy's time in it."""
-    from benchmarks.counters import cast_state, gained, step_means
+    from benchmarks.harness.counters import cast_state, gained, step_means
     from cast_sglang.ops import kernels
     from scripts.gpu_host.trace import device_times, read_events
 
@@ -237,7 +237,7 @@ CHECKS: dict[str, Callable[[Settings, Numbers], None]] = {
 
 def platform_env() -> dict[str, str]:
     """Return what selects SGLang's platform on this machine."""
-    from benchmarks.servers import platform_environment
+    from benchmarks.harness.servers import platform_environment
 
     return platform_environment()
 

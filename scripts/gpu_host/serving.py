@@ -24,7 +24,7 @@ def compare_greedy(
     settings: Settings, numbers: Numbers, pair: Any, dtype: str, arms: Sequence[str]
 ) -> None:
     """Decode prompts with plain decoding one by one, with every arm in batches; count partings."""
-    from benchmarks.counters import cast_state, tree_means
+    from benchmarks.harness.counters import cast_state, tree_means
 
     name = f"equality-{dtype}"
     with serving_arms(settings, pair, dtype, ["plain", *arms], name) as servers:
@@ -56,9 +56,9 @@ def partings(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) 
 
 def decode(server: Any, settings: Settings, batch: int, num_tokens: int) -> list[list[int]]:
     """Return greedy answers to held-out prompts, `batch` of them at a time."""
-    from benchmarks.cells import choose_prompts
-    from benchmarks.pairs import heldout_prompts
-    from benchmarks.streams import stream_batch
+    from benchmarks.harness.cells import choose_prompts
+    from benchmarks.harness.pairs import heldout_prompts
+    from benchmarks.harness.streams import stream_batch
 
     count = settings.num_prompts if batch <= settings.num_prompts else batch
     prompts = choose_prompts(heldout_prompts()[:count], batch, count)
@@ -94,8 +94,8 @@ def serving_arms(
     settings: Settings, pair: Any, dtype: str, arms: Sequence[str], name: str
 ) -> Iterator[dict[str, Any]]:
     """Serve a pair in several ways at once."""
-    from benchmarks.arms import parse_arms
-    from benchmarks.servers import serving
+    from benchmarks.harness.arms import parse_arms
+    from benchmarks.harness.servers import serving
 
     profile = profile_path(settings)
     chosen = str(profile) if profile.exists() and dtype == "bfloat16" else "estimate"
@@ -111,7 +111,7 @@ def serving_arms(
 
 def inflated(settings: Settings) -> Any:
     """Return the pair that `check_inflate` made."""
-    from benchmarks.pairs import Pair
+    from benchmarks.harness.pairs import Pair
 
     folder = Path(settings.work) / "inflated"
     if not (folder / "draft" / "config.json").exists():

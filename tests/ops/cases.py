@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from cast_sglang.acceptance import Acceptance
 from cast_sglang.ops.contract import CalibrationLines
+from cast_sglang.policy.acceptance import Acceptance
 
 KINDS = ("random", "ties", "zeros", "ones", "denormal", "mixed")
 

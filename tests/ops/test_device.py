@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks.bench_ops import captured, ops_of_a_step
+from benchmarks.micro.bench_ops import captured, ops_of_a_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

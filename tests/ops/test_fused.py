@@ -29,9 +29,6 @@ LAYERS = (
     + [(b, 3, 3) for b in (3, 7, 13, 67)]
     + [(3, 10, 10), (2, 7, 11), (1, 16, 16), (2, 2, 2), (5, 1, 8)]
 )
-# Requests, scores of each.
-MATRICES = [(b, n) for b in (1, 2, 3, 5) for n in (1, 2, 3, 7, 8, 33)]
-MATRICES += [(64, 9), (65, 5), (67, 63), (4, 710), (129, 2)]
 # Requests, candidates, nodes kept.
 RANKINGS = [(b, m, n) for b, m in ((1, 5), (2, 17), (3, 40)) for n in (1, 2, m // 2, m - 1, m)]
 RANKINGS += [(1, 1, 1), (2, 2, 1), (7, 3, 2), (67, 6, 5), (1, 257, 31), (2, 110, 63)]
@@ -154,41 +151,6 @@ def test_a_probability_at_a_knot_belongs_to_the_piece_above(fused):
 
 
 @compares
-def test_mean_utility(fused):
-    for (batch, n), kind, generator in kinds(MATRICES):
-        wide = cases.values(generator, (batch, n + 3), kind).sort(dim=1, descending=True).values
-        for scores in (wide[:, :n], wide[:, :n].contiguous(), wide.t().contiguous().t()):
-            ours, expected = run(fused.mean_utility, scores), reference.mean_utility(scores)
-            assert ours.shape == expected.shape and ours.dtype == expected.dtype
-            torch.testing.assert_close(ours, expected, rtol=3e-6, atol=1e-44)
-    assert launches(fused, "mean_utility") == 3 * len(MATRICES) >= 60
-
-
-@compares
-def test_select_count(fused):
-    """Multiples of 1/64 are exact, so ties are real ties; then any curves, by the value reached."""
-    for (batch, n), kind, generator in kinds(MATRICES):
-        steps = torch.randint(0, 3, (2, batch, n), generator=generator) / 64
-        utility, cost = steps[0].cumsum(1), steps[1, 0].cumsum(0)
-        for price in (0.0, 0.5, 1.0, 4.0):
-            ours = run(fused.select_count, utility, cost, price)
-            assert_same(ours, reference.select_count(utility, cost, price), (batch, n, price))
-        utility, cost = cases.values(generator, (batch, n), kind), torch.rand(n)
-        ours = run(fused.select_count, utility, cost, 2.5)
-        value = utility.double() - 2.5 * cost.double()
-        reached = value.gather(1, ours.unsqueeze(1) - 1).squeeze(1)
-        torch.testing.assert_close(reached, value.amax(dim=1), rtol=0, atol=1e-6)
-    for shape in ((7,), (2, 3, 7), (1, 1)):
-        utility, cost = torch.rand(shape).cumsum(-1), torch.arange(float(shape[-1]))
-        assert_same(
-            run(fused.select_count, utility, cost, 0.3),
-            reference.select_count(utility, cost, 0.3),
-            shape,
-        )
-    assert launches(fused, "select_count") == 5 * len(MATRICES) + 3
-
-
-@compares
 def test_rank_nodes(fused):
     for (batch, m, n), kind, generator in kinds(RANKINGS):
         scores = cases.values(generator, (batch, m), kind)
@@ -201,28 +163,6 @@ def test_rank_nodes(fused):
         n = view.shape[1]
         assert_same(run(fused.rank_nodes, view, n), reference.rank_nodes(view, n), view)
     assert launches(fused, "rank_nodes") == len(RANKINGS) + 3 >= 20
-
-
-@compares
-def test_choose_size(fused):
-    for (batch, n), kind, generator in kinds(MATRICES):
-        # Halves of a power of two of requests, and costs in 64ths: exact sums, so real ties.
-        scores = torch.randint(0, 5, (batch, n), generator=generator).sort(1, True).values / 4
-        scores = scores if batch & (batch - 1) == 0 else scores[:1].expand(batch, n).contiguous()
-        cost = (torch.randint(0, 9, (n + 2,), generator=generator) / 64).cumsum(0)
-        sizes = torch.randperm(n + 6, generator=generator)[: 1 + n % 9].sort().values + 1
-        for price in (0.0, 0.5, 4.0):
-            for verify_cost in (cost, cost[: 1 + n // 2]):
-                arguments = (scores, verify_cost, sizes, torch.tensor(price))
-                expected = reference.choose_size(*arguments)
-                assert_same(run(fused.choose_size, *arguments), expected, (batch, n, sizes, price))
-
-        scores = cases.values(generator, (batch, n), kind).sort(dim=1, descending=True).values
-        sizes = torch.arange(2, n + 2)
-        ours = int(run(fused.choose_size, scores, cost, sizes, torch.tensor(2.5)))
-        value = scores.double().mean(0).cumsum(0) - 2.5 * cost[1 : n + 1].double()
-        assert value[ours - 2] >= value.max() - 1e-6 * n
-    assert launches(fused, "choose_size") == 7 * len(MATRICES)
 
 
 @compares
@@ -292,9 +232,7 @@ def test_misuse_is_refused_before_a_launch(fused):
         fused.grow_layer(case.parent_scores, case.probs.double(), case.tokens, 3)
     with pytest.raises(ValueError, match="num_nodes must be in 1..4, got 5"):
         fused.rank_nodes(torch.zeros(1, 4), 5)
-    with pytest.raises(ValueError, match="price must be 0-d"):
-        fused.choose_size(torch.zeros(1, 4), torch.ones(5), torch.tensor([2]), torch.ones(1))
-    assert sum(launches(fused, op) for op in ("grow_layer", "rank_nodes", "choose_size")) == 0
+    assert sum(launches(fused, op) for op in ("grow_layer", "rank_nodes")) == 0
 
 
 @pytest.mark.skipif(HAS_GPU or IS_INTERPRETED, reason="the tests above run in this process")

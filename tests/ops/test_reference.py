@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.acceptance import Acceptance
 from cast_sglang.ops import ops_for, reference
-from cast_sglang.policy import FixedPolicy
+from cast_sglang.policy.acceptance import Acceptance
 from tests.ops import cases
 
 seeds = st.integers(0, 2**31)
@@ -98,41 +97,6 @@ def test_rank_nodes_is_its_loop(batch, num_candidates, data, kind, seed):
     for row, best, index in zip(scores.tolist(), *(part.tolist() for part in ranked), strict=True):
         assert index == best_first(row)[:num_nodes]
         assert best == [row[i] for i in index]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5), st.integers(1, 30), kinds, seeds)
-def test_mean_utility_is_its_sum(batch, n, kind, seed):
-    scores = cases.values(generator(seed), (batch, n), kind)
-    expected = torch.tensor([sum(map(sum, scores[:, : k + 1].tolist())) / batch for k in range(n)])
-    torch.testing.assert_close(reference.mean_utility(scores), expected, rtol=1e-6, atol=1e-44)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    batch=st.sampled_from([1, 2, 4]),
-    n=st.integers(1, 20),
-    num_costs=st.integers(1, 24),
-    sizes=st.sets(st.integers(1, 26), min_size=1, max_size=12),
-    price=st.sampled_from([0.0, 0.5, 1.0, 2.5, 8.0]),
-    seed=seeds,
-)
-def test_choose_size_is_its_loop_and_the_policys_choice(batch, n, num_costs, sizes, price, seed):
-    draw = generator(seed)
-    # Exact in float32, so ties are real ties.
-    scores = torch.randint(0, 9, (batch, n), generator=draw).sort(1, True).values / 8
-    cost = (torch.randint(0, 9, (num_costs,), generator=draw) / 64).cumsum(0)
-    ordered = sorted(sizes)
-    chosen = int(reference.choose_size(scores, cost, torch.tensor(ordered), torch.tensor(price)))
-    utility = [sum(map(sum, scores[:, :k].tolist())) / batch for k in range(n + 1)]
-    allowed = [size for size in ordered if 2 <= size <= min(n + 1, num_costs)]
-    if not allowed:
-        assert chosen == ordered[0]
-        return
-    values = [utility[size - 1] - price * float(cost[size - 1]) for size in allowed]
-    assert chosen == allowed[values.index(max(values))]
-    policy = FixedPolicy(0.0, 0.0, price, 4, tuple(allowed))
-    assert chosen == policy.rerank(scores, type("Costs", (), {"verify": cost.numpy()}))
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,12 +193,11 @@ def ints(*shape):
         ("grow_layer", (torch.ones(2, 2), torch.ones(3, 2), ints(3, 2), 0), "both be .2 . W, K"),
         ("grow_layer", (torch.ones(1, 3), torch.ones(3, 2), ints(3, 2), 0), r"W must be in 1..2"),
         ("grow_layer", (torch.ones(1, 1), torch.ones(1, 2), ints(1, 2), -1), "layer_start must be"),
-        ("mean_utility", (torch.ones(0, 3),), "not empty"),
+        ("rank_nodes", (torch.ones(0, 3), 1), "not empty"),
         ("rank_nodes", (torch.ones(2, 3), 0), r"num_nodes must be in 1..3, got 0"),
         ("select_nodes", (ints(2, 3), ints(1, 3), 2), "tokens must have 2 rows"),
         ("select_nodes", (ints(2, 3), ints(2, 3), 5), "num_draft_tokens must be in 2..4, got 5"),
         ("select_nodes", (ints(2, 3), ints(2, 3), 3, ints(3)), r"num_rows must be \[2\]"),
-        ("choose_size", (torch.ones(1, 2), torch.ones(3), ints(2).int(), torch.ones(())), "sizes"),
     ],
 )  # fmt: skip
 def test_misuse_is_refused(op, arguments, message):

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.servers import Server
+from benchmarks.harness.servers import Server
 
 REQUEST_SECONDS = 300.0
 GREEDY = {"temperature": 0.0, "ignore_eos": True}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arms import parse_arm
-from benchmarks.pairs import Pair, heldout_prompts, tiny_pair
-from benchmarks.servers import CPU_PLATFORM, Server
+from benchmarks.harness.arms import parse_arm
+from benchmarks.harness.pairs import Pair, heldout_prompts, tiny_pair
+from benchmarks.harness.servers import CPU_PLATFORM, Server
 from tests.server.client import greedy_ids
-from tests.server.profiles import write_profile
+from tests.support.profiles import write_profile
 
 NUM_PROMPTS = 50
 NUM_TOKENS = 48

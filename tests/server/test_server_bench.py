@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.pairs import ROOT
+from benchmarks.harness.pairs import ROOT
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]

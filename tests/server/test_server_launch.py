@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.pairs import ROOT, Pair
-from benchmarks.servers import CPU_PLATFORM, server_command
-from tests.server.profiles import write_profile
+from benchmarks.harness.pairs import ROOT, Pair
+from benchmarks.harness.servers import CPU_PLATFORM, server_command
+from tests.support.profiles import write_profile
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]

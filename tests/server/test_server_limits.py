@@ -16,8 +16,8 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.pairs import heldout_prompts, tiny_directory
-from benchmarks.servers import Server
+from benchmarks.harness.pairs import heldout_prompts, tiny_directory
+from benchmarks.harness.servers import Server
 from tests.server.client import GREEDY, REQUEST_SECONDS, in_parallel, loads
 from tests.server.conftest import ServerFactory
 

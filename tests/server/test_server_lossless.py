@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.servers import Server
+from benchmarks.harness.servers import Server
 from tests.server.client import generate, greedy_ids
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value

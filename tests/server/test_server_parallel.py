@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from benchmarks.counters import cast_state
-from benchmarks.servers import Server
+from benchmarks.harness.counters import cast_state
+from benchmarks.harness.servers import Server
 from tests.server.client import GREEDY, REQUEST_SECONDS, generate, greedy_ids, loads
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 

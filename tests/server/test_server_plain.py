@@ -4,7 +4,7 @@ import pytest
 
 from tests.server.client import generate, greedy_ids, in_parallel
 from tests.server.conftest import NUM_TOKENS
-from tests.server.profiles import write_profile
+from tests.support.profiles import write_profile
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.servers import CPU_PLATFORM
-from cast_sglang.profiles import load_profile
+from benchmarks.harness.servers import CPU_PLATFORM
+from cast_sglang.costs.profiles import load_profile
 from tests.server.client import generate
 from tests.server.conftest import NUM_TOKENS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from benchmarks.servers import Server
+from benchmarks.harness.servers import Server
 from tests.server.client import GREEDY, generate, loads
 from tests.server.conftest import NUM_TOKENS
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.servers import Server
+from benchmarks.harness.servers import Server
 from cast_sglang.cli import main
-from cast_sglang.profiles import load_profile
-from cast_sglang.recorded import recorded_reward
-from cast_sglang.replay import Replay, make_policy
-from cast_sglang.trace import Trace, read_trace, unpacked
+from cast_sglang.costs.profiles import load_profile
+from cast_sglang.trace.candidates import recorded_reward
+from cast_sglang.trace.file import read_trace
+from cast_sglang.trace.records import Trace, unpacked
+from cast_sglang.trace.replay import Replay, make_policy
 from tests.server.client import generate
 
 # The limit includes the start of servers, which a busy machine stretches.
@@ -97,7 +98,6 @@ def test_full_trace(start_server, prompts, made_up_profile, tmp_path):
         assert step.widths == [header.topk] * (header.num_steps - 1)
         assert step.mean_rows == header.num_draft_tokens
     outcomes = list(Replay(trace, load_profile(made_up_profile), make_policy("auto", header)))
-    assert [outcome.choice for outcome in outcomes] == [step.own_choice for step in trace.steps]
     # The policy would have verified less, for nearly as much.
     accepted = sum(len(r.accepted) for s in trace.steps for r in s.requests)
     kept = sum(o.accepted * s.batch_size for o, s in zip(outcomes, trace.steps, strict=True))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.pairs import Pair
-from benchmarks.servers import Server
+from benchmarks.harness.pairs import Pair
+from benchmarks.harness.servers import Server
 from tests.server.client import REQUEST_SECONDS, generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 

@@ -1,0 +1,1 @@
+"""What benchmarks, demo and GPU check share: servers, arms, tasks and rows. Measures nothing."""

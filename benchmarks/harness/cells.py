@@ -1,0 +1,219 @@
+"""Cells of a benchmark, and running every arm in them, in turns."""
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import httpx
+from rich.progress import Progress, TaskID
+
+from benchmarks.harness.arms import Arm
+from benchmarks.harness.counters import cast_state, gained
+from benchmarks.harness.dialogues import Dialogue
+from benchmarks.harness.servers import Server, ServerError
+from benchmarks.harness.streams import (
+    Answer,
+    Prompt,
+    client_of,
+    keep_running,
+    steady_window,
+    stream,
+)
+
+WARMUP_TOKENS = 16
+_GOLDEN = (5**0.5 - 1) / 2
+# What an arm may end with while it is measured; anything else is a mistake of the benchmark.
+FAILURES = (ServerError, ValueError, httpx.HTTPError)
+
+T = TypeVar("T")
+OnFailure = Callable[[Arm, Exception], None]
+Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
+
+
+class Cell(NamedTuple):
+    """One condition under which every arm is measured."""
+
+    batch: int
+    temperature: float
+    task: str
+
+
+@dataclasses.dataclass
+class Result:
+    """One arm in one cell."""
+
+    tok_s: list[float] = dataclasses.field(default_factory=list)  # one a repeat
+    answers: list[Answer] = dataclasses.field(default_factory=list)  # of all repeats
+    totals: Counter[str] = dataclasses.field(default_factory=Counter)  # CAST's, of all repeats
+
+
+class Group(NamedTuple):
+    """Arms that were measured in turns, and what each did in one cell."""
+
+    arms: Sequence[Arm]
+    results: Mapping[str, Result]  # by the arm's name; an arm that failed has none
+
+    @property
+    def plain(self) -> Result | None:
+        """What plain decoding did in this group."""
+        names = [arm.name for arm in self.arms if arm.kind == "plain"]
+        return self.results.get(names[0]) if names else None
+
+
+def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
+    """Return whole batches of prompts, at least `num_requests` and three, repeated as needed."""
+    count = -(-max(num_requests, 3 * batch) // batch) * batch
+    return list(itertools.islice(itertools.cycle(prompts), count))
+
+
+def warm_up(
+    arms: Sequence[Arm],
+    servers: Mapping[str, Server],
+    cell: Cell,
+    requests: Sequence[Request],
+    num_tokens: int = WARMUP_TOKENS,
+    on_failure: OnFailure | None = None,
+) -> None:
+    """Let every arm decode a few tokens in the cell's batch size.
+
+    Args:
+        num_tokens: per answer, of an arm that learns; of another no more than it needs.
+        on_failure: told of an arm that fails; None to raise.
+    """
+    for arm in list(arms):
+        try:
+            learns = arm.kind in ("adaptive", "cast")
+            tokens = num_tokens if learns else min(num_tokens, WARMUP_TOKENS)
+            first = requests[: cell.batch]
+            play(servers[arm.name], first, cell, [tokens] * len(first))
+        except FAILURES as error:
+            if on_failure is None:
+                raise
+            on_failure(arm, error)
+
+
+def take_turns(
+    repeats: int,
+    num_tokens: int,
+    arms: Sequence[Arm],
+    servers: Mapping[str, Server],
+    cell: Cell,
+    requests: Sequence[Request],
+    progress: Progress,
+    bar: TaskID,
+    on_failure: OnFailure | None = None,
+    cooldown: float = 0.0,
+) -> dict[str, Result]:
+    """Run every arm once in each repeat; return the results by the arm's name.
+
+    Args:
+        on_failure: told of an arm that fails, which then has no result; None to raise.
+        cooldown: seconds of rest before each run.
+    """
+    results = {arm.name: Result() for arm in arms}
+    for repeat in range(repeats):
+        # Another order each time, so that no arm always follows the same one.
+        for arm in _rotated(arms, repeat):
+            if arm.name not in results:
+                continue
+            progress.update(bar, description=f"{cell.task} batch {cell.batch} {arm.name}")
+            time.sleep(cooldown)
+            try:
+                _take_turn(arm, servers[arm.name], results[arm.name], cell, requests, num_tokens)
+            except FAILURES as error:
+                if on_failure is None:
+                    raise
+                del results[arm.name]
+                on_failure(arm, error)
+            progress.advance(bar)
+    return results
+
+
+def _take_turn(
+    arm: Arm,
+    server: Server,
+    result: Result,
+    cell: Cell,
+    requests: Sequence[Request],
+    num_tokens: int,
+) -> None:
+    before = cast_state(server) if arm.kind == "cast" else {}
+    tok_s, answers = run(server, requests, cell, num_tokens)
+    result.tok_s.append(tok_s)
+    result.answers += answers
+    if before:
+        result.totals.update(gained(before, cast_state(server)))
+
+
+def run(
+    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: int
+) -> tuple[float, list[Answer]]:
+    """Send the requests; return tokens per second of steady serving, and the answers.
+
+    Args:
+        num_tokens: per answer, in the mean.
+
+    Raises:
+        ValueError: there was no time at which `cell.batch` requests ran.
+    """
+    answers, end = play(server, requests, cell, answer_lengths(num_tokens, len(requests)))
+    tokens, seconds = steady_window(answers, cell.batch, end)
+    return tokens / seconds, answers
+
+
+def answer_lengths(mean: int, count: int) -> list[int]:
+    """Return lengths spread evenly from half to one and a half times the mean, in no order.
+
+    Answers of one length would all end at once under plain decoding, and the next prompts be
+    prefilled in one pass; speculation spreads the ends, so its arms would pay more for prefill.
+    Real answers differ in length whatever decodes them.
+    """
+    # Steps of the golden ratio fill an interval evenly, however many there are.
+    return [max(1, round(mean * (0.5 + (i * _GOLDEN) % 1.0))) for i in range(count)]
+
+
+def play(
+    server: Server, requests: Sequence[Request], cell: Cell, num_tokens: Sequence[int]
+) -> tuple[list[Answer], float]:
+    """Keep `cell.batch` requests running until all are answered.
+
+    A dialogue sends its next prompt as soon as the one before is answered.
+
+    Args:
+        num_tokens: of each request's answers.
+
+    Returns:
+        the answers, and when there was no further request for one that ended.
+    """
+    server.check()
+    server.flush_cache()
+
+    async def play_all() -> tuple[list[Answer], float]:
+        async with client_of(server.url) as client:
+
+            async def converse(item: tuple[Request, int]) -> list[Answer]:
+                request, length = item
+                answers: list[Answer] = []
+                for _ in range(request.num_turns if isinstance(request, Dialogue) else 1):
+                    prompt = next_prompt(request, [answer.text for answer in answers])
+                    answers.append(await stream(client, prompt, cell.temperature, length))
+                return answers
+
+            items = list(zip(requests, num_tokens, strict=True))
+            return await keep_running(items, cell.batch, converse)
+
+    return asyncio.run(play_all())
+
+
+def next_prompt(request: Request, answers: Sequence[str]) -> Prompt:
+    """Return what a request sends after these answers."""
+    return request.prompt(answers) if isinstance(request, Dialogue) else request
+
+
+def _rotated(arms: Sequence[Arm], by: int) -> list[Arm]:
+    by %= len(arms)
+    return [*arms[by:], *arms[:by]]

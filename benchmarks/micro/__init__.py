@@ -1,0 +1,1 @@
+"""Times of single parts, without serving: the tensor ops and the policies."""

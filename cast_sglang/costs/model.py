@@ -1,0 +1,307 @@
+"""CostModel: S_T and S_D of a profile as arrays; lookup, interpolation and sums, no decision.
+
+Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2510.26577), the
+tables S_T(B), S_D(B) and the function `select`.
+"""
+
+import bisect
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cast_sglang.config import LOOKUPS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.schema import CostTable, CostTables
+
+__all__ = [
+    "CostModel",
+    "StepCosts",
+    "cost_of",
+    "extend_units",
+    "plain_cost",
+    "plain_extra",
+    "step_units",
+]
+
+MAX_CACHED_STEPS = 4096
+# Beyond the measured contexts the cost is continued with its last slope up to this multiple.
+MAX_CONTEXT_EXTRAPOLATION = 2
+
+logger = logging.getLogger(__name__)
+
+
+class StepCosts(NamedTuple):
+    """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
+
+    On the host, where all decisions are taken, and as arrays: reading one entry of a tensor takes
+    ten times as long.
+
+    N is the largest number of verified rows, K the largest number of nodes in one draft layer, E
+    the largest number of rows in draft extend.
+    """
+
+    verify: np.ndarray  # [N] float32; index k - 1: one target pass over k rows per request
+    draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
+    draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
+    unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
+    plain: float  # one plain decoding step; nan if the profile has none
+    overhead: float  # host time of a step that no pass covers; 0 if the profile has none
+    plain_overhead: float  # the same of a step that verifies the root alone
+
+
+def cost_of(costs: np.ndarray, count: float) -> float:
+    """Return the cost of `count` tokens per request, linear between whole counts.
+
+    Args:
+        costs: [n]; index k - 1 is the cost of k tokens.
+        count: in [1, n]; not whole where it is a mean over requests.
+    """
+    whole = int(count)
+    cost = float(costs[whole - 1])
+    return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
+
+
+def plain_cost(costs: Any) -> float:
+    """Return the cost of a plain step; that of verifying one row where it was not measured.
+
+    Args:
+        costs: `StepCosts`, or a policy's view of them.
+    """
+    return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+
+
+def step_units(
+    costs: Any, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
+) -> float:
+    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
+
+    Args:
+        costs: `StepCosts`, or a policy's view of them; so below.
+        widths: nodes expanded per request in each layer below the root.
+        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
+        num_extend_rows: rows per request of draft extend, 0 for none.
+    """
+    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
+    time += sum(cost_of(costs.draft, width) for width in widths)
+    if num_extend_rows:
+        time += cost_of(costs.draft_extend, num_extend_rows)
+    return time
+
+
+def plain_extra(costs: Any) -> float:
+    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
+    return costs.plain_overhead + float(costs.verify[0]) - plain_cost(costs)
+
+
+def extend_units(costs: Any, num_rows: int) -> float:
+    """Return the time of draft extend of any number of rows, in units."""
+    if num_rows == 0:
+        return 0.0
+    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
+    if num_rows <= measured:
+        return cost_of(costs.draft_extend, num_rows)
+    row = max(0.0, float(last - first)) / max(1, measured - 1)
+    return float(last) + row * (num_rows - measured)
+
+
+class CostModel:
+    """Costs of a step at any batch size and context, from the tables of a profile.
+
+    Along tokens the cost is linear between measured counts and exact at them. Along batch size and
+    context it is linear between grid points, or, with lookup "nearest", that of the smallest grid
+    point that covers the value (the paper's `select`). Beyond the grid each axis goes on with its
+    last measured slope, never downwards; the context does so up to twice the last grid point, and
+    below the first grid point the first one holds.
+
+    Contexts are rounded up to buckets of `CONTEXT_BUCKET_TOKENS`, so that a growing context asks
+    for new costs every 64 tokens only; rounding up keeps `select` exact on grids of such multiples.
+
+    Attributes:
+        extrapolated: axes that the given limits exceed, such as "target.batch_sizes"; logged once.
+    """
+
+    def __init__(
+        self,
+        tables: CostTables,
+        *,
+        max_batch_size: int,
+        max_context: int,
+        max_verify_tokens: int,
+        max_width: int,
+        max_extend_rows: int | None = None,
+        lookup: str = "linear",
+        warns: bool = True,
+    ) -> None:
+        """Densify the tables of a profile that `load_profile` accepted.
+
+        Args:
+            max_batch_size: largest number of requests in a step.
+            max_context: longest context in tokens.
+            max_verify_tokens: N, largest number of verified rows per request, root included.
+            max_width: K, largest number of nodes per request in one draft layer.
+            max_extend_rows: E, largest number of rows per request in draft extend; None for N.
+            lookup: "linear" or "nearest".
+            warns: log that the profile does not cover the limits.
+
+        Raises:
+            ValueError: a limit is below 1 or `lookup` is unknown.
+        """
+        max_extend_rows = max_verify_tokens if max_extend_rows is None else max_extend_rows
+        limits = (max_batch_size, max_context, max_verify_tokens, max_width, max_extend_rows)
+        if min(limits) < 1:
+            raise ValueError("every limit of a CostModel must be at least 1")
+        if lookup not in LOOKUPS:
+            raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
+        nearest = lookup == "nearest"
+        self._verify = _Surface(tables.target, max_verify_tokens, nearest)
+        self._draft = _Surface(tables.draft, max_width, nearest)
+        self._draft_extend = _Surface(tables.draft_extend, max_extend_rows, nearest)
+        self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
+        self._overhead_us = tables.step_overhead_us
+        self._overhead_batch_sizes = tables.target.batch_sizes
+        self._nearest = nearest
+        self._max_batch_size = max_batch_size
+        self._cache: dict[tuple[int, int], StepCosts] = {}
+        self.extrapolated = _exceeded(tables, *limits)
+        if self.extrapolated and warns:
+            logger.warning(
+                "Cost profile does not cover this server; extrapolating %s",
+                ", ".join(sorted(self.extrapolated)),
+            )
+
+    def step_costs(self, batch_size: int, context: float) -> StepCosts:
+        """Return the costs of a step.
+
+        Args:
+            batch_size: B, requests in the step; 1 <= B <= max_batch_size.
+            context: mean context length of the batch in tokens; finite, >= 0.
+
+        Returns:
+            The same object for every context of a bucket; its arrays must not be modified.
+
+        Raises:
+            ValueError: batch size or context out of range.
+
+        Effects: O(1), without allocation, for a batch size and bucket seen before.
+        """
+        bucket = math.ceil(context / CONTEXT_BUCKET_TOKENS)
+        costs = self._cache.get((batch_size, bucket))
+        if costs is None:
+            if not 1 <= batch_size <= self._max_batch_size or bucket < 0:
+                limit = f"batch size in [1, {self._max_batch_size}] and context >= 0"
+                raise ValueError(f"no costs of {batch_size=}, {context=}: expected {limit}")
+            costs = self._compute(batch_size, bucket * CONTEXT_BUCKET_TOKENS)
+            if len(self._cache) >= MAX_CACHED_STEPS:
+                # Contexts only grow, so the oldest entry is the least likely to return.
+                del self._cache[next(iter(self._cache))]
+            self._cache[batch_size, bucket] = costs
+        return costs
+
+    def _compute(self, batch_size: int, context: int) -> StepCosts:
+        verify_us = self._verify.at(batch_size, context)
+        unit_us = float(verify_us[0])
+        verify, draft, draft_extend = (
+            (time_us / unit_us).astype(np.float32)
+            for time_us in (
+                verify_us,
+                self._draft.at(batch_size, context),
+                self._draft_extend.at(batch_size, context),
+            )
+        )
+        plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
+        overhead = self._overhead(batch_size) / unit_us
+        return StepCosts(
+            verify=verify,
+            draft=draft,
+            draft_extend=draft_extend,
+            unit_us=unit_us,
+            plain=float(plain_us) / unit_us,
+            overhead=overhead,
+            plain_overhead=overhead,
+        )
+
+    def _overhead(self, batch_size: int) -> float:
+        if self._overhead_us is None:
+            return 0.0
+        low, high, weight = _locate(self._overhead_batch_sizes, batch_size, self._nearest)
+        values = np.asarray(self._overhead_us)
+        return float(_blend(values[low], values[high], weight))
+
+
+class _Surface:
+    """One cost table, dense along tokens: value at any batch size and context."""
+
+    def __init__(self, table: CostTable, num_counts: int, nearest: bool) -> None:
+        self._batch_sizes = table.batch_sizes
+        self._contexts = table.contexts
+        self._nearest = nearest
+        # [B grid, C grid, num_counts] float64, microseconds.
+        self._time_us = _densify(np.asarray(table.time_us), table.token_counts, num_counts)
+
+    def at(self, batch_size: int, context: int) -> np.ndarray:
+        """Return [num_counts] float64 microseconds."""
+        context = min(context, MAX_CONTEXT_EXTRAPOLATION * self._contexts[-1])
+        low, high, weight = _locate(self._contexts, context, self._nearest)
+        rows = _blend(self._time_us[:, low], self._time_us[:, high], weight)
+        low, high, weight = _locate(self._batch_sizes, batch_size, self._nearest)
+        return _blend(rows[low], rows[high], weight)
+
+
+def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> np.ndarray:
+    """Fill [..., len(token_counts)] to [..., num_counts]: linear, exact at the measured counts."""
+    counts = np.arange(1, num_counts + 1)
+    flat = time_us.reshape(-1, len(token_counts))
+    dense = np.stack([np.interp(counts, token_counts, row) for row in flat])
+    if len(token_counts) > 1:
+        # np.interp holds the last value; go on with the last slope instead, never downwards.
+        slope = (flat[:, -1] - flat[:, -2]) / (token_counts[-1] - token_counts[-2])
+        beyond = np.maximum(counts - token_counts[-1], 0)
+        dense += np.maximum(slope, 0.0)[:, None] * beyond
+    return dense.reshape(*time_us.shape[:-1], num_counts)
+
+
+def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, float]:
+    """Return (low, high, weight): the value lies at grid[low] + weight * (grid[high] - grid[low]).
+
+    A weight above 1 lies beyond the grid; a value below the grid is moved to its first point.
+    """
+    cover = bisect.bisect_left(grid, value)
+    if nearest or len(grid) == 1 or cover == 0:
+        cover = min(cover, len(grid) - 1)
+        return cover, cover, 0.0
+    high = min(cover, len(grid) - 1)
+    weight = (value - grid[high - 1]) / (grid[high] - grid[high - 1])
+    return high - 1, high, weight
+
+
+def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
+    step = high - low
+    return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)
+
+
+def _exceeded(
+    tables: CostTables,
+    batch_size: int,
+    context: int,
+    verify_tokens: int,
+    width: int,
+    extend_rows: int,
+) -> frozenset[str]:
+    limits = [
+        ("target", tables.target, verify_tokens),
+        ("draft", tables.draft, width),
+        ("draft_extend", tables.draft_extend, extend_rows),
+    ]
+    return frozenset(
+        f"{name}.{axis}"
+        for name, table, num_counts in limits
+        for axis, limit in (
+            ("batch_sizes", batch_size),
+            ("contexts", context),
+            ("token_counts", num_counts),
+        )
+        if limit > getattr(table, axis)[-1]
+    )

@@ -1,0 +1,323 @@
+"""Cost profiles as files: load, save, find, and "was it measured on a host like this one?".
+
+A profile says what it measured and where, so that a table of another GPU, model pair, dtype or TP
+size is refused instead of silently used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from cast_sglang.config import user_cache_dir
+from cast_sglang.costs.schema import (
+    SCHEMA_VERSION,
+    CostProfile,
+    HostIdentity,
+    validate_profile,
+)
+from cast_sglang.errors import MissingProfileError, ProfileError
+
+__all__ = [
+    "FoundProfile",
+    "config_hash",
+    "find_profile",
+    "load_profile",
+    "profile_command",
+    "profile_directories",
+    "profile_filename",
+    "save_profile",
+    "user_profile_path",
+    "write_atomically",
+]
+
+MAX_FILE_BYTES = 64 << 20
+
+# Keys of a model config that change neither the shapes nor the operations of a forward pass, so a
+# fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that begin with an
+# underscore are the loader's own notes and are dropped as well.
+_VOLATILE_KEYS = frozenset(
+    {
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "name_or_path",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class FoundProfile(NamedTuple):
+    """A profile that fits the host, where it came from, and what about it deserves a warning."""
+
+    profile: CostProfile
+    path: Path
+    warnings: list[str]
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def load_profile(path: str | Path) -> CostProfile:
+    """Read and check one profile.
+
+    Raises:
+        ProfileError: the file is missing, too large, not JSON, of an unknown version, or breaks
+            the schema; one line with the path and the reason.
+    """
+    path = Path(path).expanduser()
+    try:
+        if not path.is_file():
+            raise ProfileError("no such file" if not path.exists() else "not a file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ProfileError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+        profile = _decode(path.read_bytes())
+        validate_profile(profile)
+    except OSError as error:
+        raise ProfileError(f"profile {path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ProfileError(f"profile {path}: {reason}") from error
+    return profile
+
+
+def save_profile(profile: CostProfile, path: str | Path) -> None:
+    """Check and write a profile; readers see the old file or the new one, never a part.
+
+    Raises:
+        ProfileError: the profile breaks the schema, or the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    try:
+        validate_profile(profile)
+        fields = msgspec.to_builtins(profile)
+        # What a person looks for first comes first.
+        head = {name: fields[name] for name in ("schema_version", "provenance")}
+        write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))
+    except ProfileError as error:
+        raise ProfileError(f"profile {path}: {error}") from error
+    except OSError as error:
+        raise ProfileError(f"profile {path}: cannot be written: {error.strerror}") from error
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash what a model config says about the forward pass: sha256 of its canonical JSON.
+
+    Dropped at every level: `_VOLATILE_KEYS` (dtype is its own field of the identity) and keys that
+    begin with an underscore.
+    """
+    kept = json.dumps(_stable(config), sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(kept.encode()).hexdigest()
+
+
+def profile_filename(identity: HostIdentity) -> str:
+    """Name the file of a host: `<device>__<target>__<draft>__tp<N>__<dtype>.json`."""
+    models = (identity.target.name, identity.draft.name)
+    parts = [identity.device_name, *(name.rstrip("/").split("/")[-1] for name in models)]
+    dtype = identity.dtype + (f"-{identity.quantization}" if identity.quantization else "")
+    slugs = [_slug(part) for part in [*parts, f"tp{identity.tp_size}", dtype]]
+    return "__".join(slugs) + ".json"
+
+
+def user_profile_path(identity: HostIdentity) -> Path:
+    """Return where this user's profile of a host belongs, so that a search finds it."""
+    # Pairs may share their names, as two directories called "target" and "draft" do.
+    pair = f"{identity.target.config_hash[:6]}-{identity.draft.config_hash[:6]}"
+    name = profile_filename(identity).removesuffix(".json")
+    return user_cache_dir() / "profiles" / f"{name}__{pair}.json"
+
+
+def profile_command(identity: HostIdentity) -> str:
+    """Return the command that measures a host's profile, to be run there."""
+    words = ["cast-sglang", "profile", "--model-path", identity.target.name]
+    words += ["--speculative-draft-model-path", identity.draft.name, "--dtype", identity.dtype]
+    if identity.quantization:
+        words += ["--quantization", identity.quantization]
+    if identity.tp_size > 1:
+        words += ["--tp-size", str(identity.tp_size)]
+    return shlex.join([*words, "--output", str(user_profile_path(identity))])
+
+
+def profile_directories() -> list[Path]:
+    """List where profiles are searched: the user's own first, then those shipped."""
+    package = Path(__file__).resolve().parents[1]
+    directories = [user_cache_dir() / "profiles", package / "_profiles"]
+    # In a checkout the shipped profiles lie beside the package instead of inside it.
+    if (package.parent / "pyproject.toml").is_file():
+        directories.append(package.parent / "profiles")
+    return directories
+
+
+def find_profile(
+    identity: HostIdentity,
+    source: str = "auto",
+    *,
+    allow_foreign: bool = False,
+    directories: Sequence[Path] | None = None,
+) -> FoundProfile:
+    """Load the named profile, or the one in `directories` that fits this host best.
+
+    Args:
+        source: path of a profile, or "auto" to search.
+        allow_foreign: take the profile although it was measured elsewhere, with a warning.
+        directories: where "auto" searches, in order; None for `profile_directories()`.
+
+    Raises:
+        MissingProfileError: a search found none that fits.
+        ProfileError: the named file is bad or foreign.
+    """
+    if source != "auto":
+        profile = load_profile(source)
+        warnings = _check(profile, identity, allow_foreign, f"profile {source}: ")
+        return FoundProfile(profile, Path(source).expanduser(), warnings)
+
+    searched = profile_directories() if directories is None else directories
+    found: list[tuple[int, int, Path, CostProfile]] = []
+    unreadable: list[str] = []
+    for path in _candidates(searched, profile_filename(identity)):
+        try:
+            profile = load_profile(path)
+        except ProfileError as error:
+            unreadable.append(f"skipped {error}")
+            continue
+        mismatches, differences = _compare(profile, identity)
+        if not mismatches and not differences:
+            return FoundProfile(profile, path, unreadable)
+        found.append((len(mismatches), len(differences), path, profile))
+
+    if found:
+        _, _, path, profile = min(found, key=lambda entry: entry[:2])
+        try:
+            warnings = _check(profile, identity, allow_foreign, f"profile {path}: ")
+        except ProfileError as error:
+            raise MissingProfileError(f"no cost profile fits; the nearest, {error}") from error
+        return FoundProfile(profile, path, unreadable + warnings)
+    places = ", ".join(str(directory) for directory in searched)
+    skipped = f" ({'; '.join(unreadable)})" if unreadable else ""
+    raise MissingProfileError(
+        f"no cost profile for {_describe(identity)} in {places}{skipped}; "
+        f"measure one: {profile_command(identity)}"
+    )
+
+
+def _check(
+    profile: CostProfile, identity: HostIdentity, allow_foreign: bool, prefix: str
+) -> list[str]:
+    mismatches, differences = _compare(profile, identity)
+    if mismatches and not allow_foreign:
+        raise ProfileError(
+            f"{prefix}was measured elsewhere: {'; '.join(mismatches)}; measure this host with: "
+            f"{profile_command(identity)} (or use it all the same: CAST_ALLOW_FOREIGN_PROFILE=1)"
+        )
+    foreign = [f"{prefix}used although measured elsewhere: {item}" for item in mismatches]
+    return foreign + [f"{prefix}was measured with another {item}" for item in differences]
+
+
+def _compare(profile: CostProfile, identity: HostIdentity) -> tuple[list[str], list[str]]:
+    """Split what differs into mismatches (other costs for certain) and lesser differences."""
+    measured = profile.provenance
+    mismatches = []
+    for field in ("device_name", "dtype", "quantization", "tp_size"):
+        mismatches += _difference(field, getattr(measured, field), getattr(identity, field))
+    for role in ("target", "draft"):
+        ours, theirs = getattr(identity, role), getattr(measured, role)
+        if ours.config_hash != theirs.config_hash:
+            mismatches.append(
+                f"{role} model {theirs.name} ({theirs.config_hash[:12]}), "
+                f"here {ours.name} ({ours.config_hash[:12]})"
+            )
+
+    differences = []
+    fields = ("device_memory_bytes", "clock_mhz", "attention_backend")
+    for field in (*fields, "cuda_graph", "page_size", "overlap"):
+        here = getattr(identity, field)
+        if here is not None and getattr(measured, field) is not None:
+            differences += _difference(field, getattr(measured, field), here)
+    for library in sorted(measured.versions.keys() & identity.versions.keys()):
+        # Neither runs inside a forward pass.
+        if library not in ("cast_sglang", "python"):
+            differences += _difference(
+                f"{library} version", measured.versions[library], identity.versions[library]
+            )
+    return mismatches, differences
+
+
+def _difference(field: str, measured: Any, here: Any) -> list[str]:
+    return [] if measured == here else [f"{field} {measured}, here {here}"]
+
+
+def _describe(identity: HostIdentity) -> str:
+    pair = f"{identity.target.name} + {identity.draft.name}"
+    return f"{identity.device_name}, {pair}, {identity.dtype}, tp {identity.tp_size}"
+
+
+def _candidates(directories: Sequence[Path], exact_name: str) -> Iterator[Path]:
+    """Yield profile files, the host's own name first in each directory."""
+    for directory in directories:
+        # A glob of a missing directory is empty.
+        yield from sorted(directory.glob("*.json"), key=lambda path: path.name != exact_name)
+
+
+def _decode(data: bytes) -> CostProfile:
+    version = msgspec.json.decode(data, type=_Versioned).schema_version
+    if version != SCHEMA_VERSION:
+        raise ProfileError(
+            f"schema_version {version} is unknown; this release reads {SCHEMA_VERSION}"
+        )
+    return msgspec.json.decode(data, type=CostProfile)
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            str(key): _stable(item)
+            for key, item in value.items()
+            if key not in _VOLATILE_KEYS and not str(key).startswith("_")
+        }
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    return value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unknown"
+
+
+def _readable(data: bytes) -> bytes:
+    """Indent JSON, but keep each innermost list of numbers on one line."""
+    text = msgspec.json.format(data, indent=1).decode()
+    # A raw line break cannot occur inside a JSON string, so only real lists match.
+    innermost = re.compile(r'\[\n\s*([^\[\]{}"]*?)\n\s*\]')
+    lines = innermost.sub(lambda match: "[" + re.sub(r",\s+", ", ", match[1]) + "]", text)
+    return lines.encode() + b"\n"
+
+
+def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a file so that readers see the old content or the new one, never a part.
+
+    Args:
+        sync: wait until the disk has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""The best tree of each step by exhaustive search: what another policy could reach at most.
+
+It looks at layers before it pays for them, so it is a reference to measure against and no way to
+serve: every step grows the whole envelope, and its time counts as if only the layers that stay had
+been grown.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.base import Costs
+
+__all__ = ["Choice", "OptimalPolicy", "optimal_choice"]
+
+
+class Choice(NamedTuple):
+    """A depth and a number of verified nodes."""
+
+    num_layers: int
+    num_draft_tokens: int  # N, root included
+    value: float  # expected accepted tokens, less the price of the time
+
+
+def optimal_choice(
+    layer_scores: Sequence[torch.Tensor],
+    draft_costs: Sequence[float],
+    verify_costs: np.ndarray,
+    sizes: Sequence[int],
+    price: float,
+) -> Choice:
+    """Search all depths and sizes of a tree that is fully grown: what a policy could at best do.
+
+    Definition: the first (d, N) that maximises
+        sum of the best N - 1 scores of layers 1..d (mean over the batch)
+        - price * (draft_costs[0] + ... + draft_costs[d - 2] + verify_costs[N - 1])
+
+    Args:
+        layer_scores: D tensors [B, M_d], the scores of each layer's candidates in any order.
+        draft_costs: D - 1 costs; entry d - 1 is that of growing layer d + 1.
+        verify_costs: [N] float32, cost of 1.. rows per request.
+        sizes: ascending values allowed for N, each >= 2.
+        price: accepted tokens per unit of cost.
+
+    Raises:
+        ValueError: no size fits into the first layer.
+    """
+    best: Choice | None = None
+    verify = torch.from_numpy(verify_costs).double()
+    for depth in range(1, len(layer_scores) + 1):
+        scores = torch.cat(list(layer_scores[:depth]), dim=1)
+        allowed = torch.tensor(sizes[: bisect_right(sizes, scores.shape[1] + 1)])
+        if not len(allowed):
+            continue
+        utility = scores.sort(dim=1, descending=True).values.double().mean(dim=0).cumsum(dim=0)
+        time = verify[allowed - 1] + sum(draft_costs[: depth - 1])
+        values = utility[allowed - 2] - price * time
+        index = int(values.argmax())
+        if best is None or float(values[index]) > best.value:
+            best = Choice(depth, int(allowed[index]), float(values[index]))
+    if best is None:
+        raise ValueError(f"no size of {tuple(sizes)} fits the tree")
+    return best
+
+
+class OptimalPolicy(AutoPolicy):
+    """Policy `optimal`: full width, and the best depth and size of every step.
+
+    The price is that of `AutoPolicy`, the rate that these trees reach, and plain decoding is a
+    candidate likewise.
+    """
+
+    _layer_scores: list[torch.Tensor]  # [B, M_d] of each layer grown in this step
+    _choice: Choice
+
+    def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
+        """Keep the whole layer."""
+        if self._layers == 1:
+            self._layer_scores = [scores]
+        return scores.shape[1]
+
+    def deepen(self) -> bool:
+        deepen = self._layers < self._max_layers
+        self._layers += deepen
+        return deepen
+
+    def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
+        batch_size = len(parent_scores)
+        width = len(child_probs) // batch_size
+        children = parent_scores[:, :width, None] * child_probs.view(batch_size, width, -1)
+        self._layer_scores.append(children.view(batch_size, -1))
+
+    def depth(self, num_layers: int, costs: Costs | None) -> int:
+        """Search for the best depth and size."""
+        assert costs is not None
+        view, price = self._read(costs), self.price(len(self._layer_scores[0]))
+        # What a further accepted token adds to draft extend is taken off its worth.
+        token = 1.0 - price * view.token
+        self._choice = optimal_choice(
+            [token * scores for scores in self._layer_scores],
+            [float(view.growth[-1])] * (num_layers - 1),
+            costs.verify,
+            self._sizes,
+            price,
+        )
+        return self._choice.num_layers
+
+    def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
+        self._layers = 1
+        return self._choice.num_draft_tokens
+
+    def share_out(self, scores: torch.Tensor, costs: Costs | None) -> None:
+        """Treat all requests alike: the search is over depth and size."""
+        return None

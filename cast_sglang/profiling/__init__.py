@@ -1,0 +1,1 @@
+"""Measuring a cost profile: which shapes, how often, in which order, until which precision."""

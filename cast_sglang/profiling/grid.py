@@ -1,0 +1,121 @@
+"""Grid: which shapes a profile measures, and where more of them are needed."""
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, longest_context
+from cast_sglang.profiling.journal import Point
+
+__all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
+
+AXES = ("batch_size", "context", "num_tokens")
+
+
+class Grid(NamedTuple):
+    """Axes of the tables before refinement; each ascending."""
+
+    batch_sizes: tuple[int, ...]
+    contexts: tuple[int, ...]
+    verify_rows: tuple[int, ...]
+    draft_widths: tuple[int, ...]
+    extend_rows: tuple[int, ...]
+
+
+class Axes(NamedTuple):
+    """The grid of one table; the lists grow when intervals are split."""
+
+    batch_size: list[int]
+    context: list[int]
+    num_tokens: list[int]
+
+
+def default_grid(limits: Limits, quick: bool = False) -> Grid:
+    """Choose a grid for a device: half octaves, powers of four if `quick`.
+
+    Contexts are powers of four from 128 up (of 64 if `quick`), since attention is linear in them;
+    the longest one leaves room for the verified rows.
+    """
+    longest = longest_context(limits.max_context, limits.max_verify_rows)
+    extend_rows = min(limits.max_extend_rows or limits.max_verify_rows, limits.max_verify_rows)
+    axis = _powers_of_four if quick else _half_octaves
+    return Grid(
+        batch_sizes=axis(limits.max_batch_size),
+        contexts=_powers(min(128, longest), longest, 64 if quick else 4),
+        verify_rows=axis(limits.max_verify_rows),
+        # The draft is small beside the target: its ends and a middle show it.
+        draft_widths=_powers_of_four(limits.max_width),
+        extend_rows=_powers_of_four(extend_rows),
+    )
+
+
+class Interval(NamedTuple):
+    """Two neighbouring values of an axis of a table."""
+
+    operation: str
+    axis: str  # of AXES
+    low: int
+    high: int
+
+    @property
+    def middle(self) -> list[int]:
+        """The values to add when the interval is split; none if there is nothing in between.
+
+        Costs step up after multiples of a tile. The midpoint of two token counts, often such a
+        multiple, may well be on the line; then its successor is not.
+        """
+        middle = (self.low + self.high) // 2
+        values = [middle]
+        if self.axis == "num_tokens":
+            values.append(middle + 1)
+        elif self.axis == "context" and middle > CONTEXT_BUCKET_TOKENS:
+            values = [middle - middle % CONTEXT_BUCKET_TOKENS]
+        return [value for value in values if self.low < value < self.high]
+
+    def split(self) -> "list[Interval]":
+        """Return the intervals that are left when the middle is added."""
+        edges = pairwise([self.low, *self.middle, self.high])
+        return [self._replace(low=low, high=high) for low, high in edges]
+
+    def ends(self, point: Point) -> tuple[Point, Point, float]:
+        """Return the points at both ends and how far between them, 0 to 1, the given one lies."""
+        value = getattr(point, self.axis)
+        low, high = (self._at(point, end) for end in (self.low, self.high))
+        return low, high, (value - self.low) / (self.high - self.low)
+
+    def _at(self, point: Point, value: int) -> Point:
+        return Point(**{**point._asdict(), self.axis: value})
+
+
+def spread(items: Sequence[int], num_items: int) -> list[int]:
+    """Pick evenly spaced items, first and last included."""
+    last = len(items) - 1
+    picked = {round(i * last / max(num_items - 1, 1)) for i in range(num_items)}
+    return [items[i] for i in sorted(picked)]
+
+
+def log_uniform(rng: random.Random, axis: Sequence[int]) -> int:
+    """Draw from the range of an ascending axis, each octave as often as the next."""
+    return round(math.exp(rng.uniform(math.log(axis[0]), math.log(axis[-1]))))
+
+
+def _half_octaves(last: int) -> tuple[int, ...]:
+    """Return 1, 2, 3, 4, 6, 8, 12, ... below `last`, then `last`."""
+    values = {1, last}
+    for power in range(1, last.bit_length()):
+        values.update(value for value in (1 << power, 3 << power >> 1) if value < last)
+    return tuple(sorted(values))
+
+
+def _powers_of_four(last: int) -> tuple[int, ...]:
+    return _powers(1, last, 4)
+
+
+def _powers(first: int, last: int, base: int) -> tuple[int, ...]:
+    """Return first, first * base, ... below `last`, then `last`."""
+    values = [first]
+    while values[-1] * base < last:
+        values.append(values[-1] * base)
+    return tuple(values) if values[-1] == last else (*values, last)

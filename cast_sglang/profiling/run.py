@@ -1,0 +1,383 @@
+"""Measure S_T and S_D: which forward passes to time, how often, and when a time is good enough.
+
+The engine is behind the `Meter` protocol; nothing here knows of it. A run has three parts:
+
+    grid       every point of a coarse grid, visited in shuffled rounds, so that a drift of the
+               clock frequency spreads over all points instead of looking like structure
+    refine     batch sizes, contexts and token counts are added where linear interpolation misses
+               a measured midpoint
+    held out   random points off the grid, never in the tables, to state the tables' error
+
+The times are then smoothed (`tables.py`): what a point costs follows from its neighbours too.
+"""
+
+import dataclasses
+import datetime
+import math
+import random
+from itertools import pairwise, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.profiles import save_profile
+from cast_sglang.costs.schema import (
+    CostProfile,
+    CostTable,
+    CostTables,
+    Heldout,
+    HostIdentity,
+    Provenance,
+)
+from cast_sglang.errors import ProfileError
+from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
+from cast_sglang.profiling.journal import Journal, Point, journal_path
+from cast_sglang.profiling.meter import Meter, Sampling
+from cast_sglang.profiling.sampler import Sampler
+from cast_sglang.profiling.tables import tabulate
+
+__all__ = [
+    "Measured",
+    "choose_references",
+    "make_profile",
+    "run_profile",
+    "summarize",
+    "write_profile",
+]
+
+TABLES = ("verify", "draft", "draft_extend")
+# Shares of the time budget after which the coarse grid and the refinement stop.
+COARSE_SHARE = 0.4
+REFINE_SHARE = 0.6
+# Token counts measured at each context beyond the first.
+COUNTS_BEYOND = 3
+
+
+class Measured(NamedTuple):
+    """Outcome of a run."""
+
+    tables: CostTables
+    heldout: Heldout | None
+    num_points: int
+    seconds: float  # time spent measuring, earlier runs of the same journal included
+    sampling: dict[str, str | int | float | bool]
+
+
+def run_profile(
+    meter: Meter,
+    *,
+    grid: Grid | None = None,
+    sampling: Sampling | None = None,
+    budget_seconds: float | None = None,
+    journal: Path | None = None,
+    host: str = "",
+    progress: bool = False,
+) -> Measured:
+    """Measure the tables of one host.
+
+    Args:
+        meter: runs and times single forward passes.
+        grid: axes before refinement; None for `default_grid`.
+        sampling: how often and how precisely; None for the defaults.
+        budget_seconds: wall time of this call, kept to within one visit; None for no limit.
+        journal: file of measurements to resume from and append to; None for none.
+        host: text that identifies the host and its settings; a journal of another is refused.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ProfileError: the budget is too small for one visit to each grid point, the meter returned
+            a time that is not positive, or the journal does not fit.
+    """
+    sampling = sampling or Sampling()
+    limits = meter.limits()
+    grid = grid or default_grid(limits)
+    settings = {
+        "host": host,
+        "limits": limits._asdict(),
+        "grid": grid._asdict(),
+        "sampling": dataclasses.asdict(sampling),
+    }
+    references = choose_references(grid)
+    with Sampler(meter, sampling, references, budget_seconds, progress) as sampler:
+        if journal is None:
+            return _Run(sampler, limits, grid).measure()
+        with Journal(journal, settings) as opened:
+            sampler.record_to(opened)
+            return _Run(sampler, limits, grid).measure()
+
+
+def choose_references(grid: Grid) -> list[Point]:
+    """Return the passes that tell how slow the machine is just now.
+
+    One is bound by reading the weights, the other, in the middle of the grid, by arithmetic.
+    """
+    batch_size, rows = (
+        math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.verify_rows)
+    )
+    context = grid.contexts[0]
+    return [Point("verify", 1, context, 1), Point("verify", batch_size, context, rows)]
+
+
+def summarize(measured: Measured, output: str | Path) -> dict[str, str | int | float | None]:
+    """Return the facts of a run, for the last line of `cast-sglang profile`."""
+    heldout = measured.heldout
+    return {
+        "output": str(output),
+        "seconds": round(measured.seconds, 1),
+        "points": measured.num_points,
+        "heldout_points": heldout.points if heldout else 0,
+        "heldout_median_error": heldout.median_error if heldout else None,
+        "heldout_p95_error": heldout.p95_error if heldout else None,
+    }
+
+
+def make_profile(
+    result: Measured | CostTables, identity: HostIdentity, command: str
+) -> CostProfile:
+    """Join tables with their provenance; tables that were not measured are marked as estimated."""
+    measured = result if isinstance(result, Measured) else None
+    tables = measured.tables if measured else result
+    facts = {field: getattr(identity, field) for field in HostIdentity.__struct_fields__}
+    provenance = Provenance(
+        **facts,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        seconds=round(measured.seconds, 1) if measured else 0.0,
+        sampling=measured.sampling if measured else {},
+        heldout=measured.heldout if measured else None,
+        estimated=measured is None,
+    )
+    fields = {field: getattr(tables, field) for field in CostTables.__struct_fields__}
+    return CostProfile(**fields, provenance=provenance)
+
+
+def write_profile(
+    measured: Measured, identity: HostIdentity, output: str | Path, command: str
+) -> CostProfile:
+    """Save what was measured with its provenance, and drop the journal it came from.
+
+    Raises:
+        ProfileError: the tables are not valid or the file cannot be written.
+    """
+    profile = make_profile(measured, identity, command)
+    save_profile(profile, output)
+    journal_path(output).unlink(missing_ok=True)
+    return profile
+
+
+class _Run:
+    """One pass through grid, refinement and held-out points.
+
+    What a longer context adds is attention's, smooth in the tokens; so beyond the shortest context
+    only the first, the middle and the last token count are measured.
+    """
+
+    def __init__(self, sampler: Sampler, limits: Limits, grid: Grid) -> None:
+        self._sampler = sampler
+        self._limits = limits
+        self._most_rows = max(grid.verify_rows[-1], grid.draft_widths[-1])
+        # A batch size that does not fit at the shortest context cannot be served.
+        batch_sizes = [b for b in grid.batch_sizes if self._fits(b, grid.contexts[0])]
+        if not batch_sizes:
+            raise ProfileError("no batch size of the grid fits the device's memory")
+        counts = {
+            "verify": grid.verify_rows,
+            "draft": grid.draft_widths,
+            "draft_extend": grid.extend_rows,
+            "plain": (1,),
+        }
+        self._axes = {
+            operation: Axes(list(batch_sizes), list(grid.contexts), list(values))
+            for operation, values in counts.items()
+        }
+        self._heldout = self._choose_heldout()
+
+    def measure(self) -> Measured:
+        sampler = self._sampler
+        optional = [name for name in ("plain", "step_overhead") if self._supports(name)]
+        coarse = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        # The held-out points take part in every round: measured at another time than the tables,
+        # they would show the drift of the machine as well.
+        heldout = sorted(self._heldout)
+        sampler.visit_once("grid", [*coarse, *heldout], share=1.0)
+        if (measured := sampler.num_measured(coarse)) < len(coarse):
+            raise ProfileError(
+                f"the time budget ended after {measured} of {len(coarse)} grid points; run the "
+                f"same command again to resume, with a larger --budget-seconds"
+            )
+        # One visit does not tell structure from noise.
+        sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)
+        self._refine()
+        points = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        # An error is known no better than the point it is measured at, hence more visits there.
+        sampler.visit_until_precise("precision", points, share=1.0, always=heldout)
+
+        tables = self._tables()
+        return Measured(
+            tables=tables,
+            heldout=self._heldout_error(tables),
+            num_points=len(points),
+            seconds=sampler.seconds,
+            sampling={**sampler.describe(), "heldout_standard_error": self._heldout_noise()},
+        )
+
+    def _supports(self, operation: str) -> bool:
+        return self._sampler.supports(self._points(operation)[0])
+
+    def _fits(self, batch_size: int, context: int) -> bool:
+        longest = context + self._most_rows
+        capacity = self._limits.max_tokens
+        return longest <= self._limits.max_context and (
+            capacity is None or batch_size * longest <= capacity
+        )
+
+    def _points(self, operation: str) -> list[Point]:
+        """Return the points that a table needs now."""
+        if operation == "step_overhead":
+            return [Point(operation, b, 1, 1) for b in self._axes["verify"].batch_size]
+        batch_sizes, contexts, counts = self._axes[operation]
+        first = [Point(operation, b, contexts[0], n) for b, n in product(batch_sizes, counts)]
+        beyond = product(batch_sizes, contexts[1:], spread(counts, COUNTS_BEYOND))
+        return first + [Point(operation, *point) for point in beyond if self._fits(*point[:2])]
+
+    def _refine(self) -> None:
+        """Halve the intervals whose middle is not on the line; worst first."""
+        pending = [
+            Interval(operation, axis, low, high)
+            for operation in TABLES
+            for axis in AXES
+            for low, high in pairwise(getattr(self._axes[operation], axis))
+        ]
+        tolerance = self._sampler.sampling.interpolation_tolerance
+        while pending := [interval for interval in pending if self._probes(interval)]:
+            probes = {interval: self._probes(interval) for interval in pending}
+            every_probe = [point for points in probes.values() for point in points]
+            if not self._sampler.visit_once("refine", every_probe, share=REFINE_SHARE):
+                return
+            # The largest of many errors is mostly noise: look again before believing it.
+            suspects = [
+                point
+                for interval, points in probes.items()
+                for point in points
+                if self._line_error(interval, point) > tolerance
+            ]
+            for _ in range(self._sampler.sampling.min_visits - 1):
+                self._sampler.visit_again("refine", suspects, share=REFINE_SHARE)
+            errors = {
+                i: max(self._line_error(i, p) for p in points) for i, points in probes.items()
+            }
+            pending = []
+            for interval in sorted(errors, key=lambda interval: -errors[interval]):
+                if errors[interval] > tolerance and self._split(interval):
+                    pending += interval.split()
+
+    def _split(self, interval: Interval) -> bool:
+        """Add the middle to its axis, unless the budget or a held-out point forbids it."""
+        axis = getattr(self._axes[interval.operation], interval.axis)
+        before = list(axis)
+        axis[:] = sorted({*axis, *interval.middle})
+        points = self._points(interval.operation)
+        if self._heldout.isdisjoint(points) and self._sampler.visit_once(
+            "refine", points, share=REFINE_SHARE
+        ):
+            return True
+        axis[:] = before
+        return False
+
+    def _probes(self, interval: Interval) -> list[Point]:
+        """Return the points that show whether an interval is straight: few, but across the rest."""
+        batch_sizes, contexts, counts = self._axes[interval.operation]
+        ends = [counts[0], counts[-1]]
+        shapes = {
+            # Caches overflow with the product of batch size and context: look at both ends.
+            "batch_size": [
+                *product(interval.middle, contexts[:1], spread(counts, 3)),
+                *product(interval.middle, contexts[-1:], ends),
+            ],
+            "context": product((batch_sizes[0], batch_sizes[-1]), interval.middle, ends),
+            "num_tokens": product(spread(batch_sizes, 3), contexts[:1], interval.middle),
+        }[interval.axis]
+        probes = [Point(interval.operation, *point) for point in shapes]
+        # Both ends must have been measured; at what another split just added they may not be.
+        return [
+            probe
+            for probe in probes
+            if self._fits(probe.batch_size, probe.context)
+            and all(self._sampler.has(end) for end in interval.ends(probe)[:2])
+        ]
+
+    def _line_error(self, interval: Interval, point: Point) -> float:
+        """Return the relative distance from the interval's line, less what noise explains."""
+        sampler = self._sampler
+        low, high, share = interval.ends(point)
+        line = (1 - share) * sampler.median_us(low) + share * sampler.median_us(high)
+        measured = sampler.median_us(point)
+        noise = math.hypot(
+            sampler.standard_error(point),
+            (1 - share) * sampler.standard_error(low),
+            share * sampler.standard_error(high),
+        )
+        return abs(line - measured) / measured - 3 * noise
+
+    def _choose_heldout(self) -> set[Point]:
+        """Draw points inside the grid's range that no table will hold; the same for each resume."""
+        rng = random.Random(self._sampler.sampling.seed)
+        chosen: set[Point] = set()
+        num_wanted = self._sampler.sampling.heldout_points
+        grid = {point for operation in TABLES for point in self._points(operation)}
+        for _ in range(50 * num_wanted):
+            if len(chosen) == num_wanted:
+                break
+            operation = TABLES[len(chosen) % len(TABLES)]
+            point = Point(operation, *(log_uniform(rng, axis) for axis in self._axes[operation]))
+            if self._fits(point.batch_size, point.context) and point not in grid:
+                chosen.add(point)
+        return chosen
+
+    def _heldout_error(self, tables: CostTables) -> Heldout | None:
+        measured = [point for point in sorted(self._heldout) if self._sampler.has(point)]
+        if not measured:
+            return None
+        model = CostModel(
+            tables,
+            max_batch_size=tables.target.batch_sizes[-1],
+            max_context=tables.target.contexts[-1],
+            max_verify_tokens=tables.target.token_counts[-1],
+            max_width=tables.draft.token_counts[-1],
+            max_extend_rows=tables.draft_extend.token_counts[-1],
+        )
+        errors = []
+        for point in measured:
+            costs = model.step_costs(point.batch_size, point.context)
+            predicted_us = getattr(costs, point.operation)[point.num_tokens - 1] * costs.unit_us
+            time_us = self._sampler.median_us(point)
+            errors.append(abs(float(predicted_us) - time_us) / time_us)
+        median, p95 = np.quantile(errors, [0.5, 0.95])
+        return Heldout(
+            points=len(errors), median_error=round(float(median), 5), p95_error=round(float(p95), 5)
+        )
+
+    def _heldout_noise(self) -> float:
+        """Return how well the held-out points are known; no table can look better than that."""
+        errors = [self._sampler.standard_error(p) for p in self._heldout if self._sampler.has(p)]
+        return round(float(np.median(errors)), 5) if errors else 0.0
+
+    def _tabulate(self, operation: str) -> CostTable:
+        return tabulate(self._sampler, operation, self._axes[operation], self._heldout)
+
+    def _tables(self) -> CostTables:
+        plain = self._tabulate("plain") if self._supports("plain") else None
+        overhead = None
+        if self._supports("step_overhead"):
+            points = self._points("step_overhead")
+            overhead = [round(self._sampler.median_us(point), 3) for point in points]
+        return CostTables(
+            target=self._tabulate("verify"),
+            draft=self._tabulate("draft"),
+            draft_extend=self._tabulate("draft_extend"),
+            plain=plain,
+            step_overhead_us=overhead,
+        )

@@ -1,0 +1,1 @@
+"""Profiles and traces for people: text, plots, drawings and a page."""

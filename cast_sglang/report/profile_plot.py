@@ -1,0 +1,367 @@
+"""Draw cost profiles: what each pass takes, as measured and as the cost model reads it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from cast_sglang.config import CastConfig
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.schema import CostProfile, CostTable
+from cast_sglang.errors import ProfileError
+
+__all__ = ["plot_profiles"]
+
+# How far the curves go on beyond the last grid point, to show what the cost model makes of it.
+BEYOND = 1.25
+CONTEXT_POINTS = 64
+# A batch of 1 would be a flat line below one of 64; from this ratio on the axis is logarithmic.
+LOG_FROM_RATIO = 8.0
+LINE_STYLES = ("-", "--")
+MARKERS = ("o", "s")
+# The palest end of the colormap does not show on white.
+COLOR_RANGE = (0.0, 0.88)
+GREY = "0.2"
+PANELS = {
+    "target": ("target: one verify pass", "rows per request"),
+    "draft": ("draft: one layer", "nodes per request"),
+    "draft_extend": ("draft: extend pass", "rows per request"),
+}
+
+
+class _Source(NamedTuple):
+    """One profile with the cost model over it and how it is drawn."""
+
+    profile: CostProfile
+    model: CostModel
+    style: str
+    marker: str
+
+    def table(self, name: str) -> CostTable:
+        table: CostTable = getattr(self.profile, name)
+        return table
+
+    def units(self, name: str, batch_size: int, context: float) -> np.ndarray:
+        """Return the costs of 1, 2, ... tokens per request in 1-row target passes."""
+        costs = self.model.step_costs(batch_size, context)
+        units: np.ndarray = getattr(costs, "verify" if name == "target" else name)
+        return units
+
+    def milliseconds(self, name: str, batch_size: int, context: float) -> np.ndarray:
+        unit_us = self.model.step_costs(batch_size, context).unit_us
+        return self.units(name, batch_size, context) * (unit_us / 1e3)
+
+
+class _Scene(NamedTuple):
+    """What the panels share."""
+
+    sources: list[_Source]
+    colors: dict[int, str]  # by batch size
+    context: int
+
+    def curves(self) -> Iterator[tuple[_Source, int, str]]:
+        """Yield each profile with each batch size that it covers."""
+        for source in self.sources:
+            for batch_size, color in self.colors.items():
+                if batch_size <= source.profile.target.batch_sizes[-1]:
+                    yield source, batch_size, color
+
+
+def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
+    """Draw one profile, or two on top of each other, into a file.
+
+    Lines are what `CostModel` returns at every token count and context; markers are the entries of
+    the tables, hollow where nothing was measured. Two profiles are compared at the batch sizes and
+    at the context that both have, the second one dashed.
+
+    Args:
+        profiles: one or two that `load_profile` accepted.
+        path: a file name that ends in .png or .svg.
+
+    Raises:
+        ProfileError: the file name has another ending, or the file cannot be written.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ProfileError(f"plot {path}: the file name must end in .png or .svg")
+    scene = _scene(profiles)
+    # Not pyplot: it would ask for a display and keep global state.
+    figure = Figure(figsize=(16, 9), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    (target, draft, extend), (marginal, context, last) = figure.subplots(2, 3)
+    for axes, name in ((target, "target"), (draft, "draft"), (extend, "draft_extend")):
+        _draw_times(axes, scene, name)
+    _draw_marginal(marginal, scene)
+    _draw_contexts(context, scene)
+    if len(scene.sources) == 1:
+        _draw_layer_price(last, scene)
+    else:
+        _draw_ratio(last, scene)
+    for axes in (target, draft, extend, marginal, last):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+    _add_legends(figure, scene)
+    _add_title(figure, scene)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ProfileError(
+            f"plot {path}: cannot be written: {error.strerror}; name another file with --plot FILE"
+        ) from error
+
+
+def _scene(profiles: Sequence[CostProfile]) -> _Scene:
+    sources = [
+        _Source(profile, _model(profile), style, marker)
+        for profile, style, marker in zip(profiles, LINE_STYLES, MARKERS, strict=False)
+    ]
+    sizes = _shared([profile.target.batch_sizes for profile in profiles])
+    contexts = _shared([profile.target.contexts for profile in profiles])
+    colormap = matplotlib.colormaps["viridis"]
+    shades = np.linspace(*COLOR_RANGE, len(sizes))
+    colors = {size: to_hex(colormap(shade)) for size, shade in zip(sizes, shades, strict=True)}
+    return _Scene(sources, colors, contexts[len(contexts) // 2])
+
+
+def _model(profile: CostProfile) -> CostModel:
+    return CostModel(
+        profile,
+        max_batch_size=profile.target.batch_sizes[-1],
+        max_context=_beyond(profile.target.contexts),
+        max_verify_tokens=_beyond(profile.target.token_counts),
+        max_width=_beyond(profile.draft.token_counts),
+        max_extend_rows=_beyond(profile.draft_extend.token_counts),
+        warns=False,  # what lies beyond is asked for on purpose
+    )
+
+
+def _shared(grids: Sequence[list[int]]) -> list[int]:
+    """Return the grid points that all have, or the first one's if there is none."""
+    return sorted(set(grids[0]).intersection(*grids[1:])) or grids[0]
+
+
+def _beyond(grid: list[int]) -> int:
+    return max(grid[-1] + 1, math.ceil(BEYOND * grid[-1]))
+
+
+def _draw_times(axes: Axes, scene: _Scene, name: str) -> None:
+    for source, batch_size, color in scene.curves():
+        table = source.table(name)
+        times_ms = source.milliseconds(name, batch_size, scene.context)
+        _draw_line(axes, times_ms, table.token_counts[-1], color, source.style)
+        if batch_size in table.batch_sizes and scene.context in table.contexts:
+            b, c = table.batch_sizes.index(batch_size), table.contexts.index(scene.context)
+            _draw_entries(
+                axes, source, color, table.token_counts, table.time_us[b][c], table.samples[b][c]
+            )
+    title, label = PANELS[name]
+    _label(axes, f"{title}, context {scene.context}", label, "ms")
+    _scale_times(axes)
+
+
+def _draw_line(axes: Axes, values: np.ndarray, last: int, color: str, style: str) -> None:
+    """Draw values of the counts 1, 2, ...; dotted beyond the last one of the grid."""
+    counts = np.arange(1, len(values) + 1)
+    axes.plot(counts[:last], values[:last], style, color=color, linewidth=1.6)
+    axes.plot(counts[last - 1 :], values[last - 1 :], ":", color=color, linewidth=1.6)
+
+
+def _draw_entries(
+    axes: Axes,
+    source: _Source,
+    color: str,
+    positions: Sequence[int],
+    times_us: Sequence[float],
+    samples: Sequence[int],
+) -> None:
+    """Draw entries of a table, hollow where nothing was measured."""
+    for position, time_us, count in zip(positions, times_us, samples, strict=True):
+        axes.plot(
+            position,
+            time_us / 1e3,
+            source.marker,
+            markersize=5,
+            color=color,
+            markerfacecolor=color if count else "white",
+            zorder=3,
+        )
+
+
+def _draw_marginal(axes: Axes, scene: _Scene) -> None:
+    for source, batch_size, color in scene.curves():
+        each = np.diff(source.units("target", batch_size, scene.context))
+        edges = np.arange(1, len(each) + 2)
+        last = source.profile.target.token_counts[-1] - 1
+        for part, style in ((slice(0, last), source.style), (slice(last, None), ":")):
+            steps = each[part]
+            bounds = edges[part.start : part.start + len(steps) + 1]
+            if len(steps):
+                axes.stairs(
+                    steps, bounds, baseline=None, color=color, linestyle=style, linewidth=1.6
+                )
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    title = f"target: cost of one more row, context {scene.context}"
+    _label(axes, title, "rows per request", "in 1-row target passes")
+    _draw_limit(axes, "C3", CastConfig().c3, "a row that costs more never pays")
+
+
+def _draw_contexts(axes: Axes, scene: _Scene) -> None:
+    for source, batch_size, color in scene.curves():
+        table = source.profile.target
+        contexts = np.geomspace(table.contexts[0], _beyond(table.contexts), CONTEXT_POINTS)
+        beyond = contexts > table.contexts[-1]
+        for count, width in ((table.token_counts[-1], 2.2), (1, 0.9)):
+            times_ms = np.array(
+                [source.milliseconds("target", batch_size, c)[count - 1] for c in contexts]
+            )
+            for part, style in ((~beyond, source.style), (beyond, ":")):
+                axes.plot(contexts[part], times_ms[part], style, color=color, linewidth=width)
+            if batch_size in table.batch_sizes:
+                b, n = table.batch_sizes.index(batch_size), table.token_counts.index(count)
+                times_us = [row[n] for row in table.time_us[b]]
+                samples = [row[n] for row in table.samples[b]]
+                _draw_entries(axes, source, color, table.contexts, times_us, samples)
+    most = dict.fromkeys(str(s.profile.target.token_counts[-1]) for s in scene.sources)
+    title = f"target: {' / '.join(most)} rows (thick) and 1 row (thin)"
+    _label(axes, title, "context, tokens", "ms")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({c for source in scene.sources for c in source.profile.target.contexts})
+    axes.xaxis.set_major_locator(FixedLocator([float(tick) for tick in ticks]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_minor_locator(NullLocator())
+    _scale_times(axes)
+
+
+def _short(value: float, _: object = None) -> str:
+    return f"{value:.0f}" if value < 4096 else f"{value / 1024:.3g}k"
+
+
+def _draw_layer_price(axes: Axes, scene: _Scene) -> None:
+    for source, batch_size, color in scene.curves():
+        units = source.units("draft", batch_size, scene.context)
+        _draw_line(axes, units, source.profile.draft.token_counts[-1], color, source.style)
+    axes.set_ylim(bottom=0.0)
+    title = f"draft: cost of one layer, context {scene.context}"
+    _label(axes, title, "nodes per request", "in 1-row target passes")
+    _draw_limit(axes, "C2", CastConfig().c2, "a layer that costs more never pays")
+
+
+def _draw_ratio(axes: Axes, scene: _Scene) -> None:
+    first, second = scene.sources
+    for batch_size, color in scene.colors.items():
+        times = [s.milliseconds("target", batch_size, scene.context) for s in scene.sources]
+        last = min(s.profile.target.token_counts[-1] for s in scene.sources)
+        num_counts = min(map(len, times))
+        ratio = times[1][:num_counts] / times[0][:num_counts]
+        _draw_line(axes, ratio, last, color, first.style)
+    axes.axhline(1.0, color="0.4", linewidth=0.8)
+    title = f"target: second / first, context {scene.context}"
+    _label(axes, title, "rows per request", "ratio of times")
+
+
+def _draw_limit(axes: Axes, name: str, price: float, meaning: str) -> None:
+    """Mark the cost beyond which even a sure token is not worth it at the default price."""
+    limit = 1.0 / price
+    low, high = axes.get_ylim()
+    text = f"1 / {name} = {limit:.2g}: {meaning}"
+    style: dict[str, Any] = {"color": "crimson", "fontsize": "small", "ha": "right"}
+    if limit < 1.5 * high:
+        axes.set_ylim(low, max(high, 1.1 * limit))
+        axes.axhline(limit, color="crimson", linewidth=1.0, linestyle=(0, (6, 3)))
+        low, high = axes.get_ylim()
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        where: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(),
+            "va": "bottom",
+            "bbox": box,
+        }
+        axes.text(0.99, limit + 0.01 * (high - low), text, **where, **style)
+    else:
+        axes.set_ylim(low, high + 0.12 * (high - low))
+        axes.text(0.99, 0.97, f"all below {text}", transform=axes.transAxes, va="top", **style)
+
+
+def _label(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+
+
+def _scale_times(axes: Axes) -> None:
+    low, high = axes.dataLim.intervaly
+    if high < LOG_FROM_RATIO * low:
+        axes.set_ylim(bottom=0.0)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _add_legends(figure: Figure, scene: _Scene) -> None:
+    sizes = [
+        Line2D([], [], color=color, linewidth=3, label=str(size))
+        for size, color in scene.colors.items()
+    ]
+    styles = [
+        _mark("o", "measured"),
+        _mark("o", "filled, not\nmeasured", fill="white"),
+        Line2D([], [], color=GREY, label="cost model"),
+        Line2D([], [], color=GREY, linestyle=":", label="beyond the grid"),
+    ]
+    if len(scene.sources) > 1:
+        styles[0] = _mark("o", "measured, first")
+        styles.insert(1, _mark("s", "measured, second"))
+        styles[3].set_label("cost model, first")
+        styles.insert(4, Line2D([], [], color=GREY, linestyle="--", label="cost model, second"))
+    figure.legend(handles=sizes, title="batch size", loc="outside right upper", frameon=False)
+    figure.legend(handles=styles, loc="outside right lower", frameon=False)
+
+
+def _mark(marker: str, label: str, fill: str = GREY) -> Line2D:
+    return Line2D(
+        [],
+        [],
+        color=GREY,
+        linestyle="",
+        marker=marker,
+        markersize=5,
+        markerfacecolor=fill,
+        label=label,
+    )
+
+
+def _add_title(figure: Figure, scene: _Scene) -> None:
+    names = ("",) if len(scene.sources) == 1 else ("first: ", "second (dashed): ")
+    lines = []
+    for name, source in zip(names, scene.sources, strict=True):
+        lines += _title_lines(name, source.profile)
+    is_estimated = any(source.profile.provenance.estimated for source in scene.sources)
+    color = "crimson" if is_estimated else "black"
+    # A name is free text, and a dollar sign in it is no formula.
+    figure.suptitle("\n".join(lines), fontsize="medium", color=color, parse_math=False)
+
+
+def _title_lines(name: str, profile: CostProfile) -> list[str]:
+    source = profile.provenance
+    dtype = source.dtype + (f" {source.quantization}" if source.quantization else "")
+    error = "no held-out error"
+    if heldout := source.heldout:
+        error = (
+            f"held-out error median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
+            f"({heldout.points} points)"
+        )
+    mark = "ESTIMATED, not measured  |  " if source.estimated else ""
+    return [
+        f"{name}{mark}{source.device_name}  |  {source.target.name} + {source.draft.name}",
+        f"{dtype}, tp {source.tp_size}  |  {source.date[:10]}  |  {error}",
+    ]

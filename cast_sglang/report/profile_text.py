@@ -1,0 +1,157 @@
+"""Show cost profiles to people: where they were measured, what passes cost, how two compare."""
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cast_sglang.costs.schema import CostProfile, CostTable
+
+__all__ = ["print_comparison", "print_profile"]
+
+SUMMARY_ROWS = (8, 16, 32)
+# Seven columns of milliseconds fit a terminal of 80.
+MAX_COLUMNS = 7
+TABLE_TITLES = {
+    "target": ("target: one verify pass", "rows"),
+    "draft": ("draft: one layer", "nodes"),
+    "draft_extend": ("draft: extend pass", "rows"),
+    "plain": ("target: plain decoding step", "rows"),
+}
+
+
+def print_profile(profile: CostProfile, console: Console) -> None:
+    """Print where the profile was measured, a summary, and its tables in milliseconds."""
+    _print_provenance(profile, console)
+    _print_summary(profile, console)
+    for name, (title, unit) in TABLE_TITLES.items():
+        table = getattr(profile, name)
+        if table is not None:
+            heading = f"{title}, ms by {unit} per request"
+            milliseconds = np.asarray(table.time_us) / 1e3
+            _print_grid(console, heading, table, milliseconds, "{:.3g}")
+    if profile.step_overhead_us is not None:
+        pairs = zip(profile.target.batch_sizes, profile.step_overhead_us, strict=True)
+        console.print(
+            "Step overhead, us by batch size: " + ", ".join(f"{b}: {us:.0f}" for b, us in pairs)
+        )
+
+
+def print_comparison(first: CostProfile, second: CostProfile, console: Console) -> None:
+    """Print how the second profile's times relate to the first's, over the first's grid."""
+    console.print("[bold]first[/bold]")
+    _print_provenance(first, console)
+    console.print("[bold]second[/bold]")
+    _print_provenance(second, console)
+    for name, (title, unit) in TABLE_TITLES.items():
+        table = getattr(first, name)
+        if table is not None and getattr(second, name) is not None:
+            ratios = _ratios(name, table, second)
+            heading = f"{title}, second / first by {unit} per request"
+            _print_grid(console, heading, table, ratios, "{:.2f}")
+
+
+def _print_provenance(profile: CostProfile, console: Console) -> None:
+    source = profile.provenance
+    if source.estimated:
+        console.print(Text("ESTIMATED: these tables were computed, not measured", "bold red"))
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    memory = f"{source.device_memory_bytes / 2**30:.0f} GiB"
+    quantization = f", {source.quantization}" if source.quantization else ""
+    graph = "graphs" if source.cuda_graph else "no graphs"
+    kind = "estimated, not measured" if source.estimated else f"measured in {source.seconds:.0f} s"
+    error = "unknown: no held-out points"
+    if heldout := source.heldout:
+        error = (
+            f"median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
+            f"at {heldout.points} held-out points"
+        )
+    rows = {
+        "device": f"{source.device_name} ({memory}), {source.driver}, {source.runtime}",
+        "pair": f"{source.target.name} + {source.draft.name}",
+        "settings": f"{source.dtype}{quantization}, tp {source.tp_size}, "
+        f"{source.attention_backend}, {graph}, page size {source.page_size}",
+        "versions": ", ".join(f"{name} {of}" for name, of in sorted(source.versions.items())),
+        "date": f"{source.date}, {kind}",
+        "error": error,
+    }
+    for name, fact in rows.items():
+        # Text, as rich would read brackets in a name as markup.
+        facts.add_row(name, Text(fact))
+    console.print(facts)
+
+
+def _print_summary(profile: CostProfile, console: Console) -> None:
+    """Print the unit of costs for each batch size, and the costs of larger passes in it."""
+    from cast_sglang.costs.model import CostModel
+
+    target, draft = profile.target, profile.draft
+    model = CostModel(
+        profile,
+        max_batch_size=target.batch_sizes[-1],
+        max_context=target.contexts[-1],
+        max_verify_tokens=target.token_counts[-1],
+        max_width=draft.token_counts[-1],
+        max_extend_rows=1,
+    )
+    context = target.contexts[len(target.contexts) // 2]
+    rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
+    widths = sorted({1, draft.token_counts[-1]})
+    headings = ["batch", "1 row, ms", *(f"{count} rows" for count in rows)]
+    headings += [f"layer of {width}" for width in widths]
+    summary = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        summary.add_column(heading, justify="right", no_wrap=True)
+    for batch_size in target.batch_sizes:
+        costs = model.step_costs(batch_size, context)
+        cells = [f"{costs.verify[count - 1]:.2f}x" for count in rows]
+        cells += [f"{costs.draft[width - 1]:.2f}x" for width in widths]
+        summary.add_row(str(batch_size), f"{costs.unit_us / 1e3:.3g}", *cells)
+    console.print(
+        f"[bold]summary at context {context}: a target pass over 1 row per request, "
+        "and others relative to it[/bold]"
+    )
+    console.print(summary)
+
+
+def _print_grid(
+    console: Console, title: str, table: CostTable, values: np.ndarray, form: str
+) -> None:
+    """Print [B, C, N] values: one line per batch size and context, a few token counts across."""
+    last = len(table.token_counts) - 1
+    shown = sorted({round(i * last / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)})
+    grid = Table(box=SIMPLE_HEAD)
+    for heading in ("batch", "context", *(str(table.token_counts[i]) for i in shown)):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for b, batch_size in enumerate(table.batch_sizes):
+        for c, context in enumerate(table.contexts):
+            cells = [form.format(values[b, c, i]) for i in shown]
+            grid.add_row(str(batch_size) if c == 0 else "", str(context), *cells)
+    console.print(f"[bold]{title}[/bold]")
+    console.print(grid)
+
+
+def _ratios(name: str, table: CostTable, second: CostProfile) -> np.ndarray:
+    """Return the second profile's times over those of `table`, at the grid of `table`."""
+    from cast_sglang.costs.model import CostModel
+
+    num_tokens = table.token_counts[-1]
+    model = CostModel(
+        second,
+        max_batch_size=table.batch_sizes[-1],
+        max_context=table.contexts[-1],
+        max_verify_tokens=num_tokens if name == "target" else 1,
+        max_width=num_tokens if name == "draft" else 1,
+        max_extend_rows=num_tokens if name == "draft_extend" else 1,
+    )
+    times_us = np.asarray(table.time_us)
+    ratios = np.empty_like(times_us)
+    for b, batch_size in enumerate(table.batch_sizes):
+        for c, context in enumerate(table.contexts):
+            costs = model.step_costs(batch_size, context)
+            field = "verify" if name == "target" else name
+            relative = np.atleast_1d(np.asarray(getattr(costs, field)))
+            indexes = np.asarray(table.token_counts) - 1
+            ratios[b, c] = relative[indexes] * costs.unit_us / times_us[b, c]
+    return ratios

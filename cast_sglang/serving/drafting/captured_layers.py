@@ -1,0 +1,252 @@
+"""Draft layers as captured graphs: one graph for each batch size and width, for all depths.
+
+How deep a layer lies is in its inputs alone, in how long the paths of its nodes are; so one graph
+serves all layers of a width, and a tree stops after any of them without paying for the rest. Inputs
+stand in buffers for K nodes of each request. They are written while the host waits to learn how
+many of the nodes are kept, and a graph takes the first W of each request: behind the decision there
+is nothing left to launch but the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.model_executor.runner import ShapeKey
+
+from cast_sglang.errors import HostError
+from cast_sglang.serving.drafting.layers import take_rows
+from cast_sglang.serving.graphs.sizes import GraphSizes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.tree import Frontier
+
+__all__ = ["CapturedLayers", "LayerGraphs", "capture_layers"]
+
+logger = logging.getLogger(__name__)
+
+
+class LayerGraphs:
+    """Graphs of draft layers and the buffers they read.
+
+    Args:
+        draft: the worker whose model is captured.
+        sizes: widths that get a graph, for each captured batch size; K is among them.
+    """
+
+    # What SGLang's graph backend asks of the runner that owns it.
+    enable_profile_cuda_graph = False
+
+    def __init__(self, draft: CastDraftWorker, sizes: GraphSizes) -> None:
+        self.draft, self.sizes = draft, sizes
+        self.model_runner = runner = draft.draft_runner
+        self.device_module = torch.get_device_module(runner.device)
+        max_batch, topk, depth = max(sizes.all_batch_sizes), draft.topk, draft.speculative_num_steps
+        self.max_batch = max_batch
+        hidden_size, hidden_dtype = draft.recurrent_hidden_states()
+        with torch.device(runner.device):
+            self.tokens = torch.zeros((max_batch, topk), dtype=torch.int64)
+            self.own_slots = torch.zeros((max_batch, topk), dtype=torch.int64)
+            self.path_slots = torch.zeros((max_batch, topk, depth), dtype=torch.int64)
+            self.hidden_states = torch.zeros((max_batch, topk, hidden_size), dtype=hidden_dtype)
+            self.positions = torch.zeros(max_batch, dtype=torch.int64)
+            self.seq_lens = torch.ones(max_batch, dtype=torch.int64)
+            self.req_pool_indices = torch.zeros(max_batch, dtype=torch.int64)
+            self.depth = torch.ones(1, dtype=torch.int64)
+        draft.draft_attn_backend.capture_lists(max_batch * topk, depth)
+        self._backend: Any = None
+
+    def capture(self, backend: Any) -> None:
+        """Capture every graph, the largest first, so that the others share its memory.
+
+        Args:
+            backend: SGLang's graph backend, in a capture session.
+        """
+        self._backend = backend
+        for batch_size in reversed(self.sizes.all_batch_sizes):
+            for width in reversed(self.sizes.at(batch_size)):
+                backend.capture_one(_key(batch_size, width), self._layer(batch_size, width))
+
+    def _layer(self, batch_size: int, width: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Return the layer to capture: everything from the buffers to the best children."""
+        draft = self.draft
+        forward_batch = self._static_batch(batch_size, width)
+
+        def run_once() -> tuple[torch.Tensor, ...]:
+            def first(x: torch.Tensor) -> torch.Tensor:
+                return x[:batch_size, :width].flatten(0, 1)
+
+            forward_batch.input_ids = first(self.tokens)
+            forward_batch.out_cache_loc = first(self.own_slots)
+            positions = self.positions[:batch_size].unsqueeze(1)
+            forward_batch.positions = positions.expand(-1, width).flatten()
+            forward_batch.spec_info.hidden_states = first(self.hidden_states)
+            draft.draft_attn_backend.init_captured_tree_metadata(
+                forward_batch, self.path_slots[:batch_size, :width], self.depth
+            )
+            return draft.forward_nodes(forward_batch)
+
+        return run_once
+
+    def _static_batch(self, batch_size: int, width: int) -> ForwardBatch:
+        """Return the batch of a graph, whose tensors are the buffers."""
+        from sglang.srt.layers.dp_attention import DpPaddingMode
+        from sglang.srt.model_executor.forward_batch_info import (
+            CaptureHiddenMode,
+            ForwardBatch,
+            ForwardMode,
+        )
+        from sglang.srt.speculative.eagle_info import EagleDraftInput
+
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=batch_size,
+            input_ids=self.tokens[:batch_size, :width].flatten(),
+            req_pool_indices=self.req_pool_indices[:batch_size],
+            seq_lens=self.seq_lens[:batch_size],
+            seq_lens_cpu=None,
+            out_cache_loc=self.own_slots[:batch_size, :width].flatten(),
+            seq_lens_sum=None,
+            return_logprob=False,
+            dp_padding_mode=DpPaddingMode.get_default_mode_in_cuda_graph(),
+            spec_algorithm=self.model_runner.spec_algorithm,
+            spec_info=EagleDraftInput(
+                capture_hidden_mode=CaptureHiddenMode.LAST, num_tokens_per_req=width
+            ),
+            capture_hidden_mode=CaptureHiddenMode.LAST,
+        )
+        self.model_runner.kv_index_translator.bind_runner_slots(forward_batch)
+        return forward_batch
+
+    def holds(self, batch_size: int) -> bool:
+        """Return whether a batch of this size runs captured; a larger one runs eagerly."""
+        return self.sizes.bucket(batch_size) is not None
+
+    def layers(self, forward_batch: ForwardBatch) -> CapturedLayers:
+        """Return the layers of a step's tree; its batch must be one that `holds`."""
+        return CapturedLayers(self, forward_batch)
+
+    def run(self, batch_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Replay the layer that the buffers describe.
+
+        Args:
+            batch_size: B, requests in the buffers.
+            width: W, of `sizes` at this batch size.
+
+        Returns:
+            probs and tokens [B * W, K], and hidden_states [B * W, H], which stand in the graph's
+            memory: they are lost with the next replay of any graph.
+        """
+        bucket = self.sizes.bucket(batch_size)
+        assert bucket is not None
+        outputs = self._backend.replay(_key(bucket, width), None)
+        probs, tokens, hidden_states = (part[: batch_size * width] for part in outputs)
+        return probs, tokens, hidden_states
+
+
+class CapturedLayers:
+    """The layers of one step, run by replaying graphs.
+
+    Args:
+        forward_batch: as for `EagerLayers`.
+    """
+
+    def __init__(self, graphs: LayerGraphs, forward_batch: ForwardBatch) -> None:
+        self._graphs = graphs
+        self._batch_size = batch_size = forward_batch.batch_size
+        self._slots = forward_batch.out_cache_loc.view(batch_size, -1)
+        self._hidden_states = forward_batch.spec_info.hidden_states.unsqueeze(1)
+        self._depth = 0
+        graphs.seq_lens[:batch_size].copy_(forward_batch.seq_lens)
+        graphs.req_pool_indices[:batch_size].copy_(forward_batch.req_pool_indices)
+        padding = slice(batch_size, graphs.sizes.bucket(batch_size))
+        if padding.stop > batch_size:
+            # Requests that are not there read and write slot 0, which belongs to nobody.
+            graphs.seq_lens[padding].fill_(1)
+            for buffer in (
+                graphs.req_pool_indices,
+                graphs.tokens,
+                graphs.own_slots,
+                graphs.path_slots,
+                graphs.hidden_states,
+                graphs.positions,
+            ):
+                buffer[padding].zero_()
+
+    def prepare(self, frontier: Frontier) -> None:
+        graphs, batch_size = self._graphs, self._batch_size
+        self._depth += 1
+        depth = self._depth
+        own = self._slots[:, (depth - 1) * graphs.draft.topk :][:, : graphs.draft.topk]
+        path = graphs.path_slots[:batch_size]
+        if depth > 1:
+            path.copy_(take_rows(path, frontier.parents))
+        path[:, :, depth - 1] = own
+        graphs.own_slots[:batch_size].copy_(own)
+        graphs.tokens[:batch_size].copy_(frontier.tokens)
+        graphs.hidden_states[:batch_size].copy_(take_rows(self._hidden_states, frontier.parents))
+        torch.add(graphs.seq_lens[:batch_size], depth - 1, out=graphs.positions[:batch_size])
+        graphs.depth.fill_(depth)
+
+    def fit(self, width: int) -> int:
+        fitting = self._graphs.sizes.fit(self._batch_size, width, self._graphs.draft.topk)
+        assert fitting is not None and fitting >= width
+        return fitting
+
+    def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        probs, tokens, hidden_states = self._graphs.run(self._batch_size, width)
+        self._hidden_states = hidden_states.view(self._batch_size, width, -1)
+        # The tree keeps them beyond the next replay.
+        return probs.clone(), tokens.clone()
+
+
+def _key(batch_size: int, width: int) -> ShapeKey:
+    return ShapeKey(size=batch_size, variant_label=f"width {width}")
+
+
+def capture_layers(draft: CastDraftWorker, sizes: GraphSizes) -> LayerGraphs:
+    """Capture the draft's layers on the device.
+
+    Args:
+        sizes: as for `LayerGraphs`.
+
+    Effects: logs what was captured, how long it took and how much memory it took.
+    """
+    from sglang.srt.distributed.parallel_state import graph_capture
+    from sglang.srt.model_executor.runner import model_capture_mode
+    from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backend
+    from sglang.srt.model_executor.runner_utils.pool import (
+        get_or_create_global_graph_capture_stream,
+    )
+    from sglang.srt.utils.common import get_available_gpu_memory
+
+    began, before = time.perf_counter(), get_available_gpu_memory(draft.device, draft.gpu_id)
+    graphs = LayerGraphs(draft, sizes)
+    backend = resolve_decode_backend(graphs)
+    stream = get_or_create_global_graph_capture_stream()
+    try:
+        with (
+            model_capture_mode(),
+            graph_capture(stream=stream) as context,
+            backend.capture_session(context.stream),
+        ):
+            graphs.capture(backend)
+    except Exception as error:
+        raise HostError(
+            f"capturing CUDA graphs of draft layers failed: {error}; pass --cast-graphs passes"
+        ) from error
+    logger.info(
+        "CAST: captured %d graphs of draft layers (widths at %s) in %.1f s, %.2f GB",
+        sizes.num_graphs,
+        sizes,
+        time.perf_counter() - began,
+        before - get_available_gpu_memory(draft.device, draft.gpu_id),
+    )
+    return graphs

@@ -1,0 +1,74 @@
+"""One layer of the draft tree after another: where its inputs come from and how it is run.
+
+`EagerLayers` prepares a layer when its width is known and launches its kernels one by one.
+`captured_layers.CapturedLayers` prepares every node that could be kept while the host still waits
+for the decision, so that behind the decision there is one launch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.tree import Frontier
+
+__all__ = ["EagerLayers", "take_rows"]
+
+
+class EagerLayers:
+    """Layers launched kernel by kernel.
+
+    Args:
+        forward_batch: the draft's batch, as SGLang prepares it; `out_cache_loc` holds a slot for
+            each node of the envelope, request-major, and `spec_info` the roots' hidden states.
+    """
+
+    def __init__(self, draft: CastDraftWorker, forward_batch: ForwardBatch) -> None:
+        self._draft, self._forward_batch = draft, forward_batch
+        batch_size = forward_batch.batch_size
+        # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
+        self._slots = forward_batch.out_cache_loc.view(batch_size, -1)
+        # [B, W of the layer above, H] and [B, W of the layer above, depth].
+        self._hidden_states = forward_batch.spec_info.hidden_states.unsqueeze(1)
+        self._path_slots = self._slots.new_empty((batch_size, 1, 0))
+
+    def prepare(self, frontier: Frontier) -> None:
+        return
+
+    def fit(self, width: int) -> int:
+        return width
+
+    def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draft, forward_batch = self._draft, self._forward_batch
+        depth, batch_size = self._path_slots.shape[2], len(frontier.tokens)
+        first = depth * draft.topk
+        own = self._slots[:, first : first + width]
+        if depth == 0:  # all children of the root, which has no slot here
+            self._path_slots = own.unsqueeze(2)
+            hidden_states = self._hidden_states.expand(-1, width, -1)
+        else:
+            parents = frontier.parents[:, :width]
+            path_slots = take_rows(self._path_slots, parents)
+            self._path_slots = torch.cat((path_slots, own.unsqueeze(2)), dim=2)
+            hidden_states = take_rows(self._hidden_states, parents)
+        forward_batch.input_ids = frontier.tokens[:, :width].flatten()
+        positions = (forward_batch.seq_lens + depth).unsqueeze(1)
+        forward_batch.positions = positions.expand(-1, width).flatten()
+        forward_batch.out_cache_loc = own.flatten()
+        forward_batch.spec_info.hidden_states = hidden_states.flatten(0, 1)
+        probs, tokens, hidden_states = draft.forward_layer(forward_batch, self._path_slots)
+        self._hidden_states = hidden_states.view(batch_size, width, -1)
+        return probs, tokens
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
+    batch_size, num_rows = x.shape[:2]
+    if batch_size > 1:
+        rows = rows + torch.arange(0, batch_size * num_rows, num_rows, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(batch_size, -1, *x.shape[2:])

@@ -1,0 +1,164 @@
+"""Captured graphs of verify and draft extend, one set for each number of rows per request.
+
+SGLang's own graph runners are built once per number of rows, as its adaptive mode builds them once
+per number of steps; a step then runs with the runner of its size, or eagerly where there is none.
+All runners of a pass share one attention backend, since `triton` keeps nothing that depends on the
+number of rows but its buffers; those are made for the largest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from cast_sglang.errors import HostError
+from cast_sglang.serving.graphs.sizes import GraphSizes
+
+if TYPE_CHECKING:
+    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.serving.worker import CastWorker
+
+__all__ = ["PassGraphs", "capture_extend", "capture_verify", "extend_rows"]
+
+logger = logging.getLogger(__name__)
+
+
+class PassGraphs:
+    """SGLang's graph runners of one pass, by rows per request."""
+
+    def __init__(self, name: str, sizes: GraphSizes) -> None:
+        self.name, self.sizes = name, sizes
+        self._runners: dict[int, Any] = {}
+
+    def capture(
+        self,
+        build: Callable[[int], Any],
+        capturing: Callable[[int, list[int]], contextlib.AbstractContextManager[None]],
+        existing: dict[int, Any] | None = None,
+    ) -> None:
+        """Build a runner for each size, the largest first, so that the others share its memory.
+
+        Args:
+            build: captures and returns the runner of a size.
+            capturing: what SGLang has to be told while a size is captured at these batch sizes.
+            existing: runners that are there already.
+        """
+        self._runners.update(existing or {})
+        for size in reversed(self.sizes.sizes):
+            if size not in self._runners:
+                with capturing(size, self.sizes.batch_sizes(size)):
+                    self._runners[size] = build(size)
+
+    def runner(self, batch_size: int, size: int) -> Any | None:
+        """Return the runner of a pass over so many rows per request; None for an eager one."""
+        bucket = self.sizes.bucket(batch_size)
+        if bucket is None or size not in self.sizes.at(bucket):
+            return None
+        return self._runners[size]
+
+
+def capture_verify(worker: CastWorker, sizes: GraphSizes) -> PassGraphs:
+    """Capture the target's pass at each size, and at the one row of a plain step.
+
+    SGLang has captured the largest size by then, at every batch size.
+    """
+    from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
+
+    runner = worker.target_worker.model_runner
+    every = {batch: (1, *sizes.at(batch)) for batch in sizes.all_batch_sizes}
+    graphs = PassGraphs("verify", GraphSizes(every))
+
+    def build(size: int) -> Any:
+        return DecodeCudaGraphRunner(runner, speculative_num_draft_tokens=size)
+
+    first = runner.decode_cuda_graph_runner
+    with _measured(worker, graphs), _keeping_buffers(runner.attn_backend):
+        graphs.capture(build, _capturing, {first.captured_req_width: first})
+    return graphs
+
+
+def capture_extend(draft: CastDraftWorker, sizes: GraphSizes) -> PassGraphs:
+    """Capture draft extend at each number of rows."""
+    from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
+        EAGLEDraftExtendCudaGraphRunner,
+    )
+
+    graphs = PassGraphs("draft extend", sizes)
+    backend = draft.draft_extend_attn_backend
+    largest = max(sizes.sizes)
+    backend.init_cuda_graph_state(max(sizes.all_batch_sizes), max(sizes.all_batch_sizes) * largest)
+
+    @contextlib.contextmanager
+    def capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
+        with _capturing(size, batch_sizes), extend_rows(draft, size):
+            yield
+
+    with _measured(draft, graphs), _keeping_buffers(backend):
+        graphs.capture(lambda size: EAGLEDraftExtendCudaGraphRunner(draft), capturing)
+    return graphs
+
+
+@contextlib.contextmanager
+def extend_rows(draft: CastDraftWorker, rows: int) -> Iterator[None]:
+    """Let the backend of draft extend lay out so many rows per request in captured passes."""
+    backend = draft.draft_extend_attn_backend
+    before, backend.num_draft_tokens = backend.num_draft_tokens, rows
+    try:
+        yield
+    finally:
+        backend.num_draft_tokens = before
+
+
+@contextlib.contextmanager
+def _capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
+    """Let SGLang's runners, which read the server's arguments, capture this size alone."""
+    from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+    from sglang.srt.runtime_context import get_context, get_exec, get_spec
+
+    config, tokens = get_exec().graph.cuda_graph_config, get_spec().speculative_num_draft_tokens
+    get_context().override(
+        "cast.capture",
+        cuda_graph_config=with_phase(config, Phase.DECODE, bs=batch_sizes),
+        speculative_num_draft_tokens=size,
+    )
+    try:
+        yield
+    except Exception as error:
+        raise HostError(
+            f"capturing CUDA graphs of {size} rows per request failed: {error}; "
+            "pass --cast-graphs off, or --disable-cuda-graph"
+        ) from error
+    finally:
+        get_context().override(
+            "cast.captured", cuda_graph_config=config, speculative_num_draft_tokens=tokens
+        )
+
+
+@contextlib.contextmanager
+def _keeping_buffers(backend: Any) -> Iterator[None]:
+    """Keep each runner from making the backend's buffers anew, under the graphs that read them."""
+    backend.init_cuda_graph_state = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del backend.init_cuda_graph_state
+
+
+@contextlib.contextmanager
+def _measured(worker: CastWorker | CastDraftWorker, graphs: PassGraphs) -> Iterator[None]:
+    """Log what was captured, how long it took and how much memory it took."""
+    from sglang.srt.utils.common import get_available_gpu_memory
+
+    began, before = time.perf_counter(), get_available_gpu_memory(worker.device, worker.gpu_id)
+    yield
+    logger.info(
+        "CAST: captured %d graphs of %s (rows at %s) in %.1f s, %.2f GB",
+        graphs.sizes.num_graphs,
+        graphs.name,
+        graphs.sizes,
+        time.perf_counter() - began,
+        before - get_available_gpu_memory(worker.device, worker.gpu_id),
+    )

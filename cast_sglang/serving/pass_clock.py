@@ -1,0 +1,97 @@
+"""PassClock: how long the passes of served steps take, without waiting for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cast_sglang.costs.model import cost_of
+
+if TYPE_CHECKING:
+    from cast_sglang.costs.model import StepCosts
+
+# On a GPU an event costs some microseconds of host time, twice per pass: one step in so many.
+GPU_EVERY = 16
+
+
+class TimedPass(NamedTuple):
+    """One pass of a served step, as predicted by the raw tables and as measured."""
+
+    operation: str
+    batch_size: int
+    num_tokens: int  # rows or nodes per request
+    predicted_us: float
+    measured_us: float
+
+
+class PassClock:
+    """Times passes between `begin_step` and `end_step`; outside of a step it does nothing.
+
+    On the CPU by the host's clock. On a GPU by events, which are read only after the device has
+    passed them, steps later.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._module = None if device == "cpu" else torch.get_device_module(device)
+        self._every = 1 if self._module is None else GPU_EVERY
+        self._num_steps = 0
+        self._batch_size = 0
+        self._costs: StepCosts | None = None
+        self._running: deque[tuple[tuple[str, int, int, float], Any, Any]] = deque()
+
+    def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
+        """Time the passes from here on, if it is this step's turn and there are costs."""
+        self._num_steps += 1
+        self._batch_size = batch_size
+        self._costs = None if self._num_steps % self._every else costs
+
+    @property
+    def times_next(self) -> bool:
+        """Whether it is the next step's turn."""
+        return (self._num_steps + 1) % self._every == 0
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether this step's passes are timed; only then it pays to try another size."""
+        return self._costs is not None
+
+    def end_step(self) -> None:
+        self._costs = None
+
+    @contextlib.contextmanager
+    def time(self, operation: str, num_tokens: float) -> Iterator[None]:
+        """Time the pass inside, of so many rows or nodes per request in the mean."""
+        costs = self._costs
+        if costs is None:
+            yield
+            return
+        begin = self._now()
+        yield
+        predicted_us = cost_of(getattr(costs, operation), num_tokens) * costs.unit_us
+        what = (operation, self._batch_size, round(num_tokens), predicted_us)
+        self._running.append((what, begin, self._now()))
+
+    def finished(self) -> Iterator[TimedPass]:
+        """Yield the passes that the device has finished since the last call."""
+        while self._running:
+            what, begin, end = self._running[0]
+            if self._module is None:
+                measured_us = (end - begin) * 1e6
+            elif end.query():
+                measured_us = begin.elapsed_time(end) * 1e3
+            else:
+                return
+            self._running.popleft()
+            yield TimedPass(*what, measured_us)
+
+    def _now(self) -> Any:
+        if self._module is None:
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,100 @@
+"""Synthetic batches on free KV slots, and the smallest tree, for passes that are timed."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cast_sglang.policy.base import TreePolicy
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    from cast_sglang.serving.worker import CastWorker
+
+__all__ = ["Rows", "SmallTree"]
+
+
+class SmallTree(TreePolicy):
+    """A policy of one grown layer and two verified rows."""
+
+    def __init__(self) -> None:
+        self._num_layers = 0
+
+    def breadth(self, scores: torch.Tensor, costs: Any) -> int:
+        return 1
+
+    def deepen(self) -> bool:
+        self._num_layers += 1
+        return self._num_layers == 1
+
+    def rerank(self, scores: torch.Tensor, costs: Any) -> int:
+        return 2
+
+
+class Rows:
+    """The parts of a synthetic batch that can be kept between calls."""
+
+    def __init__(self, worker: CastWorker, batch_size: int, context: int) -> None:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        self._worker = worker
+        self._context = context
+        self._reqs = [
+            Req(
+                rid=f"cast-profile-{row}",
+                origin_input_text="",
+                origin_input_ids=array("q", [1] * context),
+                sampling_params=SamplingParams(temperature=0.0, max_new_tokens=1 << 20),
+            )
+            for row in range(batch_size)
+        ]
+        for req in self._reqs:
+            req.kv.kv_committed_len = context
+            req.kv.kv_allocated_len = context + get_alloc_reserve_per_decode()
+
+    def batch(self) -> ScheduleBatch:
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+        from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+        worker, batch_size = self._worker, len(self._reqs)
+        device, model_config = worker.device, worker.target_worker.model_runner.model_config
+        batch = ScheduleBatch.init_new(
+            self._reqs,
+            worker.req_to_token_pool,
+            worker.token_to_kv_pool_allocator,
+            None,
+            model_config,
+            False,
+            worker.speculative_algorithm,
+        )
+        batch.forward_mode = ForwardMode.DECODE
+        batch.seq_lens_cpu = torch.full((batch_size,), self._context, dtype=torch.int64)
+        batch.seq_lens = batch.seq_lens_cpu.to(device)
+        batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
+        batch.seq_lens_sum = self._context * batch_size
+        # Row 0 is where SGLang lets padded requests write.
+        batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
+        batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
+        batch.multimodal_inputs = [None] * batch_size
+        batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, model_config.vocab_size)
+        batch.spec_info = self._draft_input(batch_size)
+        return batch
+
+    def _draft_input(self, batch_size: int) -> Any:
+        from sglang.srt.speculative.eagle_info import EagleDraftInput
+        from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
+
+        worker, device = self._worker, self._worker.device
+        hidden_size, dtype = get_draft_recurrent_hidden_state_spec(worker.draft_worker.draft_runner)
+        return EagleDraftInput(
+            topk_p=torch.full((batch_size, worker.topk), 0.5, device=device),
+            topk_index=torch.ones((batch_size, worker.topk), dtype=torch.int64, device=device),
+            hidden_states=torch.zeros((batch_size, hidden_size), dtype=dtype, device=device),
+            bonus_tokens=torch.ones(batch_size, dtype=torch.int32, device=device),
+        )

@@ -1,0 +1,131 @@
+"""What `cast-sglang profile` does: start an engine as a server would, and let it measure itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cast_sglang.costs.profiles import user_profile_path
+from cast_sglang.errors import HostError
+from cast_sglang.profiling.grid import default_grid
+from cast_sglang.profiling.journal import journal_path
+from cast_sglang.profiling.meter import Meter, Sampling
+from cast_sglang.profiling.run import run_profile, summarize, write_profile
+from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.serving.profiling.ranks import lead
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from cast_sglang.serving.worker import CastWorker
+
+logger = logging.getLogger(__name__)
+
+RPC_METHOD = "cast_profile"
+
+
+def profile_server(
+    server_argv: list[str],
+    output: str | None,
+    *,
+    quick: bool = False,
+    budget_seconds: float | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Start an engine with the given server flags, measure its cost profile and save it.
+
+    Args:
+        server_argv: SGLang's flags, at least --model-path and --speculative-draft-model-path.
+        output: file of the profile; None for the one in the user's cache directory.
+
+    Returns:
+        The facts of the run (`profiling.run.summarize`).
+
+    Raises:
+        CastError: the flags do not fit, or the measurement failed.
+    """
+    # Measuring needs no profile, and the widest trees exercise every shape at start-up. The
+    # processes of the engine read it from their environment.
+    with _environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
+        return _profile(server_argv, output, quick, budget_seconds, command)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+
+
+def _profile(
+    server_argv: list[str],
+    output: str | None,
+    quick: bool,
+    budget_seconds: float | None,
+    command: str,
+) -> dict[str, Any]:
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    server_args = prepare_server_args([*server_argv, "--speculative-algorithm", "CAST"])
+    engine = Engine(server_args=server_args)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            facts = Path(directory) / "facts.json"
+            try:
+                engine.collective_rpc(
+                    RPC_METHOD,
+                    output=output and os.path.abspath(output),
+                    facts=str(facts),
+                    quick=quick,
+                    budget_seconds=budget_seconds,
+                    command=command,
+                )
+            except AssertionError as error:  # how SGLang reports a failed call
+                raise HostError(f"profiling failed: {error}") from error
+            return dict(json.loads(facts.read_text()))
+    finally:
+        engine.shutdown()
+
+
+def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:
+    """Run the measurement in a scheduler process; every rank of the engine gets the same call."""
+    from sglang.srt.managers.io_struct import RpcReqOutput
+
+    error = ""
+    try:
+        lead(scheduler, lambda meter: _measure(scheduler.draft_worker, meter, parameters))
+    except Exception as caught:
+        logger.exception("profiling failed")
+        error = " ".join(str(caught).split()) or type(caught).__name__
+    return RpcReqOutput(success=not error, message=error)
+
+
+def _measure(worker: CastWorker, meter: Meter, parameters: dict[str, Any]) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    identity = published(host_identity(resolving_view(worker.server_args)))
+    output = parameters["output"] or str(user_profile_path(identity))
+    quick = parameters["quick"]
+    measured = run_profile(
+        meter,
+        grid=default_grid(meter.limits(), quick=quick),
+        sampling=Sampling.quick() if quick else Sampling(),
+        budget_seconds=parameters["budget_seconds"],
+        journal=journal_path(output),
+        host=repr(identity),
+        progress=True,
+    )
+    write_profile(measured, identity, output, parameters["command"])
+    Path(parameters["facts"]).write_text(json.dumps(summarize(measured, output)))

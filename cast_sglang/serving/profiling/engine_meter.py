@@ -1,0 +1,258 @@
+"""EngineMeter: time single forward passes of a running engine, through the code that serves.
+
+The engine's scheduler, idle meanwhile, builds batches of the wanted shape on free KV slots and runs
+the same methods that serve requests. Contents do not matter to time, so the slots hold whatever
+they hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cast_sglang.costs.limits import Limits
+from cast_sglang.serving.profiling.batches import Rows, SmallTree
+from cast_sglang.serving.stats import StepStats
+from cast_sglang.tree import Frontier
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from cast_sglang.serving.worker import CastWorker
+
+__all__ = ["EngineMeter"]
+
+
+class EngineMeter:
+    """Times passes of one rank's `CastWorker`."""
+
+    def __init__(self, worker: CastWorker) -> None:
+        self.worker = worker
+        self._batches: dict[tuple[int, int], Rows] = {}
+        self._verify_result: Any = None
+        self._sweep = torch.zeros(1 << 25, device=worker.device)  # 128 MiB, more than any cache
+        worker.draft_worker.backlog.clear()
+        self._fill_slots()
+
+    def limits(self) -> Limits:
+        return self.limits_of(self.worker)
+
+    @staticmethod
+    def limits_of(worker: CastWorker) -> Limits:
+        """Return the largest shapes that a worker may have to run."""
+        from sglang.srt.runtime_context import get_schedule
+
+        model_config = worker.target_worker.model_runner.model_config
+        return Limits(
+            max_batch_size=get_schedule().max_running_requests,
+            max_context=model_config.context_len,
+            max_verify_rows=worker.max_draft_tokens,
+            max_width=worker.topk,
+            max_tokens=worker.token_to_kv_pool_allocator.size,
+            max_extend_rows=worker.max_extend_rows,
+        )
+
+    def verify(self, batch_size: int, context: int, rows: int) -> float:
+        """Time `worker.verify`: forward, acceptance, KV moves."""
+        batch = self._batch(batch_size, context)
+        batch.spec_info = self._chain(batch, rows)
+        return self._time(lambda: self.worker.verify(batch))
+
+    def draft(self, batch_size: int, context: int, width: int) -> float:
+        """Time one layer in the middle of a tree: metadata, forward, best children."""
+        from sglang.srt.speculative.eagle_worker_common import prepare_for_draft
+
+        draft = self.worker.draft_worker
+        batch = self._batch(batch_size, context)
+        pool, steps = draft.req_to_token_pool, self.worker.speculative_num_steps
+        forward_batch, _, _ = prepare_for_draft(
+            batch.spec_info, pool, batch, None, draft.draft_runner, draft.topk, steps
+        )
+        if draft.layer_graphs is not None and draft.layer_graphs.holds(batch_size):
+            return self._captured_layer(forward_batch, width)
+        slots = forward_batch.out_cache_loc.view(batch_size, steps, draft.topk)
+        depth = max(1, steps // 2)
+        path_slots = slots[:, :depth, :width].transpose(1, 2).contiguous()
+        forward_batch.input_ids = torch.ones_like(path_slots[:, :, 0]).flatten()
+        forward_batch.positions = (forward_batch.seq_lens + depth - 1).repeat_interleave(width)
+        forward_batch.out_cache_loc = path_slots[:, :, -1].flatten()
+        hidden_states = forward_batch.spec_info.hidden_states
+        forward_batch.spec_info.hidden_states = hidden_states.repeat_interleave(width, dim=0)
+        with self._draft_context():
+            return self._time(lambda: draft.forward_layer(forward_batch, path_slots))
+
+    def _captured_layer(self, forward_batch: ForwardBatch, width: int) -> float:
+        """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
+        layers = self.worker.draft_worker.layer_graphs.layers(forward_batch)
+        scores, tokens = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
+        frontier = Frontier(scores, tokens, tokens, torch.zeros_like(tokens))
+        layers.prepare(frontier)
+        width = layers.fit(width)
+        with self._draft_context():
+            return self._time(lambda: layers.run(frontier, width))
+
+    def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
+        """Time the draft's pass over the rows that an accepted path can reach."""
+        batch = self._batch(batch_size, context)
+        batch.out_cache_loc = self._slots(batch, context, rows)
+        result = self._accepted(batch, rows)
+        self._sweep.sum()  # as verify does, which leaves nothing of the draft in the caches
+        with self._draft_context():
+            return self._time(
+                lambda: self.worker.draft_worker._draft_extend_for_decode(batch, result)
+            )
+
+    def plain(self, batch_size: int, context: int) -> float:
+        """Time a decoding step of the target alone, sampling included."""
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        worker = self.worker
+        if worker.verify_graphs is not None:
+            # Its graphs are those of verify, and a plain step is one of one row.
+            return self.verify(batch_size, context, 1)
+        batch = self._batch(batch_size, context)
+        batch.spec_info = None
+        batch.spec_algorithm = SpeculativeAlgorithm.NONE
+        batch.capture_hidden_mode = CaptureHiddenMode.NULL
+        batch.input_ids = torch.ones(batch_size, dtype=torch.int64, device=worker.device)
+        batch.out_cache_loc = self._slots(batch, context, 1)
+        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+        batch.seq_lens = batch.seq_lens + 1
+        batch.seq_lens_sum += batch_size
+        return self._time(lambda: worker.target_worker.forward_batch_generation(batch))
+
+    def step_overhead(self, batch_size: int) -> float:
+        """Time a whole step of a small tree and subtract its passes."""
+        worker, draft = self.worker, self.worker.draft_worker
+        batch = self._batch(batch_size, self._shortest_context)
+        inside = 0.0
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                results: list[Any] = []
+                inside += self._time(lambda: results.append(call(*args, **kwargs)))
+                return results[0]
+
+            return run
+
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in (
+                (draft, "policy", SmallTree()),
+                (worker, "cast_stats", StepStats()),
+            ):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+            passes = [(worker, "verify"), (draft, "_draft_extend_for_decode")]
+            passes.append((draft, "forward_layer"))
+            if draft.layer_graphs is not None:
+                passes.append((draft.layer_graphs, "run"))
+            for owner, name in passes:
+                setattr(owner, name, timed(getattr(owner, name)))
+                stack.callback(delattr, owner, name)
+            whole = self._time(lambda: worker.forward_batch_generation(batch))
+        worker.discard_pending_steps()
+        return max(whole - inside, 1e-7)
+
+    def close(self) -> None:
+        """Give the request rows back as they were; no slot was allocated."""
+        self.worker.req_to_token_pool.req_to_token.copy_(self._slots_before)
+
+    _shortest_context = 64
+
+    def _time(self, call: Callable[[], Any]) -> float:
+        self._synchronize()
+        began = time.perf_counter()
+        call()
+        self._synchronize()
+        return time.perf_counter() - began
+
+    def _synchronize(self) -> None:
+        if self.worker.device != "cpu":
+            torch.get_device_module(self.worker.device).synchronize()
+
+    @contextlib.contextmanager
+    def _draft_context(self) -> Iterator[None]:
+        from sglang.srt.speculative.spec_utils import draft_tp_context
+
+        with draft_tp_context(self.worker.draft_worker.parallel_layout):
+            yield
+
+    def _fill_slots(self) -> None:
+        """Give every request row its own slots; rows longer than the pool share them."""
+        table = self.worker.req_to_token_pool.req_to_token
+        self._slots_before = table.clone()
+        size = self.worker.token_to_kv_pool_allocator.size
+        positions = torch.arange(table.numel(), device=table.device).view(table.shape)
+        table.copy_(positions % size + 1)
+
+    def _batch(self, batch_size: int, context: int) -> ScheduleBatch:
+        """Return a decode batch as the scheduler would hand it to the worker."""
+        key = (batch_size, context)
+        if key not in self._batches:
+            self._batches[key] = Rows(self.worker, batch_size, context)
+        return self._batches[key].batch()
+
+    def _accepted(self, batch: ScheduleBatch, rows: int) -> Any:
+        """Return what a verify pass that accepted every row would hand to draft extend."""
+        if self._verify_result is None:
+            single = self._batch(1, self._shortest_context)
+            single.spec_info = self._chain(single, 1)
+            self._verify_result = self.worker.verify(single)
+        result, batch_size = self._verify_result, len(batch.reqs)
+        hidden_states = result.logits_output.hidden_states
+        return dataclasses.replace(
+            result,
+            logits_output=dataclasses.replace(
+                result.logits_output,
+                hidden_states=hidden_states.new_zeros((batch_size * rows, hidden_states.shape[1])),
+                next_token_logits=None,
+            ),
+            next_token_ids=result.next_token_ids.new_zeros(batch_size * rows),
+            accept_lens=result.accept_lens.new_full((batch_size,), rows),
+            accept_index=result.accept_index.new_zeros((batch_size, rows)),
+            new_seq_lens=batch.seq_lens + rows,
+            speculative_num_draft_tokens=rows,
+        )
+
+    def _slots(self, batch: ScheduleBatch, context: int, rows: int) -> torch.Tensor:
+        """Return [B * rows] cache slots that follow each request's context."""
+        table = self.worker.req_to_token_pool.req_to_token
+        return table[batch.req_pool_indices, context : context + rows].flatten().to(torch.int64)
+
+    def _chain(self, batch: ScheduleBatch, rows: int) -> Any:
+        """Return a verify input of `rows` nodes in a line; the mask's shape sets the time."""
+        from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
+
+        worker, draft = self.worker, self.worker.draft_worker
+        if rows == 1:
+            return worker._build_trivial_verify_input(batch)
+        batch_size, topk = len(batch.reqs), worker.topk
+        # Candidate number k * topk is the first child of expanded node k.
+        index = torch.arange(rows - 1, device=worker.device) * topk
+        parents = torch.cat((index.new_full((1,), -1), index[:-1]))
+        verify_input = build_eagle_verify_input(
+            batch,
+            batch.spec_info,
+            torch.nn.functional.pad(
+                parents, (0, max(0, 1 + topk * (rows - 1) - len(parents)))
+            ).repeat(batch_size, 1),
+            index.repeat(batch_size, 1),
+            torch.ones((batch_size, rows - 1), dtype=torch.int64, device=worker.device),
+            None,
+            target_worker=worker.target_worker,
+            topk=topk,
+            num_steps=rows,
+            num_draft_tokens=rows,
+            tree_mask_mode=draft.tree_mask_mode,
+            device=worker.device,
+        )
+        verify_input.spec_steps = rows - 1
+        return verify_input

@@ -1,0 +1,119 @@
+"""A start without a cost profile: measure a quick one before the first request, or estimate one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from sglang.srt.arg_groups.overrides import resolving_view
+
+from cast_sglang.costs.profiles import (
+    FoundProfile,
+    profile_command,
+    save_profile,
+    user_profile_path,
+)
+from cast_sglang.costs.schema import CostProfile
+from cast_sglang.errors import CastError, ProfileError
+from cast_sglang.profiling.grid import default_grid
+from cast_sglang.profiling.meter import Sampling
+from cast_sglang.profiling.roofline import ModelSize, estimate_tables, measure_rates
+from cast_sglang.profiling.run import make_profile, run_profile
+from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.serving.profiling.engine_meter import EngineMeter
+from cast_sglang.serving.profiling.ranks import lead
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from cast_sglang.costs.schema import HostIdentity
+    from cast_sglang.serving.worker import CastWorker
+
+__all__ = ["provide_profile"]
+
+logger = logging.getLogger(__name__)
+
+# The measurement ends much sooner unless a pass takes longer than some ten milliseconds.
+BUDGET_SECONDS = 60.0
+SAMPLING = Sampling(
+    max_visits=3, tolerance=0.05, interpolation_tolerance=1.0, heldout_points=6, visit_passes=2
+)
+
+
+def provide_profile(scheduler: Scheduler) -> None:
+    """Give every rank of an engine whose search found no profile the same new one.
+
+    The scheduler must not have served a request yet.
+    """
+    worker: CastWorker = scheduler.draft_worker
+    identity = published(host_identity(resolving_view(worker.server_args)))
+    profile = None
+    if worker.config.profile == "auto":
+        logger.info("CAST: no cost profile of this device and pair; measuring a quick one")
+        profile = lead(scheduler, lambda meter: _measured(meter, identity))
+    encoded = b""
+    if scheduler.tp_group.rank_in_group == 0:
+        encoded = msgspec.json.encode(profile or _estimated(worker, identity))
+    if scheduler.tp_group.world_size > 1:
+        encoded = scheduler.tp_group.broadcast_object(encoded, src=0)
+    profile = msgspec.json.decode(encoded, type=CostProfile)
+    path = user_profile_path(identity)
+    worker.use_profile(FoundProfile(profile, path, []))
+    advice = f"for better tables run: {profile_command(identity)}"
+    if profile.provenance.estimated:
+        logger.warning("CAST: cost tables are ESTIMATED from the device's roofline; %s", advice)
+    else:
+        logger.info("CAST: measured in %.0f s; %s", profile.provenance.seconds, advice)
+
+
+def _measured(meter: Any, identity: HostIdentity) -> CostProfile | None:
+    """Measure and save; on failure say why and return None."""
+    try:
+        measured = run_profile(
+            meter,
+            grid=default_grid(meter.limits(), quick=True),
+            sampling=SAMPLING,
+            budget_seconds=BUDGET_SECONDS,
+        )
+    except CastError as error:
+        logger.warning("CAST: measuring failed: %s", error)
+        return None
+    profile = make_profile(measured, identity, command="--cast-profile auto")
+    path = user_profile_path(identity)
+    try:
+        save_profile(profile, path)
+    except ProfileError as error:
+        logger.warning("CAST: the next start will measure again: %s", error)
+    return profile
+
+
+def _estimated(worker: CastWorker, identity: HostIdentity) -> CostProfile:
+    target = worker.target_worker.model_runner
+    tables = estimate_tables(
+        default_grid(EngineMeter.limits_of(worker)),
+        measure_rates(worker.device, target.dtype),
+        _size(target),
+        _size(worker.draft_worker.draft_runner),
+    )
+    return make_profile(tables, identity, command="--cast-profile estimate")
+
+
+def _size(runner: ModelRunner) -> ModelSize:
+    """Return what one pass of a loaded model reads and multiplies."""
+    tied = getattr(runner.model_config.hf_config, "tie_word_embeddings", False)
+    weights = [
+        weight
+        for name, weight in runner.model.named_parameters()
+        # Of an embedding that is not also the output layer, a pass reads a few rows.
+        if tied or "embed_tokens" not in name
+    ]
+    pool = runner.token_to_kv_pool
+    kv_bytes = pool.get_kv_size_bytes()
+    return ModelSize(
+        num_weights=sum(weight.numel() for weight in weights),
+        weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        kv_bytes_per_token=int(sum(kv_bytes) if isinstance(kv_bytes, tuple) else kv_bytes)
+        // pool.size,
+    )

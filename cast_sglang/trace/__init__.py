@@ -1,0 +1,1 @@
+"""What a server did, step by step: records, file, replay by other policies, summary and tuning."""

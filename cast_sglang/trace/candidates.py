@@ -1,0 +1,126 @@
+"""What a trace tells of trees that were not chosen: candidates, their fate, and what is missing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cast_sglang.trace.records import TracedRequest, TracedStep, parents_of, unpacked
+from cast_sglang.trace.reward import TreeReward, tree_reward
+from cast_sglang.tree import DraftTree
+
+__all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
+
+
+class RecordedTrees:
+    """The recorded candidates of one step, requests side by side; index -1 is one that is not."""
+
+    def __init__(self, step: TracedStep, topk: int) -> None:
+        trees = [_tree_of(request, topk) for request in step.requests]
+        probs, chances, target_probs, accepted, first_child = zip(*trees, strict=True)
+        self.probs = np.stack(probs)  # [B, M + 1] float32, as the draft states them
+        self.chances = np.stack(chances)  # [B, M + 1] float32, calibrated
+        self.target_probs = np.stack(target_probs)  # [B, M + 1], nan where the target did not say
+        self.accepted = np.stack(accepted)  # [B, M + 1], 1 or 0, nan where it is not known
+        self.first_child = np.stack(first_child)  # [B, M + 1], -1 for none
+        self._bounds = np.cumsum([0, 1, *step.widths])  # of the expanded nodes of each layer
+
+    def children(self, depth: int) -> np.ndarray:
+        """Return [n, 2, K], probabilities and chances of the children of all nodes at a depth.
+
+        Of the deepest layer where there is none at that depth.
+        """
+        depth = min(depth, len(self._bounds) - 1)
+        start, end = self._bounds[depth - 1 : depth + 1]
+        topk = (self.chances.shape[1] - 1) // self._bounds[-1]
+        parts = (part[:, topk * start : topk * end] for part in (self.probs, self.chances))
+        return np.stack([part.reshape(-1, topk) for part in parts], axis=1)
+
+
+class ReplayedTree:
+    """A tree that a policy grew over recorded candidates, and what would come of it."""
+
+    tree: DraftTree
+
+    def __init__(self, recorded: RecordedTrees, is_wanted: np.ndarray) -> None:
+        self._recorded = recorded
+        self._is_wanted = is_wanted[:, None, None]
+        self.reach: list[np.ndarray] = []  # [B, W * K] of each layer: chance of being accepted
+        self.is_sure: list[np.ndarray] = []  # the same: whether that is known
+        self._target_probs: list[np.ndarray] = []
+
+    def add(self, nodes: np.ndarray, chances: np.ndarray, parent_reach: np.ndarray) -> None:
+        """Add a layer; shapes [B, W, K], [B, W, K] and [B, W]."""
+        requests = np.arange(len(nodes))[:, None, None]
+        accepted = self._recorded.accepted[requests, nodes]
+        is_known = ~np.isnan(accepted)
+        # At most one child is accepted; older traces hold chances that say more.
+        chances = chances / np.maximum(chances.sum(axis=2, keepdims=True), 1.0)
+        reach = np.where(is_known, accepted, parent_reach[..., None] * chances) * self._is_wanted
+        self.reach.append(reach.reshape(len(nodes), -1))
+        is_sure = is_known | (parent_reach == 0.0)[..., None] | ~self._is_wanted
+        self.is_sure.append(is_sure.reshape(len(nodes), -1))
+        told = self._recorded.target_probs[requests, nodes]
+        self._target_probs.append(np.where(np.isnan(told), chances, told).reshape(len(nodes), -1))
+
+    def reach_of(self, nodes: np.ndarray) -> np.ndarray:
+        """Return the chance of being accepted of candidates of the newest layer, [B, W]."""
+        start = sum(layer.shape[1] for layer in self.reach[:-1])
+        return np.take_along_axis(self.reach[-1], nodes - start, axis=1)
+
+    def reward(self, nodes: np.ndarray, is_verified: np.ndarray) -> TreeReward:
+        """Return the mean reward of the verified trees; unknown probabilities are the chances."""
+        probs = np.concatenate(self._target_probs, axis=1)
+        kept = self.tree.expanded
+        expanded = np.concatenate([layer.numpy() for layer in kept], axis=1) if kept else None
+        rewards = []
+        for b in range(len(nodes)):
+            chosen = np.sort(nodes[b][is_verified[b]])
+            own = np.empty(0, dtype=np.int64) if expanded is None else expanded[b]
+            parents = parents_of(own, self.tree.topk)[chosen]
+            rewards.append(tree_reward(chosen, parents, probs[b][chosen]))
+        return TreeReward(*(sum(part) / len(rewards) for part in zip(*rewards, strict=True)))
+
+
+def recorded_reward(step: TracedStep, topk: int) -> TreeReward | None:
+    """Return the mean reward of the trees that were verified; None where it was not recorded."""
+    rewards = []
+    for request in step.requests:
+        nodes = unpacked(request.verified, "int32")
+        probs = unpacked(request.target_probs, "float32")
+        if step.is_plain or len(probs) < len(nodes):
+            return None
+        parents = parents_of(unpacked(request.expanded, "int32"), topk)[nodes]
+        rewards.append(tree_reward(nodes, parents, probs))
+    return TreeReward(*(sum(part) / len(rewards) for part in zip(*rewards, strict=True)))
+
+
+def _tree_of(
+    request: TracedRequest, topk: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is known of each candidate, in the order of the fields of `RecordedTrees`.
+
+    One more entry at the end stands for a candidate that was not recorded.
+    """
+    probs = unpacked(request.probs, "float32")
+    chances = unpacked(request.chances, "float32") if request.chances else probs
+    expanded = unpacked(request.expanded, "int32")
+    count = len(chances)
+    first_child = np.full(count + 1, -1, dtype=np.int64)
+    first_child[expanded] = topk * np.arange(1, 1 + len(expanded))
+    target_probs = np.full(count + 1, np.nan)
+    if request.target_probs:
+        nodes = unpacked(request.verified, "int32")
+        target_probs[nodes] = unpacked(request.target_probs, "float32")
+    accepted = np.zeros(count + 1)
+    accepted[request.follows] = 1.0
+    accepted[-1] = np.nan
+    if request.is_open and count:
+        # All that hangs below the last node known to be taken.
+        last = request.follows[-1] if request.follows else -1
+        is_below = np.zeros(count + 1, dtype=bool)
+        for node, parent in enumerate(parents_of(expanded, topk)):
+            is_below[node] = parent == last or (parent >= 0 and is_below[parent])
+        accepted[is_below] = np.nan
+    last_entry = np.zeros(1, dtype=np.float32)
+    probs, chances = (np.append(part, last_entry) for part in (probs, chances))
+    return probs, chances, target_probs, accepted, first_child

@@ -1,0 +1,362 @@
+"""Replay: re-decide the steps of a trace with any cost table and any policy, without a model.
+
+Each recorded step is decided anew by the policy classes that serve, on the candidates that were
+recorded. What the chosen tree would have brought is known wherever it consists of recorded
+candidates: the text that followed says which of them the target takes. Two things are not known and
+are assumed: the children of nodes that the server did not expand are drawn from those of nodes of
+the same depth elsewhere in the trace, and what the text would do below such nodes, or after its
+recorded end, is their calibrated chance. `Outcome.assumed` says how much of the result that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.config import LOOKUPS, POLICIES
+from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
+from cast_sglang.costs.model import (
+    CostModel,
+    StepCosts,
+    cost_of,
+    extend_units,
+    plain_extra,
+    step_units,
+)
+from cast_sglang.costs.schema import CostTables
+from cast_sglang.errors import TraceError
+from cast_sglang.ops import reference
+from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
+from cast_sglang.policy.optimal import OptimalPolicy
+from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
+from cast_sglang.trace.records import (
+    Trace,
+    TracedChoice,
+    TracedStep,
+    TraceHeader,
+    tables_digest,
+)
+from cast_sglang.trace.reward import TreeReward
+from cast_sglang.tree import DraftTree
+
+__all__ = ["Outcome", "Replay", "make_policy"]
+
+# Steps whose time, beyond that of their passes by the corrected tables, is averaged: few, so that a
+# machine whose speed changes within seconds is followed.
+REST_WINDOW = 16
+
+
+class Outcome(NamedTuple):
+    """What a step would have chosen and brought, per request in the mean."""
+
+    choice: TracedChoice
+    accepted: float  # drafts
+    assumed: float  # the part of `accepted` that is not known from the trace
+    time_us: float
+    table_us: float  # the same by the tables as they are
+    price: float  # nan for a policy without one
+    reward: TreeReward | None  # None for a plain step, and where not asked for
+
+    @property
+    def mean_rows(self) -> float:
+        rows = self.choice.num_rows
+        return sum(rows) / len(rows) if rows else 1.0
+
+
+def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePolicy:
+    """Build the policy that a server of the trace's envelope would run.
+
+    Args:
+        name: auto, fixed, eagle or optimal.
+        thresholds: c1, c2, c3 and r of `fixed`; those of the recording where not given.
+
+    Raises:
+        TraceError: there is no such policy.
+    """
+    if name not in POLICIES:
+        raise TraceError(f"policy {name}: expected {' | '.join(POLICIES)}")
+    sizes = tuple(header.verify_sizes)
+    if name == "eagle":
+        return EaglePolicy(header.num_draft_tokens)
+    if name == "fixed":
+        values = {key: header.settings[key] for key in ("c1", "c2", "c3", "r")} | thresholds
+        c1, c2, c3, r = (float(values[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
+        return FixedPolicy(c1, c2, c3, int(r), sizes)
+    policy = AutoPolicy if name == "auto" else OptimalPolicy
+    return policy(sizes, header.num_steps, header.is_ragged)
+
+
+class Replay:
+    """Runs one policy over the steps of a trace, in order.
+
+    Args:
+        tables: a profile's, of any device.
+        correct: learn from the recorded times of earlier steps how far the tables are off, as the
+            server did; only for tables of the device where the trace was recorded.
+        lookup: "linear" or "nearest"; None as recorded.
+        seed: of the draws of children that were not recorded.
+        rewards: compute the reward of each tree, which takes half of the time.
+
+    Attributes:
+        extrapolated: axes of the tables that the trace exceeds, such as "target.batch_sizes".
+
+    Raises:
+        TraceError: the trace holds no step with drafts.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        tables: CostTables,
+        policy: TreePolicy,
+        *,
+        correct: bool = False,
+        lookup: str | None = None,
+        seed: int = 0,
+        rewards: bool = True,
+    ) -> None:
+        header = self._header = trace.header
+        self._steps = trace.steps
+        self._policy = policy
+        self._rewards = rewards
+        self._is_same = tables_digest(tables) == header.tables
+        self._sizes = tuple(header.verify_sizes)
+        batch_size = max((step.batch_size for step in trace.steps), default=1)
+        self._model = CostModel(
+            tables,
+            max_batch_size=max(batch_size, header.max_batch_size),
+            max_context=header.max_context,
+            max_verify_tokens=header.num_draft_tokens,
+            max_width=header.topk,
+            max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
+            lookup=lookup or str(header.settings.get("lookup", LOOKUPS[0])),
+            warns=False,
+        )
+        self.extrapolated = self._model.extrapolated
+        largest = header.max_batch_size, header.num_draft_tokens
+        self._residuals = Residuals(*largest, tables.table_error)
+        self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
+        # A server that corrects its tables also tries other sizes now and then.
+        self._explores = (
+            correct
+            and header.settings.get("residuals") == "on"
+            and not header.is_full
+            and not isinstance(policy, EaglePolicy)
+        )
+        drafted = next((step for step in trace.steps if not step.is_plain), None)
+        if drafted is not None:
+            self._drawn_from = RecordedTrees(drafted, header.topk)
+        elif trace.steps:
+            raise TraceError(f"trace {trace.path}: no step drafted, so none can be decided")
+        self._random = np.random.default_rng(seed)
+        self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
+        self._was_plain = False  # the step before, as recorded
+        # What steps took beyond their passes, in us, by octave of the batch size and kind of step.
+        self._rest: dict[tuple[int, bool], deque[float]] = {}
+
+    def __iter__(self) -> Iterator[Outcome]:
+        """Yield the outcome of each step."""
+        for step in self._steps:
+            yield self.decide(step)
+
+    def decide(self, step: TracedStep) -> Outcome:
+        """Return the outcome of the next step."""
+        outcome = self._step(step)
+        self._learn(step)
+        return outcome
+
+    def _step(self, step: TracedStep) -> Outcome:
+        if self._corrected is not None and step.step % REFRESH_EVERY == 0:
+            self._residuals.refresh()
+        raw = self._model.step_costs(step.batch_size, step.context)
+        corrected = raw
+        if self._corrected is not None:
+            corrected = self._corrected.step_costs(step.batch_size, step.context)
+        costs = corrected if self._explores else raw
+        weights = np.array([request.weight for request in step.requests])
+        missing = max(self._missing.get(request.request, 0) for request in step.requests)
+        catch_up = extend_units(costs, missing)
+        policy, batch_size = self._policy, step.batch_size
+        policy.weigh(None if (weights == 1.0).all() else weights)
+        if step.answer_tokens is not None:
+            policy.expect(step.answer_tokens)
+        price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
+        drafts = bool(weights.any()) and policy.speculate(
+            batch_size, costs, plain_extra(costs), catch_up
+        )
+        if drafts and self._explores:
+            loss = policy.plain_loss(batch_size)
+            drafts = not self._residuals.explore_plain(batch_size, loss)
+        if not drafts:
+            self._defer(step, missing, catch_up, costs)
+            times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)
+            return Outcome(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
+        for request in step.requests:
+            self._missing[request.request] = 0
+        grown = self._grow(step, costs, weights)
+        num_layers = policy.depth(grown.tree.num_layers, costs)
+        widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]
+        ranked = grown.tree.ranked(self._header.num_draft_tokens - 1, num_layers)
+        num_rows = self._rows_to_verify(ranked.scores, costs, weights)
+        nodes = ranked.node_index.numpy()
+        is_verified = np.arange(nodes.shape[1]) < num_rows[:, None] - 1
+        reach = np.take_along_axis(np.concatenate(grown.reach, axis=1), nodes, axis=1) * is_verified
+        sure = np.take_along_axis(np.concatenate(grown.is_sure, axis=1), nodes, axis=1)
+        accepted = reach.sum(axis=1)
+        if not self._header.extends_by_outcome:
+            extend_rows = float(min(num_layers, int(num_rows.max()) - 1) + 1)
+        elif self._header.is_ragged:
+            extend_rows = 1.0 + float(accepted.mean())
+        else:
+            extend_rows = 1.0 + float(accepted.max())
+        # Sums of chances may exceed the depth by a rounding error.
+        extend_rows = min(extend_rows, float(len(costs.draft_extend)))
+        mean_rows = float(num_rows.mean())
+        units = step_units(costs, widths, mean_rows, extend_rows)
+        policy.observe(batch_size, float(accepted.mean()), units)
+        times = self._times(widths, mean_rows, extend_rows, catch_up, raw, corrected, batch_size)
+        return Outcome(
+            choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
+            accepted=float(accepted.mean()),
+            assumed=float((reach * ~sure).sum()) / batch_size,
+            time_us=times[0],
+            table_us=times[1],
+            price=price,
+            reward=grown.reward(nodes, is_verified) if self._rewards else None,
+        )
+
+    def _times(
+        self,
+        widths: Sequence[int],
+        num_rows: float,
+        extend_rows: float,
+        catch_up: float,
+        raw: StepCosts,
+        corrected: StepCosts,
+        batch_size: int,
+    ) -> tuple[float, float]:
+        """Return a step's time in us, and the same by the tables as they are."""
+        time_us, table_us = (
+            (step_units(costs, widths, num_rows, extend_rows) + catch_up) * costs.unit_us
+            for costs in (corrected, raw)
+        )
+        if rest := self._rest.get(((batch_size - 1).bit_length(), num_rows == 1.0)):
+            time_us += sum(rest) / len(rest) - raw.overhead * raw.unit_us
+        return time_us, table_us
+
+    def _defer(self, step: TracedStep, missing: int, catch_up: float, costs: StepCosts) -> None:
+        """Count what a plain step leaves for the draft to catch up on."""
+        capacity = self._header.num_draft_tokens
+        keeps_up = missing == capacity
+        keeps_up = keeps_up and catch_up <= KEEP_UP_SHARE * missing * float(costs.verify[0])
+        for request in step.requests:
+            before = 0 if keeps_up else self._missing.get(request.request, 0)
+            self._missing[request.request] = min(before + 1, capacity)
+
+    def _grow(self, step: TracedStep, costs: StepCosts, weights: np.ndarray) -> ReplayedTree:
+        recorded = RecordedTrees(step, self._header.topk)
+        if not step.is_plain:
+            self._drawn_from = recorded
+        policy, header, batch_size = self._policy, self._header, step.batch_size
+        grown = ReplayedTree(recorded, weights > 0.0)
+        root = np.zeros((batch_size, 1), dtype=np.int64)
+        first = root if not step.is_plain else root - 1
+        nodes, scored, chances = self._children(recorded, first, depth=1)
+        probs = torch.from_numpy(scored).view(batch_size, -1)
+        tokens = torch.from_numpy(nodes).view(batch_size, -1)
+        tree = DraftTree(tokens, probs, header.num_steps, reference)
+        grown.add(nodes, chances, np.ones((batch_size, 1)))
+        while tree.num_layers < tree.max_layers:
+            frontier = tree.frontier()
+            width = policy.breadth(frontier.scores, costs)
+            grow = policy.deepen()
+            if not grow:
+                break
+            if self._explores and tree.num_layers == 1:
+                width = self._residuals.explore(
+                    "draft", batch_size, width, range(1, header.topk + 1), costs.draft
+                )
+            kept = frontier.tokens[:, :width].numpy()
+            first = np.take_along_axis(recorded.first_child, kept, axis=1)
+            nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)
+            probs = torch.from_numpy(scored).view(batch_size * width, -1)
+            policy.expanded(frontier.scores, probs)
+            grown.add(nodes, chances, grown.reach_of(frontier.node_index[:, :width].numpy()))
+            tree.grow(frontier, width, torch.from_numpy(nodes).view(probs.shape), probs)
+        grown.tree = tree
+        return grown
+
+    def _children(
+        self, recorded: RecordedTrees, first: np.ndarray, depth: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return recorded candidates (-1: drawn), what the policy scores them by, and chances.
+
+        Args:
+            first: [B, W], each node's first child among the recorded candidates, -1 for none.
+
+        Returns:
+            Three arrays [B, W, K].
+        """
+        is_known = (first >= 0)[..., None]
+        nodes = np.where(is_known, first[..., None] + np.arange(self._header.topk), -1)
+        requests = np.arange(len(first))[:, None, None]
+        probs, chances = recorded.probs[requests, nodes], recorded.chances[requests, nodes]
+        if not is_known.all():
+            pool = self._drawn_from.children(depth)
+            drawn = pool[self._random.integers(len(pool), size=first.shape)]
+            probs = np.where(is_known, probs, drawn[..., 0, :])
+            chances = np.where(is_known, chances, drawn[..., 1, :])
+        # As while serving, policies with thresholds take the draft at its word.
+        scored = chances if isinstance(self._policy, AutoPolicy) else probs
+        return nodes, scored, chances
+
+    def _rows_to_verify(
+        self, scores: torch.Tensor, costs: StepCosts, weights: np.ndarray
+    ) -> np.ndarray:
+        """Return [B], the rows of each request, as the worker chooses them."""
+        policy, batch_size = self._policy, len(scores)
+        num_rows = policy.share_out(scores, costs) if self._header.shares_out else None
+        size = policy.rerank(scores, costs) if num_rows is None else math.ceil(num_rows.mean())
+        if self._explores:
+            sizes = [size for size in self._sizes if size <= scores.shape[1] + 1]
+            explored = self._residuals.explore("verify", batch_size, size, sizes, costs.verify)
+            if explored != size:
+                size, num_rows = explored, None
+        if num_rows is None and self._header.is_ragged:
+            num_rows = np.where(weights > 0.0, size, 1)
+        return np.full(batch_size, size) if num_rows is None else num_rows
+
+    def _learn(self, step: TracedStep) -> None:
+        """Take the step's measured passes into the costs of the next ones."""
+        if self._corrected is None:
+            return
+        raw = self._model.step_costs(step.batch_size, step.context)
+        corrected = self._corrected.step_costs(step.batch_size, step.context)
+        expected_us = 0.0
+        for timed in step.passes:
+            predicted_us = timed.predicted_us
+            if not self._is_same:
+                predicted_us = raw.unit_us * cost_of(
+                    getattr(raw, timed.operation), timed.num_tokens
+                )
+            ratio = timed.measured_us / predicted_us
+            self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+            expected_us += corrected.unit_us * cost_of(
+                getattr(corrected, timed.operation), timed.num_tokens
+            )
+        if step.measured_us is not None and step.passes:
+            key = ((step.batch_size - 1).bit_length(), step.is_plain)
+            rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
+            rest.append(step.measured_us - expected_us)
+            # Nothing recorded tells what catching up took after plain steps.
+            if step.is_plain or not self._was_plain:
+                ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
+                self._residuals.record_step(step.batch_size, step.is_plain, ratio)
+        self._was_plain = step.is_plain

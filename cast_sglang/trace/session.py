@@ -1,0 +1,200 @@
+"""A trace and a cost profile brought together: what can be asked of the two without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cast_sglang.config import CastConfig
+from cast_sglang.costs.profiles import find_profile, load_profile
+from cast_sglang.costs.schema import CostProfile
+from cast_sglang.errors import ConfigError, TraceError
+from cast_sglang.trace.file import read_trace
+from cast_sglang.trace.records import Trace, TraceHeader, tables_digest
+from cast_sglang.trace.replay import Replay, make_policy
+from cast_sglang.trace.summary import Comparison, compare, print_comparisons
+
+__all__ = ["Replayed", "Session", "open_session"]
+
+# A table is continued beyond its grid, but not to a multiple of it.
+MAX_EXTRAPOLATION = 2
+
+
+class Session(NamedTuple):
+    """What the commands `replay` and `tune` work on."""
+
+    trace: Trace
+    profile: CostProfile
+    corrects: bool  # the tables are of the device of the recording, and corrected by its times
+    seed: int
+    notes: list[str]
+
+    def replay(self, policy: str | None, thresholds: Mapping[str, Any]) -> Replayed:
+        """Replay the trace.
+
+        Args:
+            policy: None for the recorded one.
+            thresholds: c1, c2, c3, r of `fixed`; those of the recording where not given.
+
+        Raises:
+            ConfigError: a threshold is out of range, or is given for another policy.
+            TraceError: the trace cannot be replayed.
+        """
+        header = self.trace.header
+        name = policy or str(header.settings["policy"])
+        if thresholds and name != "fixed":
+            given = ", ".join(f"--{key}" for key in thresholds)
+            raise ConfigError(f"{given}: policy {name} has no thresholds; add --policy fixed")
+        CastConfig(**thresholds)
+        chosen = make_policy(name, header, **thresholds)
+        replay = Replay(self.trace, self.profile, chosen, correct=self.corrects, seed=self.seed)
+        rows = compare(self.trace, list(replay))
+        is_recorded = name == header.settings["policy"] and not header.is_full
+        if name == "fixed":
+            is_recorded &= all(header.settings[key] == thresholds[key] for key in thresholds)
+        is_here = _is_same_host(self.profile, header)
+        return Replayed(self, name, dict(thresholds), rows, is_recorded and is_here)
+
+    def print_notes(self, console: Console) -> None:
+        """Print what was recorded, whose times are predicted, and what is odd about it."""
+        header, source = self.trace.header, self.profile.provenance
+        identity = header.identity
+        facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        policy = header.settings["policy"]
+        served = "the whole envelope in every step" if header.is_full else f"policy {policy}"
+        pair = f"{identity.target.name} + {identity.draft.name}"
+        facts.add_row("recorded", Text(f"{served} on {identity.device_name}, {header.date}"))
+        facts.add_row("pair", Text(pair))
+        facts.add_row("tables", Text(f"{source.device_name}, {source.date}"))
+        console.print(facts)
+        if not _is_same_host(self.profile, header):
+            warning = f"All predicted times are those of {source.device_name}, not of the recording"
+            console.print(Text(warning, "bold yellow"), soft_wrap=True)
+        if source.estimated:
+            console.print(Text("ESTIMATED: these tables were computed, not measured", "bold red"))
+        for note in [*self.trace.notes, *self.notes]:
+            console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+
+
+class Replayed(NamedTuple):
+    """What a replay gave."""
+
+    session: Session
+    policy: str
+    thresholds: dict[str, float]
+    rows: list[Comparison]
+    is_prediction: bool  # of the recorded policy on its own device: it should agree with the times
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        header, source = self.session.trace.header, self.session.profile.provenance
+        return {
+            "recorded": {
+                "device_name": header.identity.device_name,
+                "policy": header.settings["policy"],
+                "is_full": header.is_full,
+                "date": header.date,
+            },
+            "tables": {"device_name": source.device_name, "estimated": source.estimated},
+            "policy": self.policy,
+            "thresholds": self.thresholds,
+            "corrected": self.session.corrects,
+            "is_prediction": self.is_prediction,
+            "notes": [*self.session.trace.notes, *self.session.notes],
+            "rows": [row.as_dict() for row in self.rows],
+        }
+
+    def print(self, console: Console) -> None:
+        """Print the comparison and how far it can be trusted."""
+        self.session.print_notes(console)
+        words = "".join(f", {name.upper()} {value:g}" for name, value in self.thresholds.items())
+        console.print(f"[bold]replayed: policy {self.policy}{words}[/bold]", highlight=False)
+        print_comparisons(self.rows, console)
+        lines = []
+        for row in self.rows:
+            batch = f"batch {row.batch_size or 'all'}"
+            if row.assumed_share > 0.0:
+                hint = "" if self.session.trace.header.is_full else " (less with --cast-trace-full)"
+                lines.append(
+                    f"{batch}: {row.assumed_share:.1%} of the accepted drafts are assumed{hint}"
+                )
+            if self.is_prediction:
+                lines.append(
+                    f"{batch}: predicted speed is {row.error:+.1%} off the measured one "
+                    f"({row.table_error:+.1%} by the tables as they are)"
+                )
+        for line in lines:
+            console.print(line, soft_wrap=True)
+
+
+def open_session(
+    path: Path, source: str, *, allow_foreign: bool, corrects: bool, seed: int
+) -> Session:
+    """Read a trace and the profile to judge it by.
+
+    Args:
+        source: path of a profile, or auto to search for one of the recording's device and pair.
+        allow_foreign: take a profile of another pair, or one whose grid ends far below the trace.
+        corrects: correct tables of the device of the recording by its times.
+
+    Raises:
+        TraceError: the trace cannot be read, or not be replayed by this profile.
+        ProfileError: the profile cannot be read, or a search found none.
+    """
+    trace = read_trace(path)
+    header = trace.header
+    if source == "auto":
+        profile = find_profile(header.identity).profile
+    else:
+        profile = load_profile(source)
+    notes = _check_tables(profile, trace, allow_foreign)
+    corrects &= _is_same_host(profile, header)
+    return Session(trace, profile, corrects, seed, notes)
+
+
+def _check_tables(profile: CostProfile, trace: Trace, allow_foreign: bool) -> list[str]:
+    """Decide whether the trace can be replayed by the profile; return notes for people.
+
+    Raises:
+        TraceError: the profile is of another pair, or its grid ends far below the trace.
+    """
+    header = trace.header
+    if tables_digest(profile) == header.tables:
+        return []
+    measured, recorded = profile.provenance, header.identity
+    notes = []
+    for role in ("target", "draft"):
+        theirs, ours = getattr(measured, role), getattr(recorded, role)
+        if theirs.config_hash != ours.config_hash:
+            text = f"the profile's {role} model is {theirs.name}, the trace's {ours.name}"
+            if not allow_foreign:
+                raise TraceError(f"{text}; name a profile of this pair, or add --allow-foreign")
+            notes.append(text)
+    batch_size = max((step.batch_size for step in trace.steps), default=1)
+    limits = {
+        "target.batch_sizes": (profile.target.batch_sizes, batch_size),
+        "target.token_counts": (profile.target.token_counts, header.num_draft_tokens),
+        "draft.token_counts": (profile.draft.token_counts, header.topk),
+    }
+    for name, (grid, limit) in limits.items():
+        if limit > MAX_EXTRAPOLATION * grid[-1] and not allow_foreign:
+            raise TraceError(
+                f"the profile's grid {name} ends at {grid[-1]}, the trace goes to {limit}: "
+                "measure a profile that covers it, or add --allow-foreign"
+            )
+        if limit > grid[-1]:
+            notes.append(f"the profile's grid {name} ends at {grid[-1]}; beyond it is continued")
+    return notes
+
+
+def _is_same_host(profile: CostProfile, header: TraceHeader) -> bool:
+    """Return whether measured and predicted times are of the same device and settings."""
+    if tables_digest(profile) == header.tables:
+        return True
+    fields = ("device_name", "dtype", "quantization", "tp_size", "attention_backend")
+    return all(getattr(profile.provenance, f) == getattr(header.identity, f) for f in fields)

@@ -1,0 +1,201 @@
+"""Tuning: thresholds of policy `fixed` that would have served a trace best.
+
+The objective is speed as a share of that of `optimal` at the same batch size, in the mean over
+steps, so that batch sizes of different speeds count alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cast_sglang.costs.schema import CostTables
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.trace.records import Trace, TracedStep
+from cast_sglang.trace.replay import Replay, make_policy
+
+__all__ = ["Thresholds", "Tuned", "print_tuned", "sample_steps", "tune"]
+
+# Steps come in stretches, since the depth rule remembers the steps before.
+STRETCH = 50
+PRICES = (0.125, 32.0)
+AVERAGED = (1, 2, 4, 8, 16, 32, 64)
+# Share of the evaluations that search everywhere before the rest refines the best.
+RANDOM_SHARE = 0.4
+FIRST_STRIDE, LAST_STRIDE = 2.0, 1.05
+
+
+class Thresholds(NamedTuple):
+    """What policy `fixed` decides by."""
+
+    c1: float
+    c2: float
+    c3: float
+    r: int
+
+
+class Tuned(NamedTuple):
+    """The best thresholds found, and tokens per second by batch size of each policy."""
+
+    thresholds: Thresholds
+    recorded: Thresholds  # those of the recording's settings
+    steps: dict[int, int]
+    speeds: dict[str, dict[int, float]]  # tuned, recorded, auto, optimal
+    evaluations: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold, regrets included."""
+        regrets = {
+            against: {size: self.regret("tuned", against, size) for size in self.steps}
+            for against in ("optimal", "auto", "recorded")
+        }
+        thresholds = {name: getattr(self, name)._asdict() for name in ("thresholds", "recorded")}
+        return {**self._asdict(), **thresholds, "regret": regrets}
+
+    def regret(self, of: str, against: str, batch_size: int) -> float:
+        """Return the share of the other policy's speed that is missing."""
+        return 1.0 - self.speeds[of][batch_size] / self.speeds[against][batch_size]
+
+
+def tune(
+    trace: Trace,
+    tables: CostTables,
+    *,
+    correct: bool = False,
+    evaluations: int = 80,
+    max_steps: int = 400,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Tuned:
+    """Search thresholds: at random first, then one at a time around the best.
+
+    Args:
+        tables, correct: as for `Replay`.
+        evaluations: replays of the trace by thresholds, at least 2.
+        max_steps: of a longer trace, stretches from all over it are replayed.
+        progress: called with replays done and to be done.
+
+    Raises:
+        TraceError: as `Replay` does.
+    """
+    trace = trace._replace(steps=sample_steps(trace.steps, max_steps))
+    sizes = sorted({step.batch_size for step in trace.steps})
+    steps = {size: sum(step.batch_size == size for step in trace.steps) for size in sizes}
+    done = 0
+
+    def speeds(policy: TreePolicy) -> dict[int, float]:
+        nonlocal done
+        replay = Replay(trace, tables, policy, correct=correct, seed=seed, rewards=False)
+        tokens, time_us = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
+        for step, outcome in zip(trace.steps, replay, strict=True):
+            tokens[step.batch_size] += step.batch_size * (1.0 + outcome.accepted)
+            time_us[step.batch_size] += outcome.time_us
+        done += 1
+        progress(done, evaluations + 2)
+        return {size: tokens[size] / time_us[size] * 1e6 for size in sizes}
+
+    def value(of: dict[int, float]) -> float:
+        return sum(steps[size] * of[size] / optimal[size] for size in sizes) / len(trace.steps)
+
+    tried: dict[Thresholds, dict[int, float]] = {}
+
+    def best() -> Thresholds:
+        return max(tried, key=lambda thresholds: value(tried[thresholds]))
+
+    def attempt(thresholds: Thresholds) -> None:
+        if thresholds not in tried and len(tried) < evaluations:
+            policy = make_policy("fixed", trace.header, **thresholds._asdict())
+            tried[thresholds] = speeds(policy)
+
+    optimal = speeds(make_policy("optimal", trace.header))
+    auto = speeds(make_policy("auto", trace.header))
+    settings = trace.header.settings
+    c1, c2, c3, r = (float(settings[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
+    recorded = Thresholds(c1, c2, c3, int(r))
+    attempt(recorded)
+    random = np.random.default_rng(seed)
+    low, high = (math.log(price) for price in PRICES)
+    while len(tried) < max(2, round(RANDOM_SHARE * evaluations)):
+        prices = np.exp(random.uniform(low, high, size=3))
+        c1, c2, c3 = (_rounded(price) for price in prices)
+        attempt(Thresholds(c1, c2, c3, int(random.choice(AVERAGED))))
+    stride = FIRST_STRIDE
+    while len(tried) < evaluations and stride > LAST_STRIDE:
+        before = best()
+        for neighbour in _neighbours(before, stride):
+            attempt(neighbour)
+        if best() == before:
+            stride = math.sqrt(stride)
+    thresholds = best()
+    found = {
+        "tuned": tried[thresholds],
+        "recorded": tried[recorded],
+        "auto": auto,
+        "optimal": optimal,
+    }
+    return Tuned(thresholds, recorded, steps, found, len(tried))
+
+
+def sample_steps(steps: Sequence[TracedStep], max_steps: int) -> list[TracedStep]:
+    """Return at most about so many steps, in stretches from all over the trace."""
+    num_stretches = max(1, max_steps // STRETCH)
+    if len(steps) <= num_stretches * STRETCH:
+        return list(steps)
+    starts = np.linspace(0, len(steps) - STRETCH, num_stretches).astype(int)
+    chosen = sorted({i for start in starts.tolist() for i in range(start, start + STRETCH)})
+    return [steps[i] for i in chosen]
+
+
+def print_tuned(tuned: Tuned, console: Console) -> None:
+    """Print speeds and regrets by batch size, and the settings to use."""
+    table = Table(box=SIMPLE_HEAD)
+    headings = ["batch", "steps", "before", "tuned", "auto", "optimal"]
+    for heading in [*headings, "to optimal", "to auto"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for size, count in tuned.steps.items():
+        speeds = [tuned.speeds[name][size] for name in ("recorded", "tuned", "auto", "optimal")]
+        regrets = [tuned.regret("tuned", against, size) for against in ("optimal", "auto")]
+        cells = [f"{speed:.4g}" for speed in speeds] + [f"{regret:.1%}" for regret in regrets]
+        table.add_row(str(size), str(count), *cells)
+    console.print("[bold]predicted tokens per second[/bold]")
+    console.print(table)
+    console.print(
+        f"before: {_words(tuned.recorded)}\n"
+        "to: regret of the tuned thresholds, the share of the other's speed that they lack; "
+        "optimal\nalways grows whole layers, so where drafts are dear it is no upper bound",
+        soft_wrap=True,
+    )
+    c1, c2, c3, r = tuned.thresholds
+    flags = f"--cast-policy fixed --cast-c1 {c1:g} --cast-c2 {c2:g} --cast-c3 {c3:g} --cast-r {r}"
+    console.print(f"\n[bold]flags[/bold]\n{flags}", soft_wrap=True, highlight=False)
+    lines = [f'policy = "fixed"\nc1 = {c1:g}\nc2 = {c2:g}\nc3 = {c3:g}\nr = {r}']
+    console.print("\n[bold]TOML, for --cast-config[/bold]", *lines, sep="\n", highlight=False)
+
+
+def _neighbours(thresholds: Thresholds, stride: float) -> list[Thresholds]:
+    found = []
+    for name in ("c1", "c2", "c3"):
+        for factor in (1.0 / stride, stride):
+            moved: dict[str, Any] = {name: _rounded(getattr(thresholds, name) * factor)}
+            found.append(thresholds._replace(**moved))
+    place = min(range(len(AVERAGED)), key=lambda i: abs(AVERAGED[i] - thresholds.r))
+    for other in (place - 1, place + 1):
+        if 0 <= other < len(AVERAGED):
+            found.append(thresholds._replace(r=AVERAGED[other]))
+    return found
+
+
+def _rounded(price: float) -> float:
+    """Return a price of three digits, as one would set it."""
+    return float(f"{price:.3g}")
+
+
+def _words(thresholds: Thresholds) -> str:
+    c1, c2, c3, r = thresholds
+    return f"C1 {c1:g}, C2 {c2:g}, C3 {c3:g}, R {r}"

@@ -1,0 +1,304 @@
+"""Online correction of the cost tables, against devices whose true costs are known."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from cast_sglang.costs.correction import (
+    DEADBAND,
+    EXPLORE_EVERY,
+    EXPLORE_SHARE,
+    MAX_SCALE,
+    REVISIT_SHARE,
+    CorrectedCosts,
+    Residuals,
+)
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW
+from cast_sglang.policy.fixed import select_count
+from tests.support.builders import make_profile, make_table
+
+FLAT = np.ones(32)
+
+
+def record(residuals, ratio, *, times=WINDOW * 8, operation="verify", batch_size=4, tokens=8):
+    for _ in range(times):
+        residuals.record(operation, batch_size, tokens, ratio)
+    residuals.refresh()
+
+
+def scale(residuals, tokens, operation="verify", batch_size=4):
+    return float(residuals.scales(operation, batch_size, 32)[tokens - 1])
+
+
+def test_without_measurements_the_tables_hold():
+    residuals = Residuals(8, 32)
+    assert not residuals.refresh()
+    assert residuals.scales("verify", 8, 32).tolist() == [1.0] * 32
+    assert list(residuals) == [] and residuals.suspects() == []
+
+
+def test_a_bucket_takes_its_median_ratio():
+    residuals = Residuals(8, 32)
+    rng = random.Random(0)
+    for _ in range(2000):
+        # A tenth of the passes met a disturbance.
+        ratio = rng.gauss(1.5, 0.05) * (4 if rng.random() < 0.1 else 1)
+        residuals.record("verify", 4, 8, ratio)
+    record(residuals, 1.0, tokens=32)
+    assert scale(residuals, 7) == scale(residuals, 8) == pytest.approx(1.5, rel=0.05)
+    assert scale(residuals, 32) == pytest.approx(1.0)
+    # The neighbouring batch sizes have their own evidence.
+    assert scale(residuals, 8, batch_size=3) == scale(residuals, 8)
+    assert scale(residuals, 8, batch_size=5) == 1.0
+    assert scale(residuals, 8, operation="draft") == 1.0
+
+
+def test_what_was_never_measured_is_a_little_cheaper_than_its_neighbours():
+    residuals = Residuals(8, 32, table_error=0.05)
+    assert residuals.scales("verify", 4, 32).tolist() == [1.0] * 32  # nothing was measured
+    record(residuals, 1.2, tokens=2)
+    record(residuals, 1.0, tokens=8)
+    residuals.refresh()
+    found = {tokens: scale(residuals, tokens) for tokens in (1, 2, 3, 6, 8, 32)}
+    # A lone root is left to the tries of plain decoding.
+    assert found == pytest.approx({1: 1.2, 2: 1.2, 3: 1.14, 6: 0.95, 8: 1.0, 32: 0.95}, rel=0.01)
+    assert scale(residuals, 3, operation="draft") == 1.0
+
+
+def test_noise_alone_moves_no_bucket_against_another():
+    """Each size taken eight times with 15 % of noise: a right table keeps its shape."""
+    ranges = []
+    for seed in range(20):
+        residuals, rng = Residuals(8, 32), random.Random(seed)
+        for tokens in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+            for _ in range(8):
+                residuals.record("verify", 4, tokens, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
+        residuals.refresh()
+        scales = residuals.scales("verify", 4, 32)
+        assert 1.0 < float(np.median(scales)) < 1.4
+        ranges.append(float(scales.max() / scales.min()))
+    assert sum(ranges) / len(ranges) < 1.06
+    # And a size that is dear by more than noise is known after as many passes.
+    for _ in range(8):
+        residuals.record("draft", 4, 4, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
+        residuals.record("draft", 4, 8, 2.4 * math.exp(rng.gauss(0.0, 0.15)))
+    residuals.refresh()
+    draft = residuals.scales("draft", 4, 32)
+    assert float(draft[7] / draft[3]) > 1.5
+
+
+def test_buckets_without_evidence_follow_the_rest():
+    residuals = Residuals(8, 32)
+    for tokens in (4, 8, 16):
+        record(residuals, 2.0, tokens=tokens)
+    assert residuals.scales("verify", 4, 32).tolist() == [2.0] * 32
+
+
+def test_scales_are_clipped_and_small_changes_ignored():
+    residuals = Residuals(8, 32)
+    record(residuals, 100.0)
+    assert scale(residuals, 8) == MAX_SCALE
+    residuals = Residuals(8, 32)
+    record(residuals, 1 + DEADBAND / 2)
+    assert scale(residuals, 8) == 1.0
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_ratios_are_ignored(bad):
+    residuals = Residuals(8, 32)
+    record(residuals, bad)
+    assert list(residuals) == []
+
+
+def test_dear_buckets_are_explored_more_rarely():
+    residuals = Residuals(8, 32)
+    costs = np.arange(1.0, 33.0)
+    num_steps = 4000
+    chosen = [residuals.explore("verify", 1, 4, (4, 32), costs) for _ in range(num_steps)]
+    spent = sum(float(costs[size - 1] / costs[3]) - 1 for size in chosen)
+    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
+
+
+def test_smaller_numbers_are_explored_as_rarely_as_what_they_may_lose():
+    residuals = Residuals(8, 32)
+    num_steps = 4000
+    chosen = [residuals.explore("verify", 1, 20, (2, 20), FLAT) for _ in range(num_steps)]
+    spent = chosen.count(2) * (1 - 2 / 20)
+    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
+
+
+def test_plain_decoding_is_tried_until_it_is_known_and_then_as_often_as_it_is_cheap():
+    residuals = Residuals(8, 32)
+    loss, num_steps = 0.4, 2000
+    tries = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
+    assert 0.8 * EXPLORE_SHARE * num_steps < loss * tries <= EXPLORE_SHARE * num_steps
+    assert not any(residuals.explore_plain(4, math.inf) for _ in range(num_steps))
+    record(residuals, 0.6, tokens=1)
+    later = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
+    assert loss * later <= REVISIT_SHARE * num_steps + loss  # the first was saved for before
+    # Where it is hardly slower it is tried more often, which costs no more.
+    close = [residuals.explore_plain(4, 0.01) for _ in range(num_steps)].count(True)
+    assert close == pytest.approx(num_steps / EXPLORE_EVERY, abs=1)
+    assert scale(residuals, 1) < 0.7
+
+
+def test_buckets_without_evidence_follow_the_nearest():
+    residuals = Residuals(8, 32)
+    record(residuals, 1.0, tokens=2)
+    record(residuals, 0.5, tokens=16)
+    assert scale(residuals, 1) == scale(residuals, 3) == 1.0
+    assert scale(residuals, 12) == scale(residuals, 32) == 0.5
+
+
+def test_reset_forgets():
+    residuals = Residuals(8, 32)
+    record(residuals, 2.0)
+    version = residuals.version
+    residuals.reset()
+    assert scale(residuals, 8) == 1.0 and residuals.version > version
+
+
+def test_suspects_need_a_full_window():
+    residuals = Residuals(8, 32)
+    record(residuals, 1.5, times=MIN_SAMPLES)
+    assert residuals.suspects() == []
+    record(residuals, 1.5)
+    record(residuals, 0.5, tokens=16)
+    record(residuals, 1.2, tokens=32)
+    worst, other = residuals.suspects()
+    assert (worst.tokens, other.tokens) == ((13, 16), (7, 8))
+    assert worst.ratio == 0.5 and worst.batch_sizes == (3, 4)
+
+
+def test_ranks_that_share_a_state_agree():
+    first, second = Residuals(8, 32), Residuals(8, 32)
+    record(first, 1.7)
+    record(second, 0.6)
+    for residuals in (first, second):
+        residuals.refresh(first.state())
+    assert first.scales("verify", 4, 32).tolist() == second.scales("verify", 4, 32).tolist()
+    sizes = range(2, 33)
+    chosen = [[r.explore("verify", 4, 8, sizes, FLAT) for _ in range(600)] for r in (first, second)]
+    assert chosen[0] == chosen[1] and set(chosen[0]) > {8}
+
+
+def test_exploration_is_rare_and_keeps_to_the_sizes():
+    residuals = Residuals(8, 32)
+    sizes = (2, 8, 10, 20)
+    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
+    assert set(chosen) <= set(sizes)
+    assert sum(size != 8 for size in chosen) <= 10
+    # Once the neighbours are known, hardly ever.
+    for size in sizes:
+        record(residuals, 1.0, batch_size=1, tokens=size)
+    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
+    assert chosen.count(8) >= len(chosen) - 1
+
+
+class Server:
+    """Chooses verify sizes by a table and measures them on a device with noise and drift."""
+
+    def __init__(self, table, truth, seed=0):
+        self.model = CostModel(
+            table, max_batch_size=4, max_context=512, max_verify_tokens=32, max_width=8
+        )
+        self.truth = CostModel(
+            truth, max_batch_size=4, max_context=512, max_verify_tokens=32, max_width=8
+        )
+        self.residuals = Residuals(4, 32)
+        self.costs = CorrectedCosts(self.model, self.residuals)
+        self.rng = random.Random(seed)
+        scores = 0.8 ** torch.arange(1.0, 32.0)
+        self.utility = torch.cat((torch.zeros(1), scores.cumsum(0)))
+
+    def choose(self, costs):
+        return max(2, int(select_count(self.utility, torch.from_numpy(costs.verify), 2.0)))
+
+    def step(self, index):
+        costs = self.costs.step_costs(4, 100)
+        chosen = self.choose(costs)
+        chosen = self.residuals.explore("verify", 4, chosen, range(2, 33), costs.verify)
+        table, truth = self.model.step_costs(4, 100), self.truth.step_costs(4, 100)
+        predicted = float(table.verify[chosen - 1]) * table.unit_us
+        slow = 1.3 if (index // 100) % 2 else 1.0
+        measured = float(truth.verify[chosen - 1]) * truth.unit_us * slow
+        self.residuals.record("verify", 4, chosen, measured * self.rng.gauss(1, 0.05) / predicted)
+        if index % 32 == 0:
+            self.residuals.refresh()
+        gained = 1 + float(self.utility[chosen - 1])
+        return gained, float(truth.verify[chosen - 1])
+
+
+def smooth_profile(wrong=(1, 0), factor=1.0):
+    """One batch size and context, every count measured; those in `wrong` are off by `factor`."""
+    counts = tuple(range(1, 33))
+    shape = {"batch_sizes": (4,), "contexts": (128,)}
+    table = make_table(tile=1, token_counts=counts, **shape)
+    for count in range(wrong[0], wrong[1] + 1):
+        table.time_us[0][0][count - 1] *= factor
+    small = make_table(base_us=50.0, token_counts=(1, 8), **shape)
+    return make_profile(target=table, draft=small, draft_extend=small)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+@pytest.mark.parametrize("wrong", [(5, 16), (3, 8), (9, 12), (9, 32)])
+def test_a_wrong_table_is_recovered_from(factor, wrong):
+    truth, table = smooth_profile(), smooth_profile(wrong, factor)
+    server = Server(table, truth)
+    best = server.choose(server.truth.step_costs(4, 100))
+    right = (1 + float(server.utility[best - 1])) / float(
+        server.truth.step_costs(4, 100).verify[best - 1]
+    )
+    steps = [server.step(index) for index in range(3000)]
+    gained, cost = (sum(values) for values in zip(*steps[1000:], strict=True))
+    assert gained / cost > 0.95 * right
+
+
+def corrected(residuals):
+    model = CostModel(
+        smooth_profile(), max_batch_size=8, max_context=1024, max_verify_tokens=32, max_width=8
+    )
+    return CorrectedCosts(model, residuals)
+
+
+@pytest.mark.parametrize("mostly_plain", [False, True])
+def test_plain_steps_are_compared_with_their_neighbours(mostly_plain):
+    """The device's speed wanders by far more than the two kinds differ."""
+    residuals, rng = Residuals(8, 32), random.Random(1)
+    for index in range(3000):
+        speed = math.exp(0.2 * math.sin(index / 300) + rng.gauss(0.0, 0.05))
+        is_plain = (index % 24 == 0) != mostly_plain
+        residuals.record_step(4, is_plain, speed * (0.9 if is_plain else 1.0))
+        if index % 32 == 0:
+            residuals.refresh()
+    assert residuals.plain_ratio(4) == pytest.approx(0.9, abs=0.03)
+    step = corrected(residuals).step_costs(4, 100)
+    assert 1.0 + step.plain_overhead == pytest.approx(
+        residuals.plain_ratio(4) * (1.0 + step.overhead)
+    )
+    # Of other batch sizes nothing is known.
+    assert residuals.plain_ratio(8) == 1.0
+
+
+def test_a_difference_that_noise_explains_is_not_believed():
+    residuals, rng = Residuals(8, 32), random.Random(2)
+    for index in range(200):
+        is_plain = index % 12 == 0
+        residuals.record_step(4, is_plain, math.exp(rng.gauss(0.0, 0.1)))
+    residuals.refresh()
+    assert residuals.plain_ratio(4) == pytest.approx(1.0, abs=0.02)
+
+
+def test_what_rank_0_saw_of_whole_steps_counts_on_all_ranks():
+    first, second = Residuals(8, 32), Residuals(8, 32)
+    for index in range(3 * MIN_SAMPLES):
+        is_plain = index >= 2 * MIN_SAMPLES
+        first.record_step(1, is_plain, 1.2 if is_plain else 1.0)
+        second.record_step(1, is_plain, 1.0)
+    for residuals in (first, second):
+        residuals.refresh(first.state())
+        assert residuals.plain_ratio(1) == pytest.approx(1.2)

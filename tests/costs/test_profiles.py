@@ -1,0 +1,376 @@
+"""Profiles on disk: round trip, search, "measured elsewhere?", and every kind of damage."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cast_sglang.costs import profiles
+from cast_sglang.costs.profiles import (
+    config_hash,
+    find_profile,
+    load_profile,
+    profile_filename,
+    save_profile,
+    user_profile_path,
+)
+from cast_sglang.costs.schema import CostTables, Heldout, ModelIdentity, validate_profile
+from cast_sglang.errors import ProfileError
+from tests.support.builders import make_identity, make_profile, make_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "profile.json"
+    save_profile(make_profile(), path)
+    return path
+
+
+def fails_with_one_line(path, *expected):
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    for text in expected:
+        assert text in message
+
+
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_round_trip(saved):
+    assert load_profile(saved) == make_profile()
+    # What a person looks for comes first, and a row of numbers is one line.
+    text = saved.read_text()
+    assert text.startswith('{\n "schema_version": 1,\n "provenance"')
+    assert '"token_counts": [1, 2, 4, 8],' in text
+    assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
+
+
+def test_save_is_atomic(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def no_replace(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_replace)
+    with pytest.raises(ProfileError, match="No space left"):
+        save_profile(make_profile(plain=None), saved)
+    assert saved.read_bytes() == before
+    assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
+
+
+def test_save_refuses_what_load_would(tmp_path):
+    bad = make_profile(step_overhead_us=[1.0])
+    with pytest.raises(ProfileError, match="step_overhead_us"):
+        save_profile(bad, tmp_path / "bad.json")
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_repository_profiles_are_valid():
+    for path in (REPOSITORY / "profiles").glob("*.json"):
+        load_profile(path)
+
+
+# Damage
+
+
+def test_truncation_at_every_byte(saved):
+    tiny = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
+    tables = {"target": tiny, "draft": tiny, "draft_extend": tiny}
+    save_profile(make_profile(**tables, plain=None, step_overhead_us=None), saved)
+    data = saved.read_bytes()
+    for length in range(len(data.rstrip())):
+        saved.write_bytes(data[:length])
+        fails_with_one_line(saved)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_changed_byte_is_valid_or_a_profile_error(saved, data):
+    original = msgspec.json.encode(make_profile())
+    position = data.draw(st.integers(0, len(original) - 1))
+    replacement = data.draw(st.binary(max_size=3))
+    saved.write_bytes(original[:position] + replacement + original[position + 1 :])
+    try:
+        load_profile(saved)
+    except ProfileError as error:
+        assert "\n" not in str(error)
+
+
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(-2, 3), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_replaced_value_is_valid_or_a_profile_error(saved, data):
+    content = msgspec.to_builtins(make_profile())
+    parent, key = content, data.draw(st.sampled_from(sorted(content)))
+    while isinstance(parent[key], dict | list) and parent[key] and data.draw(st.booleans()):
+        parent = parent[key]
+        keys = sorted(parent) if isinstance(parent, dict) else range(len(parent))
+        key = data.draw(st.sampled_from(list(keys)))
+    parent[key] = data.draw(junk)
+    saved.write_text(json.dumps(content))
+    try:
+        profile = load_profile(saved)
+    except ProfileError as error:
+        assert "\n" not in str(error)
+    else:
+        validate_profile(profile)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1.0", "0", "1e10"])
+def test_impossible_times(saved, value):
+    first = repr(make_profile().target.time_us[0][0][0])
+    saved.write_text(saved.read_text().replace(first, value, 1))
+    fails_with_one_line(saved)
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("token_counts", [2, 1, 4, 8]),
+        ("token_counts", [1, 2, 2, 8]),
+        ("token_counts", [2, 3, 4, 8]),
+        ("token_counts", [0, 1, 4, 8]),
+        ("token_counts", [1, 2, 4]),
+        ("token_counts", [1, 2, 4, 8.5]),
+        ("token_counts", [1, 2, 4, 10**12]),
+        ("token_counts", []),
+        ("batch_sizes", [4, 1]),
+        ("contexts", [-128, 1024]),
+        ("contexts", [128, 10**30]),
+    ],
+)
+def test_bad_axes(saved, axis, values):
+    rewrite(saved, lambda content: content["target"].update({axis: values}))
+    fails_with_one_line(saved, "target" if values != [128, 10**30] else "")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c["draft"]["time_us"].pop(), "draft.time_us"),
+        (lambda c: c["draft"]["time_us"][0].pop(), "draft.time_us"),
+        (lambda c: c["draft"]["spread_us"][0][0].append(1.0), "draft.spread_us"),
+        (lambda c: c["draft"]["samples"][0][0].__setitem__(0, -1), "draft.samples"),
+        (lambda c: c["draft"]["samples"][0][0].__setitem__(0, 0), "never measured"),
+        (lambda c: c["draft"]["time_us"][0][0].__setitem__(0, "1"), "draft.time_us"),
+        (lambda c: c["plain"].update(token_counts=[2]), "plain.token_counts"),
+        (lambda c: c.update(step_overhead_us=[1.0]), "step_overhead_us"),
+        (lambda c: c.update(step_overhead_us=[1.0, -1.0]), "step_overhead_us"),
+        (lambda c: c.update(extra=1), "extra"),
+        (lambda c: c["target"].update(extra=1), "extra"),
+        (lambda c: c.pop("target"), "target"),
+        (lambda c: c.pop("schema_version"), "schema_version"),
+        (lambda c: c.update(schema_version=0), "schema_version 0 is unknown; this release reads 1"),
+        (lambda c: c.update(schema_version=2), "schema_version 2 is unknown; this release reads 1"),
+        (lambda c: c.update(schema_version="1"), "schema_version"),
+        (lambda c: c["provenance"].update(tp_size=0), "tp_size"),
+        (lambda c: c["provenance"].update(seconds=-1), "seconds"),
+        (lambda c: c["provenance"]["target"].update(config_hash="zz"), "config_hash"),
+    ],
+)
+def test_bad_content_is_named(saved, change, expected):
+    rewrite(saved, change)
+    fails_with_one_line(saved, expected)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 99])
+def test_not_a_profile(saved, data):
+    saved.write_bytes(data)
+    fails_with_one_line(saved)
+
+
+def test_not_a_file(tmp_path):
+    fails_with_one_line(tmp_path / "missing.json", "no such file")
+    fails_with_one_line(tmp_path, "not a file")
+
+
+def test_too_large(tmp_path):
+    path = tmp_path / "large.json"
+    with open(path, "wb") as file:
+        file.truncate(profiles.MAX_FILE_BYTES + 1)
+    fails_with_one_line(path, "64 MiB")
+
+
+def test_estimated_tables_need_no_samples():
+    table = make_table()
+    bare = msgspec.structs.replace(table, samples=[[[0] * 4] * 2] * 2)
+    measured = make_profile(target=bare)
+    with pytest.raises(ProfileError, match="never measured"):
+        validate_profile(measured)
+    provenance = msgspec.structs.replace(measured.provenance, estimated=True)
+    validate_profile(msgspec.structs.replace(measured, provenance=provenance))
+
+
+# Identity
+
+
+def warnings_on(here, path, **options):
+    return find_profile(here, str(path), **options).warnings
+
+
+def test_same_host_has_no_warnings(saved):
+    assert warnings_on(make_identity(), saved) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"device_name": "NVIDIA A800"}, "device_name NVIDIA H200, here NVIDIA A800"),
+        ({"dtype": "float16"}, "dtype bfloat16, here float16"),
+        ({"tp_size": 2}, "tp_size 1, here 2"),
+        ({"quantization": "fp8"}, "quantization None, here fp8"),
+        (
+            {"draft": ModelIdentity(name="o/Other", config_hash="c" * 64, architectures=[])},
+            "draft model org/Draft (bbbbbbbbbbbb), here o/Other (cccccccccccc)",
+        ),
+    ],
+)
+def test_foreign_profile_is_refused_with_the_command_to_run(saved, change, expected):
+    here = make_identity(**change)
+    with pytest.raises(ProfileError) as caught:
+        warnings_on(here, saved)
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+    assert "cast-sglang profile --model-path org/Target-8B" in message
+    assert f"--speculative-draft-model-path {here.draft.name}" in message
+    assert f"--output {user_profile_path(here)}" in message
+    assert "CAST_ALLOW_FOREIGN_PROFILE=1" in message
+    [warning] = warnings_on(here, saved, allow_foreign=True)
+    assert expected in warning
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device_memory_bytes": 1 << 30},
+        {"clock_mhz": 1755},
+        {"attention_backend": "fa3"},
+        {"cuda_graph": False},
+        {"page_size": 16},
+        {"overlap": False},
+        {"versions": {"sglang": "0.5.24", "torch": "2.11.0"}},
+    ],
+)
+def test_lesser_differences_warn(saved, change):
+    [warning] = warnings_on(make_identity(**change), saved)
+    assert "another" in warning and "\n" not in warning
+
+
+def test_irrelevant_differences_are_silent(saved):
+    here = make_identity(
+        driver="1", runtime="2", overlap=None, versions={"python": "3.11", "new": "1"}
+    )
+    assert warnings_on(here, saved) == []
+
+
+def test_a_renamed_model_is_the_same_model(saved):
+    target = ModelIdentity(name="local-copy", config_hash="a" * 64, architectures=["Llama"])
+    assert warnings_on(make_identity(target=target), saved) == []
+
+
+def test_config_hash_keeps_the_architecture_only():
+    config = {"hidden_size": 64, "rope": {"theta": 1e4, "_note": 1}, "architectures": ["A"]}
+    noise = {"_name_or_path": "x", "transformers_version": "5", "torch_dtype": "float16"}
+    same = {"architectures": ["A"], "rope": {"theta": 1e4}, **noise, "hidden_size": 64}
+    assert config_hash(config) == config_hash(same)
+    assert config_hash(config) != config_hash({**config, "hidden_size": 65})
+    assert config_hash(config) != config_hash({**config, "rope": {"theta": 1e5}})
+    # Objects that JSON does not know must not make it fail.
+    assert len(config_hash({"path": Path("x"), "nan": math.nan})) == 64
+
+
+def test_filename():
+    here = make_identity(target=ModelIdentity(name="/m/A B/", config_hash="", architectures=[]))
+    assert profile_filename(here) == "nvidia-h200__a-b__draft__tp1__bfloat16.json"
+    quantized = make_identity(quantization="fp8", tp_size=4)
+    assert profile_filename(quantized) == "nvidia-h200__target-8b__draft__tp4__bfloat16-fp8.json"
+    hostile = make_identity(device_name="../../etc")
+    assert "/" not in profile_filename(hostile) and not profile_filename(hostile).startswith(".")
+
+
+# Search
+
+
+def test_explicit_path(saved):
+    found = find_profile(make_identity(), str(saved))
+    assert found == (make_profile(), saved, [])
+    with pytest.raises(ProfileError, match="measured elsewhere"):
+        find_profile(make_identity(dtype="float16"), str(saved))
+    assert len(find_profile(make_identity(dtype="f16"), str(saved), allow_foreign=True)[2]) == 1
+
+
+def test_search_prefers_the_best_match_in_the_first_directory(tmp_path):
+    own, shipped = tmp_path / "own", tmp_path / "shipped"
+    save_profile(make_profile(), shipped / "exact.json")
+    save_profile(make_profile(make_identity(page_size=16)), own / "similar.json")
+    save_profile(make_profile(make_identity(tp_size=2)), own / "foreign.json")
+    directories = [own, tmp_path / "missing", shipped]
+
+    assert find_profile(make_identity(), directories=directories).path.name == "exact.json"
+    found = find_profile(make_identity(), directories=[own])
+    assert found.path.name == "similar.json" and "page_size" in found.warnings[0]
+
+    here = make_identity(device_name="B200")
+    with pytest.raises(ProfileError, match=r"measured elsewhere: device_name"):
+        find_profile(here, directories=directories)
+    found = find_profile(here, allow_foreign=True, directories=directories)
+    assert found.path.name == "exact.json" and len(found.warnings) == 1
+
+
+def test_search_reports_damaged_files(tmp_path):
+    (tmp_path / profile_filename(make_identity())).write_text("{")
+    with pytest.raises(ProfileError, match="no cost profile for NVIDIA H200.*skipped profile"):
+        find_profile(make_identity(), directories=[tmp_path])
+    save_profile(make_profile(), tmp_path / "good.json")
+    found = find_profile(make_identity(), directories=[tmp_path])
+    assert found.path.name == "good.json" and "skipped" in found.warnings[0]
+
+
+def test_nothing_found_says_how_to_measure(tmp_path):
+    with pytest.raises(ProfileError) as caught:
+        find_profile(make_identity(), directories=[tmp_path])
+    assert "measure one: cast-sglang profile --model-path" in str(caught.value)
+
+
+def test_default_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = make_identity(device_name="a device of the tests")
+    save_profile(make_profile(here), user_profile_path(here))
+    assert find_profile(here).path.is_relative_to(tmp_path)
+    assert REPOSITORY / "profiles" in profiles.profile_directories()
+
+
+@pytest.mark.parametrize(("median_error", "expected"), [(None, 0.0), (0.015, 0.015), (3.0, 0.5)])
+def test_the_error_to_expect_of_a_table(median_error, expected):
+    profile = make_profile()
+    heldout = median_error and Heldout(points=9, median_error=median_error, p95_error=4.0)
+    provenance = msgspec.structs.replace(profile.provenance, heldout=heldout)
+    assert make_profile(provenance=provenance).table_error == expected
+    bare = {name: getattr(profile, name) for name in CostTables.__struct_fields__}
+    assert CostTables(**bare).table_error == 0.0

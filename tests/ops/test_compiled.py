@@ -1,0 +1,119 @@
+"""Compiled loops: the same numbers as the same function in plain Python, on odd sizes."""
+
+import copy
+
+import numba
+import numpy as np
+import pytest
+
+from cast_sglang.ops.compiled import compiled
+from cast_sglang.policy import acceptance, lookahead, verify_size
+
+BATCHES_AND_WIDTHS = [(1, 1), (1, 7), (3, 2), (5, 31), (8, 13), (33, 5)]
+
+
+def floats(rng, *shape, dtype=np.float32):
+    return rng.random(shape).astype(dtype)
+
+
+def best_scores(rng, batch, n):
+    return -np.sort(-floats(rng, batch, n), axis=1)
+
+
+def arguments(function, rng, batch, n):
+    """Return arguments of one of the loops, of this size."""
+    buckets, knots = acceptance._SHAPE
+    sums = np.sort(floats(rng, 3, buckets, knots, dtype=np.float64), axis=0)[::-1].copy()
+    flags = rng.random((2, batch * n)) < 0.5
+    children = floats(rng, lookahead._LAST + 1, dtype=np.float64)
+    rows, extend = np.sort(floats(rng, n + 1)), np.sort(floats(rng, 1 + n // 3))
+    cut = rows, extend, int(rng.integers(-1, 4))
+    return {
+        "_piece": (float(rng.random()),),
+        "_add_nodes": (
+            sums,
+            0.9,
+            np.where(flags[0], rng.random(batch * n), np.nan),
+            rng.integers(1, 12, batch * n),
+            *flags,
+        ),
+        "_pack_lines": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
+        "_isotonic": (
+            floats(rng, batch * n, dtype=np.float64),
+            0.1 + floats(rng, batch * n, dtype=np.float64),
+        ),
+        "_fit": (sums, 8.0),
+        "_place": (float(rng.random()),),
+        "_count_children": (
+            floats(rng, batch, n),
+            floats(rng, batch * n, 4),
+            7,
+            1,
+            floats(rng, 2, dtype=np.float64),
+            np.tile(children, (2, 1)),
+        ),
+        "_fill_means": (
+            floats(rng, 3, n, dtype=np.float64),
+            np.array([0.0, 2.0, 0.5]),
+            floats(rng, 3, n, dtype=np.float64),
+        ),
+        "_best_cut": (np.stack((children, children / 2)), 0.9, np.sort(floats(rng, n + 2)), 2.0),
+        "_best_width": (
+            np.tile(children / 9, (batch, 1)),
+            np.stack((children, children / 2)),
+            best_scores(rng, batch, n),
+            0.9,
+            np.sort(floats(rng, n + 2)),
+            floats(rng, n + 2),
+            2.0,
+            batch,
+        ),
+        "_expand": (children, 0.3, float(rng.random()), np.stack((children, children))),
+        "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
+        "_cut_time": (*cut, float(n * rng.random()), float(rng.random())),
+        "best_size": (
+            best_scores(rng, batch, n),
+            np.unique(rng.integers(1, n + 1, 4)),
+            *cut,
+            2.0,
+        ),
+        "share_out": (best_scores(rng, batch, n), *cut, 2.0),
+    }[function.__name__]
+
+
+LOOPS = [
+    loop
+    for module in (acceptance, verify_size, lookahead)
+    for loop in vars(module).values()
+    if hasattr(loop, "py_func")
+]
+
+
+@pytest.mark.parametrize("batch, n", BATCHES_AND_WIDTHS)
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_compiled_is_the_function_itself(loop, batch, n):
+    given = arguments(loop.py_func, np.random.default_rng(n), batch, n)
+    compiled_given, plain_given = copy.deepcopy(given), copy.deepcopy(given)
+    result, expected = loop(*compiled_given), loop.py_func(*plain_given)
+    if expected is not None:
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-7)
+    # What a loop writes into its arguments is part of what it does.
+    for ours, theirs in zip(compiled_given, plain_given, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_place_to_keep_machine_code_is_not_needed(monkeypatch):
+    njit = numba.njit
+
+    def njit_without_cache(*args, cache=False, **kwargs):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **kwargs)
+
+    monkeypatch.setattr(numba, "njit", njit_without_cache)
+
+    @compiled("i8(i8)")
+    def doubled(x):
+        return 2 * x
+
+    assert doubled(21) == 42

@@ -1,0 +1,321 @@
+"""Prices that set themselves: each decision against brute force, then in closed loop."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.auto import HALF_LIFE, LOST_STEPS, MAX_LOSS, AutoPolicy
+from tests.support.policies import costs, priced
+from tests.support.simulator import (
+    LAYERS,
+    SIZES,
+    TOKENS,
+    TOPK,
+    Text,
+    best_fixed,
+    best_in_hindsight,
+    make_costs,
+    run,
+)
+
+
+def grow(policy: AutoPolicy, scores: torch.Tensor, step_costs) -> int:
+    """Return the width for a tree's first layer, or 0 where it is not expanded."""
+    width = policy.breadth(scores, step_costs)
+    return width if policy.deepen() else 0
+
+
+# --- The decisions, one by one ---
+
+
+def test_growth_pays_by_what_the_children_promise():
+    scores = torch.tensor([[0.9, 0.05, 0.02, 0.01]])
+    cheap, dear = costs(draft=[0.05] * 4), costs(draft=[0.6] * 4)
+    for children, expected in (([0.9, 0.05], True), ([0.2, 0.1], False)):
+        policy = priced(AutoPolicy((2, 8), 8), 2.0)
+        policy.expanded(torch.tensor([[0.9]]), torch.tensor([children]))
+        policy.rerank(scores, cheap)
+        assert bool(grow(policy, scores, dear)) is False
+        policy.rerank(scores, dear)
+        assert bool(grow(policy, scores, cheap)) is expected or children == [0.2, 0.1]
+
+
+def test_width_weighs_the_further_node_against_its_time():
+    scores = torch.tensor([[0.5, 0.4, 0.05]])
+    for node, width in ((0.001, 2), (0.2, 1)):
+        policy = priced(AutoPolicy((5,), 8), 2.0)
+        policy.expanded(torch.tensor([[0.5]]), torch.tensor([[0.9, 0.1]]))
+        policy.rerank(torch.tensor([[0.5, 0.4, 0.12, 0.1]]), costs())
+        assert grow(policy, scores, costs(draft=[0.05, 0.05 + node, 0.05 + 2 * node])) == width
+
+
+def test_without_the_hook_the_roots_children_stand_for_all():
+    cheap = costs(draft=[0.05] * 2)
+    for scores, grows in (([[0.9, 0.05]], True), ([[0.06, 0.02]], False)):
+        policy = priced(AutoPolicy((2, 3), 8), 2.0)
+        for _ in range(3):
+            assert bool(grow(policy, torch.tensor(scores), cheap)) is grows
+            policy.rerank(torch.tensor(scores), cheap)
+
+
+# --- The price ---
+
+
+def test_price_is_tokens_over_time_lately():
+    policy = AutoPolicy(SIZES, LAYERS)
+    assert policy.price(1) == 1.0  # neutral before the first step
+    priced(policy, 3.0)
+    assert policy.price(1) == pytest.approx(3.0, rel=1e-6)
+    for _ in range(HALF_LIFE):
+        policy.observe(1, 0.0, 1.0)
+    assert policy.price(1) == pytest.approx(2.0, rel=0.01)  # half the way from 3 to 1
+    for _ in range(110 - HALF_LIFE):
+        policy.observe(1, 0.0, 1.0)
+    assert policy.price(1) == pytest.approx(1.2, rel=0.02)  # nine tenths
+
+
+def test_new_batch_sizes_start_from_the_nearest_known():
+    policy = AutoPolicy(SIZES, LAYERS)
+    priced(policy, 3.0, batch_size=1)
+    priced(policy, 1.5, batch_size=32)
+    assert policy.price(2) == pytest.approx(3.0)
+    assert policy.price(17) == pytest.approx(1.5)  # 17-32 are one octave
+    assert policy.price(64) == pytest.approx(1.5)
+    # What it was started from is soon outvoted.
+    for _ in range(8):
+        policy.observe(64, 0.0, 1.0)
+    assert policy.price(64) < 1.25
+
+
+def test_equal_histories_give_equal_decisions():
+    results = [
+        run(AutoPolicy(SIZES, LAYERS), Text(4, 1), make_costs("stairs", 4), 4, 60, Acceptance())
+        for _ in range(2)
+    ]
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@settings(max_examples=50, deadline=None)
+@given(answer=st.sampled_from([20.0, 100.0]), seed=st.integers(0, 2**31))
+def test_the_price_leads_to_the_most_answers_per_time(answer, seed):
+    """Each of some trees is the best at a price; the steady one gives the most answers.
+
+    The worth of tokens is taken as straight around the mean step. So where the best tree lies
+    between two that differ much, those may take turns.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, times = 1 + 5 * rng.random(20), 1 + rng.random(20).cumsum() / 4
+    policy = AutoPolicy(SIZES, LAYERS)
+    policy.expect(answer)
+    for _ in range(40 * HALF_LIFE):
+        best = int((tokens - policy.price(1) * times).argmax())
+        policy.observe(1, tokens[best] - 1.0, times[best])
+    answers = 1 / (times * (answer / tokens + LOST_STEPS))
+    assert answers[best] >= answers.max() * (1 - (0.01 if answer == 100.0 else 0.05))
+
+
+def test_plain_decoding_is_compared_by_answers():
+    """A step with a tree is worth a little less than its tokens, where answers are short."""
+    for answer, stays in ((1000.0, True), (16.0, False)):
+        policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(plain=1.0)
+        policy.expect(answer)
+        drafts = []
+        for _ in range(400):
+            drafts.append(policy.speculate(8, step_costs))
+            if drafts[-1]:
+                policy.observe(8, 3.0, 3.6)
+        assert all(drafts) is stays
+        assert stays or sum(drafts[-100:]) < 20
+
+
+# --- In closed loop ---
+
+WARM_UP = 100
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 32])
+@pytest.mark.parametrize("regime", ["memory", "compute", "stairs", "knee"])
+def test_auto_is_near_the_best_fixed_tree_of_hindsight(regime, batch_size):
+    """No constant is set by hand, and the grid of fixed trees is searched afterwards."""
+    step_costs, text = make_costs(regime, batch_size), Text(batch_size, 3)
+    steps = 1200 if batch_size <= 2 else 400
+    result = run(AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, steps, Acceptance())
+    fixed, shape = best_fixed(step_costs, text)
+    rate = result.rate(WARM_UP)
+    assert rate >= 0.95 * fixed, f"{rate:.3f} against {fixed:.3f} of {shape}"
+    assert result.rate() >= 0.98 / step_costs.plain
+
+
+@pytest.mark.parametrize(
+    ("regime", "batch_size", "draft"),
+    [("memory", 1, 0.15), ("compute", 4, 0.06), ("stairs", 8, 0.03)],
+)
+def test_regret_against_the_best_depth_and_size_of_every_step(regime, batch_size, draft):
+    step_costs, text = make_costs(regime, batch_size, draft=draft), Text(batch_size, 4)
+    steps = 1200 if batch_size == 1 else 500
+    result = run(AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, steps, Acceptance())
+    best = best_in_hindsight(step_costs, text, batch_size)
+    assert 1.0 - result.rate(WARM_UP) / best < 0.05
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_one_budget_gains_where_requests_differ(batch_size):
+    """Half of the requests can hardly be drafted, and rows cost time."""
+    step_costs, rates = make_costs("compute", batch_size), []
+    ease = np.repeat([-3.0, 2.5], batch_size // 2)[:, None]
+    for joint in (False, True):
+        policy, text = AutoPolicy(SIZES, LAYERS, True), Text(batch_size, 9, ease)
+        result = run(policy, text, step_costs, batch_size, 300, Acceptance(), joint=joint)
+        rates.append(result.rate(WARM_UP))
+    assert rates[1] > 1.05 * rates[0]
+
+
+class Deaf(AutoPolicy):
+    """As under a worker that does not report children."""
+
+    def expanded(self, parent_scores, child_probs):
+        pass
+
+
+def test_deaf_and_uncalibrated_it_still_works():
+    step_costs, text = make_costs("stairs", 4), Text(4, 5)
+    result = run(Deaf(SIZES, LAYERS), text, step_costs, 4, 400)
+    assert result.rate(WARM_UP) >= 0.93 * best_fixed(step_costs, text)[0]
+
+
+@pytest.mark.parametrize(("batch_size", "bound"), [(1, 0.12), (8, 0.05)])
+def test_the_price_is_steady(batch_size, bound):
+    step_costs = make_costs("compute", batch_size)
+    prices = run(
+        AutoPolicy(SIZES, LAYERS), Text(batch_size, 6), step_costs, batch_size, 800, Acceptance()
+    ).prices[WARM_UP:]
+    assert prices.std() / prices.mean() < bound
+
+
+def test_a_change_of_text_is_followed():
+    """Within some hundred steps most of the way is gone; calibration, which remembers longer than
+    the price does, takes the rest.
+    """
+    text, step_costs = Text(16, 7, ease=2.5), make_costs("compute", 16)
+
+    def change(step):
+        text.ease = 2.5 if step < 300 else 0.0
+
+    prices = run(AutoPolicy(SIZES, LAYERS), text, step_costs, 16, 800, Acceptance(), change).prices
+    before, after = prices[200:300].mean(), prices[600:].mean()
+    assert before > 1.15 * after
+    assert abs(prices[400:450].mean() - after) < 0.25 * (before - after)
+
+
+# --- Plain decoding as a candidate ---
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "draft", "ease"), [(1, 0.6, -1.5), (8, 0.3, -1.0), (32, 0.06, -2.0)]
+)
+def test_where_drafting_does_not_pay_plain_decoding_takes_over(batch_size, draft, ease):
+    step_costs, text = make_costs("compute", batch_size, draft=draft), Text(batch_size, 8, ease)
+    result = run(AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, 4000, Acceptance())
+    plain_time = result.tokens.sum() * step_costs.plain
+    assert best_fixed(step_costs, text)[0] < 1.0 / step_costs.plain
+    assert result.is_plain[-1000:].mean() > 0.7
+    # The guarantee: so many target passes once, a hundredth of the time, and a last step's luck.
+    most = MAX_LOSS / math.sqrt(batch_size) + 0.01 * plain_time + 4.0
+    assert result.times.sum() - plain_time < most + luck(result, step_costs)
+    assert result.rate(1000) >= 0.98 / step_costs.plain
+
+
+def luck(result, step_costs) -> float:
+    """The account holds what was accepted, the result what was to be expected: three deviations."""
+    tried = (~result.is_plain).sum()
+    return 3.0 * step_costs.plain * math.sqrt(tried)
+
+
+@pytest.mark.parametrize(("batch_size", "draft"), [(1, 0.3), (4, 0.1), (32, 0.06)])
+def test_speculation_comes_back_when_it_pays_again(batch_size, draft):
+    step_costs = make_costs("compute", batch_size, draft=draft)
+    waits = []
+    for seed in range(3):
+        text = Text(batch_size, seed, ease=-4.0)
+
+        def change(step, text=text):
+            text.ease = -4.0 if step < 1200 else 3.0
+
+        result = run(
+            AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, 1800, Acceptance(), change
+        )
+        assert result.is_plain[1000:1200].mean() > 0.5
+        assert result.is_plain[-100:].mean() < 0.05
+        back = 1200 + int(np.flatnonzero(result.is_plain[1200:])[-1:].sum())
+        waits.append(result.times[1200:back].sum())
+    # Target passes; a hundred are a second where one takes 10 ms.
+    assert np.median(waits) < 150
+
+
+def test_a_passing_dip_does_not_stop_speculation():
+    policy, step_costs = AutoPolicy(SIZES, LAYERS), make_costs("memory", 1)
+    for dip in range(50):
+        for _ in range(20):
+            assert policy.speculate(1, step_costs)
+            policy.observe(1, 2.0, 1.5)
+        for _ in range(10):
+            assert policy.speculate(1, step_costs), dip
+            policy.observe(1, 0.0, 1.5)
+
+
+def test_plain_time_includes_what_else_is_paid():
+    """Plain steps are slower by what keeps the draft warm, and verify[0] stands in for unknowns."""
+    unknown = make_costs("memory", 8)._replace(plain=math.nan)
+    for extra, stays in ((0.0, False), (0.6, True)):
+        policy = AutoPolicy(SIZES, LAYERS)
+        decisions = []
+        for _ in range(200):
+            decisions.append(policy.speculate(8, unknown, extra))
+            if decisions[-1]:
+                policy.observe(8, 0.5, 2.0)  # 1.5 tokens in 2 passes: 0.75 against 1 / (1 + extra)
+        assert decisions[-1] is stays
+        assert all(decisions) is stays
+
+
+def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
+    step_costs, waits = make_costs("compute", 4), []
+    for catch_up in (0.0, 1.0):
+        policy, behind, lost, tries = AutoPolicy(SIZES, LAYERS), 0.0, 0.0, []
+        for step in range(4000):
+            if policy.speculate(4, step_costs, catch_up=behind):
+                policy.observe(4, 0.0, 1.5)
+                if step >= 2000:
+                    lost += 1.5 + behind - step_costs.plain
+                    tries.append(step)
+                behind = 0.0
+            else:
+                behind = catch_up
+        waits.append(np.diff(tries).mean())
+        assert lost <= 1.2 * 0.01 * 2000 * step_costs.plain
+    assert waits[1] > 1.5 * waits[0]
+
+
+def test_each_batch_size_decides_for_itself():
+    policy = AutoPolicy(SIZES, LAYERS)
+    small, large = make_costs("compute", 1), make_costs("compute", 32)
+    for _ in range(200):
+        if policy.speculate(32, large):
+            policy.observe(32, 0.1, 2.0)
+        assert policy.speculate(1, small)
+        policy.observe(1, 2.0, 1.5)
+    assert policy.price(1) == pytest.approx(2.0, rel=0.05)
+    state = json.loads(json.dumps(policy.state()))
+    assert [row["batch_sizes"] for row in state] == [[1, 1], [17, 32]]
+    assert [row["is_plain"] for row in state] == [False, True]
+    assert state[0]["price"] == policy.price(1)
+
+
+def test_sizes_are_those_of_the_simulator():
+    assert SIZES == tuple(range(2, TOKENS + 1)) and TOPK == 8

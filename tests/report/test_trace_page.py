@@ -1,0 +1,170 @@
+"""The page of a trace: valid, complete, and nothing lies over anything else."""
+
+import itertools
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import msgspec
+import pytest
+
+from cast_sglang.errors import TraceError
+from cast_sglang.report.trace_page import parse_numbers, write_gallery
+from cast_sglang.report.tree_svg import tree_svg
+from cast_sglang.trace.records import unpacked
+from cast_sglang.trace.replay import make_policy
+from tests.support.simulator import LAYERS, TOPK
+from tests.support.traces import Recorder, default_policy, make_header, make_tables
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return Recorder(default_policy(), make_tables(row_us=20.0, draft_us=100.0)).run(40)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return Recorder(make_policy("eagle", make_header(None)), make_tables(), 1).run(3)
+
+
+class Checker(HTMLParser):
+    """Fails on tags that do not close, and collects what the page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.candidates, self.references = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.references += [values[key] for key in ("src", "href") if key in values]
+        if "data-candidate" in values:
+            self.candidates.append(int(values["data-candidate"]))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("rect", "path", "circle")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_holds_every_node_and_needs_no_other_file(trace, tmp_path):
+    page = write_gallery(trace, tmp_path / "out", steps="7", requests="0,1")
+    checker = Checker()
+    checker.feed(page.read_text())
+    assert checker.open == []
+    assert all(reference.startswith("data:image/svg+xml") for reference in checker.references)
+    [step] = [step for step in trace.steps if step.step == 7]
+    per_request = TOPK * (1 + sum(step.widths))
+    assert sorted(checker.candidates) == sorted([*range(per_request)] * 2)
+    files = {path.name for path in page.parent.iterdir()}
+    assert files == {
+        "index.html", "course.svg", "legend.svg", "step-7-request-0.svg", "step-7-request-1.svg"
+    }  # fmt: skip
+    for path in page.parent.glob("*.svg"):
+        ElementTree.parse(path)
+
+
+def boxes(svg):
+    """Return x, y, width, height of the boxes of a drawing, and the size of the drawing."""
+    root = ElementTree.fromstring(svg)
+    found = [
+        tuple(float(rect.get(key)) for key in ("x", "y", "width", "height"))
+        for rect in root.iter(f"{SVG}rect")
+        if rect.get("x") is not None
+    ]
+    return found, float(root.get("width")), float(root.get("height"))
+
+
+def test_nothing_overlaps_in_the_largest_tree(full):
+    for step in full.steps:
+        found, width, height = boxes(tree_svg(step, step.requests[0], TOPK, LAYERS))
+        assert len(found) >= 1 + TOPK * LAYERS
+        for (x, y, w, h), (x2, y2, w2, h2) in itertools.combinations(found, 2):
+            assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+        assert all(0 <= x and x + w <= width and y + h <= height for x, y, w, h in found)
+
+
+def test_states_are_drawn(trace):
+    for step in trace.steps[:10]:
+        request = step.requests[0]
+        svg = tree_svg(step, request, TOPK, LAYERS, text=lambda candidate: f"<t{candidate}>")
+        root = ElementTree.fromstring(svg)
+        titles = {
+            int(group.get("data-candidate")): group.find(f"{SVG}title").text.split("\n")
+            for group in root.iter(f"{SVG}g")
+            if group.get("class") == "node"
+        }
+        for name, members in (
+            ("verified", unpacked(request.verified, "int32").tolist()),
+            ("expanded", unpacked(request.expanded, "int32").tolist()),
+            ("accepted", request.accepted),
+        ):
+            assert {node for node, words in titles.items() if name in words} == set(members)
+        assert "'<t0>'" in titles[0]
+        stopped = "end of the envelope" if len(step.widths) + 1 == LAYERS else "depth, C2"
+        assert stopped in svg
+
+
+def test_a_cut_after_growth_is_marked(full):
+    step = msgspec.structs.replace(full.steps[0], num_layers=3)
+    assert "cut here: depth" in tree_svg(step, step.requests[0], TOPK, LAYERS)
+
+
+def test_plain_steps_and_prices_missing(full, tmp_path):
+    request = msgspec.structs.replace(full.steps[0].requests[0], probs=b"", verified=b"")
+    plain = msgspec.structs.replace(
+        full.steps[0], num_layers=0, widths=[], requests=[request], measured_us=None
+    )
+    page = write_gallery(full._replace(steps=[plain]), tmp_path / "out")
+    assert "a plain step, without a tree" in page.read_text()
+
+
+def test_names_are_text(trace, tmp_path):
+    identity = msgspec.structs.replace(trace.header.identity, device_name="<script>x</script>")
+    header = msgspec.structs.replace(trace.header, identity=identity)
+    page = write_gallery(trace._replace(header=header), tmp_path / "out")
+    assert "<script" not in page.read_text()
+    assert len(re.findall("<h3>", page.read_text())) == 6
+
+
+def test_the_same_trace_gives_the_same_page(trace, tmp_path):
+    pages = [write_gallery(trace, tmp_path / name).read_bytes() for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_tokens_need_a_trace_with_tokens(trace, tmp_path):
+    header = msgspec.structs.replace(trace.header, has_tokens=False)
+    with pytest.raises(TraceError, match="--cast-trace-tokens"):
+        write_gallery(trace._replace(header=header), tmp_path, tokenizer="x")
+    with pytest.raises(TraceError, match="cannot be loaded"):
+        write_gallery(trace, tmp_path, tokenizer=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"steps": "900"}, "the trace holds 1 to 40"),
+        ({"steps": "x"}, "expected numbers"),
+        ({"requests": "9"}, "none of them"),
+    ],
+)
+def test_bad_choices(trace, tmp_path, options, reason):
+    with pytest.raises(TraceError, match=reason):
+        write_gallery(trace, tmp_path, **options)
+
+
+def test_numbers():
+    assert parse_numbers("3, 17,5-7", "--steps") == [3, 5, 6, 7, 17]
+    for bad in ("", "a", "5-3", "-2", "1,,2", "1-"):
+        with pytest.raises(TraceError, match="--steps"):
+            parse_numbers(bad, "--steps")
+
+
+def test_a_directory_that_cannot_be_written(trace, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TraceError, match="--out .*cannot be written"):
+        write_gallery(trace, tmp_path / "file")

@@ -1,0 +1,95 @@
+"""Which graphs verify and draft extend get, and which of them a step runs with."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cast_sglang.config import CastConfig
+from cast_sglang.costs.model import CostModel
+from cast_sglang.serving.graphs.plan import choose_sizes, plan_graphs
+from tests.support.builders import make_profile
+
+TOPK, TOKENS, EXTEND = 4, 16, 6
+
+
+def worker(cost_model=None, **settings):
+    sizes = settings.get("verify_sizes") or tuple(range(2, TOKENS + 1))
+    return SimpleNamespace(
+        config=CastConfig(**settings),
+        cost_model=cost_model,
+        topk=TOPK,
+        max_draft_tokens=TOKENS,
+        max_extend_rows=EXTEND,
+        draft_worker=SimpleNamespace(verify_sizes=sizes),
+    )
+
+
+def model_of(profile):
+    limits = {"max_batch_size": 8, "max_context": 256, "max_width": TOPK}
+    return CostModel(profile, max_verify_tokens=TOKENS, max_extend_rows=EXTEND, **limits)
+
+
+def test_before_a_profile_the_sizes_that_it_measures_are_captured():
+    plan = choose_sizes(worker(), [1, 8])
+    assert plan.verify.at(1) == plan.verify.at(8) == (2, 3, 4, 5, 6, 8, 9, 12, 16)
+    assert plan.widths.at(8) == (1, 2, 3, 4)
+    # An accepted path is no longer than the tree is deep, nor than its nodes.
+    assert plan.extend.at(1) == (2, 3, 4, 5, 6)
+
+
+def test_a_profile_leaves_the_sizes_that_pay_and_those_of_small_trees():
+    model = model_of(make_profile())
+    plan = choose_sizes(worker(model), [1, 4, 8])
+    for batch in (1, 4, 8):
+        costs = model.step_costs(batch, 1)
+        verify, widths = costs.verify.tolist(), costs.draft.tolist()
+        for size in range(2, TOKENS + 1):
+            cheapest = min(verify[m - 1] for m in plan.verify.at(batch) if m >= size)
+            assert cheapest <= 1.02 * verify[size - 1]
+        for width in range(1, TOPK + 1):
+            assert min(widths[w - 1] for w in plan.widths.at(batch) if w >= width) <= (
+                1.02 * widths[width - 1]
+            )
+        assert {TOPK + 1, 2 * TOPK + 1, TOKENS} <= set(plan.verify.at(batch))
+        rows = {min(EXTEND, size) for size in plan.verify.at(batch)}
+        assert set(plan.extend.at(batch)) == rows
+
+
+def test_sizes_that_are_asked_for_are_all_captured():
+    plan = choose_sizes(worker(model_of(make_profile()), verify_sizes=(2, 3, 7)), [1])
+    assert plan.verify.sizes == (2, 3, 7)
+
+
+def test_the_fixed_tree_has_one_size():
+    plan = choose_sizes(worker(policy="eagle"), [1, 2])
+    assert plan.verify.sizes == (TOKENS,) and plan.widths.sizes == (TOPK,)
+    assert plan.extend.sizes == (EXTEND,)
+
+
+def test_nothing_is_planned_where_sglang_captured_nothing():
+    target = SimpleNamespace(model_runner=SimpleNamespace(decode_cuda_graph_runner=None))
+    assert plan_graphs(SimpleNamespace(target_worker=target)) is None
+
+
+@pytest.mark.parametrize("kind", ["flat", "steep"])
+def test_the_set_follows_the_costs(kind):
+    model = SimpleNamespace(
+        step_costs=lambda batch, context: SimpleNamespace(
+            verify=_Costs(kind, TOKENS), draft=_Costs(kind, TOPK)
+        )
+    )
+    plan = choose_sizes(worker(model), [1])
+    if kind == "flat":
+        assert plan.verify.at(1) == (TOPK + 1, 2 * TOPK + 1, TOKENS)
+        assert plan.widths.at(1) == (TOPK,)
+    else:
+        assert plan.verify.at(1) == tuple(range(2, TOKENS + 1))
+        assert plan.widths.at(1) == (1, 2, 3, 4)
+
+
+class _Costs:
+    def __init__(self, kind, count):
+        self.values = [1.0 if kind == "flat" else 1.0 + 0.1 * k for k in range(count)]
+
+    def tolist(self):
+        return self.values

@@ -1,0 +1,253 @@
+"""`cast-sglang doctor`: what it reports of good and bad launches, without starting one."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from benchmarks.harness.pairs import ROOT, tiny_pair
+from benchmarks.harness.servers import CPU_PLATFORM
+from cast_sglang.costs.profiles import FoundProfile
+from cast_sglang.costs.schema import Heldout
+from cast_sglang.serving.launch.diagnosis import Check, Diagnosis
+from cast_sglang.serving.launch.doctor import check_profile_fit, examine
+from tests.support.builders import make_profile
+from tests.support.profiles import write_profile
+
+TIMEOUT_SECONDS = 600
+
+# Each launch in a process forked from one that has imported SGLang, which takes seconds.
+DRIVER = """
+import contextlib, io, json, os, sys
+from sglang.srt.plugins import load_plugins
+from cast_sglang.cli import main
+
+load_plugins()
+import sglang.srt.server_args
+reports = []
+for argv, env in json.load(sys.stdin):
+    receiver, sender = os.pipe()
+    if os.fork() == 0:
+        os.environ.update(env)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            code = main(["doctor", "--json", *argv])
+        os.write(sender, json.dumps([code, out.getvalue()]).encode())
+        os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver, "rb") as stream:
+        reports.append(json.loads(stream.read()))
+    os.wait()
+json.dump(reports, sys.stdout)
+"""
+
+
+class Report(NamedTuple):
+    code: int
+    checks: dict[str, Check]
+
+    def statuses(self, *names: str) -> list[str]:
+        return [self.checks[name].status for name in names]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, Report]:
+    """Examine all launches; by name."""
+    directory = tmp_path_factory.mktemp("doctor")
+    pair = tiny_pair()
+    made_up = str(write_profile(directory / "made-up.json"))
+    resized = directory / "resized"
+    resized.mkdir()
+    config = json.loads((Path(pair.draft) / "config.json").read_text())
+    (resized / "config.json").write_text(json.dumps({**config, "intermediate_size": 1999}))
+
+    draft = "--speculative-draft-model-path"
+    both = ["--model-path", pair.target, draft, pair.draft]
+    foreign = {"CAST_ALLOW_FOREIGN_PROFILE": "1"}
+    fitting = ["--max-running-requests", "16", "--context-length", "1088"]
+    launches = {
+        "no model": ([], {}),
+        "covered": ([*both, *fitting, "--cast-profile", made_up], foreign),
+        "beyond": ([*both, f"--cast-profile={made_up}"], foreign),
+        "foreign": ([*both, "--cast-profile", made_up], {}),
+        "none found": (["--model-path", pair.target, draft, str(resized)], {}),
+        "no profile wanted": ([*both, "--cast-policy", "eagle", "--cast-profile", "none"], {}),
+        "profile wanted": ([*both, "--cast-profile", "none"], {}),
+        "unknown flag": ([*both, "--no-such-flag"], {}),
+        "refused flag": ([*both, "--page-size", "16"], {}),
+        "no draft": (["--model-path", pair.target], {}),
+        "another draft": ([*both[:2], draft, pair.target], {}),
+        "missing target": (["--model-path", str(directory / "none"), *both[2:]], {}),
+        "bad setting": (both, {"CAST_C3": "inf"}),
+        "bad flag": ([*both, "--cast-c2", "much"], {}),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(list(launches.values())),
+        env={**os.environ, **CPU_PLATFORM, "XDG_CACHE_HOME": str(directory), "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    found = {}
+    for name, (code, out) in zip(launches, json.loads(done.stdout), strict=True):
+        content = json.loads(out)
+        assert content["ok"] == (code == 0)
+        found[name] = Report(code, {c["name"]: Check(**c) for c in content["checks"]})
+    return found
+
+
+def test_machine_and_settings_without_a_model(reports):
+    code, checks = reports["no model"]
+    assert code == 0
+    for name in ("python", "sglang", "torch", "plugin", "device", "settings"):
+        assert checks[name].status == "ok", checks[name]
+    assert "cast_cpu is active" in checks["device"].found
+    for name in ("server flags", "pair", "profile"):
+        assert checks[name].status == "skip" and "not checked" in checks[name].found
+
+
+def test_a_launch_within_its_profile(reports):
+    report = reports["covered"]
+    assert report.code == 0
+    assert report.statuses("server flags", "pair", "profile range") == ["ok"] * 3
+    assert "steps 8, topk 8, tokens 32" in report.checks["server flags"].found
+    assert "LlamaForCausalLMEagle3" in report.checks["pair"].found
+    # It is made up and used all the same.
+    assert report.statuses("profile", "profile error") == ["warn"] * 2
+    assert "although measured elsewhere" in report.checks["profile"].found
+    assert "ESTIMATED" in report.checks["profile error"].found
+
+
+def test_a_launch_beyond_its_profile(reports):
+    beyond = reports["beyond"].checks["profile range"]
+    assert beyond.status == "warn" and "batch_sizes at 16" in beyond.found
+    assert "cast-sglang profile --model-path" in beyond.fix
+
+
+def test_a_profile_of_another_machine(reports):
+    report = reports["foreign"]
+    assert report.code == 1 and report.statuses("pair", "profile") == ["ok", "fail"]
+    assert "measured elsewhere" in report.checks["profile"].found
+
+
+def test_no_profile_found(reports):
+    report = reports["none found"]
+    assert report.code == 0 and report.statuses("pair", "profile") == ["ok", "warn"]
+    fix = report.checks["profile"].fix
+    assert "quick table" in fix and "cast-sglang profile --model-path" in fix
+
+
+def test_no_profile_needed(reports):
+    assert reports["no profile wanted"].checks["profile"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "says"),
+    [
+        ("unknown flag", "server flags", "--no-such-flag"),
+        ("refused flag", "server flags", "--page-size"),
+        ("no draft", "server flags", "--speculative-draft-model-path"),
+        ("another draft", "pair", "no EAGLE"),
+        ("missing target", "server flags", "none"),
+        ("profile wanted", "settings", "profile=none"),
+        ("bad setting", "settings", "CAST_C3"),
+        ("bad flag", "settings", "--cast-c2"),
+    ],
+)
+def test_what_fails(reports, name, check, says):
+    report = reports[name]
+    assert report.code == 1
+    assert report.checks[check].status == "fail"
+    assert says in report.checks[check].found and "\n" not in report.checks[check].found
+    assert report.checks["profile"].status == "skip"
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu():
+    env = {key: value for key, value in os.environ.items() if key != "SGLANG_PLATFORM"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cast_sglang.cli", "doctor"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    [number] = [i for i, line in enumerate(lines) if line.startswith("fail")]
+    assert "device" in lines[number] and "SGLANG_PLATFORM=cast_cpu" in lines[number + 1]
+    assert lines[-1] == "1 failed, 3 not checked"
+
+
+def test_without_sglang(monkeypatch):
+    version = metadata.version
+
+    def missing(name):
+        if name == "sglang":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    diagnosis = examine([])
+    checks = {check.name: check for check in diagnosis.checks}
+    assert diagnosis.exit_code == 1
+    assert checks["sglang"].fix.startswith("pip install 'sglang")
+    assert checks["the rest"].status == "skip"
+
+
+def test_an_unsupported_sglang(monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: "0.4.1" if n == "sglang" else version(n))
+    check = next(check for check in examine([]).checks if check.name == "sglang")
+    assert check.status == "fail" and "0.4.1" in check.found
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "says"),
+    [
+        ({"heldout": Heldout(points=9, median_error=0.04, p95_error=0.09)}, "ok", "4.0%"),
+        ({"heldout": Heldout(points=9, median_error=0.12, p95_error=0.3)}, "warn", "12.0%"),
+        ({"heldout": None}, "warn", "unknown"),
+        (
+            {"heldout": Heldout(points=9, median_error=0.0, p95_error=0.0), "estimated": True},
+            "warn",
+            "ESTIMATED",
+        ),
+    ],
+)
+def test_trust_in_a_profile(changes, status, says):
+    profile = make_profile()
+    provenance = msgspec.structs.replace(profile.provenance, **changes)
+    found = FoundProfile(make_profile(provenance=provenance), Path("p.json"), [])
+    fit, error = check_profile_fit(found, "COMMAND")
+    assert fit.status == "ok" and error.status == status and says in error.found
+    assert ("COMMAND" in error.fix) == (status == "warn")
+
+
+def test_report_for_people(capsys):
+    checks = [
+        Check("device", "ok", "a [bold] name"),
+        Check("profile", "warn", "none found", "run " + "x" * 300),
+        Check("pair", "fail", "does not fit"),
+    ]
+    Diagnosis(checks).print(Console())
+    assert capsys.readouterr().out.splitlines() == [
+        "ok    device   a [bold] name",
+        "warn  profile  none found",
+        " " * 15 + "-> run " + "x" * 300,
+        "fail  pair     does not fit",
+        "1 failed, 1 to look at",
+    ]
+    assert Diagnosis(checks).exit_code == 1 and Diagnosis(checks[:2]).exit_code == 0

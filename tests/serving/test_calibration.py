@@ -1,0 +1,187 @@
+"""Feedback from verify into the scores: the right nodes count, with the right probabilities."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from cast_sglang.config import CastConfig
+from cast_sglang.errors import ConfigError
+from cast_sglang.ops import reference
+from cast_sglang.serving import calibration as module
+from cast_sglang.serving.calibration import Calibration, CalibrationFile
+from cast_sglang.tree import DraftTree
+from tests.support.builders import make_identity
+
+TOPK = 2
+# Two requests. The root's children 0 and 1; node 0 of each request is expanded into 2 and 3.
+ROOT_PROBS = torch.tensor([[0.8, 0.1], [0.6, 0.3]])
+CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
+
+
+def grown_tree(calibration):
+    tokens = torch.zeros((2, TOPK), dtype=torch.int64)
+    tree = DraftTree(tokens, ROOT_PROBS, 2, reference, calibration.lines(ROOT_PROBS, depth=1))
+    frontier = tree.frontier()
+    tree.grow(frontier, 1, tokens, CHILD_PROBS, calibration.lines(CHILD_PROBS, depth=2))
+    return tree
+
+
+def step(calibration, accept_index, num_draft_tokens=4):
+    tree = grown_tree(calibration)
+    selection = tree.select(tree.ranked(num_draft_tokens - 1), num_draft_tokens)
+    calibration.selected(selection, (1,), TOPK)
+    calibration.verified(torch.tensor(accept_index))
+
+
+def observed(calibration):
+    """Return observed nodes and accepted ones by the first depth of their bucket."""
+    sums = {}
+    for row in calibration.acceptance.reliability():
+        nodes, accepted, drafted = sums.get(row.first_depth, (0.0, 0.0, 0.0))
+        sums[row.first_depth] = (
+            nodes + row.num_nodes,
+            accepted + row.accepted,
+            drafted + row.drafted,
+        )
+    return sums
+
+
+def test_before_any_outcome_scores_are_the_drafts_own():
+    calibration = Calibration()
+    tree = grown_tree(calibration)
+    expected = torch.tensor([0.8, 0.1, 0.8 * 0.9, 0.8 * 0.05])
+    ranked = tree.ranked(4)
+    torch.testing.assert_close(ranked.scores[0], expected.sort(descending=True).values)
+
+
+def test_children_of_rejected_nodes_do_not_count():
+    calibration = Calibration()
+    # Verified rows of a request: root, 0, 1, 2. Request 0 takes 0 and then 2; request 1 takes 1.
+    step(calibration, [[0, 1, 3], [4, 6, -1]])
+    assert observed(calibration) == {}  # learned when the next tree has been drafted
+    step(calibration, [[0, -1, -1], [4, -1, -1]])
+    first, second = observed(calibration)[1], observed(calibration)[2]
+    # Request 0 took its first child, so the second was not tried; of request 1 both were.
+    np.testing.assert_allclose(first, (3, 2, 0.8 + 0.6 + 0.3 / 0.4), rtol=1e-5)
+    # Of request 1's node 2 the parent was rejected.
+    np.testing.assert_allclose(second, (1, 1, 0.9), rtol=1e-5)
+
+
+def test_probabilities_that_are_too_sure_are_lowered():
+    calibration = Calibration()
+    for _ in range(200):
+        step(calibration, [[0, -1, -1], [4, -1, -1]])
+    chances = calibration.acceptance.lines(1, ROOT_PROBS.device).chances(ROOT_PROBS)
+    assert (chances.sum(dim=1) < 0.3 * ROOT_PROBS.sum(dim=1)).all()
+    assert chances[0, 0] >= chances[0, 1]
+
+
+def test_rows_that_hold_no_node_teach_nothing():
+    calibration = Calibration()
+    for _ in range(2):  # learned when the next tree has been drafted
+        tree = grown_tree(calibration)
+        # Request 0 has the root and one node, request 1 all four rows.
+        selection = tree.select(tree.ranked(3), 4, torch.tensor([2, 4]))
+        calibration.selected(selection, (1,), TOPK)
+        calibration.verified(torch.tensor([[0, 1, -1], [4, 5, 7]]))
+    np.testing.assert_allclose(observed(calibration)[1], (2, 2, 0.8 + 0.6), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
+
+
+def test_requests_that_want_no_drafts_teach_nothing():
+    calibration = Calibration()
+    for _ in range(2):  # learned when the next tree has been drafted
+        tree = grown_tree(calibration)
+        selection = tree.select(tree.ranked(3), 4)
+        calibration.selected(selection, (1,), TOPK, torch.tensor([False, True]))
+        calibration.verified(torch.tensor([[0, -1, -1], [4, 5, 7]]))
+    np.testing.assert_allclose(observed(calibration)[1], (1, 1, 0.6), rtol=1e-5)
+    np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
+
+
+def test_of_many_outcomes_a_part_teaches():
+    calibration, learned = Calibration(), []
+    for _ in range(module._MANY + 8 * module.TEACH_EVERY * module.LEARN_AT_ONCE):
+        step(calibration, [[0, -1, -1], [4, -1, -1]])
+        learned.append(calibration._num_learned)
+    # Each with the next tree at first; then some at a time, of every other step.
+    assert learned[: module._MANY] == list(range(module._MANY))
+    assert learned[-1] == pytest.approx(module._MANY + 8 * module.LEARN_AT_ONCE, abs=8)
+    # A step that does not teach leaves nothing behind that the next outcome could be taken for.
+    assert observed(calibration)[1][1] == 0.0
+
+
+def test_an_outcome_without_a_tree_is_ignored():
+    calibration = Calibration()
+    calibration.verified(torch.zeros((2, 1), dtype=torch.int64))
+    step(calibration, [[0, 1, 3], [4, 6, -1]])
+    assert observed(calibration) == {}
+
+
+def test_what_was_learned_outlives_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    file = CalibrationFile(tmp_path / "new" / "pair.json", make_identity())
+    first = Calibration(file)
+    for _ in range(3):  # the last outcome is not learned yet
+        step(first, [[0, 1, 3], [4, 6, -1]])
+    second = Calibration(file)
+    np.testing.assert_array_equal(second.acceptance.curves(), first.acceptance.curves())
+    bystander = Calibration(file, saves=False)
+    for _ in range(5):
+        step(bystander, [[0, -1, -1], [4, -1, -1]])
+    np.testing.assert_array_equal(Calibration(file).acceptance.curves(), first.acceptance.curves())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("[1]", "another pair"),
+        ('{"pair": ["x", "y"]}', "another pair"),
+        ('{"pair": PAIR}', "not an acceptance state"),
+        ('{"pair": PAIR, "acceptance": {"format": 1}}', "not an acceptance state"),
+        ('{"pair": PAIR, "acceptance": {"format": 2}}', "table is missing"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_bad_file_stops_the_launch(tmp_path, content, reason):
+    identity = make_identity()
+    pair = json.dumps([identity.target.config_hash, identity.draft.config_hash])
+    path = tmp_path / "pair.json"
+    path.write_text(content.replace("PAIR", pair))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        CalibrationFile(path, identity).load()
+    assert f"--cast-calibration-file {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_pairs_file_is_refused(tmp_path):
+    identity = make_identity()
+    other = msgspec.structs.replace(
+        identity, draft=msgspec.structs.replace(identity.draft, config_hash="c" * 64)
+    )
+    file = CalibrationFile(tmp_path / "pair.json", identity)
+    file.save(Calibration().acceptance)
+    file.load()
+    with pytest.raises(ConfigError, match="another pair"):
+        CalibrationFile(tmp_path / "pair.json", other).load()
+
+
+def test_a_server_that_cannot_write_goes_on(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    CalibrationFile(tmp_path / "file" / "pair.json", make_identity()).save(Calibration().acceptance)
+    assert "--cast-calibration-file" in caplog.text
+
+
+def test_the_file_is_optional():
+    identity = make_identity()
+    assert CalibrationFile.of(CastConfig(), identity) is None
+    named = CastConfig(calibration_file="a.json")
+    assert CalibrationFile.of(named, identity) is not None
+    assert (
+        CalibrationFile.of(CastConfig(calibration="off", calibration_file="a.json"), identity)
+        is None
+    )

@@ -1,0 +1,69 @@
+"""A step's tree keeps within what its requests may still get and the slots that they hold."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
+
+LAYERS, TOPK, ROWS = 8, 8, 32
+FULL_RESERVE = 2 * LAYERS * TOPK
+
+
+def request(left: int, slots: int = FULL_RESERVE, generated: int = 10) -> SimpleNamespace:
+    return SimpleNamespace(
+        sampling_params=SimpleNamespace(max_new_tokens=generated + left),
+        output_ids=[0] * generated,
+        kv=SimpleNamespace(kv_committed_len=100, kv_allocated_len=100 + slots),
+    )
+
+
+@pytest.mark.parametrize(("left", "layers"), [(1, 0), (2, 1), (5, 4), (9, 8), (500, 8)])
+def test_no_tree_is_deeper_than_what_is_left(left, layers):
+    for others in ([], [request(1)], [request(left), request(1)]):
+        room = Envelope(LAYERS, TOPK, ROWS).room([request(left), *others], [], True)
+        assert room.max_layers == layers
+        assert room.has_drafts == (layers > 0)
+
+
+@pytest.mark.parametrize("slots", range(1, FULL_RESERVE + 1))
+def test_a_lone_request_keeps_within_its_slots(slots):
+    room = Envelope(LAYERS, TOPK, ROWS).room([request(500, slots)], [], True)
+    if room.has_drafts:
+        assert (room.max_layers - 1) * TOPK <= slots
+        # Every verified row may be accepted, and the step after needs a slot for its root.
+        assert room.max_rows < slots
+    assert room.has_drafts == (slots > PLAIN_RESERVE)
+
+
+def test_requests_that_share_a_batch_have_the_whole_envelope():
+    room = Envelope(LAYERS, TOPK, ROWS).room([request(500, 3), request(500, 3)], [], True)
+    assert room == (LAYERS, ROWS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_end_is_seen_although_requests_are_looked_at_seldom(seed):
+    """The room is what a look in each step would find, whatever the steps brought."""
+    rng = random.Random(seed)
+    envelope, reqs = Envelope(LAYERS, TOPK, ROWS), [request(rng.randint(1, 80)) for _ in range(3)]
+    pending: list[int] = []  # tokens of a step that the requests do not show yet
+    is_new = True
+    while True:
+        left = max(r.sampling_params.max_new_tokens - len(r.output_ids) for r in reqs)
+        truly_left = left - sum(pending)
+        if truly_left < 1:
+            return
+        most = [LAYERS + 1] * len(pending)
+        room = envelope.room(reqs, most, is_new)
+        # It is known of a step that is pending only that it brought one token at least.
+        assert room.max_layers == min(LAYERS, left - len(pending) - 1)
+        brought = rng.randint(1, room.max_layers + 1)
+        for tokens in pending:
+            for r in reqs:
+                r.output_ids += [0] * tokens
+        pending = [min(brought, truly_left)] if rng.random() < 0.5 else []
+        if not pending:
+            for r in reqs:
+                r.output_ids += [0] * brought
+        is_new = False

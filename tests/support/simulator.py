@@ -1,0 +1,277 @@
+"""A draft model and a target that exist only as probabilities, to run policies in closed loop.
+
+Every request has a difficulty that wanders from step to step. A node's best child has a probability
+around it, the others share most of the rest. The target takes a child with a true probability below
+the draft's, the more so the deeper it is; so raw path products over-state survival, as they do with
+real drafts. Costs are any `StepCosts`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.costs.model import StepCosts, step_units
+from cast_sglang.ops import reference
+from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.optimal import optimal_choice
+from cast_sglang.policy.outcomes import verify_outcomes
+from cast_sglang.tree import DraftTree
+
+TOPK = 8
+LAYERS = 8
+TOKENS = 32
+SIZES = tuple(range(2, TOKENS + 1))
+
+
+def distorted(probs: np.ndarray, depth: int) -> np.ndarray:
+    """The true acceptance of a node given its parent."""
+    return probs * (0.97 - 0.03 * depth)
+
+
+class Text:
+    """Requests with their difficulties.
+
+    Args:
+        ease: mean of the log odds of the best child; [B, 1] for requests that differ in it.
+    """
+
+    def __init__(self, batch_size: int, seed: int, ease: float | np.ndarray = 1.0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.ease = ease
+        self.states = [self.rng.normal(size=batch_size)]
+
+    def advance(self) -> None:
+        noise = self.rng.normal(size=self.states[-1].shape)
+        self.states.append(0.9 * self.states[-1] + math.sqrt(1 - 0.9**2) * noise)
+
+    def all_at_once(self, batch_size: int, most: int = 2500) -> "Text":
+        """Return these requests at all their steps, as one batch of whole batches."""
+        states = np.stack(self.states)[:, :batch_size]
+        states = states[:: max(1, states.size // most)]
+        text = Text(1, 0, self.ease)
+        text.states = [states.ravel()]
+        return text
+
+    def children(self, nodes: int, topk: int = TOPK) -> np.ndarray:
+        """Return [B, nodes, topk] draft probabilities, descending."""
+        state = self.states[-1][:, None]
+        odds = self.ease + state + self.rng.normal(size=(len(state), nodes))
+        best = 1.0 / (1.0 + np.exp(-odds))
+        others = 0.45 * 0.55 ** np.arange(TOPK - 1)
+        rest = np.minimum((1.0 - best)[..., None] * others, best[..., None])
+        return np.concatenate((best[..., None], rest), axis=2)[..., :topk]
+
+
+class Result(NamedTuple):
+    tokens: np.ndarray  # per step: expected tokens per request, given the tree
+    times: np.ndarray  # per step, units
+    prices: np.ndarray
+    is_plain: np.ndarray
+
+    def rate(self, first: int = 0) -> float:
+        return float(self.tokens[first:].sum() / self.times[first:].sum())
+
+
+def run(
+    policy: TreePolicy,
+    text: Text,
+    costs: StepCosts | Callable[[int], StepCosts],
+    batch_size: int,
+    steps: int,
+    acceptance: Acceptance | None = None,
+    on_step: Callable[[int], None] | None = None,
+    joint: bool = False,
+) -> Result:
+    """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
+
+    Args:
+        joint: share one budget of nodes out among the requests, which may then differ in rows.
+    """
+    rows = []
+    for step in range(steps):
+        if on_step is not None:
+            on_step(step)
+        text.advance()
+        auto = policy if isinstance(policy, AutoPolicy) else None
+        price = auto.price(batch_size) if auto else math.nan
+        if auto and not auto.speculate(batch_size, costs):
+            rows.append((1.0, costs.plain, price, True))
+            continue
+        tokens, accepted, time = _step(policy, text, costs, batch_size, acceptance, joint)
+        if auto:
+            auto.observe(batch_size, accepted, time)
+        rows.append((tokens, time, price, False))
+    return Result(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def _step(
+    policy: TreePolicy,
+    text: Text,
+    costs: StepCosts,
+    batch_size: int,
+    acceptance: Acceptance | None,
+    joint: bool,
+) -> tuple[float, float, float]:
+    """Return expected tokens, sampled accepted drafts and time of one step."""
+
+    def layer(nodes: int, depth: int) -> torch.Tensor:
+        probs = text.children(nodes)
+        raw.append(probs.reshape(batch_size, -1))
+        true.append(distorted(probs, depth).reshape(batch_size, -1))
+        tensor = torch.from_numpy(probs.reshape(-1, TOPK)).float()
+        if acceptance is None:
+            return tensor
+        return acceptance.lines(depth, tensor.device).chances(tensor)
+
+    raw: list[np.ndarray] = []
+    true: list[np.ndarray] = []
+    probs = layer(1, 1)
+    tokens = torch.zeros(batch_size, TOPK, dtype=torch.int64)
+    tree = DraftTree(tokens, probs, LAYERS, reference)
+    widths: list[int] = []
+    while tree.num_layers < tree.max_layers:
+        frontier = tree.frontier()
+        width = policy.breadth(frontier.scores, costs)
+        if not policy.deepen():
+            break
+        probs = layer(width, tree.num_layers + 1)
+        if isinstance(policy, AutoPolicy):
+            policy.expanded(frontier.scores, probs)
+        tokens = torch.zeros(probs.shape, dtype=torch.int64)
+        tree.grow(frontier, width, tokens, probs)
+        widths.append(width)
+    ranked = tree.ranked(TOKENS - 1)
+    num_rows = policy.share_out(ranked.scores, costs) if joint else None
+    size = policy.rerank(ranked.scores, costs) if num_rows is None else int(num_rows.max())
+    mean_rows = size if num_rows is None else float(num_rows.mean())
+    selection = tree.select(ranked, size, None if num_rows is None else torch.from_numpy(num_rows))
+    index, parents = selection.top_scores_index.numpy(), selection.parent_list.numpy()
+
+    # Walk all requests down at once: at each layer the target picks a child, or none.
+    true_probs = np.concatenate(true, axis=1)
+    # One column more, of a candidate that does not exist.
+    paths = np.zeros((batch_size, true_probs.shape[1] + 1))
+    accept_index = np.full((batch_size, LAYERS + 1), -1)
+    requests = np.arange(batch_size)
+    accept_index[:, 0] = requests * size
+    at = np.full(batch_size, -1)
+    start = 0
+    for depth, layer_probs in enumerate(true, 1):
+        candidates = np.arange(start, start + layer_probs.shape[1])
+        start += layer_probs.shape[1]
+        above = parents[:, candidates // TOPK]
+        up = np.where(above < 0, 1.0, np.take_along_axis(paths, np.maximum(above, 0), axis=1))
+        paths[:, candidates] = up * layer_probs
+        is_child = above == at[:, None]
+        odds = np.where(is_child, layer_probs, 0.0).cumsum(axis=1)
+        draw = text.rng.random((batch_size, 1))
+        picked = candidates[np.minimum((odds <= draw).sum(axis=1), len(candidates) - 1)]
+        place = np.array([np.searchsorted(index[b], picked[b]) for b in requests])
+        known = index[requests, np.minimum(place, size - 2)] == picked
+        alive = known & (odds[:, -1] > draw[:, 0]) & (accept_index[:, depth - 1] >= 0)
+        accept_index[alive, depth] = (requests * size + 1 + place)[alive]
+        at = np.where(alive, picked, -2)
+    expected = 1.0 + np.take_along_axis(paths, index, axis=1).sum() / batch_size
+    lens = (accept_index >= 0).sum(axis=1)
+    if acceptance is not None:
+        candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
+        verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
+        seen = verify_outcomes(parents, index, accept_index, verified, widths, TOPK)
+        acceptance.update(*(part.ravel() for part in seen))
+    rows = min(tree.num_layers, size - 1) + 1
+    return expected, float(lens.mean()) - 1.0, step_units(costs, widths, mean_rows, rows)
+
+
+def make_costs(
+    regime: str, batch_size: int, *, draft: float = 0.06, plain: float = 0.97
+) -> StepCosts:
+    """Costs of one of four regimes, in units of a target pass over one row per request."""
+    rows = batch_size * np.arange(1, TOKENS + 1)
+    nodes = batch_size * np.arange(1, TOPK + 1)
+    if regime == "memory":  # a pass streams the weights, whatever the rows
+        verify, layer = 1.0 + 1e-4 * rows, 1.0 + 1e-4 * nodes
+    elif regime == "compute":  # 64 rows take as long as the weights
+        verify, layer = 1.0 + rows / 64, 1.0 + nodes / 64
+    elif regime == "knee":  # dear up to 64 rows, and less so beyond
+        verify = 1.0 + np.minimum(rows, 64) / 32 + np.maximum(rows - 64, 0) / 64
+        layer = 1.0 + nodes / 64
+    else:  # tiles of 64 rows
+        verify, layer = 1.0 + 0.5 * np.ceil(rows / 64), 1.0 + 0.5 * np.ceil(nodes / 64)
+    verify, layer = verify / verify[0], layer / layer[0]
+    extend = np.interp(np.arange(1, LAYERS + 2), np.arange(1, TOKENS + 1), verify)
+    return StepCosts(
+        verify=verify.astype(np.float32),
+        draft=(draft * layer).astype(np.float32),
+        draft_extend=(1.2 * draft * extend).astype(np.float32),
+        unit_us=10_000.0,
+        plain=plain,
+        overhead=0.05,
+        plain_overhead=0.05,
+    )
+
+
+def full_trees(text: Text, topk: int = TOPK) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Grow trees of full width; return each layer's scores and true path probabilities [B, M]."""
+    raw = text.children(1, topk)[:, 0]
+    num_requests = len(raw)
+    true = distorted(raw, 1)
+    layers = [(raw, true)]
+    for depth in range(2, LAYERS + 1):
+        best = np.argsort(-raw, axis=1, kind="stable")[:, :topk]
+        probs = text.children(topk, topk)
+        raw = (np.take_along_axis(raw, best, 1)[..., None] * probs).reshape(num_requests, -1)
+        true = np.take_along_axis(true, best, 1)[..., None] * distorted(probs, depth)
+        true = true.reshape(num_requests, -1)
+        layers.append((raw, true))
+    return layers
+
+
+def best_fixed(costs: StepCosts, text: Text) -> tuple[float, tuple[int, int, int]]:
+    """Return the best rate of EAGLE's fixed trees, and its (steps, topk, tokens), in hindsight.
+
+    Args:
+        text: the requests that the other policy met.
+    """
+    best = (0.0, (0, 0, 0))
+    requests = text.all_at_once(len(text.states[0]))
+    for topk in (1, 2, 3, 4, 6, 8):
+        layers = full_trees(requests, topk)
+        for steps in range(1, LAYERS + 1):
+            scores, true = (np.concatenate(part, 1) for part in zip(*layers[:steps], strict=True))
+            order = np.argsort(-scores, axis=1, kind="stable")[:, : TOKENS - 1]
+            gains = np.take_along_axis(true, order, axis=1).mean(axis=0).cumsum()
+            for size in range(2, min(TOKENS, scores.shape[1] + 1) + 1):
+                time = step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
+                rate = (1.0 + gains[size - 2]) / time
+                best = max(best, (float(rate), (steps, topk, size)))
+    return best
+
+
+def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
+    """Return the rate of the best depth and size of every step, true probabilities known.
+
+    Every layer that is grown has full width; its candidates are known before it is paid for.
+    """
+    requests = text.all_at_once(batch_size)
+    true = [torch.from_numpy(part) for _, part in full_trees(requests)]
+    steps = [
+        [layer[i : i + batch_size] for layer in true] for i in range(0, len(true[0]), batch_size)
+    ]
+    extend_row = float(costs.draft_extend[1] - costs.draft_extend[0])
+    growth = [float(costs.draft[TOPK - 1]) + extend_row] * (LAYERS - 1)
+    price = 1.0
+    for _ in range(4):  # Dinkelbach
+        tokens = time = 0.0
+        for layers in steps:
+            choice = optimal_choice(layers, growth, costs.verify, SIZES, price)
+            cost = sum(growth[: choice.num_layers - 1])
+            cost += float(costs.verify[choice.num_draft_tokens - 1])
+            tokens += 1.0 + choice.value + price * cost
+            time += cost + costs.overhead + float(costs.draft_extend[1])
+        price = tokens / time
+    return price

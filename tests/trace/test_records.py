@@ -1,0 +1,49 @@
+"""Records of a trace: exact arrays, parents, and the candidates that the text goes on with."""
+
+import numpy as np
+
+from cast_sglang.trace.records import Continuation, packed, parents_of, unpacked
+
+
+def test_arrays_are_exact():
+    values = np.random.default_rng(0).random(100).astype(np.float32)
+    assert (unpacked(packed(values, "float32"), "float32") == values).all()
+    # Floats of double precision come back as the nearest of single precision.
+    assert unpacked(packed(values.astype(float), "float32"), "float32").dtype == np.float32
+
+
+def test_parents():
+    assert parents_of(np.array([1, 0, 5]), 2).tolist() == [-1, -1, 1, 1, 0, 0, 5, 5]
+
+
+class TestContinuation:
+    """Candidates 0, 1 below the root; 2, 3 below candidate 1; 4, 5 below candidate 0."""
+
+    def path(self):
+        return Continuation(np.array([10, 11, 20, 21, 30, 31]), np.array([1, 0]), topk=2)
+
+    def test_follows_the_text_over_several_steps(self):
+        path = self.path()
+        path.go_on([11])
+        assert path.follows == [1] and not path.is_closed
+        path.go_on([21, 99])
+        assert path.follows == [1, 3] and path.is_closed and not path.is_open
+
+    def test_leaves_the_tree(self):
+        path = self.path()
+        path.go_on([10, 99, 30])
+        assert path.follows == [0] and path.is_closed and not path.is_open
+
+    def test_the_text_ends_inside_the_tree(self):
+        path = self.path()
+        path.go_on([10])
+        path.end()
+        assert path.follows == [0] and path.is_open
+        path.go_on([30])
+        assert path.follows == [0]
+
+    def test_an_end_below_the_tree_changes_nothing(self):
+        path = self.path()
+        path.go_on([11, 20])
+        path.end()
+        assert path.follows == [1, 2] and not path.is_open

@@ -1,0 +1,300 @@
+"""Replay against the loop that recorded, and against brute force."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from cast_sglang.costs.profiles import save_profile
+from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
+from cast_sglang.trace.candidates import recorded_reward
+from cast_sglang.trace.records import packed, parents_of, unpacked
+from cast_sglang.trace.replay import Replay, make_policy
+from cast_sglang.trace.session import open_session
+from cast_sglang.trace.summary import compare
+from tests.support.simulator import LAYERS, TOKENS, TOPK
+from tests.support.traces import Recorder, default_policy, make_header, make_tables, write
+
+HEADER = make_header(None)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return make_tables()
+
+
+@pytest.fixture(scope="module")
+def full(tables):
+    """A trace in which every step grew and verified the whole envelope."""
+    trace = Recorder(make_policy("eagle", HEADER), tables, seed=3).run(80)
+    return trace._replace(header=make_header(tables, is_full=True))
+
+
+@pytest.mark.parametrize("name", ["auto", "fixed", "eagle", "optimal"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size):
+    trace = Recorder(make_policy(name, HEADER), tables, batch_size).run(60)
+    replay = Replay(trace, tables, make_policy(name, trace.header))
+    for step, outcome in zip(trace.steps, replay, strict=True):
+        grown = step.widths[: max(step.num_layers - 1, 0)]
+        assert outcome.choice.widths == grown
+        assert outcome.choice.num_layers == step.num_layers
+        assert outcome.choice.num_rows == [step.num_draft_tokens] * batch_size
+        accepted = sum(len(request.accepted) for request in step.requests) / batch_size
+        assert outcome.accepted == pytest.approx(accepted)
+        assert outcome.assumed == 0.0
+        assert outcome.time_us == pytest.approx(step.predicted_us)
+        assert outcome.reward == pytest.approx(recorded_reward(step, TOPK))
+        if name in ("auto", "optimal"):
+            assert outcome.price == step.price
+
+
+def test_plain_steps_are_replayed(tables):
+    dear = make_tables(row_us=40_000.0, draft_us=200_000.0)
+    trace = Recorder(default_policy(), dear, seed=1).run(150)
+    assert 20 < sum(step.is_plain for step in trace.steps) < 150
+    outcomes = list(Replay(trace, dear, default_policy()))
+    # Catching up has its price here, and the recorder knows none, so tries may come later.
+    same = [o.choice.is_plain == s.is_plain for s, o in zip(trace.steps, outcomes, strict=True)]
+    assert np.mean(same) > 0.9
+    plain = next(outcome for outcome in outcomes if outcome.choice.is_plain)
+    assert plain.accepted == 0.0 and plain.mean_rows == 1.0 and plain.reward is None
+    # By cheap tables the same steps would have drafted, on candidates that are drawn.
+    cheap = list(Replay(trace, tables, default_policy()))
+    drawn = [o for s, o in zip(trace.steps, cheap, strict=True) if s.is_plain]
+    assert not any(outcome.choice.is_plain for outcome in drawn)
+    assert all(outcome.assumed == pytest.approx(outcome.accepted) for outcome in drawn)
+
+
+def accepted_by_brute_force(step, num_layers, num_nodes):
+    """Accepted drafts of EAGLE's tree of some depth and size, node by node."""
+    total = 0
+    for request in step.requests:
+        probs = unpacked(request.probs, "float32")
+        parents = parents_of(unpacked(request.expanded, "int32"), TOPK)
+        scores, depths = {-1: np.float32(1.0)}, {-1: 0}
+        for node, parent in enumerate(parents.tolist()):
+            scores[node], depths[node] = scores[parent] * probs[node], depths[parent] + 1
+        nodes = [node for node in range(len(probs)) if depths[node] <= num_layers]
+        chosen = sorted(nodes, key=lambda node: (-scores[node], node))[:num_nodes]
+        total += len(set(chosen) & set(request.follows))
+    return total / len(step.requests)
+
+
+class Shape:
+    """A policy of one depth and size."""
+
+    def __init__(self, num_layers, num_rows):
+        self.num_layers, self.num_rows, self.layer = num_layers, num_rows, 1
+
+    def speculate(self, *arguments):
+        return True
+
+    def weigh(self, weights):
+        pass
+
+    def breadth(self, scores, costs):
+        return scores.shape[1]
+
+    def deepen(self):
+        self.layer += 1
+        return self.layer <= self.num_layers
+
+    def expanded(self, parent_scores, child_probs):
+        pass
+
+    def depth(self, num_layers, costs):
+        return num_layers
+
+    def rerank(self, scores, costs):
+        self.layer = 1
+        return self.num_rows
+
+    def observe(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize(("num_layers", "num_rows"), [(1, 2), (1, 9), (3, 8), (5, 20), (8, 31)])
+def test_other_trees_of_a_full_trace_need_no_assumption(full, tables, num_layers, num_rows):
+    replay = Replay(full, tables, Shape(num_layers, num_rows))
+    for step, outcome in zip(full.steps, replay, strict=True):
+        assert outcome.accepted == accepted_by_brute_force(step, num_layers, num_rows - 1)
+        assert outcome.assumed == 0.0
+
+
+def test_what_is_not_known_is_assumed_and_said(full, tables):
+    narrow = Recorder(Shape(2, 4), tables, seed=3).run(200)
+    outcomes = list(Replay(narrow, tables, make_policy("eagle", HEADER)))
+    assumed = sum(o.assumed for o in outcomes) / sum(o.accepted for o in outcomes)
+    assert 0.1 < assumed < 0.9
+    # What is assumed is about right: other text of the same kind, all of it known.
+    known = Recorder(Shape(LAYERS, TOKENS), tables, seed=4).run(200)
+    truth = np.mean([len(r.accepted) for step in known.steps for r in step.requests])
+    assert np.mean([o.accepted for o in outcomes]) == pytest.approx(truth, rel=0.5)
+
+
+def test_the_end_of_a_request_is_not_known(tables):
+    trace = Recorder(make_policy("eagle", HEADER), tables, 1).run(30)
+    steps = []
+    for step in trace.steps:
+        [request] = step.requests
+        cut = msgspec.structs.replace(request, accepted=[], follows=[], is_open=True)
+        steps.append(msgspec.structs.replace(step, requests=[cut]))
+    for outcome in Replay(trace._replace(steps=steps), tables, make_policy("eagle", HEADER)):
+        assert outcome.assumed == pytest.approx(outcome.accepted)
+        assert 0.0 < outcome.accepted <= LAYERS
+
+
+def test_requests_that_want_no_drafts_accept_none(full, tables):
+    steps = []
+    for step in full.steps:
+        off = msgspec.structs.replace(step.requests[0], weight=0.0)
+        steps.append(msgspec.structs.replace(step, requests=[off, *step.requests[1:]]))
+    whole = sum(o.accepted for o in Replay(full, tables, Shape(8, 32)))
+    half = sum(o.accepted for o in Replay(full._replace(steps=steps), tables, Shape(8, 32)))
+    own = sum(len(step.requests[0].accepted) for step in full.steps) / 2
+    assert half == pytest.approx(whole - own)
+
+
+def test_times_of_the_recording_correct_the_tables(tables):
+    """All recorded times are 1.25 times what the tables say."""
+    trace = Recorder(default_policy(), tables).run(150)
+
+    def corrected(step):
+        passes = [
+            msgspec.structs.replace(
+                timed, predicted_us=step.predicted_us / 9, measured_us=step.predicted_us / 9 * 1.25
+            )
+            for timed in step.passes
+        ]
+        return msgspec.structs.replace(step, passes=passes)
+
+    trace = trace._replace(steps=[corrected(step) for step in trace.steps])
+    outcomes = list(Replay(trace, tables, default_policy(), correct=True))
+    pairs = list(zip(trace.steps, outcomes, strict=True))[100:]
+    measured = sum(step.measured_us for step, _ in pairs)
+    assert sum(o.time_us for _, o in pairs) == pytest.approx(measured, rel=0.05)
+    assert sum(o.table_us for _, o in pairs) == pytest.approx(measured / 1.25, rel=0.05)
+
+
+def test_thresholds_take_the_draft_at_its_word(full, tables):
+    """Calibrated chances change what `auto` chooses, and nothing that `fixed` does."""
+
+    def doubted(step):
+        requests = [
+            msgspec.structs.replace(
+                request, chances=packed(0.2 * unpacked(request.probs, "float32"), "float32")
+            )
+            for request in step.requests
+        ]
+        return msgspec.structs.replace(step, requests=requests)
+
+    other = full._replace(steps=[doubted(step) for step in full.steps])
+    for name, is_same in (("fixed", True), ("eagle", True), ("auto", False)):
+        first, second = (
+            [o.choice for o in Replay(trace, tables, make_policy(name, trace.header))]
+            for trace in (full, other)
+        )
+        assert (first == second) == is_same
+
+
+def test_the_length_of_answers_is_part_of_the_recording(tables):
+    policy = default_policy()
+    policy.expect(12.0)
+    trace = Recorder(policy, tables, 2).run(60)
+    told = [msgspec.structs.replace(step, answer_tokens=12.0) for step in trace.steps]
+    outcomes = list(Replay(trace._replace(steps=told), tables, default_policy()))
+    assert [outcome.price for outcome in outcomes] == [step.price for step in trace.steps]
+    untold = list(Replay(trace, tables, default_policy()))
+    assert untold[-1].price < outcomes[-1].price
+
+
+def test_a_trace_without_drafts_is_refused(tables):
+    trace = Recorder(default_policy(), tables).run(3)
+    plain = msgspec.structs.replace(trace.steps[0], num_layers=0, widths=[])
+    with pytest.raises(TraceError, match="no step drafted"):
+        Replay(trace._replace(steps=[plain]), tables, default_policy())
+
+
+def test_comparison(tables):
+    trace = Recorder(default_policy(), tables).run(40)
+    untimed = msgspec.structs.replace(trace.steps[0], measured_us=None)
+    trace = trace._replace(steps=[untimed, *trace.steps[1:]])
+    outcomes = list(Replay(trace, tables, default_policy()))
+    [row] = compare(trace, outcomes)
+    assert (row.batch_size, row.steps) == (2, 39)
+    assert row.recorded.accept_length == pytest.approx(row.replayed.accept_length)
+    # Measured times are 1.25 times the predicted ones.
+    assert row.error == pytest.approx(0.25)
+    assert row.table_error == pytest.approx(0.25)
+    tokens = sum(2 + len(r.accepted) - 1 for s in trace.steps[1:] for r in s.requests)
+    time = sum(s.measured_us for s in trace.steps[1:])
+    assert row.recorded.tokens_per_second == pytest.approx(tokens / time * 1e6)
+    with pytest.raises(TraceError, match="no step was measured"):
+        compare(trace._replace(steps=[untimed]), outcomes[:1])
+
+
+class TestSession:
+    @pytest.fixture
+    def files(self, tables, tmp_path):
+        trace = Recorder(default_policy(), tables).run(30)
+        save_profile(tables, tmp_path / "p.json")
+        return write(trace, tmp_path / "t.jsonl"), tmp_path / "p.json"
+
+    def open(self, files, **changes):
+        options = {"allow_foreign": False, "corrects": True, "seed": 0, **changes}
+        return open_session(files[0], str(files[1]), **options)
+
+    def test_the_recorded_policy_is_a_prediction(self, files):
+        result = self.open(files).replay(None, {})
+        assert result.policy == "auto" and result.is_prediction
+        assert not self.open(files).replay("eagle", {}).is_prediction
+
+    def test_another_device_is_told(self, files, tables, tmp_path, capsys):
+        from rich.console import Console
+
+        provenance = msgspec.structs.replace(tables.provenance, device_name="B200")
+        target = msgspec.structs.replace(tables.target, contexts=[128, 2048])
+        save_profile(
+            msgspec.structs.replace(tables, provenance=provenance, target=target),
+            tmp_path / "b200.json",
+        )
+        session = self.open((files[0], tmp_path / "b200.json"))
+        assert not session.corrects
+        result = session.replay(None, {})
+        assert not result.is_prediction
+        result.print(Console())
+        assert "All predicted times are those of B200" in capsys.readouterr().out
+
+    def test_another_pair_needs_a_word(self, files, tables, tmp_path):
+        other = msgspec.structs.replace(tables.provenance.draft, config_hash="c" * 64)
+        provenance = msgspec.structs.replace(tables.provenance, draft=other)
+        profile = msgspec.structs.replace(
+            tables, provenance=provenance, step_overhead_us=[1.0, 1.0, 1.0]
+        )
+        save_profile(profile, tmp_path / "other.json")
+        with pytest.raises(TraceError, match="draft model is .* --allow-foreign"):
+            self.open((files[0], tmp_path / "other.json"))
+        assert self.open((files[0], tmp_path / "other.json"), allow_foreign=True).notes
+
+    def test_a_grid_that_is_too_small_is_refused(self, files, tables, tmp_path):
+        from tests.support.builders import make_table
+
+        small = msgspec.structs.replace(tables, target=make_table(token_counts=(1, 2, 4)))
+        save_profile(msgspec.structs.replace(small, step_overhead_us=None), tmp_path / "s.json")
+        with pytest.raises(TraceError, match="target.token_counts ends at 4.*goes to 32"):
+            self.open((files[0], tmp_path / "s.json"))
+
+    def test_thresholds(self, files):
+        session = self.open(files)
+        high = session.replay("fixed", {"c1": 20.0, "c2": 20.0, "c3": 20.0})
+        low = session.replay("fixed", {"c1": 0.5, "c2": 0.5, "c3": 0.5})
+        assert high.rows[0].replayed.rows < low.rows[0].replayed.rows
+        with pytest.raises(ConfigError, match="--c1: policy auto has no thresholds"):
+            session.replay("auto", {"c1": 1.0})
+        with pytest.raises(ConfigError, match="c2=-1.0: must be"):
+            session.replay("fixed", {"c2": -1.0})
+
+    def test_no_profile_of_this_host(self, files, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with pytest.raises(MissingProfileError):
+            self.open((files[0], "auto"))

@@ -1,0 +1,74 @@
+"""Tuning finds thresholds that are known to be better, and says how much is left."""
+
+import json
+
+import pytest
+
+from cast_sglang.trace.replay import Replay, make_policy
+from cast_sglang.trace.tuning import print_tuned, sample_steps, tune
+from tests.support.traces import SETTINGS, Recorder, make_header, make_tables
+
+
+@pytest.fixture(scope="module")
+def full():
+    """A trace whose recorded thresholds are far too high for its costs."""
+    tables = make_tables(row_us=20.0, draft_us=100.0)
+    trace = Recorder(make_policy("eagle", make_header(tables)), tables, 1, seed=5).run(60)
+    settings = {**SETTINGS, "c1": 300.0, "c2": 300.0, "c3": 300.0}
+    return trace._replace(header=make_header(tables, is_full=True, settings=settings)), tables
+
+
+def speed(trace, tables, **thresholds):
+    policy = make_policy("fixed", trace.header, **thresholds)
+    outcomes = list(Replay(trace, tables, policy, rewards=False))
+    return 1e6 * sum(1 + o.accepted for o in outcomes) / sum(o.time_us for o in outcomes)
+
+
+def test_finds_what_a_grid_finds(full):
+    trace, tables = full
+    calls = []
+    tuned = tune(trace, tables, evaluations=50, progress=lambda *counts: calls.append(counts))
+    assert calls[-1][0] <= 52 and calls[-1][1] == 52
+    assert tuned.evaluations <= 50
+    assert tuned.speeds["recorded"][1] == pytest.approx(speed(trace, tables))
+    found = speed(trace, tables, **tuned.thresholds._asdict())
+    assert tuned.speeds["tuned"][1] == pytest.approx(found)
+    prices = (0.25, 0.5, 1.0, 2.0, 4.0)
+    grid = [speed(trace, tables, c1=c1, c2=c2, c3=1.0, r=16) for c1 in prices for c2 in prices]
+    assert found >= 0.97 * max(grid)
+    assert found > 1.1 * tuned.speeds["recorded"][1]
+
+
+def test_is_deterministic(full):
+    trace, tables = full
+    first, second = (tune(trace, tables, evaluations=12, max_steps=50, seed=7) for _ in range(2))
+    assert first == second
+    assert json.loads(json.dumps(first.as_dict()))["thresholds"]["r"] == first.thresholds.r
+
+
+def test_regret(full):
+    trace, tables = full
+    tuned = tune(trace, tables, evaluations=8, max_steps=50)
+    for against in ("auto", "optimal"):
+        regret = 1 - tuned.speeds["tuned"][1] / tuned.speeds[against][1]
+        assert tuned.regret("tuned", against, 1) == pytest.approx(regret)
+    assert tuned.regret("tuned", "recorded", 1) <= 0.0
+
+
+def test_prints_what_to_set(full, capsys):
+    from rich.console import Console
+
+    trace, tables = full
+    tuned = tune(trace, tables, evaluations=4, max_steps=50)
+    print_tuned(tuned, Console())
+    out = capsys.readouterr().out
+    assert f"--cast-c1 {tuned.thresholds.c1:g} " in out and "--cast-policy fixed" in out
+    assert f"\nr = {tuned.thresholds.r}" in out
+
+
+def test_sampled_steps_are_stretches(full):
+    steps = full[0].steps * 10
+    sampled = sample_steps(steps, 200)
+    assert 150 < len(sampled) <= 200
+    assert sampled[0] is steps[0] and sampled[-1] is steps[-1]
+    assert sample_steps(steps[:40], 200) == steps[:40]
