@@ -1,6 +1,6 @@
 """Requests at the limits of context and memory: the server lives, answers are plain decoding's.
 
-CAST_TEST_ROUNDS=20 sends twenty times as many random requests, CAST_TEST_LIMITS=256:4096,1024:16384
+TEST_LIMITS_ROUNDS=20 sends twenty times as many random requests, TEST_LIMITS=256:4096,1024:16384
 at other context lengths and pool sizes.
 """
 
@@ -24,12 +24,12 @@ from tests.server.conftest import ServerFactory
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
-ROUNDS = int(os.environ.get("CAST_TEST_ROUNDS", "1"))
+ROUNDS = int(os.environ.get("TEST_LIMITS_ROUNDS", "1"))
 # Context length and pool size in tokens; a pool hardly larger than one request retracts and, with a
 # request that runs alone, has no room for drafts.
 LIMITS = [
     tuple(map(int, pair.split(":")))
-    for pair in os.environ.get("CAST_TEST_LIMITS", "512:16384,512:640").split(",")
+    for pair in os.environ.get("TEST_LIMITS", "512:16384,512:640").split(",")
 ]
 
 
