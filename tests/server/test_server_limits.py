@@ -104,8 +104,9 @@ def compare(served: Served, asks: list[Ask], workers: int) -> None:
         if wanted.abort_after is None:
             assert essence(answer) == essence(plain), case
         elif "error" not in answer:
-            tokens = answer["output_ids"]
-            assert tokens == plain.get("output_ids", [])[: len(tokens)], case
+            # SGLang does not cut off what the last step brought past the request's length.
+            tokens, expected_ids = answer["output_ids"], plain.get("output_ids", [])
+            assert tokens[: len(expected_ids)] == expected_ids[: len(tokens)], case
     served.cast.check()
     served.cast.flush_cache()
     assert loads(served.cast)["num_used_tokens"] == 0
