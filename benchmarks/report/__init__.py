@@ -1,1 +1,1 @@
-"""The report of a benchmark's results: page, README table, pictures and bounds."""
+"""The report of a benchmark's results: page, tables of the documents, pictures and bounds."""

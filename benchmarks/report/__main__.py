@@ -2,7 +2,7 @@
 
     python -m benchmarks.report RESULTS.json [MORE.json ...] --profile PROFILE.json \\
         --reliability reliability.json --out DIR
-    python -m benchmarks.report RESULTS.json --update-readme README.md
+    python -m benchmarks.report RESULTS.json --update-docs .
 
 The page holds its pictures itself and asks nothing of any other place; beside it lie the pictures
 as files and copies of the numbers. What was not given is left out, and the page says what makes it.
@@ -30,7 +30,7 @@ from benchmarks.report.page import (
     as_markdown,
     pictures_in,
 )
-from benchmarks.report.readme import update_readme
+from benchmarks.report.readme import update_docs
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
 
@@ -71,12 +71,12 @@ class Inputs(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or the README's table, or both; return the exit code."""
+    """Write the page, or the tables of the documents, or both; return the exit code."""
     args = parse_args(argv)
     try:
-        if args.update_readme:
-            update_readme(args.update_readme, args.results)
-            print(args.update_readme)
+        if args.update_docs:
+            update_docs(args.update_docs, args.results)
+            print(args.update_docs)
         if args.out:
             print(write_report(args))
     except (ReportError, ProfileError, OSError) as error:
@@ -105,14 +105,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="gets the page")
     parser.add_argument(
-        "--update-readme",
+        "--update-docs",
         type=Path,
-        metavar="README.md",
-        help="rewrite the table between its markers from the latest run of each file",
+        metavar="DIR",
+        help="rewrite the tables between the markers of DIR/README.md and DIR/docs/results.md from "
+        "the latest run of each file",
     )
     args = parser.parse_args(argv)
-    if not (args.out or args.update_readme):
-        parser.error("--out or --update-readme is needed")
+    if not (args.out or args.update_docs):
+        parser.error("--out or --update-docs is needed")
     return args
 
 

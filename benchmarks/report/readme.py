@@ -1,4 +1,4 @@
-"""The README's table of results, written from the files that it shows."""
+"""The tables of results in README.md and docs/results.md, written from the files they show."""
 
 import os
 import re
@@ -27,61 +27,98 @@ from benchmarks.report.page import Block, Grid, Paragraph, markdown_of
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COMMAND = "python -m benchmarks.report"
+OPTION = "--update-docs"
+README, RESULTS = Path("README.md"), Path("docs/results.md")
 LEGEND = (
     "Numbers behind EAGLE-3 are its steps, topk and verified tokens, those behind CAST `fixed` C1, "
     "C2 and C3."
 )
 DEFAULT_STATIC_ARM = "static:5-4-8"
+AUTO_ARM = "cast:auto"
+HINDSIGHT = "best fixed tree in hindsight"
 
 
-def update_readme(readme: Path, results: Sequence[Path]) -> None:
-    """Rewrite what stands between the markers.
+def update_docs(root: Path, results: Sequence[Path]) -> None:
+    """Rewrite what stands between the markers of README.md and docs/results.md.
+
+    Args:
+        root: folder of README.md.
 
     Raises:
-        ReportError: the README has not exactly one pair of markers, or a file holds no results.
+        ReportError: a document has not exactly one pair of markers, or a file holds no results.
+            Nothing is written then.
     """
-    text = readme.read_text()
-    before, _, after = _split(text, str(readme))
-    readme.write_text(before + readme_block(readme, results) + after)
+    texts = {}
+    for name, block in blocks_of(root, results).items():
+        before, _, after = _split((root / name).read_text(), str(root / name))
+        texts[root / name] = before + block + after
+    for path, text in texts.items():
+        path.write_text(text)
 
 
-def is_marked(text: str) -> bool:
-    """Say whether a README has the markers."""
-    return BEGIN in text and END in text
-
-
-def marked(text: str) -> str:
+def marked(document: Path) -> str:
     """Return what stands between the markers, with them.
 
     Raises:
         ReportError: there is not exactly one pair.
     """
-    return _split(text, "README")[1]
+    return _split(document.read_text(), str(document))[1]
 
 
-def results_shown(readme: Path) -> list[Path]:
-    """Return the files that the README's table was written from, by the command that it names.
+def results_shown(document: Path, root: Path) -> list[Path]:
+    """Return the files that a document's table was written from, by the command that it names.
 
     Raises:
         ReportError: the table names none.
     """
-    found = re.search(
-        rf"<!-- {re.escape(COMMAND)} (.*) --update-readme", marked(readme.read_text())
-    )
+    found = re.search(rf"<!-- {re.escape(COMMAND)} (.*) {OPTION}", marked(document))
     if found is None:
-        raise ReportError(f"{readme}: its table does not say how it was written")
-    return [readme.parent / word for word in shlex.split(found[1])]
+        raise ReportError(f"{document}: its table does not say how it was written")
+    return [root / word for word in shlex.split(found[1])]
 
 
-def readme_block(readme: Path, results: Sequence[Path]) -> str:
-    """Return the markers with the table between them: the latest run of each file."""
-    names = [Path(os.path.relpath(path, readme.resolve().parent)).as_posix() for path in results]
-    command = f"{COMMAND} {shlex.join(names)} --update-readme {readme.name}"
-    blocks: list[Block] = []
-    for path, name in zip(results, names, strict=True):
-        run = latest(load_runs(path))
-        blocks += [Paragraph(_origin(run, name)), *overview(run)]
-    return f"{BEGIN}\n<!-- {command} -->\n\n{markdown_of(blocks)}\n{END}"
+def blocks_of(root: Path, results: Sequence[Path]) -> dict[Path, str]:
+    """Return, for each document, the markers with what belongs between them.
+
+    docs/results.md shows the latest run of each file, README.md four rows of the first file.
+    """
+    runs = [latest(load_runs(path)) for path in results]
+    links = [_relative(path, (root / RESULTS).parent) for path in results]
+    full: list[Block] = []
+    for run, link in zip(runs, links, strict=True):
+        full += [Paragraph(_origin(run, link)), *overview(run)]
+    words = shlex.join(_relative(path, root) for path in results)
+    command = f"<!-- {COMMAND} {words} {OPTION} . -->"
+    return {
+        document: f"{BEGIN}\n{command}\n\n{markdown_of(blocks)}\n{END}"
+        for document, blocks in ((README, in_four_rows(runs[0])), (RESULTS, full))
+    }
+
+
+def in_four_rows(run: Run) -> list[Block]:
+    """Return the speeds of the run's first task: plain, two fixed trees and `auto`."""
+    task, temperature, rows = workloads(run.rows)[0]
+    lines = {
+        "plain decoding": [row for row in rows if is_plain(row)],
+        "EAGLE-3, 5-4-8": tables.rows_of(rows, DEFAULT_STATIC_ARM),
+        f"EAGLE-3, {HINDSIGHT}": _best_static(rows),
+        "**CAST, `auto`**": tables.rows_of(rows, AUTO_ARM),
+    }
+    sizes = [batch for batch, _ in tables.by_batch(rows)]
+    cells = {
+        name: {row["batch"]: _speed_and_ratio(row) for row in mine} for name, mine in lines.items()
+    }
+    grid = Grid(
+        ["tokens/s", *(f"batch {size}" for size in sizes)],
+        [[name, *(found.get(size, "") for size in sizes)] for name, found in cells.items()],
+    )
+    origin = run.provenance
+    how = (
+        f"{origin['device']}; {tables.workload_title(task, temperature)}; medians of "
+        f"{origin['repeats']} repeats, in brackets the speed-up over plain decoding; "
+        f"{origin['date'][:10]}, commit {origin['git_commit']}."
+    )
+    return [grid, Paragraph(how)]
 
 
 def overview(run: Run) -> list[Block]:
@@ -145,13 +182,26 @@ def _main_arms(rows: Sequence[Row]) -> list[str]:
 
 def _with_best(arms: Mapping[str, list[Row]], rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Add, after the static arm, the row of each batch size that is its best static arm."""
-    best = [row for row in rows if row["arm"] == row["best_static"]]
+    best = _best_static(rows)
     added: dict[str, list[Row]] = {}
     for arm, mine in arms.items():
         added[arm] = mine
         if kind_of(arm) == "static":
             added[BEST] = best
     return added
+
+
+def _best_static(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["arm"] == row["best_static"]]
+
+
+def _speed_and_ratio(row: Row) -> str:
+    speed = shown(row["tok_s_median"], digits=0 if row["tok_s_median"] >= 100 else 1)
+    return speed if is_plain(row) else f"{speed} ({shown(row['vs_plain'])}x)"
+
+
+def _relative(path: Path, start: Path) -> str:
+    return Path(os.path.relpath(path, start.resolve())).as_posix()
 
 
 def _origin(run: Run, name: str) -> str:

@@ -63,8 +63,13 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
-        from cast_sglang.serving.launch.arguments import check_flags, choose_attention_backend
+        from cast_sglang.serving.launch.arguments import (
+            check_device,
+            check_flags,
+            choose_attention_backend,
+        )
 
+        check_device()
         check_flags(namespace)
         choose_attention_backend(namespace)
     for key, value in given.items():

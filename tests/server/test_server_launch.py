@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks.harness.pairs import ROOT, Pair
-from benchmarks.harness.servers import CPU_PLATFORM, server_command
+from benchmarks.harness.servers import CPU_PLATFORM, device_kind, server_command
 from tests.support.profiles import write_profile
 
 # The limit includes the start of servers, which a busy machine stretches.
@@ -93,6 +93,7 @@ CASES = {
     "no draft": Case((DRAFT,), flags=("{no draft}",)),
 }
 GOOD = Case(())
+NO_DEVICE = Case(("no NVIDIA GPU", "SGLANG_PLATFORM=cast_cpu"), env={"SGLANG_PLATFORM": ""})
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +182,27 @@ def test_a_bad_launch_says_why(outcomes, directory, name):
 
 
 @pytest.mark.parametrize("name", ["missing profile", "threshold flag out of range", "pages"])
-def test_a_bad_server_ends_soon(launch, directory, name):
+def test_a_bad_server_ends_soon(launch, name):
     argv, env = launch(CASES[name])
+    assert_ends_soon(server_command(*argv), env, CASES[name].says)
+
+
+@pytest.mark.skipif(device_kind() == "cuda", reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ["sglang serve", "python -m sglang.launch_server"])
+def test_a_machine_without_a_gpu_is_told_of_the_cpu_platform(launch, command):
+    # In a process of its own: SGLang looks for its platform once, when it is imported.
+    argv, env = launch(NO_DEVICE)
+    start = server_command(*argv)
+    if command != "sglang serve":
+        start = [sys.executable, "-m", "sglang.launch_server", *argv]
+    assert_ends_soon(start, env, NO_DEVICE.says)
+
+
+def assert_ends_soon(command: list[str], env: Mapping[str, str], says: tuple[str, ...]) -> None:
+    """Start a server that cannot work; it ends with one clear line before it has done much."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     server = subprocess.Popen(
-        server_command(*argv),
+        command,
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -202,6 +219,6 @@ def test_a_bad_server_ends_soon(launch, directory, name):
         server.wait()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert server.returncode not in (0, None)
-    assert_one_clear_line(stderr, CASES[name].says)
+    assert_one_clear_line(stderr, says)
     used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     assert used < LAUNCH_CPU_SECONDS

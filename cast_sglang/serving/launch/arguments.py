@@ -14,6 +14,7 @@ import torch
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.profiles import FoundProfile, find_profile
+from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import HostError, MissingProfileError
 from cast_sglang.serving.launch.identity import host_identity, read_draft_config
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 __all__ = [
+    "check_device",
     "check_flags",
     "check_pair",
     "choose_attention_backend",
@@ -41,6 +43,11 @@ DEFAULT_NUM_DRAFT_TOKENS = 32
 TARGET_ATTENTION_BACKENDS = ("triton", "flashinfer", "cast_cpu")
 DRAFT_ATTENTION_BACKENDS = ("triton", "cast_cpu")
 GRAPH_ATTENTION_BACKEND = "triton"
+NO_DEVICE = "no NVIDIA GPU that torch can use, and no CPU platform"
+NO_DEVICE_FIX = (
+    f"to serve on the CPU, set SGLANG_PLATFORM={PLATFORM_NAME}; to serve on a GPU, check its "
+    "driver and install a CUDA build of torch"
+)
 # SGLang's own default under speculative decoding, for the same reserve.
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 
@@ -182,6 +189,20 @@ def set_envelope(server_args: ServerArgs) -> None:
             f"--speculative-num-draft-tokens {tokens}: a tree of {steps} steps and topk {topk} "
             f"has 2..{most} nodes, root included"
         )
+
+
+def check_device() -> None:
+    """Refuse a machine on which nothing can serve: SGLang would end with an error of its own.
+
+    Raises:
+        HostError: torch sees no NVIDIA GPU, and the CPU platform is not selected.
+    """
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_name == PLATFORM_NAME:
+        return
+    if not (torch.version.cuda and torch.cuda.is_available()):
+        raise HostError(f"{NO_DEVICE}; {NO_DEVICE_FIX}")
 
 
 def check_flags(args: argparse.Namespace | ServerArgs) -> None:

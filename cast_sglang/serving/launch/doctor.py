@@ -185,6 +185,7 @@ def _check_device() -> Check:
     from sglang.srt.platforms import current_platform
 
     from cast_sglang.cpu.names import PLATFORM_NAME
+    from cast_sglang.serving.launch.arguments import NO_DEVICE, NO_DEVICE_FIX
     from cast_sglang.serving.launch.identity import device_facts
 
     if current_platform.device_name == PLATFORM_NAME:
@@ -198,13 +199,7 @@ def _check_device() -> Check:
         memory = f"{facts['device_memory_bytes'] / 2**30:.0f} GiB"
         told = f"{facts['device_name']} ({memory}), {facts['device_count']} visible"
         return Check("device", OK, f"{told}, driver {facts['driver']}, {facts['runtime']}")
-    return Check(
-        "device",
-        FAIL,
-        "no NVIDIA GPU that torch can use, and no CPU platform",
-        f"to serve on the CPU, set SGLANG_PLATFORM={PLATFORM_NAME}; to serve on a GPU, check its "
-        "driver and install a CUDA build of torch",
-    )
+    return Check("device", FAIL, NO_DEVICE, NO_DEVICE_FIX)
 
 
 def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:

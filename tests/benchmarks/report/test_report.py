@@ -1,4 +1,4 @@
-"""The report: its numbers, its page in a browser, and the README's table."""
+"""The report: its numbers, its page in a browser, and the tables of the documents."""
 
 import json
 import re
@@ -28,10 +28,12 @@ from benchmarks.report.data import (
 from benchmarks.report.figures import styles_of
 from benchmarks.report.page import Grid, Heading, Paragraph, as_html, markdown_of
 from benchmarks.report.readme import (
-    is_marked,
+    README,
+    RESULTS,
+    blocks_of,
+    in_four_rows,
     marked,
     overview,
-    readme_block,
     results_shown,
 )
 from benchmarks.report.tables import headline, how_measured, in_short
@@ -306,27 +308,44 @@ def test_blocks_escape_what_they_hold():
     assert "`a\\|b`" in markdown_of(blocks)
 
 
-def test_a_readme_is_rewritten_between_its_markers(tmp_path, results):
-    readme = tmp_path / "README.md"
-    words = [str(results), "--update-readme", str(readme)]
-    readme.write_text("# Name\n")
-    assert report.main(words) == 1 and readme.read_text() == "# Name\n"
-    readme.write_text("# Name\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nrest\n")
+def test_the_readme_has_four_rows(results):
+    [grid, how] = in_four_rows(latest(load_runs(results)))
+    assert grid.headings == ["tokens/s", "batch 1", "batch 8"]
+    plain, default, best, auto = grid.rows
+    assert plain == ["plain decoding", "40.0", "320"]
+    assert default == ["EAGLE-3, 5-4-8", "56.0 (1.40x)", "448 (1.40x)"]
+    assert best[0].startswith("EAGLE-3, best") and best[1:] == ["60.0 (1.50x)", "480 (1.50x)"]
+    assert auto == ["**CAST, `auto`**", "72.0 (1.80x)", "576 (1.80x)"]
+    assert how.text.startswith("Device <1>; code, greedy; medians of 3 repeats")
+
+
+def test_the_documents_are_rewritten_between_their_markers(tmp_path, results):
+    documents = [tmp_path / README, tmp_path / RESULTS]
+    words = [str(results), "--update-docs", str(tmp_path)]
+    (tmp_path / "docs").mkdir()
+    old = "# Name\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nrest\n"
+    documents[0].write_text(old)
+    documents[1].write_text("# Name\n")
+    assert report.main(words) == 1 and documents[0].read_text() == old
+    documents[1].write_text(old)
     assert report.main(words) == 0
-    text = readme.read_text()
-    assert text.startswith("# Name\n\n<!-- results:begin -->\n") and text.endswith("\n\nrest\n")
-    assert "old" not in text and "[All numbers and their command](bench/results.json)" in text
-    assert results_shown(readme) == [results]
-    assert report.main(words) == 0 and readme.read_text() == text
+    texts = [document.read_text() for document in documents]
+    for document, text in zip(documents, texts, strict=True):
+        assert text.startswith("# Name\n\n<!-- results:begin -->\n")
+        assert text.endswith("\n\nrest\n") and "old" not in text
+        assert "bench/results.json --update-docs . -->" in text
+        assert results_shown(document, tmp_path) == [results]
+    assert "CAST, `auto`" in texts[0] and "accept length" not in texts[0]
+    assert "[All numbers and their command](../bench/results.json)" in texts[1]
+    assert report.main(words) == 0
+    assert texts == [document.read_text() for document in documents]
 
 
-def test_the_readme_shows_what_was_measured():
-    readme = ROOT / "README.md"
-    if not is_marked(readme.read_text()):
-        pytest.skip("the README has no results markers")
-    results = results_shown(readme)
-    assert marked(readme.read_text()) == readme_block(readme, results), (
-        "python -m benchmarks.report RESULTS.json --update-readme README.md"
+@pytest.mark.parametrize("name", [README, RESULTS], ids=str)
+def test_the_documents_show_what_was_measured(name):
+    results = results_shown(ROOT / name, ROOT)
+    assert marked(ROOT / name) == blocks_of(ROOT, results)[name], (
+        "python -m benchmarks.report RESULTS.json --update-docs ."
     )
 
 
