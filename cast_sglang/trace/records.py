@@ -62,6 +62,9 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     is_full: bool  # every step grew and verified the whole envelope
     has_tokens: bool
     date: str
+    # Sizes that have a captured graph, by captured batch size; None where passes run without.
+    verify_graphs: dict[int, list[int]] | None = None
+    width_graphs: dict[int, list[int]] | None = None
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):
@@ -115,6 +118,10 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     policy_us: float = 0.0
     price: float | None = None
     answer_tokens: float | None = None  # of the answers that had ended, in the mean
+    expected_us: float | None = None  # by the corrected tables, catching up included
+    is_timed: bool = True  # its passes were timed, so that another size could be tried
+    max_layers: int | None = None  # room that the requests left; None for the envelope
+    max_rows: int | None = None
     passes: list[TracedPass] = []  # that became known during the step
 
     @property
