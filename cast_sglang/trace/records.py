@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from cast_sglang.costs.schema import CostTables, HostIdentity, Provenance
+from cast_sglang.tree import first_child_of
 
 __all__ = [
     "TRACE_VERSION",
@@ -28,7 +29,6 @@ __all__ = [
     "TracedRequest",
     "TracedStep",
     "packed",
-    "parents_of",
     "tables_digest",
     "unpacked",
 ]
@@ -157,15 +157,6 @@ def unpacked(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype)
 
 
-def parents_of(expanded: np.ndarray, topk: int) -> np.ndarray:
-    """Return [M] int64, the parent of each candidate; -1 for the root.
-
-    Args:
-        expanded: [E] int, candidates in the order in which they were expanded.
-    """
-    return np.repeat(np.concatenate(([-1], expanded)), topk)
-
-
 def tables_digest(tables: CostTables) -> str:
     """Return what tells the tables of one profile from those of another."""
     names = ("target", "draft", "draft_extend", "plain", "step_overhead_us")
@@ -190,7 +181,9 @@ class Continuation:
         self.is_open = False  # it ended before it left the tree
         self._tokens = tokens
         self._topk = topk
-        self._first_child = {int(node): topk * (1 + i) for i, node in enumerate(expanded)}
+        self._first_child = {
+            int(node): first_child_of(1 + i, topk) for i, node in enumerate(expanded)
+        }
 
     def go_on(self, tokens: list[int]) -> None:
         """Follow the next tokens of the text."""

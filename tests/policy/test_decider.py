@@ -1,12 +1,10 @@
 """What surrounds a policy in a step: catching up, graph sizes, room, and other sizes tried."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
-
 from cast_sglang.costs.graph_sizes import GraphSizes
+
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
 from tests.support.policies import costs
@@ -94,7 +92,10 @@ def scores(nodes: int, batch: int = 2) -> torch.Tensor:
 
 def grown(made: Decider) -> list[int]:
     """Return the widths of a whole tree."""
-    return list(itertools.takewhile(lambda w: w is not None, iter(lambda: made.width(scores(TOPK)), 0)))
+    widths = []
+    while (width := made.width(scores(TOPK))) is not None:
+        widths.append(width)
+    return widths
 
 
 def test_a_step_is_decided_by_the_policy():

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cast_sglang.trace.records import Continuation, packed, parents_of, unpacked
+from cast_sglang.trace.records import Continuation, packed, unpacked
+from cast_sglang.tree import parents_of
 
 
 def test_arrays_are_exact():

@@ -7,10 +7,11 @@ import pytest
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
 from cast_sglang.trace.candidates import recorded_reward
-from cast_sglang.trace.records import packed, parents_of, unpacked
+from cast_sglang.trace.records import packed, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
 from cast_sglang.trace.session import open_session
 from cast_sglang.trace.summary import compare
+from cast_sglang.tree import parents_of
 from tests.support.simulator import LAYERS, TOKENS, TOPK
 from tests.support.traces import Recorder, default_policy, make_header, make_tables, write
 
