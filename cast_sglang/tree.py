@@ -5,9 +5,9 @@ layer, M candidates in all, N `num_draft_tokens` (nodes verified, root included)
 
 A *candidate* is a token that the draft model proposed. Candidates are numbered in the order in
 which they were proposed: the K children of the root, then K children for each kept node, layer by
-layer. This is the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection into
-a mask. `proposer_of` and the functions beside it are all that knows it; the compiled loops and
-kernels of `ops`, which cannot call them, are compared with the reference, which does.
+layer. This is the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection
+into a mask. `proposer_of` and the functions beside it are all that knows it; the compiled loops and
+kernels of `ops` cannot call them and are compared with the reference, which does.
 
 The tree holds tensors and chooses nothing: `policy` chooses, and `ops` holds the formulas, in
 plain torch and in one kernel each.

@@ -182,7 +182,8 @@ class Continuation:
         self._tokens = tokens
         self._topk = topk
         self._first_child = {
-            int(node): first_child_of(1 + i, topk) for i, node in enumerate(expanded)
+            node: first_child_of(proposer, topk)
+            for proposer, node in enumerate(expanded.tolist(), start=1)
         }
 
     def go_on(self, tokens: list[int]) -> None:
