@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cast_sglang.config import CastConfig
@@ -11,50 +12,41 @@ from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
 from cast_sglang.policy.full_width import FullWidthPolicy
 
-__all__ = ["POLICY_NAMES", "Thresholds", "build_policy"]
-
-# Those of `CastConfig`, and one that is for replay alone.
-POLICY_NAMES = ("auto", "fixed", "eagle", "full-width")
+__all__ = ["POLICY_NAMES", "PolicySettings", "build_policy"]
 
 
-class Thresholds(NamedTuple):
-    """Prices and memory of policy `fixed`."""
+class PolicySettings(NamedTuple):
+    """What a policy may be made from."""
 
-    c1: float = CastConfig.c1
+    verify_sizes: tuple[int, ...]  # ascending sizes that verify may have, root included
+    max_layers: int  # D, layers a tree may grow to
+    max_verify_rows: int  # N, the most rows verified per request, root included
+    extends_by_accepted: bool  # draft extend runs the accepted rows, not as many as layers
+    c1: float = CastConfig.c1  # these four of `fixed`
     c2: float = CastConfig.c2
     c3: float = CastConfig.c3
     r: int = CastConfig.r
 
 
-def build_policy(
-    name: str,
-    *,
-    verify_sizes: tuple[int, ...],
-    max_layers: int,
-    max_verify_rows: int,
-    extends_by_accepted: bool,
-    thresholds: Thresholds | None = None,
-) -> TreePolicy:
+_BUILDERS: dict[str, Callable[[PolicySettings], TreePolicy]] = {
+    "auto": lambda s: AutoPolicy(s.verify_sizes, s.max_layers, s.extends_by_accepted),
+    "fixed": lambda s: FixedPolicy(s.c1, s.c2, s.c3, s.r, s.verify_sizes),
+    "eagle": lambda s: EaglePolicy(s.max_verify_rows),
+    # For replay alone: `CastConfig` does not know it.
+    "full-width": lambda s: FullWidthPolicy(s.verify_sizes, s.max_layers, s.extends_by_accepted),
+}
+POLICY_NAMES = tuple(_BUILDERS)
+
+
+def build_policy(name: str, settings: PolicySettings) -> TreePolicy:
     """Build a policy.
 
     Args:
-        verify_sizes: ascending sizes that verify may have, root included.
-        max_layers: D, layers a tree may grow to.
-        max_verify_rows: N, the most rows verified per request, root included.
-        extends_by_accepted: draft extend runs the accepted rows of each request, not as many as
-            the tree is deep.
-        thresholds: of `fixed`; None for the defaults.
+        name: one of `POLICY_NAMES`.
 
     Raises:
         ConfigError: there is no such policy.
     """
-    if name == "eagle":
-        return EaglePolicy(max_verify_rows)
-    if name == "fixed":
-        values = thresholds or Thresholds()
-        return FixedPolicy(values.c1, values.c2, values.c3, values.r, verify_sizes)
-    if name == "auto":
-        return AutoPolicy(verify_sizes, max_layers, extends_by_accepted)
-    if name == "full-width":
-        return FullWidthPolicy(verify_sizes, max_layers, extends_by_accepted)
-    raise ConfigError(f"policy {name}: expected {' | '.join(POLICY_NAMES)}")
+    if name not in _BUILDERS:
+        raise ConfigError(f"policy {name}: expected {' | '.join(POLICY_NAMES)}")
+    return _BUILDERS[name](settings)

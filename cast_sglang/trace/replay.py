@@ -29,7 +29,7 @@ from cast_sglang.errors import TraceError
 from cast_sglang.ops import reference
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.build import Thresholds, build_policy
+from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, Plan, StepFacts
 from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
@@ -71,16 +71,19 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
     Raises:
         ConfigError: there is no such policy.
     """
-    values = {key: header.settings[key] for key in Thresholds._fields} | thresholds
-    c1, c2, c3, r = (float(values[key]) for key in Thresholds._fields)  # type: ignore[arg-type]
-    return build_policy(
-        name,
+    values = {key: header.settings[key] for key in ("c1", "c2", "c3", "r")} | thresholds
+    c1, c2, c3, r = (float(values[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
+    settings = PolicySettings(
         verify_sizes=tuple(header.verify_sizes),
         max_layers=header.num_steps,
         max_verify_rows=header.num_draft_tokens,
         extends_by_accepted=header.is_ragged,
-        thresholds=Thresholds(c1, c2, c3, int(r)),
+        c1=c1,
+        c2=c2,
+        c3=c3,
+        r=int(r),
     )
+    return build_policy(name, settings)
 
 
 class Replay:
