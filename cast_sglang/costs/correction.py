@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 from cast_sglang.costs.plain_ratio import WholeSteps
@@ -70,15 +70,14 @@ class Residuals:
     table.
 
     Args:
-        max_batch_size: largest number of requests in a step.
-        max_tokens: largest number of rows or nodes per request in any pass.
+        limits: the largest batch and the most rows or nodes per request in any pass.
         table_error: relative error of the table's times, in [0, 1).
     """
 
-    def __init__(self, max_batch_size: int, max_tokens: int, table_error: float = 0.0) -> None:
+    def __init__(self, limits: Limits, table_error: float = 0.0) -> None:
         self._table_error = table_error
-        self._batch_edges = _edges(max_batch_size, halves=False)
-        self._token_edges = _edges(max_tokens, halves=True)
+        self._batch_edges = _edges(limits.max_batch_size, halves=False)
+        self._token_edges = _edges(limits.max_verify_rows, halves=True)
         shape = (len(PASSES), len(self._batch_edges), len(self._token_edges))
         self._shape = shape
         self.version = 0  # changes with the scales

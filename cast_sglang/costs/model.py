@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cast_sglang.config import LOOKUPS
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
@@ -126,46 +126,35 @@ class CostModel:
     def __init__(
         self,
         tables: CostTables,
+        limits: Limits,
         *,
-        max_batch_size: int,
-        max_context: int,
-        max_verify_tokens: int,
-        max_width: int,
-        max_extend_rows: int | None = None,
         lookup: str = "linear",
         warns: bool = True,
     ) -> None:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
-            max_batch_size: largest number of requests in a step.
-            max_context: longest context in tokens.
-            max_verify_tokens: N, largest number of verified rows per request, root included.
-            max_width: K, largest number of nodes per request in one draft layer.
-            max_extend_rows: E, largest number of rows per request in draft extend; None for N.
+            limits: the shapes for which costs can be asked; N is its `max_verify_rows`, K its
+                `max_width`, E its `extend_rows`.
             lookup: "linear" or "nearest".
             warns: log that the profile does not cover the limits.
 
         Raises:
-            ValueError: a limit is below 1 or `lookup` is unknown.
+            ValueError: `lookup` is unknown.
         """
-        max_extend_rows = max_verify_tokens if max_extend_rows is None else max_extend_rows
-        limits = (max_batch_size, max_context, max_verify_tokens, max_width, max_extend_rows)
-        if min(limits) < 1:
-            raise ValueError("every limit of a CostModel must be at least 1")
         if lookup not in LOOKUPS:
             raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
         nearest = lookup == "nearest"
-        self._verify = _Surface(tables.target, max_verify_tokens, nearest)
-        self._draft = _Surface(tables.draft, max_width, nearest)
-        self._draft_extend = _Surface(tables.draft_extend, max_extend_rows, nearest)
+        self._verify = _Surface(tables.target, limits.max_verify_rows, nearest)
+        self._draft = _Surface(tables.draft, limits.max_width, nearest)
+        self._draft_extend = _Surface(tables.draft_extend, limits.extend_rows, nearest)
         self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = limits.max_batch_size
         self._cache: dict[tuple[int, int], StepCosts] = {}
-        self.extrapolated = _exceeded(tables, *limits)
+        self.extrapolated = exceeded(tables, limits)
         if self.extrapolated and warns:
             logger.warning(
                 "Cost profile does not cover this server; extrapolating %s",
@@ -280,28 +269,3 @@ def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, flo
 def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
     step = high - low
     return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)
-
-
-def _exceeded(
-    tables: CostTables,
-    batch_size: int,
-    context: int,
-    verify_tokens: int,
-    width: int,
-    extend_rows: int,
-) -> frozenset[str]:
-    limits = [
-        ("target", tables.target, verify_tokens),
-        ("draft", tables.draft, width),
-        ("draft_extend", tables.draft_extend, extend_rows),
-    ]
-    return frozenset(
-        f"{name}.{axis}"
-        for name, table, num_counts in limits
-        for axis, limit in (
-            ("batch_sizes", batch_size),
-            ("contexts", context),
-            ("token_counts", num_counts),
-        )
-        if limit > getattr(table, axis)[-1]
-    )

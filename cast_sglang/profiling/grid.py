@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, longest_context
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.profiling.journal import Point
 
 __all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
@@ -38,8 +38,8 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
     Contexts are powers of four from 128 up (of 64 if `quick`), since attention is linear in them;
     the longest one leaves room for the verified rows.
     """
-    longest = longest_context(limits.max_context, limits.max_verify_rows)
-    extend_rows = min(limits.max_extend_rows or limits.max_verify_rows, limits.max_verify_rows)
+    longest = limits.longest_context
+    extend_rows = min(limits.extend_rows, limits.max_verify_rows)
     axis = _powers_of_four if quick else _half_octaves
     return Grid(
         batch_sizes=axis(limits.max_batch_size),

@@ -96,7 +96,7 @@ def run_profile(
     grid = grid or default_grid(limits)
     settings = {
         "host": host,
-        "limits": limits._asdict(),
+        "limits": dataclasses.asdict(limits),
         "grid": grid._asdict(),
         "sampling": dataclasses.asdict(sampling),
     }
@@ -341,14 +341,7 @@ class _Run:
         measured = [point for point in sorted(self._heldout) if self._sampler.has(point)]
         if not measured:
             return None
-        model = CostModel(
-            tables,
-            max_batch_size=tables.target.batch_sizes[-1],
-            max_context=tables.target.contexts[-1],
-            max_verify_tokens=tables.target.token_counts[-1],
-            max_width=tables.draft.token_counts[-1],
-            max_extend_rows=tables.draft_extend.token_counts[-1],
-        )
+        model = CostModel(tables, Limits.of_tables(tables))
         errors = []
         for point in measured:
             costs = model.step_costs(point.batch_size, point.context)

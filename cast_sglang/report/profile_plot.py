@@ -1,5 +1,6 @@
 """Draw cost profiles: what each pass takes, as measured and as the cost model reads it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cast_sglang.config import CastConfig
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
@@ -133,15 +135,13 @@ def _scene(profiles: Sequence[CostProfile]) -> _Scene:
 
 
 def _model(profile: CostProfile) -> CostModel:
-    return CostModel(
-        profile,
-        max_batch_size=profile.target.batch_sizes[-1],
-        max_context=_beyond(profile.target.contexts),
-        max_verify_tokens=_beyond(profile.target.token_counts),
+    limits = dataclasses.replace(
+        Limits.of_tables(profile),
+        max_verify_rows=_beyond(profile.target.token_counts),
         max_width=_beyond(profile.draft.token_counts),
         max_extend_rows=_beyond(profile.draft_extend.token_counts),
-        warns=False,  # what lies beyond is asked for on purpose
     )
+    return CostModel(profile, limits, warns=False)  # what lies beyond is asked for on purpose
 
 
 def _shared(grids: Sequence[list[int]]) -> list[int]:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.schema import CostProfile, CostTable
 
 __all__ = ["print_comparison", "print_profile"]
@@ -44,10 +46,11 @@ def print_comparison(first: CostProfile, second: CostProfile, console: Console) 
     _print_provenance(first, console)
     console.print("[bold]second[/bold]")
     _print_provenance(second, console)
+    model = CostModel(second, Limits.of_tables(first))
     for name, (title, unit) in TABLE_TITLES.items():
         table = getattr(first, name)
         if table is not None and getattr(second, name) is not None:
-            ratios = _ratios(name, table, second)
+            ratios = _ratios(name, table, model)
             heading = f"{title}, second / first by {unit} per request"
             _print_grid(console, heading, table, ratios, "{:.2f}")
 
@@ -84,17 +87,8 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
 
 def _print_summary(profile: CostProfile, console: Console) -> None:
     """Print the unit of costs for each batch size, and the costs of larger passes in it."""
-    from cast_sglang.costs.model import CostModel
-
     target, draft = profile.target, profile.draft
-    model = CostModel(
-        profile,
-        max_batch_size=target.batch_sizes[-1],
-        max_context=target.contexts[-1],
-        max_verify_tokens=target.token_counts[-1],
-        max_width=draft.token_counts[-1],
-        max_extend_rows=1,
-    )
+    model = CostModel(profile, Limits.of_tables(profile))
     context = target.contexts[len(target.contexts) // 2]
     rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
     widths = sorted({1, draft.token_counts[-1]})
@@ -132,24 +126,13 @@ def _print_grid(
     console.print(grid)
 
 
-def _ratios(name: str, table: CostTable, second: CostProfile) -> np.ndarray:
+def _ratios(name: str, table: CostTable, second: CostModel) -> np.ndarray:
     """Return the second profile's times over those of `table`, at the grid of `table`."""
-    from cast_sglang.costs.model import CostModel
-
-    num_tokens = table.token_counts[-1]
-    model = CostModel(
-        second,
-        max_batch_size=table.batch_sizes[-1],
-        max_context=table.contexts[-1],
-        max_verify_tokens=num_tokens if name == "target" else 1,
-        max_width=num_tokens if name == "draft" else 1,
-        max_extend_rows=num_tokens if name == "draft_extend" else 1,
-    )
     times_us = np.asarray(table.time_us)
     ratios = np.empty_like(times_us)
     for b, batch_size in enumerate(table.batch_sizes):
         for c, context in enumerate(table.contexts):
-            costs = model.step_costs(batch_size, context)
+            costs = second.step_costs(batch_size, context)
             field = "verify" if name == "target" else name
             relative = np.atleast_1d(np.asarray(getattr(costs, field)))
             indexes = np.asarray(table.token_counts) - 1

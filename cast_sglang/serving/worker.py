@@ -22,7 +22,7 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.costs.limits import longest_context
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
 from cast_sglang.costs.profiles import FoundProfile, profile_command
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
@@ -145,19 +145,15 @@ class CastWorker(EAGLEWorkerV2):
     def use_profile(self, found: FoundProfile) -> None:
         """Decide by this profile's tables from the next step on."""
         self.profile = found
-        self.cost_model = CostModel(
-            found.profile,
+        limits = Limits(
             max_batch_size=get_schedule().max_running_requests,
-            max_context=longest_context(
-                self.target_worker.model_runner.model_config.context_len, self.max_draft_tokens
-            ),
-            max_verify_tokens=self.max_draft_tokens,
+            max_context=self.target_worker.model_runner.model_config.context_len,
+            max_verify_rows=self.max_draft_tokens,
             max_width=self.topk,
             max_extend_rows=self.max_extend_rows,
-            lookup=self.config.lookup,
         )
-        largest = get_schedule().max_running_requests, self.max_draft_tokens
-        residuals = Residuals(*largest, found.profile.table_error)
+        self.cost_model = CostModel(found.profile, limits, lookup=self.config.lookup)
+        residuals = Residuals(limits, found.profile.table_error)
         self.costs = CorrectedCosts(self.cost_model, residuals)
         explores = self.config.policy != "eagle" and not self.config.trace_full
         if self.config.residuals == "on" and explores:

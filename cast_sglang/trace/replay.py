@@ -20,6 +20,7 @@ import torch
 
 from cast_sglang.config import LOOKUPS, POLICIES
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import (
     CostModel,
     StepCosts,
@@ -129,19 +130,22 @@ class Replay:
         self._is_same = tables_digest(tables) == header.tables
         self._sizes = tuple(header.verify_sizes)
         batch_size = max((step.batch_size for step in trace.steps), default=1)
-        self._model = CostModel(
-            tables,
+        limits = Limits(
             max_batch_size=max(batch_size, header.max_batch_size),
-            max_context=header.max_context,
-            max_verify_tokens=header.num_draft_tokens,
+            # The header's is that before a pass.
+            max_context=header.max_context + header.num_draft_tokens,
+            max_verify_rows=header.num_draft_tokens,
             max_width=header.topk,
             max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
+        )
+        self._model = CostModel(
+            tables,
+            limits,
             lookup=lookup or str(header.settings.get("lookup", LOOKUPS[0])),
             warns=False,
         )
         self.extrapolated = self._model.extrapolated
-        largest = header.max_batch_size, header.num_draft_tokens
-        self._residuals = Residuals(*largest, tables.table_error)
+        self._residuals = Residuals(limits, tables.table_error)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
         # A server that corrects its tables also tries other sizes now and then.
         self._explores = (

@@ -1,5 +1,6 @@
 """The profiler against a fake device whose true costs are known."""
 
+import dataclasses
 import json
 import math
 import random
@@ -196,7 +197,7 @@ def test_precision_is_a_confidence_interval():
 
 
 def test_shapes_that_do_not_fit_are_filled_but_never_run():
-    limits = LIMITS._replace(max_tokens=2500)  # the fake asserts that this is kept
+    limits = dataclasses.replace(LIMITS, max_tokens=2500)  # the fake asserts that this is kept
     tables = run_profile(StaircaseMeter(limits=limits)).tables
     samples = np.asarray(tables.target.samples)
     assert tables.target.batch_sizes == [1, 2, 3, 4]
@@ -207,7 +208,7 @@ def test_shapes_that_do_not_fit_are_filled_but_never_run():
 
 def test_no_batch_fits():
     with pytest.raises(ProfileError, match="fits"):
-        run_profile(StaircaseMeter(limits=LIMITS._replace(max_tokens=10)))
+        run_profile(StaircaseMeter(limits=dataclasses.replace(LIMITS, max_tokens=10)))
 
 
 # Kill and resume
@@ -353,9 +354,7 @@ def test_write_profile_saves_provenance_and_drops_the_journal(tmp_path):
     assert profile.provenance.device_name == make_identity().device_name
     facts = summarize(measured, output)
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
-    CostModel(
-        profile, max_batch_size=4, max_context=960, max_verify_tokens=24, max_width=8
-    ).step_costs(3, 500)
+    CostModel(profile, LIMITS).step_costs(3, 500)
 
 
 def test_progress_goes_to_stderr_only(capsys):

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import torch
 
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, plain_extra, step_units
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.ops import reference
@@ -99,14 +100,7 @@ class Recorder:
         self.policy, self.profile = policy, profile
         self.text = Text(batch_size, seed, ease=0.5)
         self.rng = np.random.default_rng(seed + 1)
-        self.model = CostModel(
-            profile,
-            max_batch_size=8,
-            max_context=1024,
-            max_verify_tokens=TOKENS,
-            max_width=TOPK,
-            max_extend_rows=LAYERS + 1,
-        )
+        self.model = CostModel(profile, Limits(8, 1024 + TOKENS, TOKENS, TOPK, None, LAYERS + 1))
 
     def run(self, steps: int) -> Trace:
         made = [self._step(number) for number in range(1, steps + 1)]

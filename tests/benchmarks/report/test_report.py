@@ -35,6 +35,7 @@ from benchmarks.report.readme import (
     results_shown,
 )
 from benchmarks.report.tables import headline, how_measured, in_short
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import save_profile
 from tests.support.builders import make_profile
@@ -247,9 +248,8 @@ def test_the_bound_of_a_fixed_tree_is_that_of_its_passes(results):
     bounds = Bounds([NamedProfile("profile.json", profile)], prompt_tokens=1.0)
     row = next(row for row in run.rows if row["arm"] == "static:3-1-4" and row["batch"] == 1)
     # A chain: 2 draft passes after the one that draft extend brings, all at the first context.
-    model = CostModel(
-        profile, max_batch_size=1, max_context=64, max_verify_tokens=4, max_width=1, warns=False
-    )
+    limits = Limits(max_batch_size=1, max_context=64, max_verify_rows=4, max_width=1)
+    model = CostModel(profile, limits, warns=False)
     costs = model.step_costs(1, 64)
     accepted = row["accept_length"]
     assert accepted == 4
