@@ -39,7 +39,7 @@ PRICES = "2-2-1.5"
 RS = (1, 4, 64)
 LEARNING = ("calibration=off", "joint_budget=on", "residuals=off")
 DERIVED = "one-context.json"
-TABLES = ("target", "draft", "draft_extend", "plain")
+TABLES = ("target", "draft", "draft_extend")
 CELLS = ("time_us", "spread_us", "samples")
 
 
@@ -136,7 +136,7 @@ def context(args: argparse.Namespace) -> list[str]:
 def one_context(profile: CostProfile) -> CostProfile:
     """Keep the shortest context of each table only."""
     tables = {name: getattr(profile, name) for name in TABLES}
-    kept = {name: _shortest(table) for name, table in tables.items() if table is not None}
+    kept = {name: _shortest(table) for name, table in tables.items()}
     return msgspec.structs.replace(profile, **kept)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from benchmarks.harness.arms import static_shape
 from benchmarks.report.data import Row, Run, cell_of
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
-from cast_sglang.costs.model import CostModel, plain_cost, step_units
+from cast_sglang.costs.model import CostModel, plain_units, step_units
 from cast_sglang.costs.schema import CostProfile
 
 # The model continues the tables for batches and contexts that they do not reach.
@@ -120,4 +120,4 @@ def _step_us(
 
 def _plain_us(model: CostModel, batch: int, context: int) -> float:
     costs = model.step_costs(batch, context)
-    return (plain_cost(costs) + costs.overhead) * costs.unit_us
+    return plain_units(costs) * costs.unit_us

@@ -301,7 +301,6 @@ class CorrectedCosts:
             draft=draft / np.float32(unit),
             draft_extend=draft_extend / np.float32(unit),
             unit_us=raw.unit_us * unit,
-            plain=raw.plain,
             overhead=overhead,
             plain_overhead=plain - 1.0,
         )

@@ -21,8 +21,7 @@ __all__ = [
     "StepCosts",
     "cost_of",
     "extend_units",
-    "plain_cost",
-    "plain_extra",
+    "plain_units",
     "step_units",
 ]
 
@@ -47,7 +46,6 @@ class StepCosts(NamedTuple):
     draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
     draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
-    plain: float  # one plain decoding step; nan if the profile has none
     overhead: float  # host time of a step that no pass covers; 0 if the profile has none
     plain_overhead: float  # the same of a step that verifies the root alone
 
@@ -62,15 +60,6 @@ def cost_of(costs: np.ndarray, count: float) -> float:
     whole = int(count)
     cost = float(costs[whole - 1])
     return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
-
-
-def plain_cost(costs: Any) -> float:
-    """Return the cost of a plain step; that of verifying one row where it was not measured.
-
-    Args:
-        costs: `StepCosts`, or a policy's view of them.
-    """
-    return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
 
 
 def step_units(
@@ -91,9 +80,9 @@ def step_units(
     return time
 
 
-def plain_extra(costs: Any) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return costs.plain_overhead + float(costs.verify[0]) - plain_cost(costs)
+def plain_units(costs: Any) -> float:
+    """Return the time of a plain step, which verifies the root alone, in units."""
+    return float(costs.verify[0]) + costs.plain_overhead
 
 
 def extend_units(costs: Any, num_rows: int) -> float:
@@ -148,7 +137,6 @@ class CostModel:
         self._verify = _Surface(tables.target, limits.max_verify_rows, nearest)
         self._draft = _Surface(tables.draft, limits.max_width, nearest)
         self._draft_extend = _Surface(tables.draft_extend, limits.extend_rows, nearest)
-        self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
@@ -200,14 +188,12 @@ class CostModel:
                 self._draft_extend.at(batch_size, context),
             )
         )
-        plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
         overhead = self._overhead(batch_size) / unit_us
         return StepCosts(
             verify=verify,
             draft=draft,
             draft_extend=draft_extend,
             unit_us=unit_us,
-            plain=float(plain_us) / unit_us,
             overhead=overhead,
             plain_overhead=overhead,
         )

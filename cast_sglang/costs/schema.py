@@ -103,7 +103,7 @@ class CostTables(_Record, frozen=True, kw_only=True):
     target: CostTable
     draft: CostTable
     draft_extend: CostTable
-    plain: CostTable | None = None
+    plain: CostTable | None = None  # in profiles of earlier releases; nothing reads it
     step_overhead_us: list[float] | None = None
 
     @property
@@ -137,8 +137,6 @@ def validate_profile(profile: CostProfile) -> None:
             _validate_table(name, table, profile.provenance.estimated)
     if profile.target.token_counts[0] != 1:
         raise ProfileError("target.token_counts must start at 1, the unit of all costs")
-    if profile.plain is not None and profile.plain.token_counts != [1]:
-        raise ProfileError("plain.token_counts must be [1]")
     overhead = profile.step_overhead_us
     if overhead is not None:
         if len(overhead) != len(profile.target.batch_sizes):

@@ -20,7 +20,7 @@ __all__ = ["Journal", "Point", "Visit", "journal_path"]
 class Point(NamedTuple):
     """One forward pass that can be measured."""
 
-    operation: str  # verify | draft | draft_extend | plain | step_overhead
+    operation: str  # verify | draft | draft_extend | step_overhead
     batch_size: int
     context: int
     num_tokens: int  # rows or nodes per request

@@ -76,7 +76,6 @@ def estimate_tables(
         target=table(target, grid.verify_rows),
         draft=table(draft, grid.draft_widths),
         draft_extend=table(draft, grid.extend_rows),
-        plain=table(target, (1,)),
     )
 
 

@@ -187,7 +187,6 @@ class _Run:
             "verify": grid.verify_rows,
             "draft": grid.draft_widths,
             "draft_extend": grid.extend_rows,
-            "plain": (1,),
         }
         self._axes = {
             operation: Axes(list(batch_sizes), list(grid.contexts), list(values))
@@ -197,8 +196,8 @@ class _Run:
 
     def measure(self) -> Measured:
         sampler = self._sampler
-        optional = [name for name in ("plain", "step_overhead") if self._supports(name)]
-        coarse = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        overhead = ("step_overhead",) if self._supports("step_overhead") else ()
+        coarse = [p for operation in (*TABLES, *overhead) for p in self._points(operation)]
         # The held-out points take part in every round: measured at another time than the tables,
         # they would show the drift of the machine as well.
         heldout = sorted(self._heldout)
@@ -211,7 +210,7 @@ class _Run:
         # One visit does not tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)
         self._refine()
-        points = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        points = [p for operation in (*TABLES, *overhead) for p in self._points(operation)]
         # An error is known no better than the point it is measured at, hence more visits there.
         sampler.visit_until_precise("precision", points, share=1.0, always=heldout)
 
@@ -362,7 +361,6 @@ class _Run:
         return tabulate(self._sampler, operation, self._axes[operation], self._heldout)
 
     def _tables(self) -> CostTables:
-        plain = self._tabulate("plain") if self._supports("plain") else None
         overhead = None
         if self._supports("step_overhead"):
             points = self._points("step_overhead")
@@ -371,6 +369,5 @@ class _Run:
             target=self._tabulate("verify"),
             draft=self._tabulate("draft"),
             draft_extend=self._tabulate("draft_extend"),
-            plain=plain,
             step_overhead_us=overhead,
         )

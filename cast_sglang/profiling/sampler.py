@@ -62,7 +62,6 @@ class Sampler:
             "verify": lambda point: meter.verify(*point[1:]),
             "draft": lambda point: meter.draft(*point[1:]),
             "draft_extend": lambda point: meter.draft_extend(*point[1:]),
-            "plain": lambda point: meter.plain(point.batch_size, point.context),
             "step_overhead": lambda point: meter.step_overhead(point.batch_size),
         }
         self._references = references

@@ -19,7 +19,6 @@ TABLE_TITLES = {
     "target": ("target: one verify pass", "rows"),
     "draft": ("draft: one layer", "nodes"),
     "draft_extend": ("draft: extend pass", "rows"),
-    "plain": ("target: plain decoding step", "rows"),
 }
 
 

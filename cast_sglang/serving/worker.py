@@ -23,7 +23,7 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
+from cast_sglang.costs.model import CostModel, StepCosts, extend_units, step_units
 from cast_sglang.costs.profiles import FoundProfile, profile_command
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.policy.base import TreePolicy
@@ -268,9 +268,7 @@ class CastWorker(EAGLEWorkerV2):
         if draft.costs is None:
             return may_draft, 0.0
         batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
-        speculates = may_draft and draft.policy.speculate(
-            batch_size, draft.costs, plain_extra(draft.costs), catch_up
-        )
+        speculates = may_draft and draft.policy.speculate(batch_size, draft.costs, catch_up)
         if speculates and self.residuals is not None and self.clock.times_next:
             loss = draft.policy.plain_loss(batch_size)
             speculates = not self.residuals.explore_plain(batch_size, loss)

@@ -26,7 +26,6 @@ from cast_sglang.costs.model import (
     StepCosts,
     cost_of,
     extend_units,
-    plain_extra,
     step_units,
 )
 from cast_sglang.costs.schema import CostTables
@@ -192,9 +191,7 @@ class Replay:
         if step.answer_tokens is not None:
             policy.expect(step.answer_tokens)
         price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
-        drafts = bool(weights.any()) and policy.speculate(
-            batch_size, costs, plain_extra(costs), catch_up
-        )
+        drafts = bool(weights.any()) and policy.speculate(batch_size, costs, catch_up)
         if drafts and self._explores:
             loss = policy.plain_loss(batch_size)
             drafts = not self._residuals.explore_plain(batch_size, loss)

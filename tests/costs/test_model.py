@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
-from cast_sglang.costs.model import CostModel, step_units
+from cast_sglang.costs.model import CostModel, plain_units, step_units
 from tests.support.builders import make_profile, make_table
 from tests.support.simulator import make_costs
 
@@ -45,8 +45,9 @@ def test_shapes_and_types():
     costs = make_model().step_costs(2, 300.5)
     assert [t.shape for t in costs[:3]] == [(12,), (8,), (12,)]
     assert all(array.dtype == np.float32 for array in costs[:3])
-    assert 0 < costs.plain < 1
     assert costs.overhead == pytest.approx((50 + 30 / 3) / costs.unit_us)
+    assert costs.plain_overhead == costs.overhead
+    assert plain_units(costs) == pytest.approx(1.0 + costs.overhead)
 
 
 def test_linear_between_points():
@@ -116,12 +117,10 @@ def test_extrapolated_axes_are_reported_once(caplog):
 
 def test_single_point_tables_are_flat():
     table = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
-    profile = make_profile(
-        target=table, draft=table, draft_extend=table, plain=None, step_overhead_us=None
-    )
+    profile = make_profile(target=table, draft=table, draft_extend=table, step_overhead_us=None)
     costs = make_model(profile).step_costs(8, 4096)
     assert costs.verify.tolist() == [1.0] * 12
-    assert math.isnan(costs.plain) and costs.overhead == 0.0
+    assert costs.overhead == 0.0 and plain_units(costs) == 1.0
 
 
 def test_one_entry_per_bucket():

@@ -48,9 +48,6 @@ class StaircaseMeter:
     def draft_extend(self, batch_size, context, rows):
         return self._run("draft_extend", batch_size, context, rows)
 
-    def plain(self, batch_size, context):
-        return self._run("verify", batch_size, context, 1)
-
     def step_overhead(self, batch_size):
         return None
 
@@ -99,7 +96,7 @@ def test_tables_recover_the_staircase():
         assert ((samples[:, 1:] > 0).sum(axis=2) >= 2).all()
     # Both sides of the steps at batch size 1 were found.
     assert {8, 9, 16, 17} <= set(tables.target.token_counts)
-    assert tables.plain.token_counts == [1] and tables.step_overhead_us is None
+    assert tables.step_overhead_us is None
     assert measured.heldout.points == Sampling().heldout_points
     assert measured.heldout.median_error < 0.05
     assert measured.sampling["imprecise_points"] <= 0.02 * measured.sampling["points"]

@@ -110,7 +110,7 @@ def test_comparison(draw):
 def test_smallest_profile(draw):
     one = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
     tables = {"target": one, "draft": one, "draft_extend": one}
-    smallest = make_profile(**tables, plain=None, step_overhead_us=None)
+    smallest = make_profile(**tables, step_overhead_us=None)
     draw(smallest)
     draw(make_profile(), smallest)
 
