@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
+from cast_sglang.costs.passes import PASSES, Pass
 from cast_sglang.costs.schema import CostTables
 
 __all__ = ["CONTEXT_BUCKET_TOKENS", "Limits", "exceeded", "longest_context"]
@@ -32,10 +33,10 @@ class Limits:
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}: every limit must be at least 1")
 
-    @property
-    def extend_rows(self) -> int:
-        """Return the most rows per request of draft extend."""
-        return self.max_verify_rows if self.max_extend_rows is None else self.max_extend_rows
+    def most(self, of: Pass) -> int:
+        """Return the most tokens per request of a pass."""
+        limit: int | None = getattr(self, of.limit)
+        return self.max_verify_rows if limit is None else limit
 
     @property
     def longest_context(self) -> int:
@@ -45,14 +46,12 @@ class Limits:
     @classmethod
     def of_tables(cls, tables: CostTables) -> Self:
         """Return the largest shapes that the tables hold."""
-        every = (tables.target, tables.draft, tables.draft_extend)
-        max_verify_rows = tables.target.token_counts[-1]
+        every = {each.limit: tables.table_of(each) for each in PASSES}
+        longest = max(table.contexts[-1] for table in every.values())
         return cls(
-            max_batch_size=max(table.batch_sizes[-1] for table in every),
-            max_context=max(table.contexts[-1] for table in every) + max_verify_rows,
-            max_verify_rows=max_verify_rows,
-            max_width=tables.draft.token_counts[-1],
-            max_extend_rows=tables.draft_extend.token_counts[-1],
+            max_batch_size=max(table.batch_sizes[-1] for table in every.values()),
+            max_context=longest + tables.target.token_counts[-1],
+            **{limit: table.token_counts[-1] for limit, table in every.items()},
         )
 
 
@@ -65,18 +64,13 @@ def longest_context(max_context: int, max_verify_rows: int) -> int:
 
 def exceeded(tables: CostTables, limits: Limits) -> frozenset[str]:
     """Return the axes on which the limits go beyond the tables, such as "target.batch_sizes"."""
-    counts = {
-        "target": limits.max_verify_rows,
-        "draft": limits.max_width,
-        "draft_extend": limits.extend_rows,
-    }
     return frozenset(
-        f"{name}.{axis}"
-        for name, num_counts in counts.items()
+        f"{each.table}.{axis}"
+        for each in PASSES
         for axis, limit in (
             ("batch_sizes", limits.max_batch_size),
             ("contexts", limits.longest_context),
-            ("token_counts", num_counts),
+            ("token_counts", limits.most(each)),
         )
-        if limit > getattr(getattr(tables, name), axis)[-1]
+        if limit > getattr(tables.table_of(each), axis)[-1]
     )

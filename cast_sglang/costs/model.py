@@ -14,6 +14,7 @@ import numpy as np
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "StepCosts",
     "cost_of",
     "extend_units",
+    "pass_us",
     "plain_units",
     "step_units",
 ]
@@ -60,6 +62,16 @@ def cost_of(costs: np.ndarray, count: float) -> float:
     whole = int(count)
     cost = float(costs[whole - 1])
     return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
+
+
+def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
+    """Return the time of one pass in microseconds.
+
+    Args:
+        name: of `passes.NAMES`.
+        num_tokens: rows or nodes per request; perhaps a mean.
+    """
+    return cost_of(getattr(costs, name), num_tokens) * costs.unit_us
 
 
 def step_units(
@@ -123,8 +135,7 @@ class CostModel:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
-            limits: the shapes for which costs can be asked; N is its `max_verify_rows`, K its
-                `max_width`, E its `extend_rows`.
+            limits: the largest shapes for which costs are asked.
             lookup: "linear" or "nearest".
             warns: log that the profile does not cover the limits.
 
@@ -134,9 +145,10 @@ class CostModel:
         if lookup not in LOOKUPS:
             raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
         nearest = lookup == "nearest"
-        self._verify = _Surface(tables.target, limits.max_verify_rows, nearest)
-        self._draft = _Surface(tables.draft, limits.max_width, nearest)
-        self._draft_extend = _Surface(tables.draft_extend, limits.extend_rows, nearest)
+        self._surfaces = {
+            each.name: _Surface(tables.table_of(each), limits.most(each), nearest)
+            for each in PASSES
+        }
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
@@ -178,21 +190,13 @@ class CostModel:
         return costs
 
     def _compute(self, batch_size: int, context: int) -> StepCosts:
-        verify_us = self._verify.at(batch_size, context)
-        unit_us = float(verify_us[0])
-        verify, draft, draft_extend = (
-            (time_us / unit_us).astype(np.float32)
-            for time_us in (
-                verify_us,
-                self._draft.at(batch_size, context),
-                self._draft_extend.at(batch_size, context),
-            )
-        )
+        times_us = {
+            name: surface.at(batch_size, context) for name, surface in self._surfaces.items()
+        }
+        unit_us = float(times_us["verify"][0])
         overhead = self._overhead(batch_size) / unit_us
         return StepCosts(
-            verify=verify,
-            draft=draft,
-            draft_extend=draft_extend,
+            **{name: (time_us / unit_us).astype(np.float32) for name, time_us in times_us.items()},
             unit_us=unit_us,
             overhead=overhead,
             plain_overhead=overhead,

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded, longest_context
+from cast_sglang.costs.passes import PASSES
 from tests.support.builders import make_profile, make_table
 
 LIMITS = Limits(max_batch_size=4, max_context=1032, max_verify_rows=8, max_width=8)
@@ -20,8 +21,9 @@ def test_every_limit_is_at_least_1(name):
 
 
 def test_draft_extend_runs_no_more_rows_than_verify_unless_it_is_said():
-    assert LIMITS.extend_rows == 8
-    assert dataclasses.replace(LIMITS, max_extend_rows=3).extend_rows == 3
+    assert [LIMITS.most(each) for each in PASSES] == [8, 8, 8]
+    fewer = dataclasses.replace(LIMITS, max_width=2, max_extend_rows=3)
+    assert [fewer.most(each) for each in PASSES] == [8, 2, 3]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 512))
