@@ -20,12 +20,13 @@ import torch
 
 from cast_sglang.config import LOOKUPS, POLICIES
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
+from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import (
     CostModel,
     StepCosts,
-    cost_of,
     extend_units,
+    pass_us,
     step_units,
 )
 from cast_sglang.costs.schema import CostTables
@@ -145,6 +146,7 @@ class Replay:
         )
         self.extrapolated = self._model.extrapolated
         self._residuals = Residuals(limits, tables.table_error)
+        self._exploration = Exploration(self._residuals)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
         # A server that corrects its tables also tries other sizes now and then.
         self._explores = (
@@ -194,7 +196,7 @@ class Replay:
         drafts = bool(weights.any()) and policy.speculate(batch_size, costs, catch_up)
         if drafts and self._explores:
             loss = policy.plain_loss(batch_size)
-            drafts = not self._residuals.explore_plain(batch_size, loss)
+            drafts = not self._exploration.explore_plain(batch_size, loss)
         if not drafts:
             self._defer(step, missing, catch_up, costs)
             times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)
@@ -281,7 +283,7 @@ class Replay:
             if not grow:
                 break
             if self._explores and tree.num_layers == 1:
-                width = self._residuals.explore(
+                width = self._exploration.explore(
                     "draft", batch_size, width, range(1, header.topk + 1), costs.draft
                 )
             kept = frontier.tokens[:, :width].numpy()
@@ -327,7 +329,7 @@ class Replay:
         size = policy.rerank(scores, costs) if num_rows is None else math.ceil(num_rows.mean())
         if self._explores:
             sizes = [size for size in self._sizes if size <= scores.shape[1] + 1]
-            explored = self._residuals.explore("verify", batch_size, size, sizes, costs.verify)
+            explored = self._exploration.explore("verify", batch_size, size, sizes, costs.verify)
             if explored != size:
                 size, num_rows = explored, None
         if num_rows is None and self._header.is_ragged:
@@ -344,14 +346,10 @@ class Replay:
         for timed in step.passes:
             predicted_us = timed.predicted_us
             if not self._is_same:
-                predicted_us = raw.unit_us * cost_of(
-                    getattr(raw, timed.operation), timed.num_tokens
-                )
+                predicted_us = pass_us(raw, timed.operation, timed.num_tokens)
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-            expected_us += corrected.unit_us * cost_of(
-                getattr(corrected, timed.operation), timed.num_tokens
-            )
+            expected_us += pass_us(corrected, timed.operation, timed.num_tokens)
         if step.measured_us is not None and step.passes:
             key = ((step.batch_size - 1).bit_length(), step.is_plain)
             rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))

@@ -9,13 +9,11 @@ import torch
 
 from cast_sglang.costs.correction import (
     DEADBAND,
-    EXPLORE_EVERY,
-    EXPLORE_SHARE,
     MAX_SCALE,
-    REVISIT_SHARE,
     CorrectedCosts,
     Residuals,
 )
+from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW
@@ -23,7 +21,6 @@ from cast_sglang.policy.fixed import select_count
 from tests.support.builders import make_profile, make_table
 
 LIMITS = Limits(max_batch_size=8, max_context=1024, max_verify_rows=32, max_width=8)
-FLAT = np.ones(32)
 
 
 def record(residuals, ratio, *, times=WINDOW * 8, operation="verify", batch_size=4, tokens=8):
@@ -116,38 +113,6 @@ def test_impossible_ratios_are_ignored(bad):
     assert list(residuals) == []
 
 
-def test_dear_buckets_are_explored_more_rarely():
-    residuals = Residuals(LIMITS)
-    costs = np.arange(1.0, 33.0)
-    num_steps = 4000
-    chosen = [residuals.explore("verify", 1, 4, (4, 32), costs) for _ in range(num_steps)]
-    spent = sum(float(costs[size - 1] / costs[3]) - 1 for size in chosen)
-    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
-
-
-def test_smaller_numbers_are_explored_as_rarely_as_what_they_may_lose():
-    residuals = Residuals(LIMITS)
-    num_steps = 4000
-    chosen = [residuals.explore("verify", 1, 20, (2, 20), FLAT) for _ in range(num_steps)]
-    spent = chosen.count(2) * (1 - 2 / 20)
-    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
-
-
-def test_plain_decoding_is_tried_until_it_is_known_and_then_as_often_as_it_is_cheap():
-    residuals = Residuals(LIMITS)
-    loss, num_steps = 0.4, 2000
-    tries = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
-    assert 0.8 * EXPLORE_SHARE * num_steps < loss * tries <= EXPLORE_SHARE * num_steps
-    assert not any(residuals.explore_plain(4, math.inf) for _ in range(num_steps))
-    record(residuals, 0.6, tokens=1)
-    later = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
-    assert loss * later <= REVISIT_SHARE * num_steps + loss  # the first was saved for before
-    # Where it is hardly slower it is tried more often, which costs no more.
-    close = [residuals.explore_plain(4, 0.01) for _ in range(num_steps)].count(True)
-    assert close == pytest.approx(num_steps / EXPLORE_EVERY, abs=1)
-    assert scale(residuals, 1) < 0.7
-
-
 def test_buckets_without_evidence_follow_the_nearest():
     residuals = Residuals(LIMITS)
     record(residuals, 1.0, tokens=2)
@@ -183,22 +148,6 @@ def test_ranks_that_share_a_state_agree():
     for residuals in (first, second):
         residuals.refresh(first.state())
     assert first.scales("verify", 4, 32).tolist() == second.scales("verify", 4, 32).tolist()
-    sizes = range(2, 33)
-    chosen = [[r.explore("verify", 4, 8, sizes, FLAT) for _ in range(600)] for r in (first, second)]
-    assert chosen[0] == chosen[1] and set(chosen[0]) > {8}
-
-
-def test_exploration_is_rare_and_keeps_to_the_sizes():
-    residuals = Residuals(LIMITS)
-    sizes = (2, 8, 10, 20)
-    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
-    assert set(chosen) <= set(sizes)
-    assert sum(size != 8 for size in chosen) <= 10
-    # Once the neighbours are known, hardly ever.
-    for size in sizes:
-        record(residuals, 1.0, batch_size=1, tokens=size)
-    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
-    assert chosen.count(8) >= len(chosen) - 1
 
 
 class Server:
@@ -208,6 +157,7 @@ class Server:
         limits = Limits(4, 512, max_verify_rows=32, max_width=8)
         self.model, self.truth = CostModel(table, limits), CostModel(truth, limits)
         self.residuals = Residuals(limits)
+        self.exploration = Exploration(self.residuals)
         self.costs = CorrectedCosts(self.model, self.residuals)
         self.rng = random.Random(seed)
         scores = 0.8 ** torch.arange(1.0, 32.0)
@@ -219,7 +169,7 @@ class Server:
     def step(self, index):
         costs = self.costs.step_costs(4, 100)
         chosen = self.choose(costs)
-        chosen = self.residuals.explore("verify", 4, chosen, range(2, 33), costs.verify)
+        chosen = self.exploration.explore("verify", 4, chosen, range(2, 33), costs.verify)
         table, truth = self.model.step_costs(4, 100), self.truth.step_costs(4, 100)
         predicted = float(table.verify[chosen - 1]) * table.unit_us
         slow = 1.3 if (index // 100) % 2 else 1.0
