@@ -26,7 +26,7 @@ __all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_
 POLICIES = ("auto", "fixed", "eagle", "optimal")
 LOOKUPS = ("linear", "nearest")
 GRAPHS = ("all", "passes", "off")
-MAX_VERIFY_TOKENS = 4096
+MAX_VERIFY_ROWS = 4096
 
 _ENV_PREFIX = "CAST_"
 _CPU_PLATFORM_PREFIX = "CAST_CPU_"
@@ -73,7 +73,7 @@ class _Knob(NamedTuple):
             case "switch":
                 return f"{' | '.join(_TRUE_WORDS)} or {' | '.join(_FALSE_WORDS)}"
             case "sizes":
-                return f"ascending integers in [1, {MAX_VERIFY_TOKENS}] such as 2,4,8, or auto"
+                return f"ascending integers in [1, {MAX_VERIFY_ROWS}] such as 2,4,8, or auto"
             case _:
                 return "a non-empty text"
 
@@ -355,7 +355,7 @@ def _verify_sizes(value: Any) -> tuple[int, ...] | None:
     _require(isinstance(value, str | list | tuple))
     items = value.split(",") if isinstance(value, str) else value
     sizes = tuple(_integer(item) for item in items)
-    _require(len(sizes) > 0 and sizes[0] >= 1 and sizes[-1] <= MAX_VERIFY_TOKENS)
+    _require(len(sizes) > 0 and sizes[0] >= 1 and sizes[-1] <= MAX_VERIFY_ROWS)
     _require(all(low < high for low, high in zip(sizes, sizes[1:], strict=False)))
     return sizes
 

@@ -10,27 +10,26 @@ the device is now, and a bucket departs from it only by what its own noise does 
 
 A bucket that the table makes look dear is never chosen, so serving alone would never find out that
 it is cheap. So what has not been measured yet is taken for as cheap as the table's own error allows
-beside what has: it is tried where it is a close second, and then it is known. And `explore` asks,
-rarely, for another bucket than the policy chose.
+beside what has: it is tried where it is a close second, and then it is known. And, rarely, a step
+tries another bucket than the policy chose (`exploration.py`).
 """
 
 import bisect
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
+from cast_sglang.costs.passes import NAMES
 from cast_sglang.costs.plain_ratio import WholeSteps
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
-PASSES = ("verify", "draft", "draft_extend")
-PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the passes' sizes
 # Of a full window only every so many-th pass counts, so that it spans many seconds: a median over
 # one slow moment would make the bucket in use look dearer than its neighbours. An empty one takes
 # all, and the fuller the fewer, so that rare buckets are known soon.
@@ -43,13 +42,6 @@ MAX_SCALE = 4.0
 DEADBAND = 0.02
 # A table that is off by more than this, with a full window of evidence, is reported.
 REPORT_BEYOND = 1.25
-# One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; it
-# waits until what that may lose is this share of the timed passes since.
-EXPLORE_EVERY = 16
-REVISIT_EVERY = 256
-EXPLORE_SHARE = 0.01
-# What fresh samples of plain steps may lose.
-REVISIT_SHARE = EXPLORE_SHARE / 4
 
 
 class Residual(NamedTuple):
@@ -70,16 +62,15 @@ class Residuals:
     table.
 
     Args:
-        max_batch_size: largest number of requests in a step.
-        max_tokens: largest number of rows or nodes per request in any pass.
+        limits: the largest batch and the most rows or nodes per request in any pass.
         table_error: relative error of the table's times, in [0, 1).
     """
 
-    def __init__(self, max_batch_size: int, max_tokens: int, table_error: float = 0.0) -> None:
+    def __init__(self, limits: Limits, table_error: float = 0.0) -> None:
         self._table_error = table_error
-        self._batch_edges = _edges(max_batch_size, halves=False)
-        self._token_edges = _edges(max_tokens, halves=True)
-        shape = (len(PASSES), len(self._batch_edges), len(self._token_edges))
+        self._batch_edges = _edges(limits.max_batch_size, halves=False)
+        self._token_edges = _edges(limits.max_verify_rows, halves=True)
+        shape = (len(NAMES), len(self._batch_edges), len(self._token_edges))
         self._shape = shape
         self.version = 0  # changes with the scales
         self.reset()
@@ -95,21 +86,19 @@ class Residuals:
         self._scales = np.ones(self._shape)
         self._whole_steps = WholeSteps(len(self._batch_edges))
         self._last_steps: list[tuple[int, bool, float]] = []  # since the last refresh
-        self._steps: dict[tuple[int, int], int] = {}
-        self._last_explored: dict[tuple[int, int], int] = {}
-        self._explored: dict[tuple[int, int, int], int] = {}
         self.version += 1
 
     def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
         """Count one timed pass.
 
         Args:
-            operation: "verify", "draft" or "draft_extend".
+            operation: of `passes.NAMES`.
             ratio: measured over predicted time; ignored unless positive and finite.
         """
         if not 0.0 < ratio < math.inf:
             return
-        key = (PASSES.index(operation), *self._bucket(batch_size, num_tokens))
+        batch, token = self.batch_bucket(batch_size), self.token_bucket(num_tokens)
+        key = (NAMES.index(operation), batch, token)
         window = self._windows.get(key)
         if window is None:
             window = self._windows[key] = deque(maxlen=WINDOW)
@@ -123,11 +112,11 @@ class Residuals:
 
     def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
         """Count one whole step; arguments as of `WholeSteps.record`."""
-        self._last_steps.append((self._batch_bucket(batch_size), is_plain, ratio))
+        self._last_steps.append((self.batch_bucket(batch_size), is_plain, ratio))
 
     def plain_ratio(self, batch_size: int) -> float:
         """Return what a plain step takes, relative to its costs, where one with a tree takes 1."""
-        return self._whole_steps.plain_ratio(self._batch_bucket(batch_size))
+        return self._whole_steps.plain_ratio(self.batch_bucket(batch_size))
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
@@ -162,85 +151,24 @@ class Residuals:
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""
-        row = self._scales[PASSES.index(operation), self._batch_bucket(batch_size)]
+        row = self._scales[NAMES.index(operation), self.batch_bucket(batch_size)]
         counts = np.arange(1, num_counts + 1)
         index = np.searchsorted(self._token_edges, counts)
         return row[np.minimum(index, len(row) - 1)].astype(np.float32)
 
-    def explore(
-        self,
-        operation: str,
-        batch_size: int,
-        chosen: int,
-        sizes: Sequence[int],
-        costs: np.ndarray,
-    ) -> int:
-        """Return the chosen number of tokens, or now and then one of another bucket.
+    def samples(self, operation: str, batch_size: int) -> np.ndarray:
+        """Return [T] int64, the samples of each bucket of token counts as of the last refresh.
 
-        To be asked in steps whose passes are timed.
-
-        Args:
-            chosen: what the policy wants, one of `sizes`.
-            sizes: the numbers that are possible in this step, ascending.
-            costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens.
+        All ranks of a tensor-parallel group have the same ones.
         """
-        which, batch = PASSES.index(operation), self._batch_bucket(batch_size)
-        waited = self._wait(which, batch)
-        if waited < EXPLORE_EVERY:
-            return chosen
-        token = self._bucket(batch_size, chosen)[1]
-        largest = {self._bucket(batch_size, size)[1]: size for size in sizes}
-        samples = self._known_samples[which, batch]
-        others = [other for other in largest if other != token and samples[other] < MIN_SAMPLES]
-        if not others and waited >= REVISIT_EVERY:
-            others = [other for other in (token - 1, token + 1) if other in largest]
-        if not others:
-            return chosen
-
-        # The nearest, and of two as near the one whose turn it is.
-        def order(other: int) -> tuple[int, int]:
-            return abs(other - token), self._explored.get((which, batch, other), 0)
-
-        other = min(others, key=order)
-        tried = largest[other]
-        # A dearer number takes more time, and a smaller one brings less, at worst in proportion.
-        loss = max(float(costs[tried - 1] / costs[chosen - 1]) - 1.0, 1.0 - tried / chosen)
-        if waited * EXPLORE_SHARE < loss:
-            return chosen
-        step = self._steps[which, batch]
-        self._last_explored[which, batch] = self._explored[which, batch, other] = step
-        return tried
-
-    def explore_plain(self, batch_size: int, loss: float) -> bool:
-        """Return whether to decode plainly once, to see what verifying a lone root takes.
-
-        Whether drafting pays at all is judged against that, and a server that always drafts would
-        never find out that it is cheaper than its table says. To be asked in steps that would draft
-        and whose passes are timed.
-
-        Args:
-            loss: share of a step's time that a plain step loses.
-        """
-        batch = self._batch_bucket(batch_size)
-        waited = self._wait(PLAIN, batch)
-        known = self._known_samples[PASSES.index("verify"), batch, 0] >= MIN_SAMPLES
-        share = REVISIT_SHARE if known else EXPLORE_SHARE
-        if waited < EXPLORE_EVERY or waited * share < loss:
-            return False
-        self._last_explored[PLAIN, batch] = self._steps[PLAIN, batch]
-        return True
-
-    def _wait(self, which: int, batch: int) -> int:
-        """Count one more step; return how many there are since something else was tried."""
-        step = self._steps[which, batch] = self._steps.get((which, batch), 0) + 1
-        return step - self._last_explored.get((which, batch), 0)
+        return self._known_samples[NAMES.index(operation), self.batch_bucket(batch_size)]
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""
         for index in zip(*np.nonzero(self._samples), strict=True):
             which, batch, token = (int(i) for i in index)
             yield Residual(
-                PASSES[which],
+                NAMES[which],
                 _span(self._batch_edges, batch),
                 _span(self._token_edges, token),
                 float(self._ratios[index]),
@@ -253,11 +181,13 @@ class Residuals:
         found = [r for r in self if r.samples == WINDOW and abs(math.log(r.ratio)) > beyond]
         return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
 
-    def _bucket(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
+    def token_bucket(self, num_tokens: int) -> int:
+        """Return the number of the bucket that a count of rows or nodes per request falls into."""
         token = bisect.bisect_left(self._token_edges, num_tokens)
-        return self._batch_bucket(batch_size), min(token, len(self._token_edges) - 1)
+        return min(token, len(self._token_edges) - 1)
 
-    def _batch_bucket(self, batch_size: int) -> int:
+    def batch_bucket(self, batch_size: int) -> int:
+        """Return the number of the bucket that a batch size falls into."""
         batch = bisect.bisect_left(self._batch_edges, batch_size)
         return min(batch, len(self._batch_edges) - 1)
 
@@ -288,21 +218,16 @@ class CorrectedCosts:
 
     def _corrected(self, batch_size: int, context: float) -> StepCosts:
         raw = self._model.step_costs(batch_size, context)
-        verify, draft, draft_extend = (
-            costs * self._residuals.scales(operation, batch_size, len(costs))
-            for operation, costs in zip(
-                PASSES, (raw.verify, raw.draft, raw.draft_extend), strict=True
-            )
-        )
+        scaled = {}
+        for name in NAMES:
+            costs = getattr(raw, name)
+            scaled[name] = costs * self._residuals.scales(name, batch_size, len(costs))
         unit = float(self._residuals.scales("verify", batch_size, 1)[0])
         overhead = raw.overhead / unit
         plain = (1.0 + overhead) * self._residuals.plain_ratio(batch_size)
         return StepCosts(
-            verify=verify / np.float32(unit),
-            draft=draft / np.float32(unit),
-            draft_extend=draft_extend / np.float32(unit),
+            **{name: costs / np.float32(unit) for name, costs in scaled.items()},
             unit_us=raw.unit_us * unit,
-            plain=raw.plain,
             overhead=overhead,
             plain_overhead=plain - 1.0,
         )
@@ -335,7 +260,7 @@ def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.n
 
     Tables are wrong in regions: a kernel that changed, a cache that another process shares. Beside
     that each entry has its own error, taken in favour of all but the first: whether a lone root
-    takes less is a question of its own, see `explore_plain`.
+    takes less is a question of its own, see `Exploration.explore_plain`.
     """
     known = samples >= MIN_SAMPLES
     filled = np.ones_like(ratios)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cast_sglang.config import LOOKUPS
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
@@ -21,8 +22,8 @@ __all__ = [
     "StepCosts",
     "cost_of",
     "extend_units",
-    "plain_cost",
-    "plain_extra",
+    "pass_us",
+    "plain_units",
     "step_units",
 ]
 
@@ -47,7 +48,6 @@ class StepCosts(NamedTuple):
     draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
     draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
-    plain: float  # one plain decoding step; nan if the profile has none
     overhead: float  # host time of a step that no pass covers; 0 if the profile has none
     plain_overhead: float  # the same of a step that verifies the root alone
 
@@ -64,13 +64,14 @@ def cost_of(costs: np.ndarray, count: float) -> float:
     return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
 
 
-def plain_cost(costs: Any) -> float:
-    """Return the cost of a plain step; that of verifying one row where it was not measured.
+def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
+    """Return the time of one pass in microseconds.
 
     Args:
-        costs: `StepCosts`, or a policy's view of them.
+        name: of `passes.NAMES`.
+        num_tokens: rows or nodes per request; perhaps a mean.
     """
-    return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+    return cost_of(getattr(costs, name), num_tokens) * costs.unit_us
 
 
 def step_units(
@@ -91,9 +92,9 @@ def step_units(
     return time
 
 
-def plain_extra(costs: Any) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return costs.plain_overhead + float(costs.verify[0]) - plain_cost(costs)
+def plain_units(costs: Any) -> float:
+    """Return the time of a plain step, which verifies the root alone, in units."""
+    return float(costs.verify[0]) + costs.plain_overhead
 
 
 def extend_units(costs: Any, num_rows: int) -> float:
@@ -126,46 +127,34 @@ class CostModel:
     def __init__(
         self,
         tables: CostTables,
+        limits: Limits,
         *,
-        max_batch_size: int,
-        max_context: int,
-        max_verify_tokens: int,
-        max_width: int,
-        max_extend_rows: int | None = None,
         lookup: str = "linear",
         warns: bool = True,
     ) -> None:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
-            max_batch_size: largest number of requests in a step.
-            max_context: longest context in tokens.
-            max_verify_tokens: N, largest number of verified rows per request, root included.
-            max_width: K, largest number of nodes per request in one draft layer.
-            max_extend_rows: E, largest number of rows per request in draft extend; None for N.
+            limits: the largest shapes for which costs are asked.
             lookup: "linear" or "nearest".
             warns: log that the profile does not cover the limits.
 
         Raises:
-            ValueError: a limit is below 1 or `lookup` is unknown.
+            ValueError: `lookup` is unknown.
         """
-        max_extend_rows = max_verify_tokens if max_extend_rows is None else max_extend_rows
-        limits = (max_batch_size, max_context, max_verify_tokens, max_width, max_extend_rows)
-        if min(limits) < 1:
-            raise ValueError("every limit of a CostModel must be at least 1")
         if lookup not in LOOKUPS:
             raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
         nearest = lookup == "nearest"
-        self._verify = _Surface(tables.target, max_verify_tokens, nearest)
-        self._draft = _Surface(tables.draft, max_width, nearest)
-        self._draft_extend = _Surface(tables.draft_extend, max_extend_rows, nearest)
-        self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
+        self._surfaces = {
+            each.name: _Surface(tables.table_of(each), limits.most(each), nearest)
+            for each in PASSES
+        }
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = limits.max_batch_size
         self._cache: dict[tuple[int, int], StepCosts] = {}
-        self.extrapolated = _exceeded(tables, *limits)
+        self.extrapolated = exceeded(tables, limits)
         if self.extrapolated and warns:
             logger.warning(
                 "Cost profile does not cover this server; extrapolating %s",
@@ -201,24 +190,14 @@ class CostModel:
         return costs
 
     def _compute(self, batch_size: int, context: int) -> StepCosts:
-        verify_us = self._verify.at(batch_size, context)
-        unit_us = float(verify_us[0])
-        verify, draft, draft_extend = (
-            (time_us / unit_us).astype(np.float32)
-            for time_us in (
-                verify_us,
-                self._draft.at(batch_size, context),
-                self._draft_extend.at(batch_size, context),
-            )
-        )
-        plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
+        times_us = {
+            name: surface.at(batch_size, context) for name, surface in self._surfaces.items()
+        }
+        unit_us = float(times_us["verify"][0])
         overhead = self._overhead(batch_size) / unit_us
         return StepCosts(
-            verify=verify,
-            draft=draft,
-            draft_extend=draft_extend,
+            **{name: (time_us / unit_us).astype(np.float32) for name, time_us in times_us.items()},
             unit_us=unit_us,
-            plain=float(plain_us) / unit_us,
             overhead=overhead,
             plain_overhead=overhead,
         )
@@ -280,28 +259,3 @@ def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, flo
 def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
     step = high - low
     return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)
-
-
-def _exceeded(
-    tables: CostTables,
-    batch_size: int,
-    context: int,
-    verify_tokens: int,
-    width: int,
-    extend_rows: int,
-) -> frozenset[str]:
-    limits = [
-        ("target", tables.target, verify_tokens),
-        ("draft", tables.draft, width),
-        ("draft_extend", tables.draft_extend, extend_rows),
-    ]
-    return frozenset(
-        f"{name}.{axis}"
-        for name, table, num_counts in limits
-        for axis, limit in (
-            ("batch_sizes", batch_size),
-            ("contexts", context),
-            ("token_counts", num_counts),
-        )
-        if limit > getattr(table, axis)[-1]
-    )

@@ -103,6 +103,8 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
     try:
         validate_profile(profile)
         fields = msgspec.to_builtins(profile)
+        if profile.plain is None:
+            del fields["plain"]
         # What a person looks for first comes first.
         head = {name: fields[name] for name in ("schema_version", "provenance")}
         write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.costs.model import plain_cost
+from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
 from cast_sglang.policy.verify_size import best_size, share_out
@@ -247,13 +247,7 @@ class AutoPolicy(TreePolicy):
             gain = tokens * bucket.worth(self._loss) * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
-    def speculate(
-        self,
-        batch_size: int,
-        costs: Costs | None,
-        plain_extra: float = 0.0,
-        catch_up: float = 0.0,
-    ) -> bool:
+    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         An account for each octave of batch sizes holds what speculation may still lose against
@@ -266,7 +260,7 @@ class AutoPolicy(TreePolicy):
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
-        bucket.plain_units = plain_cost(costs) + plain_extra
+        bucket.plain_units = plain_units(costs)
         if bucket.is_plain or bucket.account < 0.0:
             plain_time = bucket.tokens * bucket.worth(self._loss) * bucket.plain_units
             mean_loss = (bucket.time - plain_time) / bucket.steps

@@ -28,10 +28,6 @@ class Costs(Protocol):
         """[E] float32, the draft's pass over k rows per request after verify."""
 
     @property
-    def plain(self) -> float:
-        """One plain decoding step; nan where it was not measured."""
-
-    @property
     def overhead(self) -> float:
         """Time of a step that no pass covers."""
 
@@ -43,17 +39,10 @@ class Costs(Protocol):
 class TreePolicy(ABC):
     """The decisions of one step. A policy carries state from step to step, so it has one owner."""
 
-    def speculate(
-        self,
-        batch_size: int,
-        costs: Costs | None,
-        plain_extra: float = 0.0,
-        catch_up: float = 0.0,
-    ) -> bool:
+    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         Args:
-            plain_extra: what a plain step takes here beyond plain decoding, in units.
             catch_up: time in units to give the draft what plain steps have left undone.
         """
         return True

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, longest_context
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.profiling.journal import Point
 
 __all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
@@ -19,9 +20,7 @@ class Grid(NamedTuple):
 
     batch_sizes: tuple[int, ...]
     contexts: tuple[int, ...]
-    verify_rows: tuple[int, ...]
-    draft_widths: tuple[int, ...]
-    extend_rows: tuple[int, ...]
+    token_counts: dict[str, tuple[int, ...]]  # by the name of the pass
 
 
 class Axes(NamedTuple):
@@ -38,16 +37,16 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
     Contexts are powers of four from 128 up (of 64 if `quick`), since attention is linear in them;
     the longest one leaves room for the verified rows.
     """
-    longest = longest_context(limits.max_context, limits.max_verify_rows)
-    extend_rows = min(limits.max_extend_rows or limits.max_verify_rows, limits.max_verify_rows)
+    longest = limits.longest_context
     axis = _powers_of_four if quick else _half_octaves
     return Grid(
         batch_sizes=axis(limits.max_batch_size),
         contexts=_powers(min(128, longest), longest, 64 if quick else 4),
-        verify_rows=axis(limits.max_verify_rows),
         # The draft is small beside the target: its ends and a middle show it.
-        draft_widths=_powers_of_four(limits.max_width),
-        extend_rows=_powers_of_four(extend_rows),
+        token_counts={
+            each.name: (axis if each.model == "target" else _powers_of_four)(limits.most(each))
+            for each in PASSES
+        },
     )
 
 

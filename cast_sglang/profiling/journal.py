@@ -14,13 +14,17 @@ import msgspec
 
 from cast_sglang.errors import ProfileError
 
-__all__ = ["Journal", "Point", "Visit", "journal_path"]
+__all__ = ["STEP_OVERHEAD", "Journal", "Point", "Visit", "journal_path"]
+
+
+# What a step spends outside of its passes, measured like a pass of one token.
+STEP_OVERHEAD = "step_overhead"
 
 
 class Point(NamedTuple):
     """One forward pass that can be measured."""
 
-    operation: str  # verify | draft | draft_extend | plain | step_overhead
+    operation: str  # the name of a pass, or STEP_OVERHEAD
     batch_size: int
     context: int
     num_tokens: int  # rows or nodes per request

@@ -27,9 +27,6 @@ class Meter(Protocol):
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
         """Time the draft model's pass over `rows` verified rows per request."""
 
-    def plain(self, batch_size: int, context: int) -> float | None:
-        """Time one plain decoding step of the target; None if it cannot be measured."""
-
     def step_overhead(self, batch_size: int) -> float | None:
         """Time what a step spends outside of its passes; None if it cannot be measured."""
 

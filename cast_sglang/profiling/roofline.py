@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import CostTable, CostTables
 from cast_sglang.profiling.grid import Grid
 
@@ -72,12 +73,9 @@ def estimate_tables(
             samples=np.zeros(shape, dtype=int).tolist(),
         )
 
-    return CostTables(
-        target=table(target, grid.verify_rows),
-        draft=table(draft, grid.draft_widths),
-        draft_extend=table(draft, grid.extend_rows),
-        plain=table(target, (1,)),
-    )
+    sizes = {"target": target, "draft": draft}
+    tables = {each.table: table(sizes[each.model], grid.token_counts[each.name]) for each in PASSES}
+    return CostTables(**tables, step_overhead_us=None)
 
 
 def _best_seconds(device: str, run: Callable[[], object]) -> float:

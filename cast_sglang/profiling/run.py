@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.model import CostModel, pass_us
+from cast_sglang.costs.passes import NAMES, PASSES
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.costs.schema import (
     CostProfile,
@@ -34,7 +35,7 @@ from cast_sglang.costs.schema import (
 )
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
-from cast_sglang.profiling.journal import Journal, Point, journal_path
+from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point, journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.sampler import Sampler
 from cast_sglang.profiling.tables import tabulate
@@ -48,7 +49,6 @@ __all__ = [
     "write_profile",
 ]
 
-TABLES = ("verify", "draft", "draft_extend")
 # Shares of the time budget after which the coarse grid and the refinement stop.
 COARSE_SHARE = 0.4
 REFINE_SHARE = 0.6
@@ -96,7 +96,7 @@ def run_profile(
     grid = grid or default_grid(limits)
     settings = {
         "host": host,
-        "limits": limits._asdict(),
+        "limits": dataclasses.asdict(limits),
         "grid": grid._asdict(),
         "sampling": dataclasses.asdict(sampling),
     }
@@ -115,7 +115,7 @@ def choose_references(grid: Grid) -> list[Point]:
     One is bound by reading the weights, the other, in the middle of the grid, by arithmetic.
     """
     batch_size, rows = (
-        math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.verify_rows)
+        math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.token_counts["verify"])
     )
     context = grid.contexts[0]
     return [Point("verify", 1, context, 1), Point("verify", batch_size, context, rows)]
@@ -178,27 +178,21 @@ class _Run:
     def __init__(self, sampler: Sampler, limits: Limits, grid: Grid) -> None:
         self._sampler = sampler
         self._limits = limits
-        self._most_rows = max(grid.verify_rows[-1], grid.draft_widths[-1])
+        self._most_tokens = max(counts[-1] for counts in grid.token_counts.values())
         # A batch size that does not fit at the shortest context cannot be served.
         batch_sizes = [b for b in grid.batch_sizes if self._fits(b, grid.contexts[0])]
         if not batch_sizes:
             raise ProfileError("no batch size of the grid fits the device's memory")
-        counts = {
-            "verify": grid.verify_rows,
-            "draft": grid.draft_widths,
-            "draft_extend": grid.extend_rows,
-            "plain": (1,),
-        }
         self._axes = {
             operation: Axes(list(batch_sizes), list(grid.contexts), list(values))
-            for operation, values in counts.items()
+            for operation, values in grid.token_counts.items()
         }
         self._heldout = self._choose_heldout()
 
     def measure(self) -> Measured:
         sampler = self._sampler
-        optional = [name for name in ("plain", "step_overhead") if self._supports(name)]
-        coarse = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        overhead = (STEP_OVERHEAD,) if self._supports(STEP_OVERHEAD) else ()
+        coarse = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
         # The held-out points take part in every round: measured at another time than the tables,
         # they would show the drift of the machine as well.
         heldout = sorted(self._heldout)
@@ -211,7 +205,7 @@ class _Run:
         # One visit does not tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)
         self._refine()
-        points = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
+        points = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
         # An error is known no better than the point it is measured at, hence more visits there.
         sampler.visit_until_precise("precision", points, share=1.0, always=heldout)
 
@@ -228,7 +222,7 @@ class _Run:
         return self._sampler.supports(self._points(operation)[0])
 
     def _fits(self, batch_size: int, context: int) -> bool:
-        longest = context + self._most_rows
+        longest = context + self._most_tokens
         capacity = self._limits.max_tokens
         return longest <= self._limits.max_context and (
             capacity is None or batch_size * longest <= capacity
@@ -236,7 +230,7 @@ class _Run:
 
     def _points(self, operation: str) -> list[Point]:
         """Return the points that a table needs now."""
-        if operation == "step_overhead":
+        if operation == STEP_OVERHEAD:
             return [Point(operation, b, 1, 1) for b in self._axes["verify"].batch_size]
         batch_sizes, contexts, counts = self._axes[operation]
         first = [Point(operation, b, contexts[0], n) for b, n in product(batch_sizes, counts)]
@@ -247,7 +241,7 @@ class _Run:
         """Halve the intervals whose middle is not on the line; worst first."""
         pending = [
             Interval(operation, axis, low, high)
-            for operation in TABLES
+            for operation in NAMES
             for axis in AXES
             for low, high in pairwise(getattr(self._axes[operation], axis))
         ]
@@ -327,11 +321,11 @@ class _Run:
         rng = random.Random(self._sampler.sampling.seed)
         chosen: set[Point] = set()
         num_wanted = self._sampler.sampling.heldout_points
-        grid = {point for operation in TABLES for point in self._points(operation)}
+        grid = {point for operation in NAMES for point in self._points(operation)}
         for _ in range(50 * num_wanted):
             if len(chosen) == num_wanted:
                 break
-            operation = TABLES[len(chosen) % len(TABLES)]
+            operation = NAMES[len(chosen) % len(NAMES)]
             point = Point(operation, *(log_uniform(rng, axis) for axis in self._axes[operation]))
             if self._fits(point.batch_size, point.context) and point not in grid:
                 chosen.add(point)
@@ -341,20 +335,13 @@ class _Run:
         measured = [point for point in sorted(self._heldout) if self._sampler.has(point)]
         if not measured:
             return None
-        model = CostModel(
-            tables,
-            max_batch_size=tables.target.batch_sizes[-1],
-            max_context=tables.target.contexts[-1],
-            max_verify_tokens=tables.target.token_counts[-1],
-            max_width=tables.draft.token_counts[-1],
-            max_extend_rows=tables.draft_extend.token_counts[-1],
-        )
+        model = CostModel(tables, Limits.of_tables(tables))
         errors = []
         for point in measured:
             costs = model.step_costs(point.batch_size, point.context)
-            predicted_us = getattr(costs, point.operation)[point.num_tokens - 1] * costs.unit_us
+            predicted_us = pass_us(costs, point.operation, point.num_tokens)
             time_us = self._sampler.median_us(point)
-            errors.append(abs(float(predicted_us) - time_us) / time_us)
+            errors.append(abs(predicted_us - time_us) / time_us)
         median, p95 = np.quantile(errors, [0.5, 0.95])
         return Heldout(
             points=len(errors), median_error=round(float(median), 5), p95_error=round(float(p95), 5)
@@ -369,15 +356,9 @@ class _Run:
         return tabulate(self._sampler, operation, self._axes[operation], self._heldout)
 
     def _tables(self) -> CostTables:
-        plain = self._tabulate("plain") if self._supports("plain") else None
         overhead = None
-        if self._supports("step_overhead"):
-            points = self._points("step_overhead")
+        if self._supports(STEP_OVERHEAD):
+            points = self._points(STEP_OVERHEAD)
             overhead = [round(self._sampler.median_us(point), 3) for point in points]
-        return CostTables(
-            target=self._tabulate("verify"),
-            draft=self._tabulate("draft"),
-            draft_extend=self._tabulate("draft_extend"),
-            plain=plain,
-            step_overhead_us=overhead,
-        )
+        tables = {each.table: self._tabulate(each.name) for each in PASSES}
+        return CostTables(**tables, step_overhead_us=overhead)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from cast_sglang.errors import ProfileError
-from cast_sglang.profiling.journal import Journal, Point, Visit
+from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point, Visit
 from cast_sglang.profiling.meter import Meter, Sampling
 
 __all__ = ["Sampler"]
@@ -58,13 +58,7 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.seconds = 0.0
-        self._passes: dict[str, Callable[[Point], float | None]] = {
-            "verify": lambda point: meter.verify(*point[1:]),
-            "draft": lambda point: meter.draft(*point[1:]),
-            "draft_extend": lambda point: meter.draft_extend(*point[1:]),
-            "plain": lambda point: meter.plain(point.batch_size, point.context),
-            "step_overhead": lambda point: meter.step_overhead(point.batch_size),
-        }
+        self._meter = meter
         self._references = references
         self._budget_seconds = math.inf if budget_seconds is None else budget_seconds
         self._visits: dict[Point, list[Visit]] = {}
@@ -108,7 +102,7 @@ class Sampler:
     def supports(self, point: Point) -> bool:
         """Return whether the meter can time an optional operation, by trying one of its points."""
         if point.operation not in self._supported:
-            self._supported[point.operation] = self._passes[point.operation](point) is not None
+            self._supported[point.operation] = self._seconds(point) is not None
         return self._supported[point.operation]
 
     def visit_once(self, stage: str, points: Collection[Point], share: float) -> bool:
@@ -302,8 +296,14 @@ class Sampler:
             times_us.append(self._timed_us(reference))
         return float(np.median(times_us))
 
+    def _seconds(self, point: Point) -> float | None:
+        if point.operation == STEP_OVERHEAD:
+            return self._meter.step_overhead(point.batch_size)
+        seconds: float | None = getattr(self._meter, point.operation)(*point[1:])
+        return seconds
+
     def _run(self, point: Point) -> float:
-        seconds = self._passes[point.operation](point)
+        seconds = self._seconds(point)
         if seconds is None or not 0.0 < seconds < math.inf:
             raise ProfileError(f"the meter returned {seconds!r} seconds for {point}")
         return seconds

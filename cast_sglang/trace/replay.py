@@ -23,7 +23,7 @@ from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual
 from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel, StepCosts, cost_of, step_units
+from cast_sglang.costs.model import CostModel, StepCosts, pass_us, step_units
 from cast_sglang.costs.schema import CostTables
 from cast_sglang.errors import TraceError
 from cast_sglang.ops import reference
@@ -123,7 +123,8 @@ class Replay:
         batch_size = max((step.batch_size for step in trace.steps), default=1)
         limits = Limits(
             max_batch_size=max(batch_size, header.max_batch_size),
-            max_context=header.max_context,
+            # The header's is that before a pass.
+            max_context=header.max_context + header.num_draft_tokens,
             max_verify_rows=header.num_draft_tokens,
             max_width=header.topk,
             max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
@@ -131,8 +132,7 @@ class Replay:
         lookup = lookup or str(header.settings.get("lookup", LOOKUPS[0]))
         self._model = CostModel(tables, limits, lookup=lookup, warns=False)
         self.extrapolated = self._model.extrapolated
-        largest = header.max_batch_size, header.num_draft_tokens
-        self._residuals = Residuals(*largest, tables.table_error)
+        self._residuals = Residuals(limits, tables.table_error)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
         # A server that corrects its tables also tries other sizes now and then.
         explores = (
@@ -325,14 +325,10 @@ class Replay:
         for timed in step.passes:
             predicted_us = timed.predicted_us
             if not self._is_same:
-                predicted_us = raw.unit_us * cost_of(
-                    getattr(raw, timed.operation), timed.num_tokens
-                )
+                predicted_us = pass_us(raw, timed.operation, timed.num_tokens)
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-            expected_us += corrected.unit_us * cost_of(
-                getattr(corrected, timed.operation), timed.num_tokens
-            )
+            expected_us += pass_us(corrected, timed.operation, timed.num_tokens)
         if step.measured_us is not None and step.passes:
             key = ((step.batch_size - 1).bit_length(), step.is_plain)
             rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))

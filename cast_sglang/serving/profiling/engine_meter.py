@@ -108,26 +108,6 @@ class EngineMeter:
                 lambda: self.worker.draft_worker._draft_extend_for_decode(batch, result)
             )
 
-    def plain(self, batch_size: int, context: int) -> float:
-        """Time a decoding step of the target alone, sampling included."""
-        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        worker = self.worker
-        if worker.verify_graphs is not None:
-            # Its graphs are those of verify, and a plain step is one of one row.
-            return self.verify(batch_size, context, 1)
-        batch = self._batch(batch_size, context)
-        batch.spec_info = None
-        batch.spec_algorithm = SpeculativeAlgorithm.NONE
-        batch.capture_hidden_mode = CaptureHiddenMode.NULL
-        batch.input_ids = torch.ones(batch_size, dtype=torch.int64, device=worker.device)
-        batch.out_cache_loc = self._slots(batch, context, 1)
-        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-        batch.seq_lens = batch.seq_lens + 1
-        batch.seq_lens_sum += batch_size
-        return self._time(lambda: worker.target_worker.forward_batch_generation(batch))
-
     def step_overhead(self, batch_size: int) -> float:
         """Time a whole step of a small tree and subtract its passes."""
         worker, draft = self.worker, self.worker.draft_worker

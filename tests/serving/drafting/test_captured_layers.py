@@ -87,7 +87,7 @@ class FakeDraft:
     device, gpu_id, topk, speculative_num_steps = "cpu", 0, TOPK, STEPS
     room = StepRoom(STEPS, 1 + TOPK * STEPS)
     max_draft_tokens, verify_sizes = 12, (2, 5, 12)
-    costs = residuals = calibration = layer_graphs = tracer = None
+    costs = exploration = calibration = layer_graphs = tracer = None
 
     def __init__(self, policy):
         generator = torch.Generator().manual_seed(0)
