@@ -10,7 +10,7 @@ from cast_sglang.errors import ConfigError
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.full_width import FullWidthPolicy
+from cast_sglang.policy.optimal import OptimalPolicy as FullWidthPolicy
 
 __all__ = ["POLICY_NAMES", "PolicySettings", "build_policy"]
 

@@ -186,7 +186,6 @@ class Replay:
         costs = corrected if self._decides_by_corrected else raw
         policy, batch_size = self._policy, step.batch_size
         weights = np.array([request.weight for request in step.requests])
-        price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
         facts = StepFacts(
             batch_size=batch_size,
             costs=costs,
@@ -198,6 +197,7 @@ class Replay:
             is_timed=step.is_timed,
         )
         plan = self._decider.begin_step(facts)
+        price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
         if not plan.drafts:
             self._defer(step, plan)
             times = self._times((), 1.0, 0.0, plan.catch_up, raw, corrected, batch_size)
