@@ -35,6 +35,8 @@ __all__ = [
 
 TRACE_FORMAT = "cast-sglang trace"
 TRACE_VERSION = 1
+# Earlier releases served full-width, as optimal.
+RENAMED_POLICIES = {"optimal": "full-width"}
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,6 +64,12 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     is_full: bool  # every step grew and verified the whole envelope
     has_tokens: bool
     date: str
+
+    @property
+    def policy(self) -> str:
+        """Return the policy that recorded, by its present name."""
+        name = str(self.settings["policy"])
+        return RENAMED_POLICIES.get(name, name)
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):

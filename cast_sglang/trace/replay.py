@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.config import LOOKUPS, POLICIES
+from cast_sglang.config import LOOKUPS, REPLAYED_POLICIES
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
 from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.limits import Limits
@@ -35,7 +35,7 @@ from cast_sglang.ops import reference
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.optimal import OptimalPolicy
+from cast_sglang.policy.full_width import FullWidthPolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
 from cast_sglang.trace.records import (
     Trace,
@@ -72,17 +72,17 @@ class Outcome(NamedTuple):
 
 
 def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePolicy:
-    """Build the policy that a server of the trace's envelope would run.
+    """Build a policy for trees within the trace's envelope.
 
     Args:
-        name: auto, fixed, eagle or optimal.
+        name: of `REPLAYED_POLICIES`.
         thresholds: c1, c2, c3 and r of `fixed`; those of the recording where not given.
 
     Raises:
         TraceError: there is no such policy.
     """
-    if name not in POLICIES:
-        raise TraceError(f"policy {name}: expected {' | '.join(POLICIES)}")
+    if name not in REPLAYED_POLICIES:
+        raise TraceError(f"policy {name}: expected {' | '.join(REPLAYED_POLICIES)}")
     sizes = tuple(header.verify_sizes)
     if name == "eagle":
         return EaglePolicy(header.num_draft_tokens)
@@ -90,7 +90,7 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
         values = {key: header.settings[key] for key in ("c1", "c2", "c3", "r")} | thresholds
         c1, c2, c3, r = (float(values[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
         return FixedPolicy(c1, c2, c3, int(r), sizes)
-    policy = AutoPolicy if name == "auto" else OptimalPolicy
+    policy = AutoPolicy if name == "auto" else FullWidthPolicy
     return policy(sizes, header.num_steps, header.is_ragged)
 
 
