@@ -39,9 +39,9 @@ __all__ = [
 
 MAX_FILE_BYTES = 64 << 20
 
-# Keys of a model config that change neither the shapes nor the operations of a forward pass. Without
-# them a fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that begin
-# with an underscore are notes of the loader and are dropped as well.
+# Keys of a model config that change neither the shapes nor the operations of a forward pass.
+# Without them a fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that
+# begin with an underscore are notes of the loader and are dropped as well.
 _VOLATILE_KEYS = frozenset(
     {
         "attention_dropout",
