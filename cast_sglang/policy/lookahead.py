@@ -42,7 +42,7 @@ _PRIOR = 1.0
 
 
 class Lookahead:
-    """Counts the children of recent nodes and says how wide to expand the tree that grows.
+    """Counts the children of recent nodes and chooses how wide to expand the growing tree.
 
     On a geometric grid a child of probability p lies the same number of places below its parent
     wherever the parent is. So one histogram of these distances holds all that is needed of the
