@@ -1,17 +1,17 @@
-"""Residuals: what passes take while serving against what the tables say, and the slow correction.
+"""Correction: serving times its passes and scales the cost tables by what it finds.
 
 A table is measured once; then clocks, neighbours and drivers change. Each timed pass of a served
-step gives one ratio, measured to predicted. Ratios are kept per pass, batch-size bucket and
-token-count bucket, and the median of the last ones scales the table there.
+step gives one ratio, measured to predicted time. `Residuals` keeps the ratios by pass, bucket of
+batch sizes and bucket of token counts, and their median scales the table there.
 
-A median of few noisy passes is less exact than the table it corrects, and a size that looks cheap
-by luck is one that gets chosen. So all buckets of a pass and batch size share one factor, how fast
-the device is now, and a bucket departs from it only by what its own noise does not explain.
+The median of a few noisy passes is less exact than the table it corrects, and a policy chooses the
+size that noise makes look cheap. So all buckets of a pass and batch size share one factor, which is
+the speed of the device now; a bucket departs from it only as far as its own noise does not explain.
 
-A bucket that the table makes look dear is never chosen, so serving alone would never find out that
-it is cheap. So what has not been measured yet is taken for as cheap as the table's own error allows
-beside what has: it is tried where it is a close second, and then it is known. And, rarely, a step
-tries another bucket than the policy chose (`exploration.py`).
+A policy never chooses a bucket that the table makes look dear, so serving alone would never find
+out that it is cheap. So `Residuals` counts a bucket that was not measured as cheap as the table's
+own error allows beside those that were. Where that makes it the best choice it is run, and its time
+becomes known. Rarely, a step also tries another bucket than its policy chose (`exploration.py`).
 """
 
 import bisect
@@ -26,28 +26,28 @@ from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 from cast_sglang.costs.passes import NAMES
-from cast_sglang.costs.plain_ratio import WholeSteps
+from cast_sglang.costs.plain_ratio import PlainRatio
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
-# Of a full window only every so many-th pass counts, so that it spans many seconds: a median over
-# one slow moment would make the bucket in use look dearer than its neighbours. An empty one takes
-# all, and the fuller the fewer, so that rare buckets are known soon.
+# A full window takes one pass in STRIDE, so that it spans many seconds: the median over one slow
+# moment would make the bucket in use look dearer than its neighbours. An empty window takes all
+# passes, and the fuller it gets the fewer, so that rare buckets are known soon.
 STRIDE = 8
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 64
-# A scale beyond this is a broken measurement rather than drift.
+# A scale beyond this comes from a broken measurement, not from drift.
 MAX_SCALE = 4.0
-# Scales that moved less than this since they were last applied are left alone.
+# A scale that moved by less than this factor since it was last applied keeps its old value.
 DEADBAND = 0.02
-# A table that is off by more than this, with a full window of evidence, is reported.
+# The server reports a bucket that is off by more than this factor over a full window.
 REPORT_BEYOND = 1.25
 
 
 class Residual(NamedTuple):
-    """One bucket that has been measured while serving."""
+    """One bucket that serving measured."""
 
-    operation: str
+    operation: str  # of `passes.NAMES`
     batch_sizes: tuple[int, int]  # first and last of the bucket
     tokens: tuple[int, int]  # rows or nodes per request, first and last of the bucket
     ratio: float  # median of measured / predicted
@@ -55,14 +55,14 @@ class Residual(NamedTuple):
 
 
 class Residuals:
-    """Median ratio of measured to predicted time per pass and bucket.
+    """Median ratios of measured to predicted time, by pass and bucket.
 
     Batch sizes fall into octaves (1, 2, 3-4, 5-8, ...), token counts into half octaves (1, 2, 3,
-    4, 5-6, 7-8, 9-12, ...): finer would take long to learn, coarser would blur the steps of a
-    table.
+    4, 5-6, 7-8, 9-12, ...). Finer buckets would take long to learn, coarser ones would blur the
+    steps of a table.
 
     Args:
-        limits: the largest batch and the most rows or nodes per request in any pass.
+        limits: the largest batch, and the most rows per request, which end the last buckets.
         table_error: relative error of the table's times, in [0, 1).
     """
 
@@ -72,24 +72,24 @@ class Residuals:
         self._token_edges = _edges(limits.max_verify_rows, halves=True)
         shape = (len(NAMES), len(self._batch_edges), len(self._token_edges))
         self._shape = shape
-        self.version = 0  # changes with the scales
+        self.version = 0  # increases when the scales change
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the tables hold as they are."""
+        """Forget all measurements, so that the tables hold unscaled."""
         self._windows: dict[tuple[int, int, int], deque[float]] = {}
         self._recorded: Counter[tuple[int, int, int]] = Counter()
         self._ratios = np.ones(self._shape)
         self._spreads = np.zeros(self._shape)  # standard deviations of the logarithms
         self._samples = np.zeros(self._shape, dtype=np.int64)
-        self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
+        self._known_samples = self._samples.copy()  # as of the last refresh, equal on all ranks
         self._scales = np.ones(self._shape)
-        self._whole_steps = WholeSteps(len(self._batch_edges))
+        self._plain_ratio = PlainRatio(len(self._batch_edges))
         self._last_steps: list[tuple[int, bool, float]] = []  # since the last refresh
         self.version += 1
 
     def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
-        """Count one timed pass.
+        """Add the ratio of one timed pass to its bucket.
 
         Args:
             operation: of `passes.NAMES`.
@@ -111,34 +111,34 @@ class Residuals:
         self._samples[key] = len(window)
 
     def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
-        """Count one whole step; arguments as of `WholeSteps.record`."""
+        """Add the ratio of one whole step; arguments as of `PlainRatio.record`."""
         self._last_steps.append((self.batch_bucket(batch_size), is_plain, ratio))
 
     def plain_ratio(self, batch_size: int) -> float:
-        """Return what a plain step takes, relative to its costs, where one with a tree takes 1."""
-        return self._whole_steps.plain_ratio(self.batch_bucket(batch_size))
+        """Return measured over predicted time of plain steps, over that of steps with a tree."""
+        return self._plain_ratio.of(self.batch_bucket(batch_size))
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
         self._take_steps()
-        return self._ratios, self._spreads, self._samples, self._whole_steps.state()
+        return self._ratios, self._spreads, self._samples, self._plain_ratio.state()
 
     def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
-        """Apply what was recorded; return whether a scale changed.
+        """Apply what this rank, or rank 0, recorded; return whether a scale changed.
 
         Args:
-            state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
+            state: of rank 0, so that all ranks scale alike; None for this rank's own.
         """
         self._take_steps()
-        whole = None
+        plain = None
         if state is not None:
-            self._ratios, self._spreads, self._samples, whole = (array.copy() for array in state)
+            self._ratios, self._spreads, self._samples, plain = (array.copy() for array in state)
         self._known_samples = self._samples.copy()
-        ratios = _explained(self._ratios, self._spreads, self._samples)
-        filled = _filled(ratios, self._samples, self._table_error)
+        ratios = _shrink_to_common(self._ratios, self._spreads, self._samples)
+        filled = _fill_unmeasured(ratios, self._samples, self._table_error)
         scales = np.clip(filled, 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
-        if not self._whole_steps.refresh(whole) and not moved.any():
+        if not self._plain_ratio.refresh(plain) and not moved.any():
             return False
         self._scales = np.where(moved, scales, self._scales)
         self.version += 1
@@ -146,20 +146,20 @@ class Residuals:
 
     def _take_steps(self) -> None:
         for step in self._last_steps:
-            self._whole_steps.record(*step)
+            self._plain_ratio.record(*step)
         self._last_steps.clear()
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
-        """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""
+        """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
         row = self._scales[NAMES.index(operation), self.batch_bucket(batch_size)]
         counts = np.arange(1, num_counts + 1)
         index = np.searchsorted(self._token_edges, counts)
         return row[np.minimum(index, len(row) - 1)].astype(np.float32)
 
     def samples(self, operation: str, batch_size: int) -> np.ndarray:
-        """Return [T] int64, the samples of each bucket of token counts as of the last refresh.
+        """Return [T] int64, how many samples each bucket of token counts had at the last refresh.
 
-        All ranks of a tensor-parallel group have the same ones.
+        The numbers are equal on all ranks of a tensor-parallel group.
         """
         return self._known_samples[NAMES.index(operation), self.batch_bucket(batch_size)]
 
@@ -176,24 +176,24 @@ class Residuals:
             )
 
     def suspects(self) -> list[Residual]:
-        """Return the buckets that are off by more than a quarter for long, worst first."""
+        """Return the buckets that are off by more than a quarter in a full window, worst first."""
         beyond = math.log(REPORT_BEYOND)
         found = [r for r in self if r.samples == WINDOW and abs(math.log(r.ratio)) > beyond]
         return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
 
     def token_bucket(self, num_tokens: int) -> int:
-        """Return the number of the bucket that a count of rows or nodes per request falls into."""
+        """Return the index of the bucket that holds a number of rows or nodes per request."""
         token = bisect.bisect_left(self._token_edges, num_tokens)
         return min(token, len(self._token_edges) - 1)
 
     def batch_bucket(self, batch_size: int) -> int:
-        """Return the number of the bucket that a batch size falls into."""
+        """Return the index of the bucket that holds a batch size."""
         batch = bisect.bisect_left(self._batch_edges, batch_size)
         return min(batch, len(self._batch_edges) - 1)
 
 
 class CorrectedCosts:
-    """`CostModel.step_costs`, scaled by what serving measured."""
+    """Costs of a step as `CostModel` gives them, scaled by what serving measured."""
 
     def __init__(self, model: CostModel, residuals: Residuals) -> None:
         self._model = model
@@ -204,7 +204,7 @@ class CorrectedCosts:
     def step_costs(self, batch_size: int, context: float) -> StepCosts:
         """Return the costs of a step; arguments and errors as in `CostModel.step_costs`.
 
-        The unit stays S_T(B)[c][1], corrected too, so a table that is off by one factor throughout
+        The unit is the corrected S_T(B)[c][1]. So a table that is off by one factor throughout
         gives the same trees as the right one.
         """
         if self._residuals.version != self._version or len(self._cache) >= MAX_CACHED_STEPS:
@@ -233,14 +233,17 @@ class CorrectedCosts:
         )
 
 
-def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Draw each bucket towards the common ratio of its pass and batch size, by its own noise.
+def _shrink_to_common(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Move each bucket towards the common ratio of its pass and batch size, by its own noise.
 
     Definition: log out = common + shrink(log ratio - common, error)
-        common = median of the log ratios, each with the weight of its samples
-        error = that of a median, by max(own spread, median spread)
+        common = median of the log ratios, each weighted by its number of samples
+        error = standard error of the bucket's median, by max(own spread, median spread)
+
+    Args:
+        ratios, spreads, samples: [passes, batch buckets, token buckets].
     """
-    explained = ratios.copy()
+    shrunk = ratios.copy()
     for row in np.ndindex(ratios.shape[:2]):
         known = samples[row] >= MIN_SAMPLES
         if not known.any():
@@ -251,16 +254,16 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
         common = logs[order][middle]
         spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
         error = median_error(spread, counts)
-        explained[row][known] = np.exp(common + shrink(logs - common, error))
-    return explained
+        shrunk[row][known] = np.exp(common + shrink(logs - common, error))
+    return shrunk
 
 
-def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
-    """Give buckets without evidence the ratio of the nearest with, of the same batch sizes.
+def _fill_unmeasured(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
+    """Give each bucket with too few samples the ratio of the nearest one of the same batch sizes.
 
-    Tables are wrong in regions: a kernel that changed, a cache that another process shares. Beside
-    that each entry has its own error, taken in favour of all but the first: whether a lone root
-    takes less is a question of its own, see `Exploration.explore_plain`.
+    Tables are wrong over regions, where a kernel changed or another process shares a cache. Each
+    entry also has an error of its own, which counts in favour of the bucket, so that it is tried;
+    not so in that of one token, as `Exploration.explore_plain` tries a lone root.
     """
     known = samples >= MIN_SAMPLES
     filled = np.ones_like(ratios)
@@ -277,7 +280,7 @@ def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.n
 
 
 def _edges(limit: int, *, halves: bool) -> list[int]:
-    """Return the last value of each bucket: octaves, or half octaves, up to `limit`."""
+    """Return the last value of each bucket up to `limit`: of octaves, or of half octaves."""
     edges = [1]
     while edges[-1] < limit:
         octave = 1 << edges[-1].bit_length()
@@ -288,4 +291,5 @@ def _edges(limit: int, *, halves: bool) -> list[int]:
 
 
 def _span(edges: list[int], bucket: int) -> tuple[int, int]:
+    """Return the first and the last value of a bucket."""
     return (edges[bucket - 1] + 1 if bucket else 1), edges[bucket]

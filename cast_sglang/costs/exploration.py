@@ -99,7 +99,7 @@ class Exploration:
         """Return whether to decode plainly once, so that the time of a lone root gets known.
 
         Drafting is judged by the time of a plain step. A server that always drafts would never find
-        out that a plain step takes less than its table says. Call it once in each timed step that
+        out that a plain step takes less than in its table. Call it once in each timed step that
         would draft.
 
         Args:

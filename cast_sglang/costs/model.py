@@ -1,4 +1,4 @@
-"""CostModel: S_T and S_D of a profile as arrays; lookup, interpolation and sums, no decision.
+"""CostModel: looks up what the passes of a step cost in the tables S_T and S_D of a profile.
 
 Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2510.26577), the
 tables S_T(B), S_D(B) and the function `select`.
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MAX_CACHED_STEPS = 4096
-# Beyond the measured contexts the cost is continued with its last slope up to this multiple.
+# Beyond the last measured context the cost rises with its last slope up to this multiple of it.
 MAX_CONTEXT_EXTRAPOLATION = 2
 
 logger = logging.getLogger(__name__)
@@ -37,19 +37,17 @@ logger = logging.getLogger(__name__)
 class StepCosts(NamedTuple):
     """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
 
-    On the host, where all decisions are taken, and as arrays: reading one entry of a tensor takes
-    ten times as long.
-
-    N is the largest number of verified rows, K the largest number of nodes in one draft layer, E
-    the largest number of rows in draft extend.
+    The arrays are on the host, where policies decide; they are no tensors, as reading one entry of
+    a tensor takes ten times as long. N, K and E are the most rows to verify, nodes of a draft layer
+    and rows of draft extend.
     """
 
     verify: np.ndarray  # [N] float32; index k - 1: one target pass over k rows per request
     draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
     draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
-    overhead: float  # host time of a step that no pass covers; 0 if the profile has none
-    plain_overhead: float  # the same of a step that verifies the root alone
+    overhead: float  # time of a step outside of its passes; 0 if the profile has none
+    plain_overhead: float  # the same of a plain step, which verifies the root alone
 
 
 def cost_of(costs: np.ndarray, count: float) -> float:
@@ -69,23 +67,21 @@ def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
 
     Args:
         name: of `passes.NAMES`.
-        num_tokens: rows or nodes per request; perhaps a mean.
+        num_tokens: rows or nodes per request; may be a mean over requests.
     """
     return cost_of(getattr(costs, name), num_tokens) * costs.unit_us
 
 
-def step_units(
-    costs: Any, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
-) -> float:
-    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
+def step_units(costs: Any, widths: Sequence[int], num_rows: float, num_extend_rows: float) -> float:
+    """Return the time of a step with a tree, in units, as `TreePolicy.observe` takes it.
 
     Args:
-        costs: `StepCosts`, or a policy's view of them; so below.
+        costs: `StepCosts`, or what a policy reads of them; the same in the next two functions.
         widths: nodes expanded per request in each layer below the root.
-        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
-        num_extend_rows: rows per request of draft extend, 0 for none.
+        num_rows: rows verified per request, root included; may be a mean over requests.
+        num_extend_rows: rows per request of draft extend, 0 for none; may be a mean.
     """
-    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
+    time = costs.overhead + cost_of(costs.verify, num_rows)
     time += sum(cost_of(costs.draft, width) for width in widths)
     if num_extend_rows:
         time += cost_of(costs.draft_extend, num_extend_rows)
@@ -98,7 +94,10 @@ def plain_units(costs: Any) -> float:
 
 
 def extend_units(costs: Any, num_rows: int) -> float:
-    """Return the time of draft extend of any number of rows, in units."""
+    """Return the time of draft extend in units, for any number of rows.
+
+    Beyond the costs' last row, each further row adds what a row adds in the mean before it.
+    """
     if num_rows == 0:
         return 0.0
     first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
@@ -111,17 +110,17 @@ def extend_units(costs: Any, num_rows: int) -> float:
 class CostModel:
     """Costs of a step at any batch size and context, from the tables of a profile.
 
-    Along tokens the cost is linear between measured counts and exact at them. Along batch size and
-    context it is linear between grid points, or, with lookup "nearest", that of the smallest grid
-    point that covers the value (the paper's `select`). Beyond the grid each axis goes on with its
-    last measured slope, never downwards; the context does so up to twice the last grid point, and
-    below the first grid point the first one holds.
+    Along tokens, costs are exact at measured counts and linear between them. Along batch size and
+    context they are linear between grid points; with lookup "nearest" they are those of the
+    smallest grid point that covers the value, as the paper's `select` does. Beyond the grid each
+    axis continues with its last measured slope, never downwards; the context does so up to twice
+    the last grid point. Below the first grid point its costs hold.
 
-    Contexts are rounded up to buckets of `CONTEXT_BUCKET_TOKENS`, so that a growing context asks
-    for new costs every 64 tokens only; rounding up keeps `select` exact on grids of such multiples.
+    Contexts are rounded up to multiples of `CONTEXT_BUCKET_TOKENS`, so that a growing context needs
+    new costs only every 64 tokens. Rounding up keeps `select` exact on grids of such multiples.
 
     Attributes:
-        extrapolated: axes that the given limits exceed, such as "target.batch_sizes"; logged once.
+        extrapolated: axes on which the limits exceed the tables, such as "target.batch_sizes".
     """
 
     def __init__(
@@ -135,9 +134,9 @@ class CostModel:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
-            limits: the largest shapes for which costs are asked.
+            limits: the largest shapes that costs are needed for.
             lookup: "linear" or "nearest".
-            warns: log that the profile does not cover the limits.
+            warns: log which axes the profile does not cover.
 
         Raises:
             ValueError: `lookup` is unknown.
@@ -211,7 +210,7 @@ class CostModel:
 
 
 class _Surface:
-    """One cost table, dense along tokens: value at any batch size and context."""
+    """One cost table, dense along tokens, which gives times at any batch size and context."""
 
     def __init__(self, table: CostTable, num_counts: int, nearest: bool) -> None:
         self._batch_sizes = table.batch_sizes
@@ -230,12 +229,12 @@ class _Surface:
 
 
 def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> np.ndarray:
-    """Fill [..., len(token_counts)] to [..., num_counts]: linear, exact at the measured counts."""
+    """Interpolate [..., len(token_counts)] times linearly to [..., num_counts]."""
     counts = np.arange(1, num_counts + 1)
     flat = time_us.reshape(-1, len(token_counts))
     dense = np.stack([np.interp(counts, token_counts, row) for row in flat])
     if len(token_counts) > 1:
-        # np.interp holds the last value; go on with the last slope instead, never downwards.
+        # np.interp repeats the last value; continue with the last slope instead, never downwards.
         slope = (flat[:, -1] - flat[:, -2]) / (token_counts[-1] - token_counts[-2])
         beyond = np.maximum(counts - token_counts[-1], 0)
         dense += np.maximum(slope, 0.0)[:, None] * beyond
@@ -243,9 +242,10 @@ def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> n
 
 
 def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, float]:
-    """Return (low, high, weight): the value lies at grid[low] + weight * (grid[high] - grid[low]).
+    """Return (low, high, weight) so that value = grid[low] + weight * (grid[high] - grid[low]).
 
-    A weight above 1 lies beyond the grid; a value below the grid is moved to its first point.
+    The weight exceeds 1 where the value lies beyond the grid. A value below the grid becomes its
+    first point; with `nearest`, any value becomes the smallest grid point that covers it.
     """
     cover = bisect.bisect_left(grid, value)
     if nearest or len(grid) == 1 or cover == 0:
@@ -257,5 +257,6 @@ def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, flo
 
 
 def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
+    """Interpolate times; beyond `high` continue with the same slope, but never downwards."""
     step = high - low
     return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cast_sglang.config import CastConfig
+from cast_sglang.config import REPLAYED_POLICIES, CastConfig
 from cast_sglang.errors import ConfigError
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.optimal import OptimalPolicy as FullWidthPolicy
+from cast_sglang.policy.full_width import FullWidthPolicy
 
-__all__ = ["POLICY_NAMES", "PolicySettings", "build_policy"]
+__all__ = ["PolicySettings", "build_policy"]
 
 
 class PolicySettings(NamedTuple):
@@ -32,21 +32,20 @@ _BUILDERS: dict[str, Callable[[PolicySettings], TreePolicy]] = {
     "auto": lambda s: AutoPolicy(s.verify_sizes, s.max_layers, s.extends_by_accepted),
     "fixed": lambda s: FixedPolicy(s.c1, s.c2, s.c3, s.r, s.verify_sizes),
     "eagle": lambda s: EaglePolicy(s.max_verify_rows),
-    # For replay alone: `CastConfig` does not know it.
     "full-width": lambda s: FullWidthPolicy(s.verify_sizes, s.max_layers, s.extends_by_accepted),
 }
-POLICY_NAMES = tuple(_BUILDERS)
+assert tuple(_BUILDERS) == REPLAYED_POLICIES, "every policy is made here and named in config.py"
 
 
 def build_policy(name: str, settings: PolicySettings) -> TreePolicy:
     """Build a policy.
 
     Args:
-        name: one of `POLICY_NAMES`.
+        name: one of `REPLAYED_POLICIES`.
 
     Raises:
         ConfigError: there is no such policy.
     """
     if name not in _BUILDERS:
-        raise ConfigError(f"policy {name}: expected {' | '.join(POLICY_NAMES)}")
+        raise ConfigError(f"policy {name}: expected {' | '.join(_BUILDERS)}")
     return _BUILDERS[name](settings)

@@ -29,7 +29,6 @@ from cast_sglang.costs.profiles import FoundProfile, profile_command
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.optimal import OptimalPolicy
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.grow import compile_ops
@@ -100,7 +99,7 @@ class CastWorker(EAGLEWorkerV2):
         draft.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
         self.calibration = None
-        if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
+        if self.config.policy == "auto" and self.config.calibration == "on":
             identity = host_identity(resolving_view(server_args))
             file = CalibrationFile.of(self.config, identity)
             saves = get_parallel().tp_rank == 0
@@ -167,9 +166,8 @@ class CastWorker(EAGLEWorkerV2):
         if config.policy == "eagle" or config.trace_full:
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
-        if config.policy in ("auto", "optimal"):
-            policy = AutoPolicy if config.policy == "auto" else OptimalPolicy
-            return policy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
+        if config.policy == "auto":
+            return AutoPolicy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
         return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
 
     def cast_state(self) -> dict[str, Any]:

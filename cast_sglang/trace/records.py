@@ -35,6 +35,8 @@ __all__ = [
 
 TRACE_FORMAT = "cast-sglang trace"
 TRACE_VERSION = 1
+# Earlier releases served full-width, as optimal.
+RENAMED_POLICIES = {"optimal": "full-width"}
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -65,6 +67,12 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     # Sizes that have a captured graph, by captured batch size; None where passes run without.
     verify_graphs: dict[int, list[int]] | None = None
     width_graphs: dict[int, list[int]] | None = None
+
+    @property
+    def policy(self) -> str:
+        """Return the policy that recorded, by its present name."""
+        name = str(self.settings["policy"])
+        return RENAMED_POLICIES.get(name, name)
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):

@@ -62,10 +62,10 @@ class Outcome(NamedTuple):
 
 
 def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePolicy:
-    """Build the policy that a server of the trace's envelope would run.
+    """Build a policy for trees within the trace's envelope.
 
     Args:
-        name: one of `build.POLICY_NAMES`.
+        name: of `REPLAYED_POLICIES`.
         thresholds: c1, c2, c3 and r of `fixed`; those of the recording where not given.
 
     Raises:

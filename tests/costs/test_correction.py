@@ -229,15 +229,6 @@ def test_plain_steps_are_compared_with_their_neighbours(mostly_plain):
     assert residuals.plain_ratio(8) == 1.0
 
 
-def test_a_difference_that_noise_explains_is_not_believed():
-    residuals, rng = Residuals(LIMITS), random.Random(2)
-    for index in range(200):
-        is_plain = index % 12 == 0
-        residuals.record_step(4, is_plain, math.exp(rng.gauss(0.0, 0.1)))
-    residuals.refresh()
-    assert residuals.plain_ratio(4) == pytest.approx(1.0, abs=0.02)
-
-
 def test_what_rank_0_saw_of_whole_steps_counts_on_all_ranks():
     first, second = Residuals(LIMITS), Residuals(LIMITS)
     for index in range(3 * MIN_SAMPLES):

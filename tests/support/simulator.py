@@ -18,7 +18,7 @@ from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.optimal import optimal_choice
+from cast_sglang.policy.full_width import best_choice
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.tree import DraftTree
 
@@ -272,7 +272,7 @@ def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
     for _ in range(4):  # Dinkelbach
         tokens = time = 0.0
         for layers in steps:
-            choice = optimal_choice(layers, growth, costs.verify, SIZES, price)
+            choice = best_choice(layers, growth, costs.verify, SIZES, price)
             cost = sum(growth[: choice.num_layers - 1])
             cost += float(costs.verify[choice.num_draft_tokens - 1])
             tokens += 1.0 + choice.value + price * cost

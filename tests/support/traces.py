@@ -222,4 +222,4 @@ def write(trace: Trace, path: Path, max_bytes: int = 1 << 30) -> Path:
 
 
 def default_policy() -> AutoPolicy:
-    return AutoPolicy(tuple(range(2, TOKENS + 1)), LAYERS, extend_by_outcome=True)
+    return AutoPolicy(tuple(range(2, TOKENS + 1)), LAYERS, extends_by_accepted=True)

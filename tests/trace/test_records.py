@@ -5,6 +5,7 @@ import numpy as np
 from cast_sglang.trace.records import Continuation, packed, tables_digest, unpacked
 from cast_sglang.tree import parents_of
 from tests.support.builders import make_profile, make_table
+from tests.support.traces import SETTINGS, make_header
 
 
 def test_arrays_are_exact():
@@ -21,6 +22,12 @@ def test_digests_are_those_of_earlier_releases():
     assert tables_digest(make_profile(plain=plain)) == old
     without = "b81b210b3b0aa4db0acd8ace968540ab10fd43ac935e2fa0dc3fe7b34dfedc99"
     assert tables_digest(make_profile()) == without
+
+
+def test_policies_have_their_present_names():
+    assert make_header(None).policy == "auto"
+    renamed = make_header(None, settings={**SETTINGS, "policy": "optimal"})
+    assert renamed.policy == "full-width"
 
 
 def test_parents():

@@ -42,7 +42,7 @@ from tests.support.builders import make_profile
 
 ROOT = Path(__file__).resolve().parents[3]
 ARMS = ["plain", "static", "static:3-1-4", "static:2-2-4", "adaptive", "cast:auto"]
-ARMS += ["cast:optimal", "cast:auto+calibration=off"]
+ARMS += ["cast:fixed", "cast:auto+calibration=off"]
 # Tokens per second relative to plain decoding.
 SPEEDS = dict(zip(ARMS, (1.0, 1.4, 1.5, 1.2, 1.3, 1.8, 1.6, 1.7), strict=True))
 SPEEDS["static:5-4-8"] = SPEEDS["static"]
@@ -209,7 +209,7 @@ def test_the_overview_has_a_column_for_each_batch_size_and_the_arms_that_matter(
     names = {name for _, name in lines}
     assert names == {
         *("plain", "EAGLE-3 5-4-8", "EAGLE-3, best of the grid", "SGLang adaptive", "CAST auto"),
-        "CAST optimal",
+        "CAST fixed",
     }
     assert lines["tokens/s", "CAST auto"][0] == "72.0 (64.8 to 79.2)"
     assert lines["vs plain", "EAGLE-3, best of the grid"] == ["1.50x", "1.50x"]
