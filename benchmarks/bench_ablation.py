@@ -30,6 +30,7 @@ import msgspec
 from benchmarks import bench_serving
 from benchmarks.harness.options import list_of
 from benchmarks.harness.pairs import OUT
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.profiles import load_profile, save_profile
 from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
@@ -39,7 +40,6 @@ PRICES = "2-2-1.5"
 RS = (1, 4, 64)
 LEARNING = ("calibration=off", "joint_budget=on", "residuals=off")
 DERIVED = "one-context.json"
-TABLES = ("target", "draft", "draft_extend", "plain")
 CELLS = ("time_us", "spread_us", "samples")
 
 
@@ -135,8 +135,7 @@ def context(args: argparse.Namespace) -> list[str]:
 
 def one_context(profile: CostProfile) -> CostProfile:
     """Keep the shortest context of each table only."""
-    tables = {name: getattr(profile, name) for name in TABLES}
-    kept = {name: _shortest(table) for name, table in tables.items() if table is not None}
+    kept = {each.table: _shortest(profile.table_of(each)) for each in PASSES}
     return msgspec.structs.replace(profile, **kept)
 
 

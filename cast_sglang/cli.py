@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_sglang import __version__
-from cast_sglang.config import POLICIES
+from cast_sglang.config import REPLAYED_POLICIES
 from cast_sglang.errors import CastError
 
 __all__ = ["main"]
@@ -52,8 +52,8 @@ corrected by the recorded times as the server does it; --no-correction takes the
 
 TUNE_DESCRIPTION = """\
 Fit the thresholds C1, C2, C3 and R of policy fixed to a trace, and say how much speed they lack
-against the policies optimal and auto. Prints the flags to use. Best on a trace that was recorded
-with --cast-trace-full, which knows the fate of every tree within the envelope.
+against policy auto and the best fixed tree. Prints the flags to use. Best on a trace that was
+recorded with --cast-trace-full, which knows the fate of every tree within the envelope.
 """
 
 TRACE_SHOW_DESCRIPTION = """\
@@ -187,9 +187,9 @@ def _add_trace_commands(commands: Any) -> None:
     tune.set_defaults(run=lambda arguments, extra: _tune(arguments, extra, tune))
     replay.add_argument(
         "--policy",
-        choices=POLICIES,
+        choices=REPLAYED_POLICIES,
         metavar="POLICY",
-        help=f"{' | '.join(POLICIES)} (default: as recorded)",
+        help=f"{' | '.join(REPLAYED_POLICIES)} (default: as recorded)",
     )
     for name in ("c1", "c2", "c3"):
         replay.add_argument(f"--{name}", type=float, metavar="PRICE", help="of policy fixed")

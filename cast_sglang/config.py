@@ -21,12 +21,22 @@ from typing import Any, NamedTuple, Self
 
 from cast_sglang.errors import ConfigError
 
-__all__ = ["LOOKUPS", "POLICIES", "CastConfig", "FlagSpec", "flag_specs", "user_cache_dir"]
+__all__ = [
+    "LOOKUPS",
+    "POLICIES",
+    "REPLAYED_POLICIES",
+    "CastConfig",
+    "FlagSpec",
+    "flag_specs",
+    "user_cache_dir",
+]
 
-POLICIES = ("auto", "fixed", "eagle", "optimal")
+POLICIES = ("auto", "fixed", "eagle")
+# A replay can decide by these too.
+REPLAYED_POLICIES = (*POLICIES, "full-width")
 LOOKUPS = ("linear", "nearest")
 GRAPHS = ("all", "passes", "off")
-MAX_VERIFY_TOKENS = 4096
+MAX_VERIFY_ROWS = 4096
 
 _ENV_PREFIX = "CAST_"
 _CPU_PLATFORM_PREFIX = "CAST_CPU_"
@@ -60,6 +70,7 @@ class _Knob(NamedTuple):
     low: float = 0
     high: float = 0
     choices: tuple[str, ...] = ()
+    hints: Mapping[str, str] = {}  # what to do instead, by a value that is not allowed
 
     @property
     def allowed(self) -> str:
@@ -73,12 +84,16 @@ class _Knob(NamedTuple):
             case "switch":
                 return f"{' | '.join(_TRUE_WORDS)} or {' | '.join(_FALSE_WORDS)}"
             case "sizes":
-                return f"ascending integers in [1, {MAX_VERIFY_TOKENS}] such as 2,4,8, or auto"
+                return f"ascending integers in [1, {MAX_VERIFY_ROWS}] such as 2,4,8, or auto"
             case _:
                 return "a non-empty text"
 
 
 _PATH = _Knob("text", "path of a configuration file")
+_FULL_WIDTH = (
+    "full-width, once named optimal, grows every layer before it chooses, so no server runs it; "
+    "cast-sglang replay --policy full-width does"
+)
 
 
 def _knob(default: Any, kind: str, help: str, **limits: Any) -> Any:
@@ -104,7 +119,13 @@ class CastConfig:
         "cost profile: a path, auto to search for one and else measure a quick one, estimate to "
         "make do with the device's bandwidth and peak rate, or none (policy eagle)",
     )
-    policy: str = _knob("auto", "choice", "how the draft tree is chosen", choices=POLICIES)
+    policy: str = _knob(
+        "auto",
+        "choice",
+        "how the draft tree is chosen",
+        choices=POLICIES,
+        hints=dict.fromkeys(("full-width", "optimal"), _FULL_WIDTH),
+    )
     c1: float = _price(4.0, "C1, price of breadth")
     c2: float = _price(3.0, "C2, price of one more layer")
     c3: float = _price(2.5, "C3, price of a verified node")
@@ -316,8 +337,9 @@ def _checked(knob: _Knob, value: Any, source: str) -> Any:
     try:
         result = _parsed(knob, value)
     except (TypeError, ValueError, OverflowError) as error:
+        hint = knob.hints.get(value.strip()) if isinstance(value, str) else None
         message = f"{source}={_shown(value)}: must be {knob.allowed}"
-        raise ConfigError(message) from error
+        raise ConfigError(message + (f" ({hint})" if hint else "")) from error
     return result
 
 
@@ -355,7 +377,7 @@ def _verify_sizes(value: Any) -> tuple[int, ...] | None:
     _require(isinstance(value, str | list | tuple))
     items = value.split(",") if isinstance(value, str) else value
     sizes = tuple(_integer(item) for item in items)
-    _require(len(sizes) > 0 and sizes[0] >= 1 and sizes[-1] <= MAX_VERIFY_TOKENS)
+    _require(len(sizes) > 0 and sizes[0] >= 1 and sizes[-1] <= MAX_VERIFY_ROWS)
     _require(all(low < high for low, high in zip(sizes, sizes[1:], strict=False)))
     return sizes
 

@@ -5,8 +5,9 @@ layer, M candidates in all, N `num_draft_tokens` (nodes verified, root included)
 
 A *candidate* is a token that the draft model proposed. Candidates are numbered in the order in
 which they were proposed: the K children of the root, then K children for each kept node, layer by
-layer. So candidate g is a child of expanded node number g // K, where number 0 is the root: this is
-the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection into a mask.
+layer. This is the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection
+into a mask. `proposer_of` and the functions beside it are all that knows it; the compiled loops and
+kernels of `ops` cannot call them and are compared with the reference, which does.
 
 The tree holds tensors and chooses nothing: `policy` chooses, and `ops` holds the formulas, in
 plain torch and in one kernel each.
@@ -14,11 +15,57 @@ plain torch and in one kernel each.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 
-__all__ = ["DraftTree", "Frontier", "RankedNodes", "Selection", "TreeOps"]
+__all__ = [
+    "DraftTree",
+    "Frontier",
+    "RankedNodes",
+    "Selection",
+    "TreeOps",
+    "first_child_of",
+    "layer_ends",
+    "parents_of",
+    "proposer_of",
+]
+
+Numbers = TypeVar("Numbers", int, np.ndarray, torch.Tensor)
+
+
+def proposer_of(candidates: Numbers, topk: int) -> Numbers:
+    """Return which expanded node proposed each candidate: 0 for the root, 1 for the first below.
+
+    Args:
+        candidates: candidate numbers, of any shape.
+    """
+    return candidates // topk
+
+
+def first_child_of(proposers: Numbers, topk: int) -> Numbers:
+    """Return the number of the first of the K candidates that each expanded node proposed."""
+    return proposers * topk
+
+
+def layer_ends(widths: Sequence[int], topk: int) -> np.ndarray:
+    """Return [layers] int64, one more than the last candidate number of each layer.
+
+    Args:
+        widths: nodes expanded per request in each layer below the root.
+    """
+    return topk * np.cumsum([1, *widths])
+
+
+def parents_of(expanded: np.ndarray, topk: int) -> np.ndarray:
+    """Return [M] int64, the candidate that each candidate is a child of; -1 for the root.
+
+    Args:
+        expanded: [E] int, candidates in the order in which they were expanded.
+    """
+    return np.repeat(np.concatenate(([-1], expanded)), topk)
 
 
 class Frontier(NamedTuple):

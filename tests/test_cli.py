@@ -206,7 +206,7 @@ def test_tune(recorded, capsys):
     assert "--cast-policy fixed --cast-c1" in capsys.readouterr().out
     assert main(["tune", *recorded, "--evaluations", "2", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["speeds"]) == {
-        "tuned", "recorded", "auto", "optimal"
+        "tuned", "recorded", "auto", "fixed tree"
     }  # fmt: skip
 
 

@@ -76,6 +76,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path, suffix):
         ("CAST_R", "4097", "[1, 4096]"),
         ("CAST_R", "2.5", "integer"),
         ("CAST_POLICY", "eagel", "fixed | eagle"),
+        ("CAST_POLICY", "full-width", "replay --policy full-width"),
+        ("CAST_POLICY", "optimal", "auto | fixed | eagle (full-width, once named optimal, "),
         ("CAST_LOOKUP", "cubic", "linear | nearest"),
         ("CAST_VERIFY_SIZES", "4,2", "ascending"),
         ("CAST_VERIFY_SIZES", "2,2", "ascending"),

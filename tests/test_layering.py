@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "policy": "costs ops tree config",
     "profiling": "costs",
     "trace": "policy costs ops tree config",
-    "report": "trace costs config",
+    "report": "trace costs tree config",
     "cpu": "ops",
     "serving": "policy profiling trace cpu costs ops tree config",
     "cli": "__init__ serving report trace profiling policy costs ops tree config",
@@ -171,7 +171,7 @@ def test_files_stay_readable(path):
             "cast_sglang.costs.profiles, cast_sglang.policy.request_modes",
             ["sglang", "triton", "torch"],
         ),
-        ("cast_sglang.trace.records", ["sglang", "triton", "torch"]),
+        ("cast_sglang.trace.records", ["sglang", "triton"]),
         (
             "cast_sglang.trace.replay, cast_sglang.trace.tuning, cast_sglang.report.trace_page",
             ["sglang", "triton"],

@@ -17,7 +17,7 @@ SERVER_FLAGS = (
     "--dtype bfloat16 --max-total-tokens {tokens} --max-running-requests {requests} "
     "--context-length 1024"
 )
-ARMS = ("plain", "static-grid", "adaptive", "cast:auto", "cast:fixed", "cast:optimal")
+ARMS = ("plain", "static-grid", "adaptive", "cast:auto", "cast:fixed")
 BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 64)}
 FULL = {
     "temperatures": [0.0, 1.0],

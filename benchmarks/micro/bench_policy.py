@@ -82,7 +82,6 @@ class Decider:
             draft=np.linspace(1e-6, 2e-6, topk, dtype=np.float32),
             draft_extend=np.linspace(0.1, 0.2, options.steps + 1, dtype=np.float32),
             unit_us=1e4,
-            plain=1.0,
             overhead=0.0,
             plain_overhead=0.0,
         )

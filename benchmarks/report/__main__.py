@@ -53,9 +53,8 @@ BOUND = (
     "nothing else takes time: tokens gained in a step over its predicted time, relative to the "
     "predicted rate of plain decoding at the same contexts. What was accepted was counted, so the "
     "bound has no noise of the clock. Between it and the measured speed-up lies what the host and "
-    "the noise took; between it and the bound of `cast:optimal`, which chooses its trees by "
-    "exhaustive search, what a better choice of trees could still bring. It is a bound by the "
-    "table: where passes are faster than the table says, more can be measured."
+    "the noise took. It is a bound by the table: where passes are faster than their entries, more "
+    "can be measured."
 )
 
 

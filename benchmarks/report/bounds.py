@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from benchmarks.harness.arms import static_shape
 from benchmarks.report.data import Row, Run, cell_of
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
-from cast_sglang.costs.model import CostModel, plain_cost, step_units
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
+from cast_sglang.costs.model import CostModel, plain_units, step_units
 from cast_sglang.costs.schema import CostProfile
 
 # The model continues the tables for batches and contexts that they do not reach.
-MAX_BATCH = 4096
-MAX_CONTEXT = 1 << 20
 MAX_ROWS = 256
+LIMITS = Limits(4096, 1 << 20, max_verify_rows=MAX_ROWS, max_width=MAX_ROWS)
 
 
 class NamedProfile(NamedTuple):
@@ -103,14 +102,8 @@ def _has_bound(row: Row) -> bool:
 
 
 def _model(profile: CostProfile) -> CostModel:
-    return CostModel(
-        profile,
-        max_batch_size=MAX_BATCH,
-        max_context=MAX_CONTEXT,
-        max_verify_tokens=MAX_ROWS,
-        max_width=MAX_ROWS,
-        warns=False,  # what lies beyond is asked for on purpose
-    )
+    # What lies beyond the tables is asked for on purpose.
+    return CostModel(profile, LIMITS, warns=False)
 
 
 def _step_us(
@@ -127,4 +120,4 @@ def _step_us(
 
 def _plain_us(model: CostModel, batch: int, context: int) -> float:
     costs = model.step_costs(batch, context)
-    return (plain_cost(costs) + costs.overhead) * costs.unit_us
+    return plain_units(costs) * costs.unit_us

@@ -152,8 +152,6 @@ def bounds(run: Run, allowed: Bounds) -> list[Block]:
     for title, rows in titled(run):
         lines = []
         for batch, mine in by_batch(rows):
-            optimal = next((row for row in mine if row["arm"] == "cast:optimal"), None)
-            best = None if optimal is None else allowed.of(run, optimal)
             for row in mine:
                 bound = allowed.of(run, row)
                 if bound is not None:
@@ -164,10 +162,9 @@ def bounds(run: Run, allowed: Bounds) -> list[Block]:
                             spread(ratio_of(row, "vs_plain")),
                             shown(bound, "x"),
                             shown(_scaled(row["vs_plain"], 1 / bound)),
-                            shown(best, "x"),
                         )
                     )
-        blocks += [*title, _grid((*headings, "bound of `cast:optimal`"), lines)]
+        blocks += [*title, _grid(headings, lines)]
     return blocks
 
 

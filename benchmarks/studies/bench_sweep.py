@@ -28,15 +28,15 @@ from rich.table import Table
 
 from benchmarks.harness.pairs import OUT, Pair
 from benchmarks.harness.provenance import provenance
-from benchmarks.studies.fixed_trees import FIXED_TREES, fits, replay_fixed
 from cast_sglang.errors import CastError
+from cast_sglang.trace.fixed_trees import FIXED_TREES, Shape, fits, replay_tree
 from cast_sglang.trace.session import Session, open_session
-from cast_sglang.trace.summary import Comparison
+from cast_sglang.trace.summary import Comparison, compare
 
 BASE = {"c1": 2.0, "c2": 2.0, "c3": 1.5, "r": 16}
 RULES = {"without DR": ("c3",), "without DP": ("c2",), "without BP": ("c1",)}
 FACTORS = (0.25, 0.5, 2.0, 4.0)
-POLICIES = ("auto", "optimal", "eagle")
+POLICIES = ("auto", "full-width", "eagle")
 
 
 class Setting(NamedTuple):
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trees = [shape for shape in FIXED_TREES if fits(shape, session.trace.header)]
         for shape in track(trees, console=console, description="fixed trees"):
             setting = Setting(f"EAGLE-3 {shape}", "trees", None, "eagle", {})
-            rows += [_row(setting, comparison) for comparison in replay_fixed(session, shape)]
+            rows += [_row(setting, comparison) for comparison in _replayed(shape, session)]
         relate(rows)
         identity = session.trace.header.identity
         pair = Pair(identity.target.name, identity.draft.name)
@@ -127,6 +127,13 @@ def rows_of(setting: Setting, session: Session) -> list[dict[str, Any]]:
     """Replay one setting; return a row for each batch size, and one for all (batch 0)."""
     replayed = session.replay(setting.policy, dict(setting.thresholds))
     return [_row(setting, comparison) for comparison in replayed.rows]
+
+
+def _replayed(shape: Shape, session: Session) -> list[Comparison]:
+    """Replay one fixed tree; rows as of `Session.replay`."""
+    options = {"correct": session.corrects, "seed": session.seed}
+    replay = replay_tree(session.trace, session.profile, shape, **options)
+    return compare(session.trace, list(replay))
 
 
 def _row(setting: Setting, comparison: Comparison) -> dict[str, Any]:

@@ -1,61 +1,53 @@
-"""Residuals: what passes take while serving against what the tables say, and the slow correction.
+"""Correction: serving times its passes and scales the cost tables by what it finds.
 
 A table is measured once; then clocks, neighbours and drivers change. Each timed pass of a served
-step gives one ratio, measured to predicted. Ratios are kept per pass, batch-size bucket and
-token-count bucket, and the median of the last ones scales the table there.
+step gives one ratio, measured to predicted time. `Residuals` keeps the ratios by pass, bucket of
+batch sizes and bucket of token counts, and their median scales the table there.
 
-A median of few noisy passes is less exact than the table it corrects, and a size that looks cheap
-by luck is one that gets chosen. So all buckets of a pass and batch size share one factor, how fast
-the device is now, and a bucket departs from it only by what its own noise does not explain.
+The median of a few noisy passes is less exact than the table it corrects, and a policy chooses the
+size that noise makes look cheap. So all buckets of a pass and batch size share one factor, which is
+the speed of the device now; a bucket departs from it only as far as its own noise does not explain.
 
-A bucket that the table makes look dear is never chosen, so serving alone would never find out that
-it is cheap. So what has not been measured yet is taken for as cheap as the table's own error allows
-beside what has: it is tried where it is a close second, and then it is known. And `explore` asks,
-rarely, for another bucket than the policy chose.
+A policy never chooses a bucket that the table makes look dear, so serving alone would never find
+out that it is cheap. So `Residuals` counts a bucket that was not measured as cheap as the table's
+own error allows beside those that were. Where that makes it the best choice it is run, and its time
+becomes known. Rarely, a step also tries another bucket than its policy chose (`exploration.py`).
 """
 
 import bisect
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
-from cast_sglang.costs.plain_ratio import WholeSteps
+from cast_sglang.costs.passes import NAMES
+from cast_sglang.costs.plain_ratio import PlainRatio
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
-PASSES = ("verify", "draft", "draft_extend")
-PLAIN = len(PASSES)  # counts the tries of plain decoding beside those of the passes' sizes
-# Of a full window only every so many-th pass counts, so that it spans many seconds: a median over
-# one slow moment would make the bucket in use look dearer than its neighbours. An empty one takes
-# all, and the fuller the fewer, so that rare buckets are known soon.
+# A full window takes one pass in STRIDE, so that it spans many seconds: the median over one slow
+# moment would make the bucket in use look dearer than its neighbours. An empty window takes all
+# passes, and the fuller it gets the fewer, so that rare buckets are known soon.
 STRIDE = 8
 # Steps between two corrections of the costs; each takes some hundred microseconds.
 REFRESH_EVERY = 64
-# A scale beyond this is a broken measurement rather than drift.
+# A scale beyond this comes from a broken measurement, not from drift.
 MAX_SCALE = 4.0
-# Scales that moved less than this since they were last applied are left alone.
+# A scale that moved by less than this factor since it was last applied keeps its old value.
 DEADBAND = 0.02
-# A table that is off by more than this, with a full window of evidence, is reported.
+# The server reports a bucket that is off by more than this factor over a full window.
 REPORT_BEYOND = 1.25
-# One timed step in so many tries a bucket that lacks samples, or a neighbour for fresh ones; it
-# waits until what that may lose is this share of the timed passes since.
-EXPLORE_EVERY = 16
-REVISIT_EVERY = 256
-EXPLORE_SHARE = 0.01
-# What fresh samples of plain steps may lose.
-REVISIT_SHARE = EXPLORE_SHARE / 4
 
 
 class Residual(NamedTuple):
-    """One bucket that has been measured while serving."""
+    """One bucket that serving measured."""
 
-    operation: str
+    operation: str  # of `passes.NAMES`
     batch_sizes: tuple[int, int]  # first and last of the bucket
     tokens: tuple[int, int]  # rows or nodes per request, first and last of the bucket
     ratio: float  # median of measured / predicted
@@ -63,53 +55,50 @@ class Residual(NamedTuple):
 
 
 class Residuals:
-    """Median ratio of measured to predicted time per pass and bucket.
+    """Median ratios of measured to predicted time, by pass and bucket.
 
     Batch sizes fall into octaves (1, 2, 3-4, 5-8, ...), token counts into half octaves (1, 2, 3,
-    4, 5-6, 7-8, 9-12, ...): finer would take long to learn, coarser would blur the steps of a
-    table.
+    4, 5-6, 7-8, 9-12, ...). Finer buckets would take long to learn, coarser ones would blur the
+    steps of a table.
 
     Args:
-        max_batch_size: largest number of requests in a step.
-        max_tokens: largest number of rows or nodes per request in any pass.
+        limits: the largest batch, and the most rows per request, which end the last buckets.
         table_error: relative error of the table's times, in [0, 1).
     """
 
-    def __init__(self, max_batch_size: int, max_tokens: int, table_error: float = 0.0) -> None:
+    def __init__(self, limits: Limits, table_error: float = 0.0) -> None:
         self._table_error = table_error
-        self._batch_edges = _edges(max_batch_size, halves=False)
-        self._token_edges = _edges(max_tokens, halves=True)
-        shape = (len(PASSES), len(self._batch_edges), len(self._token_edges))
+        self._batch_edges = _edges(limits.max_batch_size, halves=False)
+        self._token_edges = _edges(limits.max_verify_rows, halves=True)
+        shape = (len(NAMES), len(self._batch_edges), len(self._token_edges))
         self._shape = shape
-        self.version = 0  # changes with the scales
+        self.version = 0  # increases when the scales change
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the tables hold as they are."""
+        """Forget all measurements, so that the tables hold unscaled."""
         self._windows: dict[tuple[int, int, int], deque[float]] = {}
         self._recorded: Counter[tuple[int, int, int]] = Counter()
         self._ratios = np.ones(self._shape)
         self._spreads = np.zeros(self._shape)  # standard deviations of the logarithms
         self._samples = np.zeros(self._shape, dtype=np.int64)
-        self._known_samples = self._samples.copy()  # as of the last refresh, alike on all ranks
+        self._known_samples = self._samples.copy()  # as of the last refresh, equal on all ranks
         self._scales = np.ones(self._shape)
-        self._whole_steps = WholeSteps(len(self._batch_edges))
+        self._plain_ratio = PlainRatio(len(self._batch_edges))
         self._last_steps: list[tuple[int, bool, float]] = []  # since the last refresh
-        self._steps: dict[tuple[int, int], int] = {}
-        self._last_explored: dict[tuple[int, int], int] = {}
-        self._explored: dict[tuple[int, int, int], int] = {}
         self.version += 1
 
     def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
-        """Count one timed pass.
+        """Add the ratio of one timed pass to its bucket.
 
         Args:
-            operation: "verify", "draft" or "draft_extend".
+            operation: of `passes.NAMES`.
             ratio: measured over predicted time; ignored unless positive and finite.
         """
         if not 0.0 < ratio < math.inf:
             return
-        key = (PASSES.index(operation), *self._bucket(batch_size, num_tokens))
+        batch, token = self.batch_bucket(batch_size), self.token_bucket(num_tokens)
+        key = (NAMES.index(operation), batch, token)
         window = self._windows.get(key)
         if window is None:
             window = self._windows[key] = deque(maxlen=WINDOW)
@@ -122,34 +111,34 @@ class Residuals:
         self._samples[key] = len(window)
 
     def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
-        """Count one whole step; arguments as of `WholeSteps.record`."""
-        self._last_steps.append((self._batch_bucket(batch_size), is_plain, ratio))
+        """Add the ratio of one whole step; arguments as of `PlainRatio.record`."""
+        self._last_steps.append((self.batch_bucket(batch_size), is_plain, ratio))
 
     def plain_ratio(self, batch_size: int) -> float:
-        """Return what a plain step takes, relative to its costs, where one with a tree takes 1."""
-        return self._whole_steps.plain_ratio(self._batch_bucket(batch_size))
+        """Return measured over predicted time of plain steps, over that of steps with a tree."""
+        return self._plain_ratio.of(self.batch_bucket(batch_size))
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was recorded, for the other ranks of a tensor-parallel group."""
         self._take_steps()
-        return self._ratios, self._spreads, self._samples, self._whole_steps.state()
+        return self._ratios, self._spreads, self._samples, self._plain_ratio.state()
 
     def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
-        """Apply what was recorded; return whether a scale changed.
+        """Apply what this rank, or rank 0, recorded; return whether a scale changed.
 
         Args:
-            state: what rank 0 recorded, so that all ranks scale alike; None for one's own.
+            state: of rank 0, so that all ranks scale alike; None for this rank's own.
         """
         self._take_steps()
-        whole = None
+        plain = None
         if state is not None:
-            self._ratios, self._spreads, self._samples, whole = (array.copy() for array in state)
+            self._ratios, self._spreads, self._samples, plain = (array.copy() for array in state)
         self._known_samples = self._samples.copy()
-        ratios = _explained(self._ratios, self._spreads, self._samples)
-        filled = _filled(ratios, self._samples, self._table_error)
+        ratios = _shrink_to_common(self._ratios, self._spreads, self._samples)
+        filled = _fill_unmeasured(ratios, self._samples, self._table_error)
         scales = np.clip(filled, 1 / MAX_SCALE, MAX_SCALE)
         moved = np.abs(np.log(scales / self._scales)) > DEADBAND
-        if not self._whole_steps.refresh(whole) and not moved.any():
+        if not self._plain_ratio.refresh(plain) and not moved.any():
             return False
         self._scales = np.where(moved, scales, self._scales)
         self.version += 1
@@ -157,90 +146,29 @@ class Residuals:
 
     def _take_steps(self) -> None:
         for step in self._last_steps:
-            self._whole_steps.record(*step)
+            self._plain_ratio.record(*step)
         self._last_steps.clear()
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
-        """Return [num_counts] float32 factors on the table's time of 1.. tokens per request."""
-        row = self._scales[PASSES.index(operation), self._batch_bucket(batch_size)]
+        """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
+        row = self._scales[NAMES.index(operation), self.batch_bucket(batch_size)]
         counts = np.arange(1, num_counts + 1)
         index = np.searchsorted(self._token_edges, counts)
         return row[np.minimum(index, len(row) - 1)].astype(np.float32)
 
-    def explore(
-        self,
-        operation: str,
-        batch_size: int,
-        chosen: int,
-        sizes: Sequence[int],
-        costs: np.ndarray,
-    ) -> int:
-        """Return the chosen number of tokens, or now and then one of another bucket.
+    def samples(self, operation: str, batch_size: int) -> np.ndarray:
+        """Return [T] int64, how many samples each bucket of token counts had at the last refresh.
 
-        To be asked in steps whose passes are timed.
-
-        Args:
-            chosen: what the policy wants, one of `sizes`.
-            sizes: the numbers that are possible in this step, ascending.
-            costs: [>= sizes[-1]] float32, the pass's costs of 1.. tokens.
+        The numbers are equal on all ranks of a tensor-parallel group.
         """
-        which, batch = PASSES.index(operation), self._batch_bucket(batch_size)
-        waited = self._wait(which, batch)
-        if waited < EXPLORE_EVERY:
-            return chosen
-        token = self._bucket(batch_size, chosen)[1]
-        largest = {self._bucket(batch_size, size)[1]: size for size in sizes}
-        samples = self._known_samples[which, batch]
-        others = [other for other in largest if other != token and samples[other] < MIN_SAMPLES]
-        if not others and waited >= REVISIT_EVERY:
-            others = [other for other in (token - 1, token + 1) if other in largest]
-        if not others:
-            return chosen
-
-        # The nearest, and of two as near the one whose turn it is.
-        def order(other: int) -> tuple[int, int]:
-            return abs(other - token), self._explored.get((which, batch, other), 0)
-
-        other = min(others, key=order)
-        tried = largest[other]
-        # A dearer number takes more time, and a smaller one brings less, at worst in proportion.
-        loss = max(float(costs[tried - 1] / costs[chosen - 1]) - 1.0, 1.0 - tried / chosen)
-        if waited * EXPLORE_SHARE < loss:
-            return chosen
-        step = self._steps[which, batch]
-        self._last_explored[which, batch] = self._explored[which, batch, other] = step
-        return tried
-
-    def explore_plain(self, batch_size: int, loss: float) -> bool:
-        """Return whether to decode plainly once, to see what verifying a lone root takes.
-
-        Whether drafting pays at all is judged against that, and a server that always drafts would
-        never find out that it is cheaper than its table says. To be asked in steps that would draft
-        and whose passes are timed.
-
-        Args:
-            loss: share of a step's time that a plain step loses.
-        """
-        batch = self._batch_bucket(batch_size)
-        waited = self._wait(PLAIN, batch)
-        known = self._known_samples[PASSES.index("verify"), batch, 0] >= MIN_SAMPLES
-        share = REVISIT_SHARE if known else EXPLORE_SHARE
-        if waited < EXPLORE_EVERY or waited * share < loss:
-            return False
-        self._last_explored[PLAIN, batch] = self._steps[PLAIN, batch]
-        return True
-
-    def _wait(self, which: int, batch: int) -> int:
-        """Count one more step; return how many there are since something else was tried."""
-        step = self._steps[which, batch] = self._steps.get((which, batch), 0) + 1
-        return step - self._last_explored.get((which, batch), 0)
+        return self._known_samples[NAMES.index(operation), self.batch_bucket(batch_size)]
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""
         for index in zip(*np.nonzero(self._samples), strict=True):
             which, batch, token = (int(i) for i in index)
             yield Residual(
-                PASSES[which],
+                NAMES[which],
                 _span(self._batch_edges, batch),
                 _span(self._token_edges, token),
                 float(self._ratios[index]),
@@ -248,22 +176,24 @@ class Residuals:
             )
 
     def suspects(self) -> list[Residual]:
-        """Return the buckets that are off by more than a quarter for long, worst first."""
+        """Return the buckets that are off by more than a quarter in a full window, worst first."""
         beyond = math.log(REPORT_BEYOND)
         found = [r for r in self if r.samples == WINDOW and abs(math.log(r.ratio)) > beyond]
         return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
 
-    def _bucket(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
+    def token_bucket(self, num_tokens: int) -> int:
+        """Return the index of the bucket that holds a number of rows or nodes per request."""
         token = bisect.bisect_left(self._token_edges, num_tokens)
-        return self._batch_bucket(batch_size), min(token, len(self._token_edges) - 1)
+        return min(token, len(self._token_edges) - 1)
 
-    def _batch_bucket(self, batch_size: int) -> int:
+    def batch_bucket(self, batch_size: int) -> int:
+        """Return the index of the bucket that holds a batch size."""
         batch = bisect.bisect_left(self._batch_edges, batch_size)
         return min(batch, len(self._batch_edges) - 1)
 
 
 class CorrectedCosts:
-    """`CostModel.step_costs`, scaled by what serving measured."""
+    """Costs of a step as `CostModel` gives them, scaled by what serving measured."""
 
     def __init__(self, model: CostModel, residuals: Residuals) -> None:
         self._model = model
@@ -274,7 +204,7 @@ class CorrectedCosts:
     def step_costs(self, batch_size: int, context: float) -> StepCosts:
         """Return the costs of a step; arguments and errors as in `CostModel.step_costs`.
 
-        The unit stays S_T(B)[c][1], corrected too, so a table that is off by one factor throughout
+        The unit is the corrected S_T(B)[c][1]. So a table that is off by one factor throughout
         gives the same trees as the right one.
         """
         if self._residuals.version != self._version or len(self._cache) >= MAX_CACHED_STEPS:
@@ -288,34 +218,32 @@ class CorrectedCosts:
 
     def _corrected(self, batch_size: int, context: float) -> StepCosts:
         raw = self._model.step_costs(batch_size, context)
-        verify, draft, draft_extend = (
-            costs * self._residuals.scales(operation, batch_size, len(costs))
-            for operation, costs in zip(
-                PASSES, (raw.verify, raw.draft, raw.draft_extend), strict=True
-            )
-        )
+        scaled = {}
+        for name in NAMES:
+            costs = getattr(raw, name)
+            scaled[name] = costs * self._residuals.scales(name, batch_size, len(costs))
         unit = float(self._residuals.scales("verify", batch_size, 1)[0])
         overhead = raw.overhead / unit
         plain = (1.0 + overhead) * self._residuals.plain_ratio(batch_size)
         return StepCosts(
-            verify=verify / np.float32(unit),
-            draft=draft / np.float32(unit),
-            draft_extend=draft_extend / np.float32(unit),
+            **{name: costs / np.float32(unit) for name, costs in scaled.items()},
             unit_us=raw.unit_us * unit,
-            plain=raw.plain,
             overhead=overhead,
             plain_overhead=plain - 1.0,
         )
 
 
-def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Draw each bucket towards the common ratio of its pass and batch size, by its own noise.
+def _shrink_to_common(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Move each bucket towards the common ratio of its pass and batch size, by its own noise.
 
     Definition: log out = common + shrink(log ratio - common, error)
-        common = median of the log ratios, each with the weight of its samples
-        error = that of a median, by max(own spread, median spread)
+        common = median of the log ratios, each weighted by its number of samples
+        error = standard error of the bucket's median, by max(own spread, median spread)
+
+    Args:
+        ratios, spreads, samples: [passes, batch buckets, token buckets].
     """
-    explained = ratios.copy()
+    shrunk = ratios.copy()
     for row in np.ndindex(ratios.shape[:2]):
         known = samples[row] >= MIN_SAMPLES
         if not known.any():
@@ -326,16 +254,16 @@ def _explained(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> 
         common = logs[order][middle]
         spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
         error = median_error(spread, counts)
-        explained[row][known] = np.exp(common + shrink(logs - common, error))
-    return explained
+        shrunk[row][known] = np.exp(common + shrink(logs - common, error))
+    return shrunk
 
 
-def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
-    """Give buckets without evidence the ratio of the nearest with, of the same batch sizes.
+def _fill_unmeasured(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
+    """Give each bucket with too few samples the ratio of the nearest one of the same batch sizes.
 
-    Tables are wrong in regions: a kernel that changed, a cache that another process shares. Beside
-    that each entry has its own error, taken in favour of all but the first: whether a lone root
-    takes less is a question of its own, see `explore_plain`.
+    Tables are wrong over regions, where a kernel changed or another process shares a cache. Each
+    entry also has an error of its own, which counts in favour of the bucket, so that it is tried;
+    not so in that of one token, as `Exploration.explore_plain` tries a lone root.
     """
     known = samples >= MIN_SAMPLES
     filled = np.ones_like(ratios)
@@ -352,7 +280,7 @@ def _filled(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.n
 
 
 def _edges(limit: int, *, halves: bool) -> list[int]:
-    """Return the last value of each bucket: octaves, or half octaves, up to `limit`."""
+    """Return the last value of each bucket up to `limit`: of octaves, or of half octaves."""
     edges = [1]
     while edges[-1] < limit:
         octave = 1 << edges[-1].bit_length()
@@ -363,4 +291,5 @@ def _edges(limit: int, *, halves: bool) -> list[int]:
 
 
 def _span(edges: list[int], bucket: int) -> tuple[int, int]:
+    """Return the first and the last value of a bucket."""
     return (edges[bucket - 1] + 1 if bucket else 1), edges[bucket]

@@ -1,21 +1,58 @@
-"""The largest shapes that are measured and run, and how contexts are counted."""
+"""Limits: the largest shapes that are measured, tabulated and served, and how contexts count."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-__all__ = ["CONTEXT_BUCKET_TOKENS", "Limits", "longest_context"]
+import dataclasses
+from typing import Self
+
+from cast_sglang.costs.passes import PASSES, Pass
+from cast_sglang.costs.schema import CostTables
+
+__all__ = ["CONTEXT_BUCKET_TOKENS", "Limits", "exceeded", "longest_context"]
 
 CONTEXT_BUCKET_TOKENS = 64
 
 
-class Limits(NamedTuple):
-    """The largest shapes a meter can run."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest shapes of any pass.
 
-    max_batch_size: int
+    Raises:
+        ValueError: a limit is below 1.
+    """
+
+    max_batch_size: int  # requests in a step
     max_context: int  # tokens of one request, those of the pass included
     max_verify_rows: int  # rows per request in one target pass, root included
     max_width: int  # nodes per request in one draft layer
     max_tokens: int | None = None  # tokens of all requests together; None for no limit
     max_extend_rows: int | None = None  # rows per request of draft extend; None: max_verify_rows
+
+    def __post_init__(self) -> None:
+        for name, limit in dataclasses.asdict(self).items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}: every limit must be at least 1")
+
+    def most(self, of: Pass) -> int:
+        """Return the most tokens per request of a pass."""
+        limit: int | None = getattr(self, of.limit)
+        return self.max_verify_rows if limit is None else limit
+
+    @property
+    def longest_context(self) -> int:
+        """Return the most tokens that a request holds before a pass."""
+        return longest_context(self.max_context, self.max_verify_rows)
+
+    @classmethod
+    def of_tables(cls, tables: CostTables) -> Self:
+        """Return the largest shapes that the tables hold."""
+        every = {each.limit: tables.table_of(each) for each in PASSES}
+        longest = max(table.contexts[-1] for table in every.values())
+        return cls(
+            max_batch_size=max(table.batch_sizes[-1] for table in every.values()),
+            max_context=longest + tables.target.token_counts[-1],
+            **{limit: table.token_counts[-1] for limit, table in every.items()},
+        )
 
 
 def longest_context(max_context: int, max_verify_rows: int) -> int:
@@ -23,3 +60,17 @@ def longest_context(max_context: int, max_verify_rows: int) -> int:
     longest = max(max_context - max_verify_rows, 1)
     # Off a bucket's edge the cost model would round past the last grid point.
     return longest - longest % CONTEXT_BUCKET_TOKENS if longest > CONTEXT_BUCKET_TOKENS else longest
+
+
+def exceeded(tables: CostTables, limits: Limits) -> frozenset[str]:
+    """Return the axes on which the limits go beyond the tables, such as "target.batch_sizes"."""
+    return frozenset(
+        f"{each.table}.{axis}"
+        for each in PASSES
+        for axis, limit in (
+            ("batch_sizes", limits.max_batch_size),
+            ("contexts", limits.longest_context),
+            ("token_counts", limits.most(each)),
+        )
+        if limit > getattr(tables.table_of(each), axis)[-1]
+    )

@@ -1,4 +1,4 @@
-"""CostModel: S_T and S_D of a profile as arrays; lookup, interpolation and sums, no decision.
+"""CostModel: looks up what the passes of a step cost in the tables S_T and S_D of a profile.
 
 Source: Hong, Tan, Hu, "Inference-Cost-Aware Dynamic Tree Construction" (arXiv 2510.26577), the
 tables S_T(B), S_D(B) and the function `select`.
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cast_sglang.config import LOOKUPS
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
@@ -21,13 +22,13 @@ __all__ = [
     "StepCosts",
     "cost_of",
     "extend_units",
-    "plain_cost",
-    "plain_extra",
+    "pass_us",
+    "plain_units",
     "step_units",
 ]
 
 MAX_CACHED_STEPS = 4096
-# Beyond the measured contexts the cost is continued with its last slope up to this multiple.
+# Beyond the last measured context the cost rises with its last slope up to this multiple of it.
 MAX_CONTEXT_EXTRAPOLATION = 2
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,17 @@ logger = logging.getLogger(__name__)
 class StepCosts(NamedTuple):
     """Costs of the passes of one step, in units of `unit_us`, at one batch size and context.
 
-    On the host, where all decisions are taken, and as arrays: reading one entry of a tensor takes
-    ten times as long.
-
-    N is the largest number of verified rows, K the largest number of nodes in one draft layer, E
-    the largest number of rows in draft extend.
+    The arrays are on the host, where policies decide; they are no tensors, as reading one entry of
+    a tensor takes ten times as long. N, K and E are the most rows to verify, nodes of a draft layer
+    and rows of draft extend.
     """
 
     verify: np.ndarray  # [N] float32; index k - 1: one target pass over k rows per request
     draft: np.ndarray  # [K] float32; index k - 1: one draft layer over k nodes per request
     draft_extend: np.ndarray  # [E] float32; index k - 1: the draft's pass over k rows
     unit_us: float  # S_T(B)[c][1] in microseconds: one target pass over 1 row per request
-    plain: float  # one plain decoding step; nan if the profile has none
-    overhead: float  # host time of a step that no pass covers; 0 if the profile has none
-    plain_overhead: float  # the same of a step that verifies the root alone
+    overhead: float  # time of a step outside of its passes; 0 if the profile has none
+    plain_overhead: float  # the same of a plain step, which verifies the root alone
 
 
 def cost_of(costs: np.ndarray, count: float) -> float:
@@ -64,40 +62,42 @@ def cost_of(costs: np.ndarray, count: float) -> float:
     return cost if whole == count else cost + (count - whole) * (float(costs[whole]) - cost)
 
 
-def plain_cost(costs: Any) -> float:
-    """Return the cost of a plain step; that of verifying one row where it was not measured.
+def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
+    """Return the time of one pass in microseconds.
 
     Args:
-        costs: `StepCosts`, or a policy's view of them.
+        name: of `passes.NAMES`.
+        num_tokens: rows or nodes per request; may be a mean over requests.
     """
-    return costs.plain if math.isfinite(costs.plain) else float(costs.verify[0])
+    return cost_of(getattr(costs, name), num_tokens) * costs.unit_us
 
 
-def step_units(
-    costs: Any, widths: Sequence[int], num_draft_tokens: float, num_extend_rows: float
-) -> float:
-    """Return the time of a step that ran, in units: what `AutoPolicy.observe` takes.
+def step_units(costs: Any, widths: Sequence[int], num_rows: float, num_extend_rows: float) -> float:
+    """Return the time of a step with a tree, in units, as `TreePolicy.observe` takes it.
 
     Args:
-        costs: `StepCosts`, or a policy's view of them; so below.
+        costs: `StepCosts`, or what a policy reads of them; the same in the next two functions.
         widths: nodes expanded per request in each layer below the root.
-        num_draft_tokens: N, rows verified per request; like the next, perhaps a mean.
-        num_extend_rows: rows per request of draft extend, 0 for none.
+        num_rows: rows verified per request, root included; may be a mean over requests.
+        num_extend_rows: rows per request of draft extend, 0 for none; may be a mean.
     """
-    time = costs.overhead + cost_of(costs.verify, num_draft_tokens)
+    time = costs.overhead + cost_of(costs.verify, num_rows)
     time += sum(cost_of(costs.draft, width) for width in widths)
     if num_extend_rows:
         time += cost_of(costs.draft_extend, num_extend_rows)
     return time
 
 
-def plain_extra(costs: Any) -> float:
-    """Return what a step that verifies the root alone takes beyond plain decoding, in units."""
-    return costs.plain_overhead + float(costs.verify[0]) - plain_cost(costs)
+def plain_units(costs: Any) -> float:
+    """Return the time of a plain step, which verifies the root alone, in units."""
+    return float(costs.verify[0]) + costs.plain_overhead
 
 
 def extend_units(costs: Any, num_rows: int) -> float:
-    """Return the time of draft extend of any number of rows, in units."""
+    """Return the time of draft extend in units, for any number of rows.
+
+    Beyond the costs' last row, each further row adds what a row adds in the mean before it.
+    """
     if num_rows == 0:
         return 0.0
     first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
@@ -110,62 +110,50 @@ def extend_units(costs: Any, num_rows: int) -> float:
 class CostModel:
     """Costs of a step at any batch size and context, from the tables of a profile.
 
-    Along tokens the cost is linear between measured counts and exact at them. Along batch size and
-    context it is linear between grid points, or, with lookup "nearest", that of the smallest grid
-    point that covers the value (the paper's `select`). Beyond the grid each axis goes on with its
-    last measured slope, never downwards; the context does so up to twice the last grid point, and
-    below the first grid point the first one holds.
+    Along tokens, costs are exact at measured counts and linear between them. Along batch size and
+    context they are linear between grid points; with lookup "nearest" they are those of the
+    smallest grid point that covers the value, as the paper's `select` does. Beyond the grid each
+    axis continues with its last measured slope, never downwards; the context does so up to twice
+    the last grid point. Below the first grid point its costs hold.
 
-    Contexts are rounded up to buckets of `CONTEXT_BUCKET_TOKENS`, so that a growing context asks
-    for new costs every 64 tokens only; rounding up keeps `select` exact on grids of such multiples.
+    Contexts are rounded up to multiples of `CONTEXT_BUCKET_TOKENS`, so that a growing context needs
+    new costs only every 64 tokens. Rounding up keeps `select` exact on grids of such multiples.
 
     Attributes:
-        extrapolated: axes that the given limits exceed, such as "target.batch_sizes"; logged once.
+        extrapolated: axes on which the limits exceed the tables, such as "target.batch_sizes".
     """
 
     def __init__(
         self,
         tables: CostTables,
+        limits: Limits,
         *,
-        max_batch_size: int,
-        max_context: int,
-        max_verify_tokens: int,
-        max_width: int,
-        max_extend_rows: int | None = None,
         lookup: str = "linear",
         warns: bool = True,
     ) -> None:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
-            max_batch_size: largest number of requests in a step.
-            max_context: longest context in tokens.
-            max_verify_tokens: N, largest number of verified rows per request, root included.
-            max_width: K, largest number of nodes per request in one draft layer.
-            max_extend_rows: E, largest number of rows per request in draft extend; None for N.
+            limits: the largest shapes that costs are needed for.
             lookup: "linear" or "nearest".
-            warns: log that the profile does not cover the limits.
+            warns: log which axes the profile does not cover.
 
         Raises:
-            ValueError: a limit is below 1 or `lookup` is unknown.
+            ValueError: `lookup` is unknown.
         """
-        max_extend_rows = max_verify_tokens if max_extend_rows is None else max_extend_rows
-        limits = (max_batch_size, max_context, max_verify_tokens, max_width, max_extend_rows)
-        if min(limits) < 1:
-            raise ValueError("every limit of a CostModel must be at least 1")
         if lookup not in LOOKUPS:
             raise ValueError(f"lookup {lookup!r} is none of {', '.join(LOOKUPS)}")
         nearest = lookup == "nearest"
-        self._verify = _Surface(tables.target, max_verify_tokens, nearest)
-        self._draft = _Surface(tables.draft, max_width, nearest)
-        self._draft_extend = _Surface(tables.draft_extend, max_extend_rows, nearest)
-        self._plain = _Surface(tables.plain, 1, nearest) if tables.plain else None
+        self._surfaces = {
+            each.name: _Surface(tables.table_of(each), limits.most(each), nearest)
+            for each in PASSES
+        }
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
         self._nearest = nearest
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = limits.max_batch_size
         self._cache: dict[tuple[int, int], StepCosts] = {}
-        self.extrapolated = _exceeded(tables, *limits)
+        self.extrapolated = exceeded(tables, limits)
         if self.extrapolated and warns:
             logger.warning(
                 "Cost profile does not cover this server; extrapolating %s",
@@ -201,24 +189,14 @@ class CostModel:
         return costs
 
     def _compute(self, batch_size: int, context: int) -> StepCosts:
-        verify_us = self._verify.at(batch_size, context)
-        unit_us = float(verify_us[0])
-        verify, draft, draft_extend = (
-            (time_us / unit_us).astype(np.float32)
-            for time_us in (
-                verify_us,
-                self._draft.at(batch_size, context),
-                self._draft_extend.at(batch_size, context),
-            )
-        )
-        plain_us = self._plain.at(batch_size, context)[0] if self._plain else math.nan
+        times_us = {
+            name: surface.at(batch_size, context) for name, surface in self._surfaces.items()
+        }
+        unit_us = float(times_us["verify"][0])
         overhead = self._overhead(batch_size) / unit_us
         return StepCosts(
-            verify=verify,
-            draft=draft,
-            draft_extend=draft_extend,
+            **{name: (time_us / unit_us).astype(np.float32) for name, time_us in times_us.items()},
             unit_us=unit_us,
-            plain=float(plain_us) / unit_us,
             overhead=overhead,
             plain_overhead=overhead,
         )
@@ -232,7 +210,7 @@ class CostModel:
 
 
 class _Surface:
-    """One cost table, dense along tokens: value at any batch size and context."""
+    """One cost table, dense along tokens, which gives times at any batch size and context."""
 
     def __init__(self, table: CostTable, num_counts: int, nearest: bool) -> None:
         self._batch_sizes = table.batch_sizes
@@ -251,12 +229,12 @@ class _Surface:
 
 
 def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> np.ndarray:
-    """Fill [..., len(token_counts)] to [..., num_counts]: linear, exact at the measured counts."""
+    """Interpolate [..., len(token_counts)] times linearly to [..., num_counts]."""
     counts = np.arange(1, num_counts + 1)
     flat = time_us.reshape(-1, len(token_counts))
     dense = np.stack([np.interp(counts, token_counts, row) for row in flat])
     if len(token_counts) > 1:
-        # np.interp holds the last value; go on with the last slope instead, never downwards.
+        # np.interp repeats the last value; continue with the last slope instead, never downwards.
         slope = (flat[:, -1] - flat[:, -2]) / (token_counts[-1] - token_counts[-2])
         beyond = np.maximum(counts - token_counts[-1], 0)
         dense += np.maximum(slope, 0.0)[:, None] * beyond
@@ -264,9 +242,10 @@ def _densify(time_us: np.ndarray, token_counts: list[int], num_counts: int) -> n
 
 
 def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, float]:
-    """Return (low, high, weight): the value lies at grid[low] + weight * (grid[high] - grid[low]).
+    """Return (low, high, weight) so that value = grid[low] + weight * (grid[high] - grid[low]).
 
-    A weight above 1 lies beyond the grid; a value below the grid is moved to its first point.
+    The weight exceeds 1 where the value lies beyond the grid. A value below the grid becomes its
+    first point; with `nearest`, any value becomes the smallest grid point that covers it.
     """
     cover = bisect.bisect_left(grid, value)
     if nearest or len(grid) == 1 or cover == 0:
@@ -278,30 +257,6 @@ def _locate(grid: list[int], value: float, nearest: bool) -> tuple[int, int, flo
 
 
 def _blend(low: np.ndarray, high: np.ndarray, weight: float) -> np.ndarray:
+    """Interpolate times; beyond `high` continue with the same slope, but never downwards."""
     step = high - low
     return low + min(weight, 1.0) * step + max(weight - 1.0, 0.0) * np.maximum(step, 0.0)
-
-
-def _exceeded(
-    tables: CostTables,
-    batch_size: int,
-    context: int,
-    verify_tokens: int,
-    width: int,
-    extend_rows: int,
-) -> frozenset[str]:
-    limits = [
-        ("target", tables.target, verify_tokens),
-        ("draft", tables.draft, width),
-        ("draft_extend", tables.draft_extend, extend_rows),
-    ]
-    return frozenset(
-        f"{name}.{axis}"
-        for name, table, num_counts in limits
-        for axis, limit in (
-            ("batch_sizes", batch_size),
-            ("contexts", context),
-            ("token_counts", num_counts),
-        )
-        if limit > getattr(table, axis)[-1]
-    )

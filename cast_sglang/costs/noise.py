@@ -1,4 +1,4 @@
-"""Evidence: what the last few of some noisy measurements say, and how much of it is believed."""
+"""Noise: the median of a few measurements, how far off it may be, and how much of it to believe."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 
 __all__ = ["MIN_SAMPLES", "WINDOW", "median_and_spread", "median_error", "shrink"]
 
+# Measurements that count: the last ones.
 WINDOW = 32
-# Fewer samples say nothing.
+# With fewer samples nothing is believed.
 MIN_SAMPLES = 4
-# Standard errors by which a measured value may differ from the expected without being believed.
+# Standard errors by which a value must differ from the expected one to be believed.
 NOISE = 2.0
 
 
 def median_and_spread(values: Iterable[float]) -> tuple[float, float]:
-    """Return the median and the standard deviation, from the quartiles as of a normal one.
+    """Return the median, and the standard deviation of a normal distribution of these quartiles.
 
     Args:
         values: at least one.
@@ -28,17 +29,22 @@ def median_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 
 def median_error(spread: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Return the standard error of medians of so many samples of this spread."""
+    """Return the standard error of the median of normal values.
+
+    Args:
+        spread: standard deviation of the values.
+        samples: number of values.
+    """
     return 1.25 * spread / np.sqrt(samples)
 
 
 def shrink(departed: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Return how far measured values are believed to be from the expected ones.
+    """Return the part of a difference that noise does not explain.
 
     Definition: out = departed * max(0, 1 - (NOISE * error / departed)^2)
 
-    Nothing where noise may explain it, nearly all where it is far beyond: to take the noise off in
-    full, as soft thresholding does, would leave every value short by it.
+    A difference within the noise becomes 0, one far beyond it stays nearly whole. Soft thresholding
+    would subtract the noise in full and leave every value short by it.
 
     Args:
         departed: measured minus expected.

@@ -1,9 +1,8 @@
-"""Whole steps: what plain ones take against those with a tree.
+"""PlainRatio: how long plain steps take beside steps with a tree, compared as whole steps.
 
-Whether drafting pays at all is a matter of a few percent at large batches, less than what a shared
-machine's speed wanders within seconds. So times of the two kinds of steps are compared only where
-they lie close together: each step of one kind with the last ones of the other, both relative to
-what the costs say. A change of speed is in both and cancels.
+At large batches a few percent decide whether drafting pays. A shared machine's speed wanders by
+more than that within seconds. So each step is compared only with steps of the other kind just
+before it, both relative to what the costs predict: a change of speed is in both and cancels.
 """
 
 import math
@@ -13,33 +12,33 @@ import numpy as np
 
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 
-__all__ = ["WholeSteps"]
+__all__ = ["PlainRatio"]
 
-# Steps before one in which it looks for the other kind.
+# A step is compared with those of the other kind among this many before it.
 NEIGHBOURS = 16
-# A ratio that moved less than this since it was last applied is left alone.
+# A ratio that moved by less since it was last applied keeps its old value.
 DEADBAND = 0.01
 
 
-class WholeSteps:
-    """What a plain step takes, relative to its costs, where one with a tree takes what its own say.
+class PlainRatio:
+    """Learns the ratio of measured to predicted time of plain steps, over that of other steps.
 
     Args:
-        num_buckets: of batch sizes.
+        num_buckets: buckets of batch sizes; each has a ratio of its own.
     """
 
     def __init__(self, num_buckets: int) -> None:
         self._recent = [deque[tuple[bool, float]](maxlen=NEIGHBOURS) for _ in range(num_buckets)]
         self._windows = [deque[float](maxlen=WINDOW) for _ in range(num_buckets)]
-        # Logarithms, 0 where too little was seen.
+        # [num_buckets] logarithms; 0 where too few steps were recorded.
         self._measured = np.zeros(num_buckets)
         self._known = self._measured.copy()
 
     def record(self, bucket: int, is_plain: bool, ratio: float) -> None:
-        """Count one step.
+        """Compare one step with its neighbours of the other kind.
 
         Args:
-            is_plain: whether it verified the root alone.
+            is_plain: whether the step verified the root alone.
             ratio: measured over predicted time; ignored unless positive and finite.
         """
         if not 0.0 < ratio < math.inf:
@@ -61,13 +60,17 @@ class WholeSteps:
         return self._measured
 
     def refresh(self, state: np.ndarray | None = None) -> bool:
-        """Apply what was recorded, here or by rank 0; return whether that changes anything."""
+        """Apply what this rank, or rank 0, recorded; return whether a ratio changed.
+
+        Args:
+            state: of rank 0; None for this rank's own.
+        """
         if state is not None:
             self._measured = state.copy()
         moved = np.abs(self._measured - self._known) > DEADBAND
         self._known = np.where(moved, self._measured, self._known)
         return bool(moved.any())
 
-    def plain_ratio(self, bucket: int) -> float:
-        """Return it as of the last refresh, 1 where too little was seen."""
+    def of(self, bucket: int) -> float:
+        """Return the ratio as of the last refresh; 1 where too few steps were recorded."""
         return math.exp(self._known[bucket])

@@ -1,7 +1,7 @@
-"""Cost profiles as files: load, save, find, and "was it measured on a host like this one?".
+"""Cost profiles as files: load them, save them, and find the one that fits this host.
 
-A profile says what it measured and where, so that a table of another GPU, model pair, dtype or TP
-size is refused instead of silently used.
+A profile names the host and the settings that it was measured with, so that a table of another GPU,
+model pair, dtype or TP size is refused instead of silently used.
 """
 
 import hashlib
@@ -39,9 +39,9 @@ __all__ = [
 
 MAX_FILE_BYTES = 64 << 20
 
-# Keys of a model config that change neither the shapes nor the operations of a forward pass, so a
-# fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that begin with an
-# underscore are the loader's own notes and are dropped as well.
+# Keys of a model config that change neither the shapes nor the operations of a forward pass.
+# Without them a fine-tune or a re-saved checkpoint shares the profile of its base model. Keys that
+# begin with an underscore are notes of the loader and are dropped as well.
 _VOLATILE_KEYS = frozenset(
     {
         "attention_dropout",
@@ -59,7 +59,7 @@ _VOLATILE_KEYS = frozenset(
 
 
 class FoundProfile(NamedTuple):
-    """A profile that fits the host, where it came from, and what about it deserves a warning."""
+    """A profile that fits the host, its file, and warnings about what does not fit exactly."""
 
     profile: CostProfile
     path: Path
@@ -103,6 +103,8 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
     try:
         validate_profile(profile)
         fields = msgspec.to_builtins(profile)
+        if profile.plain is None:
+            del fields["plain"]
         # What a person looks for first comes first.
         head = {name: fields[name] for name in ("schema_version", "provenance")}
         write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))
@@ -113,17 +115,17 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Hash what a model config says about the forward pass: sha256 of its canonical JSON.
+    """Return the sha256 of the parts of a model config that decide what a forward pass takes.
 
-    Dropped at every level: `_VOLATILE_KEYS` (dtype is its own field of the identity) and keys that
-    begin with an underscore.
+    It is that of the canonical JSON without `_VOLATILE_KEYS` (dtype is a field of the identity) and
+    without keys that begin with an underscore, at every level.
     """
     kept = json.dumps(_stable(config), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(kept.encode()).hexdigest()
 
 
 def profile_filename(identity: HostIdentity) -> str:
-    """Name the file of a host: `<device>__<target>__<draft>__tp<N>__<dtype>.json`."""
+    """Return a host's file name: `<device>__<target>__<draft>__tp<N>__<dtype>.json`."""
     models = (identity.target.name, identity.draft.name)
     parts = [identity.device_name, *(name.rstrip("/").split("/")[-1] for name in models)]
     dtype = identity.dtype + (f"-{identity.quantization}" if identity.quantization else "")
@@ -132,7 +134,7 @@ def profile_filename(identity: HostIdentity) -> str:
 
 
 def user_profile_path(identity: HostIdentity) -> Path:
-    """Return where this user's profile of a host belongs, so that a search finds it."""
+    """Return where to save this user's profile of a host, so that a search finds it."""
     # Pairs may share their names, as two directories called "target" and "draft" do.
     pair = f"{identity.target.config_hash[:6]}-{identity.draft.config_hash[:6]}"
     name = profile_filename(identity).removesuffix(".json")
@@ -140,7 +142,7 @@ def user_profile_path(identity: HostIdentity) -> Path:
 
 
 def profile_command(identity: HostIdentity) -> str:
-    """Return the command that measures a host's profile, to be run there."""
+    """Return the command that measures a host's profile when it is run there."""
     words = ["cast-sglang", "profile", "--model-path", identity.target.name]
     words += ["--speculative-draft-model-path", identity.draft.name, "--dtype", identity.dtype]
     if identity.quantization:
@@ -151,7 +153,7 @@ def profile_command(identity: HostIdentity) -> str:
 
 
 def profile_directories() -> list[Path]:
-    """List where profiles are searched: the user's own first, then those shipped."""
+    """Return where a search looks: at the user's own profiles first, then at those shipped."""
     package = Path(__file__).resolve().parents[1]
     directories = [user_cache_dir() / "profiles", package / "_profiles"]
     # In a checkout the shipped profiles lie beside the package instead of inside it.
@@ -171,7 +173,7 @@ def find_profile(
 
     Args:
         source: path of a profile, or "auto" to search.
-        allow_foreign: take the profile although it was measured elsewhere, with a warning.
+        allow_foreign: accept a profile that was measured elsewhere, with a warning.
         directories: where "auto" searches, in order; None for `profile_directories()`.
 
     Raises:
@@ -226,7 +228,7 @@ def _check(
 
 
 def _compare(profile: CostProfile, identity: HostIdentity) -> tuple[list[str], list[str]]:
-    """Split what differs into mismatches (other costs for certain) and lesser differences."""
+    """Return mismatches, which surely change the costs, and lesser differences."""
     measured = profile.provenance
     mismatches = []
     for field in ("device_name", "dtype", "quantization", "tp_size"):
@@ -264,7 +266,7 @@ def _describe(identity: HostIdentity) -> str:
 
 
 def _candidates(directories: Sequence[Path], exact_name: str) -> Iterator[Path]:
-    """Yield profile files, the host's own name first in each directory."""
+    """Yield the profile files of each directory, the one with the host's own name first."""
     for directory in directories:
         # A glob of a missing directory is empty.
         yield from sorted(directory.glob("*.json"), key=lambda path: path.name != exact_name)
@@ -296,7 +298,7 @@ def _slug(text: str) -> str:
 
 
 def _readable(data: bytes) -> bytes:
-    """Indent JSON, but keep each innermost list of numbers on one line."""
+    """Indent JSON, with each innermost list of numbers on one line."""
     text = msgspec.json.format(data, indent=1).decode()
     # A raw line break cannot occur inside a JSON string, so only real lists match.
     innermost = re.compile(r'\[\n\s*([^\[\]{}"]*?)\n\s*\]')
@@ -308,7 +310,7 @@ def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a file so that readers see the old content or the new one, never a part.
 
     Args:
-        sync: wait until the disk has it.
+        sync: wait until the data is on disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Schema of a cost profile: the records of its JSON file and the checks beyond their types.
+"""Schema of a cost profile: the records of its JSON file, and the checks beyond their types.
 
 `profiles/README.md` documents every field with its unit.
 """
@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import msgspec
 
+from cast_sglang.costs.passes import PASSES, Pass
 from cast_sglang.errors import ProfileError
 
 __all__ = [
@@ -31,7 +32,7 @@ MAX_SAMPLES = 1 << 30
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the schema: immutable, and an unknown field is an error."""
+    """Base of the records: they are immutable, and an unknown field is an error."""
 
 
 class CostTable(_Record, frozen=True, kw_only=True):
@@ -49,7 +50,7 @@ class CostTable(_Record, frozen=True, kw_only=True):
 
 
 class ModelIdentity(_Record, frozen=True, kw_only=True):
-    """One model of the pair; `name` is a hub id or the name of a local directory."""
+    """A target or draft model; `name` is a hub id or the name of a local directory."""
 
     name: str
     config_hash: str
@@ -58,7 +59,7 @@ class ModelIdentity(_Record, frozen=True, kw_only=True):
 
 
 class HostIdentity(_Record, frozen=True, kw_only=True):
-    """Where a forward pass runs: device, model pair and the settings that change its time."""
+    """The device, the model pair and the settings that decide how long a forward pass takes."""
 
     device_name: str
     device_memory_bytes: int
@@ -79,7 +80,7 @@ class HostIdentity(_Record, frozen=True, kw_only=True):
 
 
 class Heldout(_Record, frozen=True, kw_only=True):
-    """Relative error of the interpolated tables at measured points that are not in them."""
+    """Relative error of the interpolated tables at points measured for this purpose alone."""
 
     points: int
     median_error: float
@@ -98,17 +99,22 @@ class Provenance(HostIdentity, frozen=True, kw_only=True):
 
 
 class CostTables(_Record, frozen=True, kw_only=True):
-    """S_T, S_D and what else a step costs."""
+    """The tables S_T and S_D, and the other costs of a step."""
 
     target: CostTable
     draft: CostTable
     draft_extend: CostTable
-    plain: CostTable | None = None
+    plain: CostTable | None = None  # in profiles of earlier releases; not used any more
     step_overhead_us: list[float] | None = None
+
+    def table_of(self, kind: Pass) -> CostTable:
+        """Return the table of a kind of pass."""
+        table: CostTable = getattr(self, kind.table)
+        return table
 
     @property
     def table_error(self) -> float:
-        """Relative error to expect of an entry, below 1; 0 where nothing is known of it."""
+        """Return the relative error to expect of an entry, below 1; 0 where it is not known."""
         return 0.0
 
 
@@ -125,20 +131,18 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
 
 
 def validate_profile(profile: CostProfile) -> None:
-    """Check what the types cannot say: axes, shapes, ranges and agreement between tables.
+    """Check what types cannot express: axes, shapes, ranges and agreement between tables.
 
     Raises:
-        ProfileError: names the field and what is wrong with it.
+        ProfileError: a check failed; the message names the field and the fault.
     """
-    tables = {"target": profile.target, "draft": profile.draft, "plain": profile.plain}
-    tables["draft_extend"] = profile.draft_extend
+    tables = {each.table: profile.table_of(each) for each in PASSES}
+    if profile.plain is not None:
+        tables["plain"] = profile.plain
     for name, table in tables.items():
-        if table is not None:
-            _validate_table(name, table, profile.provenance.estimated)
+        _validate_table(name, table, profile.provenance.estimated)
     if profile.target.token_counts[0] != 1:
         raise ProfileError("target.token_counts must start at 1, the unit of all costs")
-    if profile.plain is not None and profile.plain.token_counts != [1]:
-        raise ProfileError("plain.token_counts must be [1]")
     overhead = profile.step_overhead_us
     if overhead is not None:
         if len(overhead) != len(profile.target.batch_sizes):
@@ -167,7 +171,7 @@ def _validate_table(name: str, table: CostTable, estimated: bool) -> None:
         for plane in cube:
             for row in plane:
                 _require_range(f"{name}.{field}", row, low, high)
-    # A point that does not fit the device's memory has no samples; its time continues the row.
+    # A point that exceeds the device's memory has no samples, and its time continues the row.
     if not estimated and table.samples[0][0][0] == 0:
         raise ProfileError(f"{name}.samples: the first point was never measured")
 

@@ -14,7 +14,7 @@ import torch
 
 from cast_sglang.ops import contract
 from cast_sglang.ops.contract import CalibrationLines, GrownLayer
-from cast_sglang.tree import Frontier, RankedNodes
+from cast_sglang.tree import Frontier, RankedNodes, proposer_of
 
 __all__ = [
     "build_tree",
@@ -198,7 +198,7 @@ def build_tree(
     """Link the selected candidates of each request into a tree below its bonus token.
 
     Definition: node 0 is the root, node i > 0 is candidate top_scores_index[b, i - 1] = c. Its
-        parent is the root if c < topk, else the node of candidate parent_list[b, c // topk].
+        parent is the root if p = proposer_of(c) is 0, else the node of candidate parent_list[b, p].
         for b in range(B), i in range(N):
             tree_mask[b, i, j] = j in (0, i, ancestors of i)
             positions[b, i] = seq_lens[b] + number of ancestors of i
@@ -234,7 +234,7 @@ def build_tree(
     device = top_scores_index.device
     nodes = torch.arange(width, device=device)
 
-    under = top_scores_index // topk  # [B, N - 1], expanded node that drafted it; 0 the root
+    under = proposer_of(top_scores_index, topk)  # [B, N - 1]
     # With a column for the root, an empty list can be read too.
     lists = torch.nn.functional.pad(parent_list, (0, 1), value=-1)
     above = lists.gather(1, under.clamp(max=lists.shape[1] - 1))

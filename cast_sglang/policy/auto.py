@@ -1,14 +1,15 @@
-"""Prices that set themselves: the tree that makes a step's tokens per time as high as it can be.
+"""Policy `auto`: finds the price by itself and chooses the trees that serve most tokens per time.
 
-A step brings 1 + A tokens per request (A accepted drafts and the bonus token) and takes T, in units
+A step serves 1 + A tokens per request (A accepted drafts and the bonus token) and takes T, in units
 of one target pass over one row per request. The tree with the highest rate (1 + A) / T is the one
 that maximises
 
     A - price * T        at price = the highest rate
 
-(Dinkelbach). So all thresholds of CAST are one number, which serving measures anyway. At a price
-below the best rate, the tree that is best at this price has a rate above the price; at a price
-above it, one below. So to take the rate just reached as the next price leads to the best one.
+(Dinkelbach). So one number replaces all thresholds of CAST, and serving measures that number
+anyway. At a price below the highest rate the best tree has a rate above the price, and at a price
+above it one below. So the policy takes the rate just reached as its next price and comes to the
+highest.
 
 Source: Dinkelbach, "On nonlinear fractional programming" (Management Science 13, 1967).
 """
@@ -23,41 +24,47 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.costs.model import plain_cost
+from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
-from cast_sglang.policy.verify_size import best_size, share_out
+from cast_sglang.policy.verify_size import best_verify_size, split_budget
 
 __all__ = ["AutoPolicy"]
 
-# Steps after which a step counts half in the price.
+# A step counts half in the price after this many further steps.
 HALF_LIFE = 32
 _KEEP = 0.5 ** (1 / HALF_LIFE)
-# Weight of a new bucket's first price, in target passes: some steps, to be outvoted at once.
+# Weight of the first price of a new bucket, in target passes: that of some steps, which soon
+# outvote it.
 START_WEIGHT = 4.0
 
-# Steps of an answer that bring nothing: half of its last one lies beyond its end, and half a step
-# passes until another request has its place.
+# Steps of an answer that serve no token: half of the last one lies beyond the answer's end, and
+# half a step passes until another request takes its place.
 LOST_STEPS = 1.0
 
-# What speculation may lose against plain decoding before it gives way, in target passes, at batch
-# size 1: more than bad luck, less than a second. Luck evens out with the root of the batch size.
+# Target passes that speculation may lose against plain decoding before it stops, at batch size 1:
+# more than chance takes, less than a second. In larger batches chance averages out, so the limit
+# falls with the root of the batch size.
 MAX_LOSS = 32.0
-# Share of plain decoding's time that tries of speculation may lose.
+# Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
-# In plain decoding the draft is brought up to date every so many steps if that takes less than this
-# share of their time, and else only when it is needed.
+# During plain decoding the draft catches up whenever its backlog is full if that takes less than
+# this share of the time; else only before the next step that drafts.
 KEEP_UP_SHARE = 0.01
-# A try begins with credit for at least this loss, in target passes.
+# Target passes that a try may lose; it starts once they are saved.
 MIN_PROBE = 0.25
 
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """What is known of the batch sizes of one octave."""
+    """What the policy knows of the batch sizes of one octave.
 
-    tokens: float  # forgotten sums over steps; tokens per request
-    time: float
+    `loss` is always the steps that an answer loses, per token of it.
+    """
+
+    # Sums over steps with a tree, in which older steps count less.
+    tokens: float  # per request
+    time: float  # units
     steps: float
     plain_units: float = math.inf  # time of a plain step; inf while plain is no candidate
     max_account: float = MAX_LOSS
@@ -65,7 +72,7 @@ class _Bucket:
     is_plain: bool = False
 
     def worth(self, loss: float) -> float:
-        """Return what a token of the mean step is worth, relative to one of a plain step."""
+        """Return the worth of a token of the mean step, relative to a token of a plain step."""
         return (1.0 + loss) / (1.0 + loss * self.tokens / self.steps)
 
     def rate(self, loss: float) -> float:
@@ -73,85 +80,84 @@ class _Bucket:
         return max(self.tokens * self.worth(loss) / self.time, 1.0 / self.plain_units)
 
     def price(self, loss: float) -> float:
-        """Return what a unit of time has to bring in further tokens of a step.
-
-        Args:
-            loss: here and above, steps that an answer loses, per token of it.
-        """
+        """Return how many further tokens of a step a unit of time must bring."""
         return self.rate(loss) * (1.0 + loss) / self.worth(loss) ** 2
 
 
 class _View(NamedTuple):
-    """A step's costs as the decisions read them, in units."""
+    """A step's costs in the form that the decisions use, in units."""
 
     costs: Costs
-    growth: np.ndarray  # [K], one more layer of 1.. nodes, extending the draft by it included
+    growth: np.ndarray  # [K], one more layer of 1.. nodes, with what it adds to draft extend
     extend: np.ndarray  # [E], draft extend of 1.. rows
     rows: np.ndarray  # [N], verifying 1.. rows
-    sized: np.ndarray  # [N], verifying the smallest allowed size of 1.. rows or more
+    sized: np.ndarray  # [N], verifying the smallest allowed size that holds 1.. rows
     token: float  # what a further accepted token adds to draft extend
 
 
 class AutoPolicy(TreePolicy):
-    """CAST with the price found by itself; no constant depends on model or device.
+    """CAST with a price that it finds by itself; no constant depends on model or device.
 
-    The price of each octave of batch sizes is the rate it has reached lately: tokens over time, as
-    sums in which a step counts half after 32 more. So after a change of text nine tenths of the way
-    are gone within 110 steps. A change of batch size takes the other octave's own price at once; an
-    octave that is new starts from the nearest known one, and the very first from 1, the rate of
-    plain decoding without its overhead: a low price, so that the first trees err on the large side
-    and show what is accepted. That start weighs as much as about two steps.
+    The price of each octave of batch sizes is the rate that its last steps reached: the sum of
+    their tokens over the sum of their times, in which a step counts half after 32 more. So within
+    110 steps after a change of text, nine tenths of the change are in the price. Octaves have
+    prices of their own. A new octave starts from the price of the nearest known one, and the first
+    of all from 1, the rate of plain decoding without its overhead. That price is low, so that the
+    first trees are rather too large and show what the target accepts. The start weighs about as
+    much as two steps.
 
-    Expansion compares the tree that stands with the one with a further layer, both at their best
-    cut, by what the children of such nodes have lately been (`lookahead.py`):
+    The policy expands a layer if that promises more than to stop. It compares the tree as it stands
+    with the tree and one layer more, each with its best number of verified nodes, by the children
+    that such nodes had lately (`lookahead.py`):
 
         max over k of cut(tree and children of the best k) - price * draft[k]  against  cut(tree)
 
-    A worker that does not call `expanded` leaves it to the root's children to stand for all.
+    If no worker calls `expanded`, the children of the root stand for those of all nodes.
 
-    Where answers are short, long steps are worth less than their tokens. An answer of L tokens by
-    steps of x takes L / x steps, and some more (`LOST_STEPS`) whose place brings nothing. So what
-    is to be as high as it can be is not x / T, but x / (1 + x LOST_STEPS / L) / T, and the price of
-    a further token follows from that. L is told by `expect`.
+    Short answers make long steps worth less than their tokens. An answer of L tokens takes L / x
+    steps of x tokens, and `LOST_STEPS` more that serve nothing. So the policy maximises
+    x / (1 + x LOST_STEPS / L) / T in place of x / T, and the price of a further token follows from
+    that. `expect` sets L.
 
-    Where the target runs requests of unequal numbers of rows, `share_out` ranks the nodes of all
-    requests together and cuts once, where a further row no longer pays; so a request that drafts
-    well gets the rows of one that is hopeless. With equal numbers a row that another request has
-    paid for is free, and `rerank` fills all of them.
+    If the target can run another number of rows for each request, `share_out` ranks the nodes of
+    all requests together and stops where a further row no longer pays. So a request that drafts
+    well gets the rows of a request that drafts badly. If all requests have equally many rows, a row
+    that one of them needs is free for the others, and `rerank` fills it.
 
     Args:
         verify_sizes: ascending values allowed for N, each >= 2.
-        max_layers: D, layers a tree may grow to.
-        extend_by_outcome: draft extend runs the accepted rows of each request, not as many as the
-            tree is deep.
+        max_layers: D, the most layers of a tree.
+        extends_by_accepted: draft extend runs the accepted rows of each request; else as many rows
+            as the tree has layers, and one.
     """
 
     def __init__(
-        self, verify_sizes: tuple[int, ...], max_layers: int, extend_by_outcome: bool = False
+        self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
     ) -> None:
         self._sizes = verify_sizes
         self._num_nodes = np.asarray(verify_sizes) - 1
         self._max_layers = max_layers
-        self._extend_by_outcome = extend_by_outcome
+        self._extends_by_accepted = extends_by_accepted
         self._buckets: dict[int, _Bucket] = {}
         self._lookahead = Lookahead(max_layers)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
-        self._price = 1.0  # of the step's tree
+        self._price = 1.0  # of the step that runs
         self._deepen = False
-        self._root_children: torch.Tensor | None = None  # until deeper ones are seen in the step
+        # [B, K] scores; None once `expanded` reported deeper children in this step.
+        self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
         self._loss = 0.0  # steps that an answer loses, per token of it
 
     def price(self, batch_size: int) -> float:
-        """Return accepted tokens asked per unit of time at this batch size."""
+        """Return the accepted tokens asked per unit of time at this batch size."""
         return self._bucket(batch_size).price(self._loss)
 
     def expect(self, answer_tokens: float) -> None:
         self._loss = LOST_STEPS / answer_tokens
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what is known of each octave of batch sizes, for people and as JSON."""
+        """Return price and mode of each octave of batch sizes, as JSON can hold it."""
         return [
             {
                 "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
@@ -165,7 +171,7 @@ class AutoPolicy(TreePolicy):
         self._weights = None if weights is None else weights[:, None].astype(np.float32)
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Choose the layer's width, and whether it pays to expand it at all."""
+        """Choose the layer's width, and decide whether expanding it pays at all."""
         view, ranked = self._read(costs), self._weighed(scores)
         if self._layers == 1:
             self._price = self.price(scores.shape[0])
@@ -174,7 +180,7 @@ class AutoPolicy(TreePolicy):
             if not self._lookahead.has_learned:
                 self._lookahead.add(0, None, scores)
                 self._lookahead.learn()
-        # An accepted token is one row more to extend, where its number decides that.
+        # Each accepted token adds a row to draft extend, where accepted rows are what it runs.
         token = 1.0 - self._price * view.token
         room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
@@ -188,56 +194,53 @@ class AutoPolicy(TreePolicy):
         return self._deepen
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
-        """Take note of the children of the nodes just expanded.
+        """Keep the children of the nodes just expanded until the step learns from them.
 
-        The tensors must not be overwritten before `rerank`.
+        The tensors must not be overwritten before `rerank` or `share_out`.
         """
         self._root_children = None
         self._lookahead.add(self._layers - 1, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Choose the size whose nodes bring most beyond the price of their time."""
+        """Choose the allowed size whose nodes bring most beyond the price of their time."""
         num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
         if num_sizes == 0:  # the tree ended below the smallest size
             self._close_step()
             return scores.shape[1] + 1
         ranked = self._weighed(scores)
         sizes = self._num_nodes[:num_sizes]
-        best = best_size(ranked, sizes, *self._terms(costs, len(ranked)))
+        best = best_verify_size(ranked, sizes, *self._terms(costs, len(ranked)))
         self._close_step()
         return self._sizes[best]
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
-        """Rank the nodes of all requests together and verify those worth their time."""
+        """Rank the nodes of all requests together and verify those that are worth their time."""
         ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
-        num_rows = share_out(ranked, *self._terms(costs, len(ranked)))
+        num_rows = split_budget(ranked, *self._terms(costs, len(ranked)))
         self._close_step()
         return num_rows
 
     def _terms(
         self, costs: Costs | None, batch_size: int
-    ) -> tuple[np.ndarray, np.ndarray, int, float]:
-        """Return what a cut is judged by: rows, extend, layers and price of `best_size`."""
-        view = self._read(costs)
-        layers = -1 if self._extend_by_outcome else self._layers
-        return view.rows, view.extend, layers, self.price(batch_size)
+    ) -> tuple[np.ndarray, np.ndarray, int, bool, float]:
+        """Return the last five arguments of `best_verify_size` and `split_budget`."""
+        view, price = self._read(costs), self.price(batch_size)
+        return view.rows, view.extend, self._layers, self._extends_by_accepted, price
 
     def _weighed(self, scores: torch.Tensor) -> np.ndarray:
+        """Return [B, n] float32, scores times the weights of their requests."""
         ranked = scores.numpy(force=True)
         return ranked if self._weights is None else ranked * self._weights
 
     def _close_step(self) -> None:
-        """Learn from the children of this step, whose tree is chosen."""
+        """Learn from the children seen in this step and get ready for the next tree."""
         if self._root_children is not None:
             self._lookahead.add(0, None, self._root_children)
         self._lookahead.learn()
         self._layers, self._root_children = 1, None
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
-        """Take note of what a step with a tree brought; plain steps are not reported.
-
-        The step may have been several steps ago. `step_units` gives its time.
-        """
+        """Count tokens and time of a step with a tree, which may have run several steps ago."""
         bucket = self._bucket(batch_size)
         tokens = 1.0 + accepted_mean
         bucket.tokens = _KEEP * bucket.tokens + tokens
@@ -247,26 +250,20 @@ class AutoPolicy(TreePolicy):
             gain = tokens * bucket.worth(self._loss) * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
-    def speculate(
-        self,
-        batch_size: int,
-        costs: Costs | None,
-        plain_extra: float = 0.0,
-        catch_up: float = 0.0,
-    ) -> bool:
+    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
-        An account for each octave of batch sizes holds what speculation may still lose against
-        plain decoding: at most 32 target passes at batch size 1, less for more requests. When it is
-        used up, plain decoding takes over and pays in a hundredth of its time; from that, tries of
-        a step or some are paid, until one of them goes on earning. So by the costs no more than
-        that is ever lost at a batch size, however the luck falls. A try comes when it has been
-        saved for, what the draft has to catch up on included: mostly after 25 to 100 target
-        passes, about a second where a pass takes 10 ms.
+        Each octave of batch sizes has an account of the time that speculation may still lose
+        against plain decoding: at most 32 target passes at batch size 1, fewer for more requests.
+        When it is used up, the policy decodes plainly and pays a hundredth of that time into the
+        account. As soon as the account covers a try, with the time that the draft needs to catch
+        up, the policy drafts again for a step or some, and stays with it if that gains time. So by
+        the costs, speculation never loses more than the account held, whatever is accepted. A try
+        mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms.
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
-        bucket.plain_units = plain_cost(costs) + plain_extra
+        bucket.plain_units = plain_units(costs)
         if bucket.is_plain or bucket.account < 0.0:
             plain_time = bucket.tokens * bucket.worth(self._loss) * bucket.plain_units
             mean_loss = (bucket.time - plain_time) / bucket.steps
@@ -296,16 +293,16 @@ class AutoPolicy(TreePolicy):
 
     def _read(self, costs: Costs | None) -> _View:
         assert costs is not None
-        # The same object comes again until batch size or context change.
+        # `CostModel` returns the same object until the batch size or the context changes.
         if self._view is None or self._view.costs is not costs:
-            self._view = _view(costs, self._num_nodes, self._extend_by_outcome)
+            self._view = _view(costs, self._num_nodes, self._extends_by_accepted)
         return self._view
 
 
-def _view(costs: Costs, num_nodes: np.ndarray, extend_by_outcome: bool) -> _View:
+def _view(costs: Costs, num_nodes: np.ndarray, extends_by_accepted: bool) -> _View:
     extend = costs.draft_extend
     row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
-    row_of_layer, row_of_token = (0.0, row) if extend_by_outcome else (row, 0.0)
+    row_of_layer, row_of_token = (0.0, row) if extends_by_accepted else (row, 0.0)
     return _View(
         costs,
         growth=costs.draft + np.float32(row_of_layer),

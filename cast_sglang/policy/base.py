@@ -28,53 +28,42 @@ class Costs(Protocol):
         """[E] float32, the draft's pass over k rows per request after verify."""
 
     @property
-    def plain(self) -> float:
-        """One plain decoding step; nan where it was not measured."""
-
-    @property
     def overhead(self) -> float:
-        """Time of a step that no pass covers."""
+        """Time of a step outside of its passes."""
 
     @property
     def plain_overhead(self) -> float:
-        """The same of a step that verifies the root alone."""
+        """The same of a plain step, which verifies the root alone."""
 
 
 class TreePolicy(ABC):
     """The decisions of one step. A policy carries state from step to step, so it has one owner."""
 
-    def speculate(
-        self,
-        batch_size: int,
-        costs: Costs | None,
-        plain_extra: float = 0.0,
-        catch_up: float = 0.0,
-    ) -> bool:
+    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         Args:
-            plain_extra: what a plain step takes here beyond plain decoding, in units.
-            catch_up: time in units to give the draft what plain steps have left undone.
+            catch_up: units that the draft needs to catch up on plain steps before it drafts.
         """
         return True
 
     def plain_loss(self, batch_size: int) -> float:
-        """Return the share of a step's time that a plain step loses at best.
+        """Return the share of a step's time that a plain step loses; call it after `speculate`.
 
-        inf where plain decoding is no candidate; else to be asked after `speculate`.
+        inf where plain decoding is no candidate.
         """
         return math.inf
 
     def weigh(self, weights: np.ndarray | None) -> None:
-        """Let the requests of this step count unequally, where the policy can.
+        """Let the requests of this step count unequally, if the policy can.
 
         Args:
-            weights: [B] >= 0, what a request's tokens are worth; None for all alike.
+            weights: [B] >= 0, worth of a token of each request; None for equal worth.
         """
         return
 
     def expect(self, answer_tokens: float) -> None:
-        """Let the policy know how many tokens answers have lately had, in the mean; > 0."""
+        """Tell the policy the mean number of tokens of the last answers, > 0."""
         return
 
     @abstractmethod
@@ -91,7 +80,7 @@ class TreePolicy(ABC):
         """Return whether to expand the nodes just kept and so grow one more layer."""
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
-        """Take note of the children of the nodes just expanded.
+        """Show the policy the children of the nodes just expanded.
 
         Args:
             parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
@@ -126,7 +115,7 @@ class TreePolicy(ABC):
         """
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
-        """Take note of what a step with a tree brought.
+        """Show the policy what a step with a tree accepted, and how long it took.
 
         Args:
             accepted_mean: accepted drafts per request, bonus tokens not counted.

@@ -1,17 +1,17 @@
-"""Lookahead: what one more layer would bring, before its candidates are known.
+"""Lookahead: predicts what one more layer would bring, before its candidates are known.
 
-Two trees are compared by what they bring beyond the price of their time: the one that stands, with
-its best nodes verified, and the one with a further layer. Of the further layer's candidates nothing
-is known but how the children of nodes that were expanded lately lie below their parents. So its
-expected number of candidates of each score is known, and with it the best cut through both layers
-and the time of verifying what is above it.
+`Lookahead` compares two trees by their accepted tokens less the price of their time: the tree as it
+stands, and the tree with a further layer. It does not know the candidates of that layer. But it
+counts how far the children of recently expanded nodes lay below their parents. From that follows
+how many candidates of each score to expect, and so the best number of nodes to verify and the time
+that takes.
 
-One layer may not be enough to tell: where verifying a further row takes long and the rows after
-that do not, as at the edge of a tile, one layer does not pay, and two or three do. So as long as
-one layer does not pay, several are looked at.
+One layer may be too little to judge by. Where one more row takes long to verify and the rows after
+it do not, as at the edge of a tile, one layer does not pay, and two or three do. So if one layer
+does not pay, `Lookahead` looks at several.
 
-The children of recent nodes count with the score of their parent: what hangs below a node that is
-hardly ever reached does not matter. They are counted by depth, as drafts get worse with it.
+Children count with the score of their parent, because what hangs below a node that is hardly ever
+reached does not matter. They are counted by depth, because drafts get worse with it.
 """
 
 from __future__ import annotations
@@ -25,38 +25,40 @@ from cast_sglang.ops.compiled import compiled
 
 __all__ = ["Lookahead"]
 
-# Scores are counted on a geometric grid, eight places to an octave, from 1 down to 2^-12.
+# Scores lie on a geometric grid, eight places to an octave, from 1 down to 2^-12.
 _PER_OCTAVE = 8
 _LAST = 12 * _PER_OCTAVE
 _SCORES = 2.0 ** (-np.arange(_LAST + 1) / _PER_OCTAVE)
-# Nodes read from one layer: enough for a mean, few where the batch is large.
+# Nodes read from one layer: enough for a mean, and few of a large batch.
 _MAX_NODES = 8
 _ROOT = np.ones((1, 1), np.float32)  # the score of every root
-# Trees with nodes of the same depth, of those that count, after which a node counts half.
+# A node counts half after this many counted trees with nodes of its depth.
 HALF_LIFE = 32
 _KEEP = 0.5 ** (1 / HALF_LIFE)
-# Once so many trees have been grown, the nodes of one in two count: it takes as long as to decide.
+# From this many trees on, every second one counts, since counting takes as long as deciding.
 _MANY_TREES = 2 * HALF_LIFE
-# Nodes for which the mean of the depth above counts where a depth has been seen little or never.
+# The mean children of the depth above count like this many nodes of a depth.
 _PRIOR = 1.0
 
 
 class Lookahead:
-    """Recent children, the candidates of the tree that grows, and what growth promises.
+    """Counts the children of recent nodes and chooses how wide to expand the growing tree.
 
-    On a geometric grid a child of probability p lies a fixed number of places below its parent,
-    wherever that is. So all that is needed of the nodes seen is one histogram, how many children
-    lie how far below, in place of a buffer of vectors; and it forgets by one multiplication.
+    On a geometric grid a child of probability p lies the same number of places below its parent
+    wherever the parent is. So one histogram of these distances holds all that is needed of the
+    nodes seen, and one multiplication makes old ones count less.
 
     Args:
-        max_layers: of a tree.
+        max_layers: the most layers of a tree.
     """
 
     def __init__(self, max_layers: int) -> None:
-        # By depth of the parents, 0 for roots.
+        # By depth of the parents, 0 for roots: children at each distance, weight of the parents,
+        # and children of one parent.
         self._children = np.zeros((max_layers + 1, _LAST + 1))
         self._parents = np.zeros(max_layers + 1)
         self._means = self._children.copy()
+        # Candidates of the tree that grows: their number and the sum of their scores, by place.
         self._tree = np.zeros((2, _LAST + 1))
         self._seen: list[tuple[int, torch.Tensor | None, torch.Tensor]] = []
         self._turn = self._num_trees = 0
@@ -69,9 +71,9 @@ class Lookahead:
     def add(
         self, depth: int, parent_scores: torch.Tensor | None, child_probs: torch.Tensor
     ) -> None:
-        """Take note of the children of the nodes of one layer; read and counted by `learn`.
+        """Keep the children of one layer's nodes until `learn` reads and counts them.
 
-        Once many trees are known, those of every second one are passed over.
+        After many trees, every second one is passed over.
 
         Args:
             depth: of the nodes, 0 for roots.
@@ -84,7 +86,7 @@ class Lookahead:
         self._seen.append((depth, parent_scores, child_probs))
 
     def learn(self) -> None:
-        """Count what was added, and let what was known before count a little less.
+        """Count the children that were added; those counted before count a little less.
 
         Effects: two small copies to the host for each layer whose nodes are on a device.
         """
@@ -99,7 +101,7 @@ class Lookahead:
         _fill_means(self._children, self._parents, self._means)
 
     def begin_tree(self) -> None:
-        """Forget the candidates of the last tree."""
+        """Drop the candidates of the last tree."""
         self._num_trees += 1
         self._tree.fill(0.0)
 
@@ -113,23 +115,24 @@ class Lookahead:
         price: float,
         max_layers: int,
     ) -> tuple[int, float]:
-        """Add a layer to the tree; return how many of its nodes are best expanded, and the gain.
+        """Add a layer to the tree; return how many of its nodes to expand, and the gain of that.
 
-        Definition: the first k that maximises
+        Definition: the width is the first k that maximises
             cut(tree and children of the best k nodes of each request) - price * growth[k]
-        and how far that is above cut(tree), where
+        and the gain is that maximum less cut(tree), where
             cut(nodes) = max over n of token * (sum of the n best scores) - price * verify[n]
-        in the mean over requests, whose nodes are ranked together. If that is no gain, the most
-        that 2.. layers of this width bring, each of the best k children of the one above.
+        in the mean over requests, whose nodes are ranked together. If the gain is not positive, it
+        is the most that 2.. layers of this width gain, each of the best k children of the one
+        above.
 
         Args:
             depth: of the layer, 1 for that of the roots' children.
             scores: [B, K] float32, path scores of the layer's best nodes, descending.
             token: worth of an accepted token.
-            verify: [N] float32, time of 1.. rows per request, the root included.
+            verify: [N] float32, time of verifying 1.. rows per request, root included.
             growth: [>= K] float32, time of one more layer of 1.. nodes.
             price: accepted tokens asked per unit of time.
-            max_layers: how many more the tree may grow.
+            max_layers: how many more layers the tree may get.
         """
         width, gain = _best_width(
             self._means[depth:],
@@ -146,7 +149,7 @@ class Lookahead:
 
 @compiled("f8(f8)")
 def _place(score: float) -> float:
-    """Return where a score lies on the grid, not rounded."""
+    """Return the place of a score on the grid, not rounded."""
     return min(max(-_PER_OCTAVE * math.log2(max(score, 1e-9)), 0.0), float(_LAST))
 
 
@@ -159,16 +162,17 @@ def _count_children(
     parents: np.ndarray,
     children: np.ndarray,
 ) -> None:
-    """Add the children of some nodes to the histogram of their depth, whose older ones fade.
+    """Add the children of some nodes to the histogram of their depth, in which older ones fade.
 
     Args:
-        weights: [B, n] float32, path scores, the first W of each row those of the nodes; [1, 1]
-            for all alike.
-        probs: [B * W, K] float32, the nodes' children's probabilities given them.
-        turn: of many nodes, chooses which ones count.
+        weights: [B, n] float32, path scores, of which the first W of each row are those of the
+            nodes; [1, 1] where all nodes weigh the same.
+        probs: [B * W, K] float32, the probabilities of the nodes' children given them.
+        turn: chooses which nodes count where there are many.
         depth: of the nodes.
-        parents: [depths], gets the weight of each node.
-        children: [depths, places], gets it for each child at its distance below its parent.
+        parents: [depths], to which the weight of each node is added.
+        children: [depths, places], to which it is added for each child, at the child's distance
+            below its parent.
     """
     parents[depth] *= _KEEP
     children[depth] *= _KEEP
@@ -179,7 +183,7 @@ def _count_children(
         parents[depth] += weight
         for child in range(probs.shape[1]):
             distance = _place(float(probs[node, child]))
-            # A child between two places is shared by them; one beyond the last counts as there.
+            # Two places share a child between them; a child beyond the last place counts there.
             low = min(int(distance), _LAST - 1)
             further = weight * (distance - low)
             children[depth, low] += weight - further
@@ -188,8 +192,8 @@ def _count_children(
 
 @compiled("void(f8[:, :], f8[:], f8[:, :])")
 def _fill_means(children: np.ndarray, parents: np.ndarray, means: np.ndarray) -> None:
-    """Fill the mean children of a node of each depth, drawn to that of the depth above."""
-    prior = 1e-30  # of the first depth that is known
+    """Fill the mean children of a node of each depth, moved towards those of the depth above."""
+    prior = 1e-30  # of the first known depth, which has none above
     for depth in range(len(parents)):
         for place in range(children.shape[1]):
             above = means[depth - 1, place] if depth else 0.0
@@ -202,10 +206,10 @@ def _fill_means(children: np.ndarray, parents: np.ndarray, means: np.ndarray) ->
 
 @compiled("f8(f8[:, :], f8, f4[:], f8)")
 def _best_cut(nodes: np.ndarray, token: float, verify: np.ndarray, price: float) -> float:
-    """Return what the nodes above the best cut bring beyond the price of verifying them.
+    """Return what the best number of nodes brings beyond the price of verifying them.
 
     Args:
-        nodes: [2, places], how many there are per request, and the sum of their scores.
+        nodes: [2, places], number of nodes per request and the sum of their scores.
         token, verify, price: as of `Lookahead.best_width`.
     """
     most = -price * verify[0]
@@ -227,10 +231,11 @@ def _best_cut(nodes: np.ndarray, token: float, verify: np.ndarray, price: float)
 
 @compiled("void(f8[:], f8, f8, f8[:, :])")
 def _expand(children: np.ndarray, number: float, score: float, nodes: np.ndarray) -> None:
-    """Add the expected children of so many nodes of this score.
+    """Add the expected children of some nodes that have the same score.
 
     Args:
-        children: [places], how many children of one node lie how far below it.
+        children: [places], children of one node at each distance below it.
+        number: how many nodes there are.
         nodes: [2, places], as of `_best_cut`.
     """
     place = int(_place(score) + 0.5)
@@ -251,10 +256,12 @@ def _best_width(
     price: float,
     max_layers: int,
 ) -> tuple[int, float]:
-    """As `Lookahead.best_width`; adds to the tree.
+    """Do the work of `Lookahead.best_width`, which adds the layer to the tree.
 
     Args:
-        children: [>= max_layers, places], those of one node of this layer, of the next, and so on.
+        children: [>= max_layers, places], children of one node of this layer, of the next, and so
+            on.
+        tree: [2, places], as of `_best_cut`.
     """
     batch_size, topk = scores.shape
     for request in range(batch_size):

@@ -9,6 +9,7 @@ import numpy as np
 
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import LEAST_LEFT
+from cast_sglang.tree import first_child_of, layer_ends, proposer_of
 
 __all__ = ["Outcomes", "verify_outcomes"]
 
@@ -32,8 +33,8 @@ def verify_outcomes(
 ) -> Outcomes:
     """Read from a verify pass which nodes were tried, and which of them accepted.
 
-    Candidate g is a child of expanded node g // K, and stands in verified row 1 + its place in the
-    ascending `top_scores_index`; row 0 is the root.
+    A node stands in verified row 1 + its place in the ascending `top_scores_index`; row 0 is the
+    root.
 
     Args:
         parent_list: [B, *] int, `tree.Selection`'s.
@@ -45,7 +46,7 @@ def verify_outcomes(
         widths: nodes expanded per request in each layer below the root.
         topk: K.
     """
-    layer_starts = topk * np.cumsum([1, *widths])
+    proposers = proposer_of(top_scores_index, topk)
     shape = top_scores_index.shape
     depths = np.empty(shape, dtype=np.int64)
     shares, is_tried, accepted = np.empty(shape), np.empty(shape, bool), np.empty(shape, bool)
@@ -54,8 +55,9 @@ def verify_outcomes(
         top_scores_index,
         accept_index.astype(np.int64),
         probs,
-        layer_starts,
-        topk,
+        layer_ends(widths, topk),
+        proposers,
+        top_scores_index - first_child_of(proposers, topk),
         shares,
         depths,
         is_tried,
@@ -65,7 +67,7 @@ def verify_outcomes(
 
 
 @compiled(
-    "void(i8[:, :], i8[:, :], i8[:, :], f4[:, :], i8[:], i8, "
+    "void(i8[:, :], i8[:, :], i8[:, :], f4[:, :], i8[:], i8[:, :], i8[:, :], "
     "f8[:, :], i8[:, :], b1[:, :], b1[:, :])"
 )
 def _read_outcomes(
@@ -73,17 +75,20 @@ def _read_outcomes(
     top_scores_index: np.ndarray,
     accept_index: np.ndarray,
     probs: np.ndarray,
-    layer_starts: np.ndarray,
-    topk: int,
+    layer_ends: np.ndarray,
+    proposers: np.ndarray,
+    ranks: np.ndarray,
     shares: np.ndarray,
     depths: np.ndarray,
     is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
-    """Write the outcomes; arguments as for `verify_outcomes`, but for `layer_starts`.
+    """Write the outcomes; arguments as for `verify_outcomes`, and these.
 
     Args:
-        layer_starts: [layers] int, the number of candidates in all layers up to each.
+        layer_ends: [layers] int, as `tree.layer_ends`.
+        proposers: [B, N - 1] int, the expanded node that proposed each node, 0 for the root.
+        ranks: [B, N - 1] int, a node's place among the K candidates of its proposer.
     """
     batch_size, num_nodes = top_scores_index.shape
     is_accepted = np.zeros(batch_size * (num_nodes + 1), dtype=np.bool_)
@@ -97,15 +102,16 @@ def _read_outcomes(
         group, siblings, left, is_open = -1, 0, 1.0, True  # of the node's siblings before it
         for node in range(num_nodes):
             number, depth, parent_row = numbers[node], 1, 0
-            while depth <= len(layer_starts) and number >= layer_starts[depth - 1]:
+            while depth <= len(layer_ends) and number >= layer_ends[depth - 1]:
                 depth += 1
-            if number >= topk:
-                parent = max(parent_list[request, number // topk], 0)
+            proposer = proposers[request, node]
+            if proposer > 0:
+                parent = max(parent_list[request, proposer], 0)
                 parent_row = 1 + np.searchsorted(numbers, parent)
-            if number // topk != group:
-                group, siblings, left, is_open = number // topk, 0, 1.0, True
+            if proposer != group:
+                group, siblings, left, is_open = proposer, 0, 1.0, True
             # A node whose better siblings were not all verified may have been passed over for them.
-            is_open &= number % topk == siblings
+            is_open &= ranks[request, node] == siblings
             prob = float(probs[request, node])
             shares[request, node] = min(prob / max(left, LEAST_LEFT), 1.0)
             depths[request, node] = depth

@@ -1,4 +1,4 @@
-"""Grid: which shapes a profile measures, and where more of them are needed."""
+"""Grid: the shapes that a profile measures at first, and the intervals that it may halve later."""
 
 import math
 import random
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, longest_context
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.profiling.journal import Point
 
 __all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
@@ -15,17 +16,15 @@ AXES = ("batch_size", "context", "num_tokens")
 
 
 class Grid(NamedTuple):
-    """Axes of the tables before refinement; each ascending."""
+    """Axes of the tables before refinement, each ascending."""
 
     batch_sizes: tuple[int, ...]
     contexts: tuple[int, ...]
-    verify_rows: tuple[int, ...]
-    draft_widths: tuple[int, ...]
-    extend_rows: tuple[int, ...]
+    token_counts: dict[str, tuple[int, ...]]  # by the name of the pass
 
 
 class Axes(NamedTuple):
-    """The grid of one table; the lists grow when intervals are split."""
+    """The grid of one table, to which refinement adds values."""
 
     batch_size: list[int]
     context: list[int]
@@ -33,21 +32,21 @@ class Axes(NamedTuple):
 
 
 def default_grid(limits: Limits, quick: bool = False) -> Grid:
-    """Choose a grid for a device: half octaves, powers of four if `quick`.
+    """Return the grid for a device: half octaves, or powers of four if `quick`.
 
-    Contexts are powers of four from 128 up (of 64 if `quick`), since attention is linear in them;
-    the longest one leaves room for the verified rows.
+    Contexts are 128 times powers of four (of 64 if `quick`), as attention is linear in them. The
+    longest one leaves room for the verified rows.
     """
-    longest = longest_context(limits.max_context, limits.max_verify_rows)
-    extend_rows = min(limits.max_extend_rows or limits.max_verify_rows, limits.max_verify_rows)
+    longest = limits.longest_context
     axis = _powers_of_four if quick else _half_octaves
     return Grid(
         batch_sizes=axis(limits.max_batch_size),
         contexts=_powers(min(128, longest), longest, 64 if quick else 4),
-        verify_rows=axis(limits.max_verify_rows),
-        # The draft is small beside the target: its ends and a middle show it.
-        draft_widths=_powers_of_four(limits.max_width),
-        extend_rows=_powers_of_four(extend_rows),
+        # The draft is small beside the target, so both ends and a middle suffice.
+        token_counts={
+            each.name: (axis if each.model == "target" else _powers_of_four)(limits.most(each))
+            for each in PASSES
+        },
     )
 
 
@@ -61,10 +60,10 @@ class Interval(NamedTuple):
 
     @property
     def middle(self) -> list[int]:
-        """The values to add when the interval is split; none if there is nothing in between.
+        """Return the values to add when the interval is split; none if there are none between.
 
-        Costs step up after multiples of a tile. The midpoint of two token counts, often such a
-        multiple, may well be on the line; then its successor is not.
+        Costs step up after multiples of a tile. The midpoint of two token counts is often such a
+        multiple and then lies on the line, but its successor does not.
         """
         middle = (self.low + self.high) // 2
         values = [middle]
@@ -75,12 +74,12 @@ class Interval(NamedTuple):
         return [value for value in values if self.low < value < self.high]
 
     def split(self) -> "list[Interval]":
-        """Return the intervals that are left when the middle is added."""
+        """Return the intervals between low, middle and high."""
         edges = pairwise([self.low, *self.middle, self.high])
         return [self._replace(low=low, high=high) for low, high in edges]
 
     def ends(self, point: Point) -> tuple[Point, Point, float]:
-        """Return the points at both ends and how far between them, 0 to 1, the given one lies."""
+        """Return the points at both ends, and where the given one lies between them, 0 to 1."""
         value = getattr(point, self.axis)
         low, high = (self._at(point, end) for end in (self.low, self.high))
         return low, high, (value - self.low) / (self.high - self.low)
@@ -90,14 +89,14 @@ class Interval(NamedTuple):
 
 
 def spread(items: Sequence[int], num_items: int) -> list[int]:
-    """Pick evenly spaced items, first and last included."""
+    """Return evenly spaced items, the first and the last among them."""
     last = len(items) - 1
     picked = {round(i * last / max(num_items - 1, 1)) for i in range(num_items)}
     return [items[i] for i in sorted(picked)]
 
 
 def log_uniform(rng: random.Random, axis: Sequence[int]) -> int:
-    """Draw from the range of an ascending axis, each octave as often as the next."""
+    """Draw from the range of an ascending axis, equally often from each octave."""
     return round(math.exp(rng.uniform(math.log(axis[0]), math.log(axis[-1]))))
 
 

@@ -1,8 +1,8 @@
-"""Journal of a running profile: each measurement on disk at once, so that a killed run resumes.
+"""Journal of a running profile: it writes each measurement at once, so that a killed run resumes.
 
-The first line holds the settings of the run, each further line one visit to one point. A line that
-a kill cut short is dropped; anything else unexpected is an error, because a table mixed from two
-settings would look like a good one.
+The first line holds the settings of the run, each further line one visit to one point. The journal
+drops a last line that a kill cut short. Anything else unexpected is an error, because a table mixed
+from two settings would look like a good one.
 """
 
 import json
@@ -14,13 +14,17 @@ import msgspec
 
 from cast_sglang.errors import ProfileError
 
-__all__ = ["Journal", "Point", "Visit", "journal_path"]
+__all__ = ["STEP_OVERHEAD", "Journal", "Point", "Visit", "journal_path"]
+
+
+# What a step spends outside of its passes, measured like a pass of one token.
+STEP_OVERHEAD = "step_overhead"
 
 
 class Point(NamedTuple):
     """One forward pass that can be measured."""
 
-    operation: str  # verify | draft | draft_extend | plain | step_overhead
+    operation: str  # the name of a pass, or STEP_OVERHEAD
     batch_size: int
     context: int
     num_tokens: int  # rows or nodes per request
@@ -31,14 +35,13 @@ class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     point: Point
     times_us: list[float]
-    # The reference passes just before and just after, in microseconds.
-    before_us: list[float]
-    after_us: list[float]
+    before_us: list[float]  # of the reference passes just before the visit
+    after_us: list[float]  # of those just after it
     seconds: float  # wall time of the visit, warm-up and references included
 
 
 def journal_path(output: str | Path) -> Path:
-    """Return the journal's path beside the profile it leads to."""
+    """Return the path of the journal, which lies beside the profile that it leads to."""
     output = Path(output).expanduser()
     return output.with_name(f"{output.name}.partial.jsonl")
 
@@ -47,14 +50,14 @@ class Journal:
     """Append-only file of visits; a context manager, open for appending inside `with`.
 
     Args:
-        path: the file; created on entry if missing.
-        settings: JSON-like; a journal begun with other settings is refused.
+        path: the file; entering the context creates it if it is missing.
+        settings: what JSON can hold; a journal begun with other settings is refused.
 
     Raises:
         ProfileError: the file is damaged, belongs to other settings, or cannot be opened.
 
     Attributes:
-        visits: what earlier runs measured, in order.
+        visits: of earlier runs, in order.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -82,7 +85,7 @@ class Journal:
         self._file.close()
 
     def append(self, visit: Visit) -> None:
-        """Write one visit; it survives a kill of this process from here on."""
+        """Write one visit, which from then on survives a kill of this process."""
         self._write(msgspec.json.encode(visit))
 
     def _write(self, line: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What measuring asks of an engine, and how often."""
+"""Meter: the timings that profiling asks of an engine; Sampling: how often it asks."""
 
 import dataclasses
 from typing import Protocol, Self
@@ -9,14 +9,14 @@ __all__ = ["Meter", "Sampling"]
 
 
 class Meter(Protocol):
-    """Runs one forward pass of a shape and returns its time in seconds.
+    """Runs one forward pass of a given shape and returns its time in seconds.
 
-    `context` is the number of tokens each request holds before the pass. A call may set up its
+    `context` is the number of tokens that each request holds before the pass. A call may set up its
     batch outside of the timed part.
     """
 
     def limits(self) -> Limits:
-        """Return the largest shapes."""
+        """Return the largest shapes that the engine can run."""
 
     def verify(self, batch_size: int, context: int, rows: int) -> float:
         """Time one target pass over `rows` tree rows per request."""
@@ -27,20 +27,17 @@ class Meter(Protocol):
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
         """Time the draft model's pass over `rows` verified rows per request."""
 
-    def plain(self, batch_size: int, context: int) -> float | None:
-        """Time one plain decoding step of the target; None if it cannot be measured."""
-
     def step_overhead(self, batch_size: int) -> float | None:
-        """Time what a step spends outside of its passes; None if it cannot be measured."""
+        """Time a step outside of its passes; None if the engine cannot measure it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
-    """How often and how precisely each point is timed.
+    """How often and how precisely to time each point.
 
-    A visit is one untimed pass (on the first one, `warmup`) and up to `visit_passes` timed ones. A
-    point is done when the 95 % confidence interval of the median of its visits has a half-width
-    below `tolerance` of the median, or after `max_visits`.
+    A visit consists of one untimed pass (`warmup` of them at the first visit) and up to
+    `visit_passes` timed ones. A point is done when the 95 % confidence interval of the median of
+    its visits has a half-width below `tolerance` of the median, or after `max_visits`.
     """
 
     warmup: int = 2
@@ -48,10 +45,8 @@ class Sampling:
     min_visits: int = 3
     max_visits: int = 16
     tolerance: float = 0.02
-    max_drift: float = (
-        0.25  # change of the references during a visit beyond which it does not count
-    )
-    interpolation_tolerance: float = 0.03  # relative error at which an interval is halved
+    max_drift: float = 0.25  # a visit during which the references change by more does not count
+    interpolation_tolerance: float = 0.03  # an interval with a larger relative error is halved
     heldout_points: int = 16
     seed: int = 0
 

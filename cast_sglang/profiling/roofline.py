@@ -1,8 +1,8 @@
-"""Cost tables without measuring: the roofline of the device, as a last resort.
+"""Roofline: estimates the cost tables from two rates of the device, where nothing was measured.
 
-A pass takes as long as reading its bytes or computing its products, whichever is longer. That knows
-nothing of kernels, launches and tiles, so the tables are marked as estimated wherever they show;
-what serving measures corrects them from there.
+A pass takes as long as reading its bytes or computing its products, whichever is longer. The
+estimate ignores kernels, launches and tiles, so its tables are marked as estimated wherever they
+are shown. Serving corrects them by the passes that it times.
 
 Source: Williams, Waterman, Patterson, "Roofline" (CACM 52(4), 2009).
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import CostTable, CostTables
 from cast_sglang.profiling.grid import Grid
 
@@ -25,22 +26,22 @@ REPEATS = 5
 
 
 class DeviceRates(NamedTuple):
-    """What the device can do at best."""
+    """The best rates of the device."""
 
     bytes_per_second: float
     flops_per_second: float
 
 
 class ModelSize(NamedTuple):
-    """What a forward pass of one rank touches."""
+    """What a forward pass of one rank reads and multiplies."""
 
-    num_weights: int  # multiplied by every token; the input embedding is not
+    num_weights: int  # that every token is multiplied by: all but the input embedding
     weight_bytes: int
     kv_bytes_per_token: int
 
 
 def measure_rates(device: str, dtype: torch.dtype) -> DeviceRates:
-    """Time a large copy and a large matrix product on the device; takes about a second."""
+    """Time a large copy and a large matrix product on the device, within about a second."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     matrix = torch.ones((MATMUL_SIZE, MATMUL_SIZE), dtype=dtype, device=device)
@@ -52,7 +53,7 @@ def measure_rates(device: str, dtype: torch.dtype) -> DeviceRates:
 def estimate_tables(
     grid: Grid, rates: DeviceRates, target: ModelSize, draft: ModelSize
 ) -> CostTables:
-    """Estimate the tables of a grid; every entry has no samples."""
+    """Estimate the tables of a grid; their entries have no samples."""
 
     def table(size: ModelSize, token_counts: tuple[int, ...]) -> CostTable:
         axes = (grid.batch_sizes, grid.contexts, token_counts)
@@ -72,12 +73,9 @@ def estimate_tables(
             samples=np.zeros(shape, dtype=int).tolist(),
         )
 
-    return CostTables(
-        target=table(target, grid.verify_rows),
-        draft=table(draft, grid.draft_widths),
-        draft_extend=table(draft, grid.extend_rows),
-        plain=table(target, (1,)),
-    )
+    sizes = {"target": target, "draft": draft}
+    tables = {each.table: table(sizes[each.model], grid.token_counts[each.name]) for each in PASSES}
+    return CostTables(**tables, step_overhead_us=None)
 
 
 def _best_seconds(device: str, run: Callable[[], object]) -> float:

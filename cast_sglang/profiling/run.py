@@ -1,14 +1,15 @@
-"""Measure S_T and S_D: which forward passes to time, how often, and when a time is good enough.
+"""Measure S_T and S_D: choose which forward passes to time, and how often.
 
-The engine is behind the `Meter` protocol; nothing here knows of it. A run has three parts:
+The engine stands behind the `Meter` protocol, and this module knows nothing else of it. A run has
+three parts:
 
-    grid       every point of a coarse grid, visited in shuffled rounds, so that a drift of the
-               clock frequency spreads over all points instead of looking like structure
-    refine     batch sizes, contexts and token counts are added where linear interpolation misses
-               a measured midpoint
-    held out   random points off the grid, never in the tables, to state the tables' error
+    grid       time every point of a coarse grid in shuffled rounds, so that a drift of the clock
+               frequency spreads over all points instead of looking like structure
+    refine     add batch sizes, contexts and token counts where linear interpolation misses a
+               measured midpoint
+    held out   time random points off the grid, which no table contains, to state the tables' error
 
-The times are then smoothed (`tables.py`): what a point costs follows from its neighbours too.
+Then `tables.py` smooths the times, because the times of neighbours tell of a point too.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.model import CostModel, pass_us
+from cast_sglang.costs.passes import NAMES, PASSES
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.costs.schema import (
     CostProfile,
@@ -34,7 +36,7 @@ from cast_sglang.costs.schema import (
 )
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
-from cast_sglang.profiling.journal import Journal, Point, journal_path
+from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point, journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.sampler import Sampler
 from cast_sglang.profiling.tables import tabulate
@@ -48,8 +50,7 @@ __all__ = [
     "write_profile",
 ]
 
-TABLES = ("verify", "draft", "draft_extend")
-# Shares of the time budget after which the coarse grid and the refinement stop.
+# The coarse grid and the refinement stop after these shares of the time budget.
 COARSE_SHARE = 0.4
 REFINE_SHARE = 0.6
 # Token counts measured at each context beyond the first.
@@ -57,7 +58,7 @@ COUNTS_BEYOND = 3
 
 
 class Measured(NamedTuple):
-    """Outcome of a run."""
+    """The result of a run."""
 
     tables: CostTables
     heldout: Heldout | None
@@ -81,22 +82,22 @@ def run_profile(
     Args:
         meter: runs and times single forward passes.
         grid: axes before refinement; None for `default_grid`.
-        sampling: how often and how precisely; None for the defaults.
-        budget_seconds: wall time of this call, kept to within one visit; None for no limit.
-        journal: file of measurements to resume from and append to; None for none.
-        host: text that identifies the host and its settings; a journal of another is refused.
+        sampling: how often and how precisely to time; None for the defaults.
+        budget_seconds: wall time of this call, exceeded by one visit at most; None for no limit.
+        journal: file to resume from and to append to; None for none.
+        host: text that identifies the host and its settings; a journal of another host is refused.
         progress: show a progress bar on stderr.
 
     Raises:
         ProfileError: the budget is too small for one visit to each grid point, the meter returned
-            a time that is not positive, or the journal does not fit.
+            a time that is not positive, or the journal is damaged or of other settings.
     """
     sampling = sampling or Sampling()
     limits = meter.limits()
     grid = grid or default_grid(limits)
     settings = {
         "host": host,
-        "limits": limits._asdict(),
+        "limits": dataclasses.asdict(limits),
         "grid": grid._asdict(),
         "sampling": dataclasses.asdict(sampling),
     }
@@ -110,12 +111,12 @@ def run_profile(
 
 
 def choose_references(grid: Grid) -> list[Point]:
-    """Return the passes that tell how slow the machine is just now.
+    """Return two passes whose times show how fast the machine is at a moment.
 
-    One is bound by reading the weights, the other, in the middle of the grid, by arithmetic.
+    Reading the weights bounds one of them, arithmetic the other, in the middle of the grid.
     """
     batch_size, rows = (
-        math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.verify_rows)
+        math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.token_counts["verify"])
     )
     context = grid.contexts[0]
     return [Point("verify", 1, context, 1), Point("verify", batch_size, context, rows)]
@@ -137,7 +138,7 @@ def summarize(measured: Measured, output: str | Path) -> dict[str, str | int | f
 def make_profile(
     result: Measured | CostTables, identity: HostIdentity, command: str
 ) -> CostProfile:
-    """Join tables with their provenance; tables that were not measured are marked as estimated."""
+    """Join tables with their provenance, and mark tables that nobody measured as estimated."""
     measured = result if isinstance(result, Measured) else None
     tables = measured.tables if measured else result
     facts = {field: getattr(identity, field) for field in HostIdentity.__struct_fields__}
@@ -157,10 +158,10 @@ def make_profile(
 def write_profile(
     measured: Measured, identity: HostIdentity, output: str | Path, command: str
 ) -> CostProfile:
-    """Save what was measured with its provenance, and drop the journal it came from.
+    """Save what was measured with its provenance, and delete the journal that it came from.
 
     Raises:
-        ProfileError: the tables are not valid or the file cannot be written.
+        ProfileError: the tables are invalid, or the file cannot be written.
     """
     profile = make_profile(measured, identity, command)
     save_profile(profile, output)
@@ -169,38 +170,32 @@ def write_profile(
 
 
 class _Run:
-    """One pass through grid, refinement and held-out points.
+    """One run through grid, refinement and held-out points.
 
-    What a longer context adds is attention's, smooth in the tokens; so beyond the shortest context
-    only the first, the middle and the last token count are measured.
+    A longer context adds time to the attention alone, which is smooth in the tokens. So beyond the
+    shortest context a run measures only the first, the middle and the last token count.
     """
 
     def __init__(self, sampler: Sampler, limits: Limits, grid: Grid) -> None:
         self._sampler = sampler
         self._limits = limits
-        self._most_rows = max(grid.verify_rows[-1], grid.draft_widths[-1])
-        # A batch size that does not fit at the shortest context cannot be served.
+        self._most_tokens = max(counts[-1] for counts in grid.token_counts.values())
+        # The device cannot serve a batch size that does not fit at the shortest context.
         batch_sizes = [b for b in grid.batch_sizes if self._fits(b, grid.contexts[0])]
         if not batch_sizes:
             raise ProfileError("no batch size of the grid fits the device's memory")
-        counts = {
-            "verify": grid.verify_rows,
-            "draft": grid.draft_widths,
-            "draft_extend": grid.extend_rows,
-            "plain": (1,),
-        }
         self._axes = {
             operation: Axes(list(batch_sizes), list(grid.contexts), list(values))
-            for operation, values in counts.items()
+            for operation, values in grid.token_counts.items()
         }
         self._heldout = self._choose_heldout()
 
     def measure(self) -> Measured:
         sampler = self._sampler
-        optional = [name for name in ("plain", "step_overhead") if self._supports(name)]
-        coarse = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
-        # The held-out points take part in every round: measured at another time than the tables,
-        # they would show the drift of the machine as well.
+        overhead = (STEP_OVERHEAD,) if self._supports(STEP_OVERHEAD) else ()
+        coarse = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
+        # The held-out points take part in every round: if they were measured at another time than
+        # the tables, their error would contain the drift of the machine.
         heldout = sorted(self._heldout)
         sampler.visit_once("grid", [*coarse, *heldout], share=1.0)
         if (measured := sampler.num_measured(coarse)) < len(coarse):
@@ -208,11 +203,11 @@ class _Run:
                 f"the time budget ended after {measured} of {len(coarse)} grid points; run the "
                 f"same command again to resume, with a larger --budget-seconds"
             )
-        # One visit does not tell structure from noise.
+        # One visit cannot tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)
         self._refine()
-        points = [p for operation in (*TABLES, *optional) for p in self._points(operation)]
-        # An error is known no better than the point it is measured at, hence more visits there.
+        points = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
+        # The error of a table is known no better than the held-out points, so they get more visits.
         sampler.visit_until_precise("precision", points, share=1.0, always=heldout)
 
         tables = self._tables()
@@ -228,15 +223,15 @@ class _Run:
         return self._sampler.supports(self._points(operation)[0])
 
     def _fits(self, batch_size: int, context: int) -> bool:
-        longest = context + self._most_rows
+        longest = context + self._most_tokens
         capacity = self._limits.max_tokens
         return longest <= self._limits.max_context and (
             capacity is None or batch_size * longest <= capacity
         )
 
     def _points(self, operation: str) -> list[Point]:
-        """Return the points that a table needs now."""
-        if operation == "step_overhead":
+        """Return the points that a table needs with its present axes."""
+        if operation == STEP_OVERHEAD:
             return [Point(operation, b, 1, 1) for b in self._axes["verify"].batch_size]
         batch_sizes, contexts, counts = self._axes[operation]
         first = [Point(operation, b, contexts[0], n) for b, n in product(batch_sizes, counts)]
@@ -244,10 +239,10 @@ class _Run:
         return first + [Point(operation, *point) for point in beyond if self._fits(*point[:2])]
 
     def _refine(self) -> None:
-        """Halve the intervals whose middle is not on the line; worst first."""
+        """Halve the intervals whose middle lies off the line, the worst first."""
         pending = [
             Interval(operation, axis, low, high)
-            for operation in TABLES
+            for operation in NAMES
             for axis in AXES
             for low, high in pairwise(getattr(self._axes[operation], axis))
         ]
@@ -257,7 +252,7 @@ class _Run:
             every_probe = [point for points in probes.values() for point in points]
             if not self._sampler.visit_once("refine", every_probe, share=REFINE_SHARE):
                 return
-            # The largest of many errors is mostly noise: look again before believing it.
+            # The largest of many errors is mostly noise, so these points are visited again.
             suspects = [
                 point
                 for interval, points in probes.items()
@@ -275,7 +270,7 @@ class _Run:
                     pending += interval.split()
 
     def _split(self, interval: Interval) -> bool:
-        """Add the middle to its axis, unless the budget or a held-out point forbids it."""
+        """Add the middle to its axis, unless the budget is over or a held-out point lies there."""
         axis = getattr(self._axes[interval.operation], interval.axis)
         before = list(axis)
         axis[:] = sorted({*axis, *interval.middle})
@@ -288,11 +283,11 @@ class _Run:
         return False
 
     def _probes(self, interval: Interval) -> list[Point]:
-        """Return the points that show whether an interval is straight: few, but across the rest."""
+        """Return a few points at the interval's middle that show whether times are linear in it."""
         batch_sizes, contexts, counts = self._axes[interval.operation]
         ends = [counts[0], counts[-1]]
         shapes = {
-            # Caches overflow with the product of batch size and context: look at both ends.
+            # Caches overflow by the product of batch size and context, so probe both ends.
             "batch_size": [
                 *product(interval.middle, contexts[:1], spread(counts, 3)),
                 *product(interval.middle, contexts[-1:], ends),
@@ -301,7 +296,7 @@ class _Run:
             "num_tokens": product(spread(batch_sizes, 3), contexts[:1], interval.middle),
         }[interval.axis]
         probes = [Point(interval.operation, *point) for point in shapes]
-        # Both ends must have been measured; at what another split just added they may not be.
+        # A probe needs both of its ends; values that another split just added may lack them.
         return [
             probe
             for probe in probes
@@ -310,7 +305,7 @@ class _Run:
         ]
 
     def _line_error(self, interval: Interval, point: Point) -> float:
-        """Return the relative distance from the interval's line, less what noise explains."""
+        """Return the relative distance from the interval's line, less three standard errors."""
         sampler = self._sampler
         low, high, share = interval.ends(point)
         line = (1 - share) * sampler.median_us(low) + share * sampler.median_us(high)
@@ -323,15 +318,15 @@ class _Run:
         return abs(line - measured) / measured - 3 * noise
 
     def _choose_heldout(self) -> set[Point]:
-        """Draw points inside the grid's range that no table will hold; the same for each resume."""
+        """Draw points within the grid's range that are in no table, the same at each resume."""
         rng = random.Random(self._sampler.sampling.seed)
         chosen: set[Point] = set()
         num_wanted = self._sampler.sampling.heldout_points
-        grid = {point for operation in TABLES for point in self._points(operation)}
+        grid = {point for operation in NAMES for point in self._points(operation)}
         for _ in range(50 * num_wanted):
             if len(chosen) == num_wanted:
                 break
-            operation = TABLES[len(chosen) % len(TABLES)]
+            operation = NAMES[len(chosen) % len(NAMES)]
             point = Point(operation, *(log_uniform(rng, axis) for axis in self._axes[operation]))
             if self._fits(point.batch_size, point.context) and point not in grid:
                 chosen.add(point)
@@ -341,27 +336,20 @@ class _Run:
         measured = [point for point in sorted(self._heldout) if self._sampler.has(point)]
         if not measured:
             return None
-        model = CostModel(
-            tables,
-            max_batch_size=tables.target.batch_sizes[-1],
-            max_context=tables.target.contexts[-1],
-            max_verify_tokens=tables.target.token_counts[-1],
-            max_width=tables.draft.token_counts[-1],
-            max_extend_rows=tables.draft_extend.token_counts[-1],
-        )
+        model = CostModel(tables, Limits.of_tables(tables))
         errors = []
         for point in measured:
             costs = model.step_costs(point.batch_size, point.context)
-            predicted_us = getattr(costs, point.operation)[point.num_tokens - 1] * costs.unit_us
+            predicted_us = pass_us(costs, point.operation, point.num_tokens)
             time_us = self._sampler.median_us(point)
-            errors.append(abs(float(predicted_us) - time_us) / time_us)
+            errors.append(abs(predicted_us - time_us) / time_us)
         median, p95 = np.quantile(errors, [0.5, 0.95])
         return Heldout(
             points=len(errors), median_error=round(float(median), 5), p95_error=round(float(p95), 5)
         )
 
     def _heldout_noise(self) -> float:
-        """Return how well the held-out points are known; no table can look better than that."""
+        """Return the standard error of the held-out points, below which no table error falls."""
         errors = [self._sampler.standard_error(p) for p in self._heldout if self._sampler.has(p)]
         return round(float(np.median(errors)), 5) if errors else 0.0
 
@@ -369,15 +357,9 @@ class _Run:
         return tabulate(self._sampler, operation, self._axes[operation], self._heldout)
 
     def _tables(self) -> CostTables:
-        plain = self._tabulate("plain") if self._supports("plain") else None
         overhead = None
-        if self._supports("step_overhead"):
-            points = self._points("step_overhead")
+        if self._supports(STEP_OVERHEAD):
+            points = self._points(STEP_OVERHEAD)
             overhead = [round(self._sampler.median_us(point), 3) for point in points]
-        return CostTables(
-            target=self._tabulate("verify"),
-            draft=self._tabulate("draft"),
-            draft_extend=self._tabulate("draft_extend"),
-            plain=plain,
-            step_overhead_us=overhead,
-        )
+        tables = {each.table: self._tabulate(each.name) for each in PASSES}
+        return CostTables(**tables, step_overhead_us=overhead)

@@ -1,16 +1,16 @@
-"""Time single forward passes until their median is known well enough, within a time budget.
+"""Sampler: times forward passes until their medians are precise or the time budget ends.
 
-`Meter` is what the engine provides; `Sampler` decides how often it is asked, and takes out the
-drift of the machine: clocks and neighbours make a whole second of passes slower than the next one,
-on a virtual machine by half. So each visit to a point stands between two visits to a few reference
-passes, and counts by how it relates to them.
+The engine provides a `Meter`; the sampler decides how often to ask it, and removes the drift of the
+machine. Clocks and neighbours make all passes of one second slower than those of the next, on a
+virtual machine by half. So the sampler times a few reference passes before and after each visit to
+a point, and the visit counts relative to them.
 """
 
 import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -25,26 +25,26 @@ from rich.progress import (
 )
 
 from cast_sglang.errors import ProfileError
-from cast_sglang.profiling.journal import Journal, Point, Visit
+from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point, Visit
 from cast_sglang.profiling.meter import Meter, Sampling
 
 __all__ = ["Sampler"]
 
-# A visit times fewer passes when they are long: they average what short ones need repeats for.
+# A visit times fewer passes if they are long, since a long pass averages its own noise.
 LONG_VISIT_SECONDS = 0.15
-# Short visits share their references: drift is slower than this.
+# Visits within this time share their references, since drift is slower.
 REFERENCE_SECONDS = 0.5
 
 
 class Sampler:
-    """Measurements of points so far, and the loop that adds to them.
+    """Holds the measurements of points so far, and adds to them.
 
-    A context manager: its progress bar is shown inside `with`, if at all.
+    A context manager, which shows its progress bar inside `with`.
 
     Args:
-        references: points that are timed around each visit; together they should feel what slows
-            the machine down (one bound by memory, one by arithmetic).
-        budget_seconds: wall time from entry, kept to within one visit; None for no limit.
+        references: points to time around each visit; together they should slow down with the
+            machine, so one is bound by memory and one by arithmetic.
+        budget_seconds: wall time from entry, exceeded by one visit at most; None for no limit.
         progress: show a progress bar with the time left on stderr.
     """
 
@@ -58,22 +58,16 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.seconds = 0.0
-        self._passes: dict[str, Callable[[Point], float | None]] = {
-            "verify": lambda point: meter.verify(*point[1:]),
-            "draft": lambda point: meter.draft(*point[1:]),
-            "draft_extend": lambda point: meter.draft_extend(*point[1:]),
-            "plain": lambda point: meter.plain(point.batch_size, point.context),
-            "step_overhead": lambda point: meter.step_overhead(point.batch_size),
-        }
+        self._meter = meter
         self._references = references
         self._budget_seconds = math.inf if budget_seconds is None else budget_seconds
         self._visits: dict[Point, list[Visit]] = {}
-        self._reference_us: list[list[float]] = []  # one entry of all references per visit
-        self._before_us: list[float] = []  # the references when they were last timed
-        self._references_at = 0.0
+        self._reference_us: list[list[float]] = []  # times of all references, for each visit
+        self._before_us: list[float] = []  # times of the references when they were last timed
+        self._references_at = 0.0  # when that was
         self._open: list[tuple[Point, list[float], float]] = []  # visits since then
-        self._values: dict[Point, list[float]] = {}  # drift taken out; dropped by new visits
-        self._scatter: float | None = None
+        self._values: dict[Point, list[float]] = {}  # visits without drift, until new ones come
+        self._scatter: float | None = None  # relative standard error of one visit
         self._warm: set[Point] = set()
         self._rng = random.Random(sampling.seed)
         self._journal: Journal | None = None
@@ -100,29 +94,29 @@ class Sampler:
         self._bar.stop()
 
     def record_to(self, journal: Journal) -> None:
-        """Take over what the journal holds, and append each new visit to it."""
+        """Load the visits of a journal, and append each new visit to it."""
         self._journal = journal
         for visit in journal.visits:
             self._add(visit)
 
     def supports(self, point: Point) -> bool:
-        """Return whether the meter can time an optional operation, by trying one of its points."""
+        """Return whether the meter can time an optional operation; tries one of its points."""
         if point.operation not in self._supported:
-            self._supported[point.operation] = self._passes[point.operation](point) is not None
+            self._supported[point.operation] = self._seconds(point) is not None
         return self._supported[point.operation]
 
     def visit_once(self, stage: str, points: Collection[Point], share: float) -> bool:
-        """Visit the points that have no visit yet, shuffled; return whether all have one then.
+        """Visit the points without a visit in shuffled order; return whether all have one then.
 
         Args:
-            stage: what the progress bar says.
-            share: part of the budget after which this stage ends.
+            stage: text of the progress bar.
+            share: of the budget, after which this stage ends.
         """
         self._visit_round(stage, [point for point in points if not self.has(point)], share)
         return self.num_measured(points) == len(points)
 
     def visit_again(self, stage: str, points: Collection[Point], share: float) -> bool:
-        """Visit each point once more unless it is done; return False if the budget ended before."""
+        """Visit each point that is not done once more; return False if the budget ended before."""
         due = [point for point in dict.fromkeys(points) if not self._is_done(point)]
         return self._visit_round(stage, due, share)
 
@@ -133,11 +127,11 @@ class Sampler:
         share: float,
         always: Collection[Point] = (),
     ) -> None:
-        """Visit points in shuffled rounds until each is done or the share of the budget is over.
+        """Visit points in shuffled rounds until all are done or the share of the budget is spent.
 
         Args:
-            always: points of every round until they are done; the others wait until none is
-                visited less.
+            always: points to visit in every round until they are done; of the other points, a
+                round visits those with the fewest visits.
         """
         while pending := [point for point in points if not self._is_done(point)]:
             fewest = min(map(self._num_visits, pending))
@@ -159,7 +153,7 @@ class Sampler:
         return float(np.median(self._steady_us(point)))
 
     def summary(self, point: Point) -> tuple[float, float, int]:
-        """Return median and inter-quartile range in microseconds, and the number of passes."""
+        """Return the median and the inter-quartile range in microseconds, and how many passes."""
         low, median, high = np.quantile(self._steady_us(point), [0.25, 0.5, 0.75])
         num_passes = sum(len(visit.times_us) for visit in self._visits[point])
         return float(median), float(high - low), num_passes
@@ -167,9 +161,9 @@ class Sampler:
     def precision(self, point: Point) -> float:
         """Return the relative half-width of the median's 95 % confidence interval.
 
-        Source: order statistics; the count below the median is binomial(n, 1/2), so the ranks
-        n/2 -+ 0.98 sqrt(n) enclose it in 95 of 100 cases whatever the distribution. Fewer than six
-        visits have no such ranks, and get the whole range.
+        Source: order statistics. The number of values below the median is binomial(n, 1/2), so the
+        ranks n/2 -+ 0.98 sqrt(n) enclose it in 95 of 100 cases, whatever the distribution. Fewer
+        than six visits have no such ranks; their whole range counts.
         """
         values_us = sorted(self._steady_us(point))
         n = len(values_us)
@@ -178,13 +172,13 @@ class Sampler:
         return (values_us[high] - values_us[low]) / 2 / float(np.median(values_us))
 
     def points(self, operation: str) -> list[Point]:
-        """Return what was measured of one operation, sorted."""
+        """Return the measured points of one operation, sorted."""
         return sorted(point for point in self._visits if point.operation == operation)
 
     def standard_error(self, point: Point) -> float:
-        """Return the relative standard error of the point's median, from the scatter of all.
+        """Return the relative standard error of the point's median, from the scatter of all points.
 
-        A few visits say little of their own scatter; those of all points together say much.
+        The few visits to one point do not show how much they scatter; those to all points do.
         """
         if self._scatter is None:
             deviations = [
@@ -193,12 +187,12 @@ class Sampler:
                 if len(self._steady_us(other)) >= 3
                 for value in self._steady_us(other)
             ]
-            # Of normal values, from the median deviation to the standard error of a median.
+            # For normal values, the step from median deviation to standard error of a median.
             self._scatter = 1.48 * 1.25 * float(np.median(deviations or [0.0]))
         return self._scatter / math.sqrt(len(self._steady_us(point)))
 
     def describe(self) -> dict[str, str | int | float | bool]:
-        """Return the settings and what became of them, for the provenance."""
+        """Return the settings and counts of what was measured, for the provenance."""
         references = np.array(self._reference_us or [[1.0]])
         drift = np.exp(np.log(references / np.median(references, axis=0)).mean(axis=1))
         return {
@@ -208,12 +202,12 @@ class Sampler:
             "imprecise_points": sum(
                 self.precision(point) > self.sampling.tolerance for point in self._visits
             ),
-            # How much slower the machine was in its slowest tenth of visits than in its fastest.
+            # The machine's time in its slowest tenth of visits, over that in its fastest tenth.
             "drift": round(float(np.divide(*np.quantile(drift, [0.9, 0.1]))), 3),
         }
 
     def _steady_us(self, point: Point) -> list[float]:
-        """Return the point's visits in microseconds of the machine's median state."""
+        """Return the point's visits in microseconds, scaled to the machine's median speed."""
         if point not in self._values:
             reference_us = np.median(self._reference_us, axis=0) if self._references else [1.0]
             values = [
@@ -224,7 +218,7 @@ class Sampler:
                 for visit in self._visits[point]
             ]
             steady = [value for value, is_steady in values if is_steady]
-            # Where no visit met a steady machine, the unsteady ones must do.
+            # If the machine was unsteady in all visits, all of them count.
             self._values[point] = steady or [value for value, _ in values]
         return self._values[point]
 
@@ -240,7 +234,7 @@ class Sampler:
         return self.precision(point) <= self.sampling.tolerance
 
     def _visit_round(self, stage: str, points: Collection[Point], share: float) -> bool:
-        """Visit each point; return False when the budget ended before."""
+        """Visit each point in shuffled order; return False if the budget ended before."""
         points = list(points)
         self._rng.shuffle(points)
         self._bar.reset(self._task, description=stage, total=len(points))
@@ -252,7 +246,7 @@ class Sampler:
             self._visit(point)
             self._bar.advance(self._task)
         self._close_visits()
-        # What the references mean has moved a little for every point.
+        # New visits move the median of the references, to which every point is scaled.
         self._values.clear()
         self._scatter = None
         return not ended
@@ -267,8 +261,8 @@ class Sampler:
             self._warm.add(point)
             for _ in range(self.sampling.warmup - 1):
                 self._run(point)
-        # Even a known shape gets one untimed pass, the references left other caches behind; where
-        # passes are long that does not show.
+        # Even a warm shape gets one untimed pass, as the references left other data in the caches;
+        # in a long pass that does not show.
         first_us = self._timed_us(point)
         num_passes = min(self.sampling.visit_passes, int(LONG_VISIT_SECONDS * 1e6 / first_us))
         times_us = [self._timed_us(point) for _ in range(num_passes)] or [first_us]
@@ -277,7 +271,7 @@ class Sampler:
             self._close_visits()
 
     def _close_visits(self) -> None:
-        """Time the references and record the visits since the last time."""
+        """Time the references, and record the visits since they were last timed."""
         if not self._open:
             return
         begin = time.monotonic()
@@ -298,12 +292,18 @@ class Sampler:
     def _timed_twice_us(self, reference: Point) -> float:
         times_us = [self._timed_us(reference), self._timed_us(reference)]
         if max(times_us) > (1 + self.sampling.max_drift) * min(times_us):
-            # One of them was disturbed; all visits until the next references would bear it.
+            # One of the two was disturbed, which would spoil all visits up to the next references.
             times_us.append(self._timed_us(reference))
         return float(np.median(times_us))
 
+    def _seconds(self, point: Point) -> float | None:
+        if point.operation == STEP_OVERHEAD:
+            return self._meter.step_overhead(point.batch_size)
+        seconds: float | None = getattr(self._meter, point.operation)(*point[1:])
+        return seconds
+
     def _run(self, point: Point) -> float:
-        seconds = self._passes[point.operation](point)
+        seconds = self._seconds(point)
         if seconds is None or not 0.0 < seconds < math.inf:
             raise ProfileError(f"the meter returned {seconds!r} seconds for {point}")
         return seconds
@@ -321,7 +321,7 @@ class Sampler:
 
 
 def _drift(visit: Visit, reference_us: Sequence[float]) -> float:
-    """Return how much slower than usual the machine was around the visit."""
+    """Return how much slower than in the median the machine was around the visit."""
     around = [*visit.before_us, *visit.after_us]
     usual = [*reference_us, *reference_us]
     logs = [math.log(us / u) for us, u in zip(around, usual, strict=False)]

@@ -1,8 +1,8 @@
-"""From measurements to a cost table: smoothed, and complete where a part was measured.
+"""Make a cost table from measurements: smooth them, and fill in the points that lack one.
 
-Times of neighbouring shapes are related, and each is known only as well as the machine let it be
-measured. A Gaussian process over the logarithms of shape and time weighs both: where measurements
-are precise it passes through them, tile steps included; where they scatter it averages neighbours.
+Neighbouring shapes take similar times, and a noisy machine measures each of them badly. So a
+Gaussian process over the logarithms of shape and time weighs a measurement against its neighbours.
+It passes through precise measurements, steps of tiles included, and averages noisy ones.
 
 Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2 and 5.
 """
@@ -21,35 +21,36 @@ from cast_sglang.profiling.sampler import Sampler
 
 __all__ = ["smooth", "tabulate"]
 
-# The prior of the kernel's parameters, in logarithms: mean and standard deviation. Lengths are in
-# factors of e of batch size, context and tokens; heights in factors of e of time.
+# Prior of the kernel's parameters: mean and standard deviation of their logarithms. Lengths are in
+# factors of e of batch size, context and tokens, heights in factors of e of time.
 PRIOR = {
     "height": (np.log(0.5), 1.0),
     "length of batch size": (np.log(1.5), 0.7),
     "length of context": (np.log(2.5), 0.7),
     "length of tokens": (np.log(1.5), 0.7),
-    # Tiles and captured sizes: small, and rough, so their kernel is not smooth.
+    # Steps of tiles and of captured sizes are small and rough, so their kernel is not smooth.
     "height of steps": (np.log(0.05), 1.0),
     "length of steps": (np.log(0.7), 0.7),
 }
-# How steep the power law may be that the process deviates from.
+# Steepness of the power law from which the process deviates.
 TREND_SCALE = 1.0
-# Relative errors below this are not believed; they would make the covariance singular.
+# Smaller relative errors count as this one; they would make the covariance singular.
 LEAST_NOISE = 2e-3
 
 
 def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[Point]) -> CostTable:
-    """Lay the smoothed times of everything measured out on a table's grid.
+    """Return the table of one operation, with smoothed times.
 
     Args:
-        axes: the grid; at the first context everything is measured, at others at least a part.
+        axes: the grid, of which all points of the first context were measured and some of the
+            others.
         heldout: measured points that must not contribute.
     """
     measured = [point for point in sampler.points(operation) if point not in heldout]
     error = np.array([sampler.standard_error(point) for point in measured])
     median_us = np.array([sampler.median_us(point) for point in measured])
     smoothed = smooth(_shapes(measured), median_us, error)
-    # Neighbours may correct a measurement within its error, not overrule it.
+    # Neighbours may move a time within its error, no further.
     smoothed = np.clip(smoothed, median_us * (1 - 2 * error), median_us * (1 + 2 * error))
     known = dict(zip(measured, smoothed, strict=True))
 
@@ -73,9 +74,9 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
 
 
 def _fill(time_us: np.ndarray, is_measured: np.ndarray, counts: np.ndarray) -> None:
-    """Complete [B, C, N] times in place; of the first context all are measured.
+    """Fill the gaps of [B, C, N] times in place; the first context has none.
 
-    What a longer context adds to the first one is interpolated between the measured counts.
+    The time that a longer context adds to the first one is interpolated between measured counts.
     """
     for b, c in product(range(time_us.shape[0]), range(1, time_us.shape[1])):
         here = np.nonzero(is_measured[b, c])[0]
@@ -83,19 +84,19 @@ def _fill(time_us: np.ndarray, is_measured: np.ndarray, counts: np.ndarray) -> N
             added = np.interp(counts, counts[here], time_us[b, c, here] - time_us[b, 0, here])
             filled = time_us[b, 0] + added
         else:
-            # Does not fit the device, so it is never asked for exactly; continue the rows.
+            # The shape exceeds the device's memory, so no step runs it; continue the rows.
             rise = time_us[b, c - 1] - time_us[b, c - 2] if c >= 2 else 0.0
             filled = time_us[b, c - 1] + np.maximum(rise, 0.0)
         time_us[b, c] = np.where(is_measured[b, c], time_us[b, c], filled)
 
 
 def _shapes(points: list[Point]) -> np.ndarray:
-    """Return [P, 3] batch sizes, contexts and tokens."""
+    """Return [P, 3], the batch size, context and tokens of each point."""
     return np.array([point[1:] for point in points], dtype=float)
 
 
 def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Estimate what shapes cost from noisy times of all of them.
+    """Estimate the times of shapes from noisy measurements of all of them.
 
     Args:
         shapes: [P, 3] measured shapes (batch size, context, tokens), each >= 1.
@@ -115,7 +116,7 @@ def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.nda
         return _kernel(x, x, parameters) + np.diag(variance)
 
     def misfit(parameters: np.ndarray) -> float:
-        """Return the negative logarithm of the posterior of the parameters."""
+        """Return the negative logarithm of the parameters' posterior."""
         factor = cho_factor(covariance(parameters), lower=True)
         explained = 0.5 * (y - mean) @ cho_solve(factor, y - mean)
         penalty = 0.5 * (((parameters - prior) / width) ** 2).sum()

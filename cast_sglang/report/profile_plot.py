@@ -1,5 +1,6 @@
 """Draw cost profiles: what each pass takes, as measured and as the cost model reads it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cast_sglang.config import CastConfig
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
-from cast_sglang.costs.schema import CostProfile, CostTable
+from cast_sglang.costs.passes import PASSES, Pass
+from cast_sglang.costs.schema import CostProfile
 from cast_sglang.errors import ProfileError
 
 __all__ = ["plot_profiles"]
@@ -31,11 +34,6 @@ MARKERS = ("o", "s")
 # The palest end of the colormap does not show on white.
 COLOR_RANGE = (0.0, 0.88)
 GREY = "0.2"
-PANELS = {
-    "target": ("target: one verify pass", "rows per request"),
-    "draft": ("draft: one layer", "nodes per request"),
-    "draft_extend": ("draft: extend pass", "rows per request"),
-}
 
 
 class _Source(NamedTuple):
@@ -46,14 +44,10 @@ class _Source(NamedTuple):
     style: str
     marker: str
 
-    def table(self, name: str) -> CostTable:
-        table: CostTable = getattr(self.profile, name)
-        return table
-
     def units(self, name: str, batch_size: int, context: float) -> np.ndarray:
         """Return the costs of 1, 2, ... tokens per request in 1-row target passes."""
         costs = self.model.step_costs(batch_size, context)
-        units: np.ndarray = getattr(costs, "verify" if name == "target" else name)
+        units: np.ndarray = getattr(costs, name)
         return units
 
     def milliseconds(self, name: str, batch_size: int, context: float) -> np.ndarray:
@@ -96,16 +90,18 @@ def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
     # Not pyplot: it would ask for a display and keep global state.
     figure = Figure(figsize=(16, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    (target, draft, extend), (marginal, context, last) = figure.subplots(2, 3)
-    for axes, name in ((target, "target"), (draft, "draft"), (extend, "draft_extend")):
-        _draw_times(axes, scene, name)
+    times, (marginal, context, last, *unused) = figure.subplots(2, len(PASSES))
+    for axes, each in zip(times, PASSES, strict=True):
+        _draw_times(axes, scene, each)
+    for axes in unused:
+        axes.remove()
     _draw_marginal(marginal, scene)
     _draw_contexts(context, scene)
     if len(scene.sources) == 1:
         _draw_layer_price(last, scene)
     else:
         _draw_ratio(last, scene)
-    for axes in (target, draft, extend, marginal, last):
+    for axes in (*times, marginal, last):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in figure.axes:
         axes.grid(alpha=0.25)
@@ -133,15 +129,13 @@ def _scene(profiles: Sequence[CostProfile]) -> _Scene:
 
 
 def _model(profile: CostProfile) -> CostModel:
-    return CostModel(
-        profile,
-        max_batch_size=profile.target.batch_sizes[-1],
-        max_context=_beyond(profile.target.contexts),
-        max_verify_tokens=_beyond(profile.target.token_counts),
+    limits = dataclasses.replace(
+        Limits.of_tables(profile),
+        max_verify_rows=_beyond(profile.target.token_counts),
         max_width=_beyond(profile.draft.token_counts),
         max_extend_rows=_beyond(profile.draft_extend.token_counts),
-        warns=False,  # what lies beyond is asked for on purpose
     )
+    return CostModel(profile, limits, warns=False)  # what lies beyond is asked for on purpose
 
 
 def _shared(grids: Sequence[list[int]]) -> list[int]:
@@ -153,18 +147,17 @@ def _beyond(grid: list[int]) -> int:
     return max(grid[-1] + 1, math.ceil(BEYOND * grid[-1]))
 
 
-def _draw_times(axes: Axes, scene: _Scene, name: str) -> None:
+def _draw_times(axes: Axes, scene: _Scene, of: Pass) -> None:
     for source, batch_size, color in scene.curves():
-        table = source.table(name)
-        times_ms = source.milliseconds(name, batch_size, scene.context)
+        table = source.profile.table_of(of)
+        times_ms = source.milliseconds(of.name, batch_size, scene.context)
         _draw_line(axes, times_ms, table.token_counts[-1], color, source.style)
         if batch_size in table.batch_sizes and scene.context in table.contexts:
             b, c = table.batch_sizes.index(batch_size), table.contexts.index(scene.context)
             _draw_entries(
                 axes, source, color, table.token_counts, table.time_us[b][c], table.samples[b][c]
             )
-    title, label = PANELS[name]
-    _label(axes, f"{title}, context {scene.context}", label, "ms")
+    _label(axes, f"{of.title}, context {scene.context}", f"{of.unit} per request", "ms")
     _scale_times(axes)
 
 
@@ -198,7 +191,7 @@ def _draw_entries(
 
 def _draw_marginal(axes: Axes, scene: _Scene) -> None:
     for source, batch_size, color in scene.curves():
-        each = np.diff(source.units("target", batch_size, scene.context))
+        each = np.diff(source.units("verify", batch_size, scene.context))
         edges = np.arange(1, len(each) + 2)
         last = source.profile.target.token_counts[-1] - 1
         for part, style in ((slice(0, last), source.style), (slice(last, None), ":")):
@@ -221,7 +214,7 @@ def _draw_contexts(axes: Axes, scene: _Scene) -> None:
         beyond = contexts > table.contexts[-1]
         for count, width in ((table.token_counts[-1], 2.2), (1, 0.9)):
             times_ms = np.array(
-                [source.milliseconds("target", batch_size, c)[count - 1] for c in contexts]
+                [source.milliseconds("verify", batch_size, c)[count - 1] for c in contexts]
             )
             for part, style in ((~beyond, source.style), (beyond, ":")):
                 axes.plot(contexts[part], times_ms[part], style, color=color, linewidth=width)
@@ -258,7 +251,7 @@ def _draw_layer_price(axes: Axes, scene: _Scene) -> None:
 def _draw_ratio(axes: Axes, scene: _Scene) -> None:
     first, second = scene.sources
     for batch_size, color in scene.colors.items():
-        times = [s.milliseconds("target", batch_size, scene.context) for s in scene.sources]
+        times = [s.milliseconds("verify", batch_size, scene.context) for s in scene.sources]
         last = min(s.profile.target.token_counts[-1] for s in scene.sources)
         num_counts = min(map(len, times))
         ratio = times[1][:num_counts] / times[0][:num_counts]

@@ -6,6 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.passes import PASSES, Pass
 from cast_sglang.costs.schema import CostProfile, CostTable
 
 __all__ = ["print_comparison", "print_profile"]
@@ -13,24 +16,16 @@ __all__ = ["print_comparison", "print_profile"]
 SUMMARY_ROWS = (8, 16, 32)
 # Seven columns of milliseconds fit a terminal of 80.
 MAX_COLUMNS = 7
-TABLE_TITLES = {
-    "target": ("target: one verify pass", "rows"),
-    "draft": ("draft: one layer", "nodes"),
-    "draft_extend": ("draft: extend pass", "rows"),
-    "plain": ("target: plain decoding step", "rows"),
-}
 
 
 def print_profile(profile: CostProfile, console: Console) -> None:
     """Print where the profile was measured, a summary, and its tables in milliseconds."""
     _print_provenance(profile, console)
     _print_summary(profile, console)
-    for name, (title, unit) in TABLE_TITLES.items():
-        table = getattr(profile, name)
-        if table is not None:
-            heading = f"{title}, ms by {unit} per request"
-            milliseconds = np.asarray(table.time_us) / 1e3
-            _print_grid(console, heading, table, milliseconds, "{:.3g}")
+    for each in PASSES:
+        table = profile.table_of(each)
+        heading = f"{each.title}, ms by {each.unit} per request"
+        _print_grid(console, heading, table, np.asarray(table.time_us) / 1e3, "{:.3g}")
     if profile.step_overhead_us is not None:
         pairs = zip(profile.target.batch_sizes, profile.step_overhead_us, strict=True)
         console.print(
@@ -44,12 +39,11 @@ def print_comparison(first: CostProfile, second: CostProfile, console: Console) 
     _print_provenance(first, console)
     console.print("[bold]second[/bold]")
     _print_provenance(second, console)
-    for name, (title, unit) in TABLE_TITLES.items():
-        table = getattr(first, name)
-        if table is not None and getattr(second, name) is not None:
-            ratios = _ratios(name, table, second)
-            heading = f"{title}, second / first by {unit} per request"
-            _print_grid(console, heading, table, ratios, "{:.2f}")
+    model = CostModel(second, Limits.of_tables(first))
+    for each in PASSES:
+        table = first.table_of(each)
+        heading = f"{each.title}, second / first by {each.unit} per request"
+        _print_grid(console, heading, table, _ratios(each, table, model), "{:.2f}")
 
 
 def _print_provenance(profile: CostProfile, console: Console) -> None:
@@ -84,17 +78,8 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
 
 def _print_summary(profile: CostProfile, console: Console) -> None:
     """Print the unit of costs for each batch size, and the costs of larger passes in it."""
-    from cast_sglang.costs.model import CostModel
-
     target, draft = profile.target, profile.draft
-    model = CostModel(
-        profile,
-        max_batch_size=target.batch_sizes[-1],
-        max_context=target.contexts[-1],
-        max_verify_tokens=target.token_counts[-1],
-        max_width=draft.token_counts[-1],
-        max_extend_rows=1,
-    )
+    model = CostModel(profile, Limits.of_tables(profile))
     context = target.contexts[len(target.contexts) // 2]
     rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
     widths = sorted({1, draft.token_counts[-1]})
@@ -132,26 +117,13 @@ def _print_grid(
     console.print(grid)
 
 
-def _ratios(name: str, table: CostTable, second: CostProfile) -> np.ndarray:
+def _ratios(of: Pass, table: CostTable, second: CostModel) -> np.ndarray:
     """Return the second profile's times over those of `table`, at the grid of `table`."""
-    from cast_sglang.costs.model import CostModel
-
-    num_tokens = table.token_counts[-1]
-    model = CostModel(
-        second,
-        max_batch_size=table.batch_sizes[-1],
-        max_context=table.contexts[-1],
-        max_verify_tokens=num_tokens if name == "target" else 1,
-        max_width=num_tokens if name == "draft" else 1,
-        max_extend_rows=num_tokens if name == "draft_extend" else 1,
-    )
     times_us = np.asarray(table.time_us)
     ratios = np.empty_like(times_us)
     for b, batch_size in enumerate(table.batch_sizes):
         for c, context in enumerate(table.contexts):
-            costs = model.step_costs(batch_size, context)
-            field = "verify" if name == "target" else name
-            relative = np.atleast_1d(np.asarray(getattr(costs, field)))
-            indexes = np.asarray(table.token_counts) - 1
-            ratios[b, c] = relative[indexes] * costs.unit_us / times_us[b, c]
+            costs = second.step_costs(batch_size, context)
+            relative = getattr(costs, of.name)[np.asarray(table.token_counts) - 1]
+            ratios[b, c] = relative * costs.unit_us / times_us[b, c]
     return ratios

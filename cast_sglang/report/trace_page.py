@@ -247,7 +247,7 @@ def _page(trace: Trace, course: bytes, sections: Sequence[str]) -> str:
     facts: dict[str, Any] = {
         "device": identity.device_name,
         "pair": f"{identity.target.name} + {identity.draft.name}, {identity.dtype}",
-        "policy": f"{served}{header.settings['policy']}",
+        "policy": f"{served}{header.policy}",
         "envelope": envelope,
         "recorded": f"{header.date}, {len(trace.steps)} steps",
     }

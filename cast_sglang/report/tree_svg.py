@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.trace.records import TracedRequest, TracedStep, parents_of, unpacked
+from cast_sglang.trace.records import TracedRequest, TracedStep, unpacked
+from cast_sglang.tree import layer_ends, parents_of
 
 __all__ = ["legend_svg", "tree_svg"]
 
@@ -128,7 +129,7 @@ def _read(step: TracedStep, request: TracedRequest, topk: int) -> _Tree:
     chances = unpacked(request.chances, "float32") if request.chances else probs
     expanded = unpacked(request.expanded, "int32")
     parents = parents_of(expanded, topk)
-    bounds = topk * np.cumsum([1, *step.widths])
+    bounds = layer_ends(step.widths, topk)
     depths = np.searchsorted(bounds, np.arange(len(probs)), side="right") + 1
     scores = np.empty(len(probs))
     for node, parent in enumerate(parents.tolist()):

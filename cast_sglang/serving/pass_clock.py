@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cast_sglang.costs.model import cost_of
+from cast_sglang.costs.model import pass_us
 
 if TYPE_CHECKING:
     from cast_sglang.costs.model import StepCosts
@@ -22,7 +22,7 @@ GPU_EVERY = 16
 class TimedPass(NamedTuple):
     """One pass of a served step, as predicted by the raw tables and as measured."""
 
-    operation: str
+    operation: str  # of `passes.NAMES`
     batch_size: int
     num_tokens: int  # rows or nodes per request
     predicted_us: float
@@ -72,7 +72,7 @@ class PassClock:
             return
         begin = self._now()
         yield
-        predicted_us = cost_of(getattr(costs, operation), num_tokens) * costs.unit_us
+        predicted_us = pass_us(costs, operation, num_tokens)
         what = (operation, self._batch_size, round(num_tokens), predicted_us)
         self._running.append((what, begin, self._now()))
 

@@ -94,6 +94,7 @@ def _reset_residuals(original: Any, scheduler: Any, request: Any) -> Any:
     residuals = getattr(scheduler.draft_worker, "residuals", None)
     if residuals is not None:
         residuals.reset()
+        scheduler.draft_worker.exploration.reset()
     return SetInternalStateReqOutput(updated=residuals is not None)
 
 

@@ -22,13 +22,13 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.costs.limits import longest_context
-from cast_sglang.costs.model import CostModel, StepCosts, extend_units, plain_extra, step_units
+from cast_sglang.costs.exploration import Exploration
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel, StepCosts, extend_units, step_units
 from cast_sglang.costs.profiles import FoundProfile, profile_command
 from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.optimal import OptimalPolicy
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.grow import compile_ops
@@ -90,15 +90,16 @@ class CastWorker(EAGLEWorkerV2):
         self.profile: FoundProfile | None = None
         self.cost_model: CostModel | None = None
         self.residuals: Residuals | None = None
+        self.exploration: Exploration | None = None
         self.clock = PassClock(self.device)
         draft = self._draft_worker
-        draft.costs = draft.residuals = draft.weights = draft.deferring = None
+        draft.costs = draft.exploration = draft.weights = draft.deferring = None
         draft.clock = self.clock
         draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         draft.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
         self.calibration = None
-        if self.config.policy in ("auto", "optimal") and self.config.calibration == "on":
+        if self.config.policy == "auto" and self.config.calibration == "on":
             identity = host_identity(resolving_view(server_args))
             file = CalibrationFile.of(self.config, identity)
             saves = get_parallel().tp_rank == 0
@@ -145,32 +146,28 @@ class CastWorker(EAGLEWorkerV2):
     def use_profile(self, found: FoundProfile) -> None:
         """Decide by this profile's tables from the next step on."""
         self.profile = found
-        self.cost_model = CostModel(
-            found.profile,
+        limits = Limits(
             max_batch_size=get_schedule().max_running_requests,
-            max_context=longest_context(
-                self.target_worker.model_runner.model_config.context_len, self.max_draft_tokens
-            ),
-            max_verify_tokens=self.max_draft_tokens,
+            max_context=self.target_worker.model_runner.model_config.context_len,
+            max_verify_rows=self.max_draft_tokens,
             max_width=self.topk,
             max_extend_rows=self.max_extend_rows,
-            lookup=self.config.lookup,
         )
-        largest = get_schedule().max_running_requests, self.max_draft_tokens
-        residuals = Residuals(*largest, found.profile.table_error)
+        self.cost_model = CostModel(found.profile, limits, lookup=self.config.lookup)
+        residuals = Residuals(limits, found.profile.table_error)
         self.costs = CorrectedCosts(self.cost_model, residuals)
         explores = self.config.policy != "eagle" and not self.config.trace_full
         if self.config.residuals == "on" and explores:
-            self.residuals = self._draft_worker.residuals = residuals
+            self.residuals = residuals
+            self.exploration = self._draft_worker.exploration = Exploration(residuals)
 
     def _build_policy(self) -> TreePolicy:
         config = self.config
         if config.policy == "eagle" or config.trace_full:
             return EaglePolicy(self.max_draft_tokens)
         sizes = self._draft_worker.verify_sizes
-        if config.policy in ("auto", "optimal"):
-            policy = AutoPolicy if config.policy == "auto" else OptimalPolicy
-            return policy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
+        if config.policy == "auto":
+            return AutoPolicy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
         return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
 
     def cast_state(self) -> dict[str, Any]:
@@ -272,12 +269,10 @@ class CastWorker(EAGLEWorkerV2):
         if draft.costs is None:
             return may_draft, 0.0
         batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
-        speculates = may_draft and draft.policy.speculate(
-            batch_size, draft.costs, plain_extra(draft.costs), catch_up
-        )
-        if speculates and self.residuals is not None and self.clock.times_next:
+        speculates = may_draft and draft.policy.speculate(batch_size, draft.costs, catch_up)
+        if speculates and self.exploration is not None and self.clock.times_next:
             loss = draft.policy.plain_loss(batch_size)
-            speculates = not self.residuals.explore_plain(batch_size, loss)
+            speculates = not self.exploration.explore_plain(batch_size, loss)
         is_cheap = catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
         is_due = speculates or (missing == draft.backlog.capacity and is_cheap)
         return speculates, catch_up if is_due else 0.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cast_sglang.trace.records import TracedRequest, TracedStep, parents_of, unpacked
+from cast_sglang.trace.records import TracedRequest, TracedStep, unpacked
 from cast_sglang.trace.reward import TreeReward, tree_reward
-from cast_sglang.tree import DraftTree
+from cast_sglang.tree import DraftTree, first_child_of, parents_of
 
 __all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
 
@@ -32,7 +32,8 @@ class RecordedTrees:
         depth = min(depth, len(self._bounds) - 1)
         start, end = self._bounds[depth - 1 : depth + 1]
         topk = (self.chances.shape[1] - 1) // self._bounds[-1]
-        parts = (part[:, topk * start : topk * end] for part in (self.probs, self.chances))
+        first, last = first_child_of(int(start), topk), first_child_of(int(end), topk)
+        parts = (part[:, first:last] for part in (self.probs, self.chances))
         return np.stack([part.reshape(-1, topk) for part in parts], axis=1)
 
 
@@ -106,7 +107,7 @@ def _tree_of(
     expanded = unpacked(request.expanded, "int32")
     count = len(chances)
     first_child = np.full(count + 1, -1, dtype=np.int64)
-    first_child[expanded] = topk * np.arange(1, 1 + len(expanded))
+    first_child[expanded] = first_child_of(np.arange(1, 1 + len(expanded)), topk)
     target_probs = np.full(count + 1, np.nan)
     if request.target_probs:
         nodes = unpacked(request.verified, "int32")

@@ -17,6 +17,7 @@ from cast_sglang.trace.records import (
     TraceHeader,
     unpacked,
 )
+from cast_sglang.tree import first_child_of
 
 __all__ = ["TraceWriter", "read_trace"]
 
@@ -94,7 +95,7 @@ def _check_step(step: TracedStep, topk: int) -> None:
     if step.is_plain:
         return
     num_expanded = sum(step.widths)
-    num_candidates = topk * (1 + num_expanded)
+    num_candidates = first_child_of(1 + num_expanded, topk)
     if not 1 <= step.num_layers <= len(step.widths) + 1 or max(step.widths, default=1) > topk:
         raise ValueError("layers and widths do not fit")
     for request in step.requests:

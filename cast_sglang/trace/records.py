@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from cast_sglang.costs.schema import CostTables, HostIdentity, Provenance
+from cast_sglang.tree import first_child_of
 
 __all__ = [
     "TRACE_VERSION",
@@ -28,13 +29,14 @@ __all__ = [
     "TracedRequest",
     "TracedStep",
     "packed",
-    "parents_of",
     "tables_digest",
     "unpacked",
 ]
 
 TRACE_FORMAT = "cast-sglang trace"
 TRACE_VERSION = 1
+# Earlier releases served full-width, as optimal.
+RENAMED_POLICIES = {"optimal": "full-width"}
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,6 +64,15 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     is_full: bool  # every step grew and verified the whole envelope
     has_tokens: bool
     date: str
+    # Sizes that have a captured graph, by captured batch size; None where passes run without.
+    verify_graphs: dict[int, list[int]] | None = None
+    width_graphs: dict[int, list[int]] | None = None
+
+    @property
+    def policy(self) -> str:
+        """Return the policy that recorded, by its present name."""
+        name = str(self.settings["policy"])
+        return RENAMED_POLICIES.get(name, name)
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):
@@ -115,6 +126,10 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     policy_us: float = 0.0
     price: float | None = None
     answer_tokens: float | None = None  # of the answers that had ended, in the mean
+    expected_us: float | None = None  # by the corrected tables, catching up included
+    is_timed: bool = True  # its passes were timed, so that another size could be tried
+    max_layers: int | None = None  # room that the requests left; None for the envelope
+    max_rows: int | None = None
     passes: list[TracedPass] = []  # that became known during the step
 
     @property
@@ -150,15 +165,6 @@ def unpacked(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype)
 
 
-def parents_of(expanded: np.ndarray, topk: int) -> np.ndarray:
-    """Return [M] int64, the parent of each candidate; -1 for the root.
-
-    Args:
-        expanded: [E] int, candidates in the order in which they were expanded.
-    """
-    return np.repeat(np.concatenate(([-1], expanded)), topk)
-
-
 def tables_digest(tables: CostTables) -> str:
     """Return what tells the tables of one profile from those of another."""
     names = ("target", "draft", "draft_extend", "plain", "step_overhead_us")
@@ -183,7 +189,10 @@ class Continuation:
         self.is_open = False  # it ended before it left the tree
         self._tokens = tokens
         self._topk = topk
-        self._first_child = {int(node): topk * (1 + i) for i, node in enumerate(expanded)}
+        self._first_child = {
+            node: first_child_of(proposer, topk)
+            for proposer, node in enumerate(expanded.tolist(), start=1)
+        }
 
     def go_on(self, tokens: list[int]) -> None:
         """Follow the next tokens of the text."""

@@ -18,31 +18,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.config import LOOKUPS, POLICIES
+from cast_sglang.config import LOOKUPS
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
-from cast_sglang.costs.model import (
-    CostModel,
-    StepCosts,
-    cost_of,
-    extend_units,
-    plain_extra,
-    step_units,
-)
+from cast_sglang.costs.exploration import Exploration
+from cast_sglang.costs.graph_sizes import GraphSizes
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel, StepCosts, pass_us, step_units
 from cast_sglang.costs.schema import CostTables
 from cast_sglang.errors import TraceError
 from cast_sglang.ops import reference
-from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
+from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.optimal import OptimalPolicy
+from cast_sglang.policy.build import PolicySettings, build_policy
+from cast_sglang.policy.decider import Decider, Plan, StepFacts
+from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
-from cast_sglang.trace.records import (
-    Trace,
-    TracedChoice,
-    TracedStep,
-    TraceHeader,
-    tables_digest,
-)
+from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHeader, tables_digest
 from cast_sglang.trace.reward import TreeReward
 from cast_sglang.tree import DraftTree
 
@@ -71,26 +62,28 @@ class Outcome(NamedTuple):
 
 
 def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePolicy:
-    """Build the policy that a server of the trace's envelope would run.
+    """Build a policy for trees within the trace's envelope.
 
     Args:
-        name: auto, fixed, eagle or optimal.
+        name: of `REPLAYED_POLICIES`.
         thresholds: c1, c2, c3 and r of `fixed`; those of the recording where not given.
 
     Raises:
-        TraceError: there is no such policy.
+        ConfigError: there is no such policy.
     """
-    if name not in POLICIES:
-        raise TraceError(f"policy {name}: expected {' | '.join(POLICIES)}")
-    sizes = tuple(header.verify_sizes)
-    if name == "eagle":
-        return EaglePolicy(header.num_draft_tokens)
-    if name == "fixed":
-        values = {key: header.settings[key] for key in ("c1", "c2", "c3", "r")} | thresholds
-        c1, c2, c3, r = (float(values[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
-        return FixedPolicy(c1, c2, c3, int(r), sizes)
-    policy = AutoPolicy if name == "auto" else OptimalPolicy
-    return policy(sizes, header.num_steps, header.is_ragged)
+    values = {key: header.settings[key] for key in ("c1", "c2", "c3", "r")} | thresholds
+    c1, c2, c3, r = (float(values[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
+    settings = PolicySettings(
+        verify_sizes=tuple(header.verify_sizes),
+        max_layers=header.num_steps,
+        max_verify_rows=header.num_draft_tokens,
+        extends_by_accepted=header.is_ragged,
+        c1=c1,
+        c2=c2,
+        c3=c3,
+        r=int(r),
+    )
+    return build_policy(name, settings)
 
 
 class Replay:
@@ -127,28 +120,38 @@ class Replay:
         self._policy = policy
         self._rewards = rewards
         self._is_same = tables_digest(tables) == header.tables
-        self._sizes = tuple(header.verify_sizes)
         batch_size = max((step.batch_size for step in trace.steps), default=1)
-        self._model = CostModel(
-            tables,
+        limits = Limits(
             max_batch_size=max(batch_size, header.max_batch_size),
-            max_context=header.max_context,
-            max_verify_tokens=header.num_draft_tokens,
+            # The header's is that before a pass.
+            max_context=header.max_context + header.num_draft_tokens,
+            max_verify_rows=header.num_draft_tokens,
             max_width=header.topk,
             max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
-            lookup=lookup or str(header.settings.get("lookup", LOOKUPS[0])),
-            warns=False,
         )
+        lookup = lookup or str(header.settings.get("lookup", LOOKUPS[0]))
+        self._model = CostModel(tables, limits, lookup=lookup, warns=False)
         self.extrapolated = self._model.extrapolated
-        largest = header.max_batch_size, header.num_draft_tokens
-        self._residuals = Residuals(*largest, tables.table_error)
+        self._residuals = Residuals(limits, tables.table_error)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
         # A server that corrects its tables also tries other sizes now and then.
-        self._explores = (
+        explores = (
             correct
             and header.settings.get("residuals") == "on"
             and not header.is_full
             and not isinstance(policy, EaglePolicy)
+        )
+        self._decides_by_corrected = explores
+        self._decider = Decider(
+            policy,
+            verify_sizes=tuple(header.verify_sizes),
+            max_missing=header.num_draft_tokens,
+            topk=header.topk,
+            exploration=Exploration(self._residuals) if explores else None,
+            verify_graphs=_graph_sizes(header.verify_graphs),
+            width_graphs=_graph_sizes(header.width_graphs),
+            is_ragged=header.is_ragged,
+            shares_out=header.shares_out,
         )
         drafted = next((step for step in trace.steps if not step.is_plain), None)
         if drafted is not None:
@@ -170,6 +173,7 @@ class Replay:
         """Return the outcome of the next step."""
         outcome = self._step(step)
         self._learn(step)
+        self._was_plain = step.is_plain
         return outcome
 
     def _step(self, step: TracedStep) -> Outcome:
@@ -179,32 +183,35 @@ class Replay:
         corrected = raw
         if self._corrected is not None:
             corrected = self._corrected.step_costs(step.batch_size, step.context)
-        costs = corrected if self._explores else raw
-        weights = np.array([request.weight for request in step.requests])
-        missing = max(self._missing.get(request.request, 0) for request in step.requests)
-        catch_up = extend_units(costs, missing)
+        costs = corrected if self._decides_by_corrected else raw
         policy, batch_size = self._policy, step.batch_size
-        policy.weigh(None if (weights == 1.0).all() else weights)
-        if step.answer_tokens is not None:
-            policy.expect(step.answer_tokens)
-        price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
-        drafts = bool(weights.any()) and policy.speculate(
-            batch_size, costs, plain_extra(costs), catch_up
+        weights = np.array([request.weight for request in step.requests])
+        facts = StepFacts(
+            batch_size=batch_size,
+            costs=costs,
+            weights=None if (weights == 1.0).all() else weights,
+            answer_tokens=step.answer_tokens,
+            missing_rows=max(self._missing.get(request.request, 0) for request in step.requests),
+            max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
+            max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
+            is_timed=step.is_timed,
         )
-        if drafts and self._explores:
-            loss = policy.plain_loss(batch_size)
-            drafts = not self._residuals.explore_plain(batch_size, loss)
-        if not drafts:
-            self._defer(step, missing, catch_up, costs)
-            times = self._times((), 1.0, 0.0, 0.0, raw, corrected, batch_size)
+        plan = self._decider.begin_step(facts)
+        price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
+        if not plan.drafts:
+            self._defer(step, plan)
+            times = self._times((), 1.0, 0.0, plan.catch_up, raw, corrected, batch_size)
             return Outcome(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
-        grown = self._grow(step, costs, weights)
-        num_layers = policy.depth(grown.tree.num_layers, costs)
+        grown = self._grow(step, weights)
+        num_layers = self._decider.depth(grown.tree.num_layers)
         widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]
-        ranked = grown.tree.ranked(self._header.num_draft_tokens - 1, num_layers)
-        num_rows = self._rows_to_verify(ranked.scores, costs, weights)
+        ranked = grown.tree.ranked(facts.max_rows - 1, num_layers)
+        rows = self._decider.rows(ranked.scores)
+        num_rows = rows.num_rows
+        if num_rows is None:
+            num_rows = np.full(batch_size, rows.num_draft_tokens)
         nodes = ranked.node_index.numpy()
         is_verified = np.arange(nodes.shape[1]) < num_rows[:, None] - 1
         reach = np.take_along_axis(np.concatenate(grown.reach, axis=1), nodes, axis=1) * is_verified
@@ -220,8 +227,10 @@ class Replay:
         extend_rows = min(extend_rows, float(len(costs.draft_extend)))
         mean_rows = float(num_rows.mean())
         units = step_units(costs, widths, mean_rows, extend_rows)
-        policy.observe(batch_size, float(accepted.mean()), units)
-        times = self._times(widths, mean_rows, extend_rows, catch_up, raw, corrected, batch_size)
+        self._decider.end_step(batch_size, float(accepted.mean()), units)
+        times = self._times(
+            widths, mean_rows, extend_rows, plan.catch_up, raw, corrected, batch_size
+        )
         return Outcome(
             choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
             accepted=float(accepted.mean()),
@@ -251,20 +260,17 @@ class Replay:
             time_us += sum(rest) / len(rest) - raw.overhead * raw.unit_us
         return time_us, table_us
 
-    def _defer(self, step: TracedStep, missing: int, catch_up: float, costs: StepCosts) -> None:
+    def _defer(self, step: TracedStep, plan: Plan) -> None:
         """Count what a plain step leaves for the draft to catch up on."""
-        capacity = self._header.num_draft_tokens
-        keeps_up = missing == capacity
-        keeps_up = keeps_up and catch_up <= KEEP_UP_SHARE * missing * float(costs.verify[0])
         for request in step.requests:
-            before = 0 if keeps_up else self._missing.get(request.request, 0)
-            self._missing[request.request] = min(before + 1, capacity)
+            before = 0 if plan.catch_up else self._missing.get(request.request, 0)
+            self._missing[request.request] = min(before + 1, self._header.num_draft_tokens)
 
-    def _grow(self, step: TracedStep, costs: StepCosts, weights: np.ndarray) -> ReplayedTree:
+    def _grow(self, step: TracedStep, weights: np.ndarray) -> ReplayedTree:
         recorded = RecordedTrees(step, self._header.topk)
         if not step.is_plain:
             self._drawn_from = recorded
-        policy, header, batch_size = self._policy, self._header, step.batch_size
+        decider, header, batch_size = self._decider, self._header, step.batch_size
         grown = ReplayedTree(recorded, weights > 0.0)
         root = np.zeros((batch_size, 1), dtype=np.int64)
         first = root if not step.is_plain else root - 1
@@ -273,21 +279,13 @@ class Replay:
         tokens = torch.from_numpy(nodes).view(batch_size, -1)
         tree = DraftTree(tokens, probs, header.num_steps, reference)
         grown.add(nodes, chances, np.ones((batch_size, 1)))
-        while tree.num_layers < tree.max_layers:
+        while (width := decider.width(tree.frontier().scores)) is not None:
             frontier = tree.frontier()
-            width = policy.breadth(frontier.scores, costs)
-            grow = policy.deepen()
-            if not grow:
-                break
-            if self._explores and tree.num_layers == 1:
-                width = self._residuals.explore(
-                    "draft", batch_size, width, range(1, header.topk + 1), costs.draft
-                )
             kept = frontier.tokens[:, :width].numpy()
             first = np.take_along_axis(recorded.first_child, kept, axis=1)
             nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)
             probs = torch.from_numpy(scored).view(batch_size * width, -1)
-            policy.expanded(frontier.scores, probs)
+            decider.expanded(frontier.scores, probs)
             grown.add(nodes, chances, grown.reach_of(frontier.node_index[:, :width].numpy()))
             tree.grow(frontier, width, torch.from_numpy(nodes).view(probs.shape), probs)
         grown.tree = tree
@@ -317,22 +315,6 @@ class Replay:
         scored = chances if isinstance(self._policy, AutoPolicy) else probs
         return nodes, scored, chances
 
-    def _rows_to_verify(
-        self, scores: torch.Tensor, costs: StepCosts, weights: np.ndarray
-    ) -> np.ndarray:
-        """Return [B], the rows of each request, as the worker chooses them."""
-        policy, batch_size = self._policy, len(scores)
-        num_rows = policy.share_out(scores, costs) if self._header.shares_out else None
-        size = policy.rerank(scores, costs) if num_rows is None else math.ceil(num_rows.mean())
-        if self._explores:
-            sizes = [size for size in self._sizes if size <= scores.shape[1] + 1]
-            explored = self._residuals.explore("verify", batch_size, size, sizes, costs.verify)
-            if explored != size:
-                size, num_rows = explored, None
-        if num_rows is None and self._header.is_ragged:
-            num_rows = np.where(weights > 0.0, size, 1)
-        return np.full(batch_size, size) if num_rows is None else num_rows
-
     def _learn(self, step: TracedStep) -> None:
         """Take the step's measured passes into the costs of the next ones."""
         if self._corrected is None:
@@ -343,20 +325,25 @@ class Replay:
         for timed in step.passes:
             predicted_us = timed.predicted_us
             if not self._is_same:
-                predicted_us = raw.unit_us * cost_of(
-                    getattr(raw, timed.operation), timed.num_tokens
-                )
+                predicted_us = pass_us(raw, timed.operation, timed.num_tokens)
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-            expected_us += corrected.unit_us * cost_of(
-                getattr(corrected, timed.operation), timed.num_tokens
-            )
+            expected_us += pass_us(corrected, timed.operation, timed.num_tokens)
         if step.measured_us is not None and step.passes:
             key = ((step.batch_size - 1).bit_length(), step.is_plain)
             rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
             rest.append(step.measured_us - expected_us)
-            # Nothing recorded tells what catching up took after plain steps.
-            if step.is_plain or not self._was_plain:
-                ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
-                self._residuals.record_step(step.batch_size, step.is_plain, ratio)
-        self._was_plain = step.is_plain
+        if step.measured_us is None:
+            return
+        if step.expected_us is not None and self._is_same:
+            ratio = step.measured_us / step.expected_us
+        elif step.passes and (step.is_plain or not self._was_plain):
+            # An older trace does not tell what catching up took after plain steps.
+            ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
+        else:
+            return
+        self._residuals.record_step(step.batch_size, step.is_plain, ratio)
+
+
+def _graph_sizes(tiers: dict[int, list[int]] | None) -> GraphSizes | None:
+    return None if tiers is None else GraphSizes({size: tuple(t) for size, t in tiers.items()})

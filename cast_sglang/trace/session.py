@@ -46,7 +46,7 @@ class Session(NamedTuple):
             TraceError: the trace cannot be replayed.
         """
         header = self.trace.header
-        name = policy or str(header.settings["policy"])
+        name = policy or header.policy
         if thresholds and name != "fixed":
             given = ", ".join(f"--{key}" for key in thresholds)
             raise ConfigError(f"{given}: policy {name} has no thresholds; add --policy fixed")
@@ -54,7 +54,7 @@ class Session(NamedTuple):
         chosen = make_policy(name, header, **thresholds)
         replay = Replay(self.trace, self.profile, chosen, correct=self.corrects, seed=self.seed)
         rows = compare(self.trace, list(replay))
-        is_recorded = name == header.settings["policy"] and not header.is_full
+        is_recorded = name == header.policy and not header.is_full
         if name == "fixed":
             is_recorded &= all(header.settings[key] == thresholds[key] for key in thresholds)
         is_here = _is_same_host(self.profile, header)
@@ -65,8 +65,8 @@ class Session(NamedTuple):
         header, source = self.trace.header, self.profile.provenance
         identity = header.identity
         facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        policy = header.settings["policy"]
-        served = "the whole envelope in every step" if header.is_full else f"policy {policy}"
+        full = "the whole envelope in every step"
+        served = full if header.is_full else f"policy {header.policy}"
         pair = f"{identity.target.name} + {identity.draft.name}"
         facts.add_row("recorded", Text(f"{served} on {identity.device_name}, {header.date}"))
         facts.add_row("pair", Text(pair))
@@ -96,7 +96,7 @@ class Replayed(NamedTuple):
         return {
             "recorded": {
                 "device_name": header.identity.device_name,
-                "policy": header.settings["policy"],
+                "policy": header.policy,
                 "is_full": header.is_full,
                 "date": header.date,
             },

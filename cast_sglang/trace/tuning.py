@@ -1,7 +1,8 @@
 """Tuning: thresholds of policy `fixed` that would have served a trace best.
 
-The objective is speed as a share of that of `optimal` at the same batch size, in the mean over
-steps, so that batch sizes of different speeds count alike.
+The objective is speed as a share of that of policy `auto` at the same batch size, in the mean over
+steps, so that batch sizes of different speeds count alike. What the thresholds found lack is stated
+against `auto` and against the best fixed tree of each batch size, a choice in hindsight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_sglang.costs.schema import CostTables
-from cast_sglang.policy.base import TreePolicy
+from cast_sglang.trace.fixed_trees import FIXED_TREES, fits, replay_tree
 from cast_sglang.trace.records import Trace, TracedStep
 from cast_sglang.trace.replay import Replay, make_policy
 
@@ -24,6 +25,8 @@ __all__ = ["Thresholds", "Tuned", "print_tuned", "sample_steps", "tune"]
 
 # Steps come in stretches, since the depth rule remembers the steps before.
 STRETCH = 50
+# By what the thresholds found are judged.
+YARDSTICKS = ("auto", "fixed tree")
 PRICES = (0.125, 32.0)
 AVERAGED = (1, 2, 4, 8, 16, 32, 64)
 # Share of the evaluations that search everywhere before the rest refines the best.
@@ -41,19 +44,20 @@ class Thresholds(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The best thresholds found, and tokens per second by batch size of each policy."""
+    """The best thresholds found, and by batch size the tokens per second of each policy."""
 
     thresholds: Thresholds
     recorded: Thresholds  # those of the recording's settings
     steps: dict[int, int]
-    speeds: dict[str, dict[int, float]]  # tuned, recorded, auto, optimal
+    speeds: dict[str, dict[int, float]]  # tuned, recorded, and `YARDSTICKS`
+    trees: dict[int, str]  # the best fixed tree
     evaluations: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can hold, regrets included."""
         regrets = {
             against: {size: self.regret("tuned", against, size) for size in self.steps}
-            for against in ("optimal", "auto", "recorded")
+            for against in (*YARDSTICKS, "recorded")
         }
         thresholds = {name: getattr(self, name)._asdict() for name in ("thresholds", "recorded")}
         return {**self._asdict(), **thresholds, "regret": regrets}
@@ -89,19 +93,22 @@ def tune(
     steps = {size: sum(step.batch_size == size for step in trace.steps) for size in sizes}
     done = 0
 
-    def speeds(policy: TreePolicy) -> dict[int, float]:
+    options: dict[str, Any] = {"correct": correct, "seed": seed, "rewards": False}
+    shapes = [shape for shape in FIXED_TREES if fits(shape, trace.header)]
+    num_replays = evaluations + 1 + len(shapes)
+
+    def speeds(replay: Replay) -> dict[int, float]:
         nonlocal done
-        replay = Replay(trace, tables, policy, correct=correct, seed=seed, rewards=False)
         tokens, time_us = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
         for step, outcome in zip(trace.steps, replay, strict=True):
             tokens[step.batch_size] += step.batch_size * (1.0 + outcome.accepted)
             time_us[step.batch_size] += outcome.time_us
         done += 1
-        progress(done, evaluations + 2)
+        progress(done, num_replays)
         return {size: tokens[size] / time_us[size] * 1e6 for size in sizes}
 
     def value(of: dict[int, float]) -> float:
-        return sum(steps[size] * of[size] / optimal[size] for size in sizes) / len(trace.steps)
+        return sum(steps[size] * of[size] / auto[size] for size in sizes) / len(trace.steps)
 
     tried: dict[Thresholds, dict[int, float]] = {}
 
@@ -111,10 +118,11 @@ def tune(
     def attempt(thresholds: Thresholds) -> None:
         if thresholds not in tried and len(tried) < evaluations:
             policy = make_policy("fixed", trace.header, **thresholds._asdict())
-            tried[thresholds] = speeds(policy)
+            tried[thresholds] = speeds(Replay(trace, tables, policy, **options))
 
-    optimal = speeds(make_policy("optimal", trace.header))
-    auto = speeds(make_policy("auto", trace.header))
+    auto = speeds(Replay(trace, tables, make_policy("auto", trace.header), **options))
+    fixed = {shape: speeds(replay_tree(trace, tables, shape, **options)) for shape in shapes}
+    best_tree = {size: max(fixed, key=lambda shape: fixed[shape][size]) for size in sizes}
     settings = trace.header.settings
     c1, c2, c3, r = (float(settings[key]) for key in ("c1", "c2", "c3", "r"))  # type: ignore[arg-type]
     recorded = Thresholds(c1, c2, c3, int(r))
@@ -137,13 +145,14 @@ def tune(
         "tuned": tried[thresholds],
         "recorded": tried[recorded],
         "auto": auto,
-        "optimal": optimal,
+        "fixed tree": {size: fixed[shape][size] for size, shape in best_tree.items()},
     }
-    return Tuned(thresholds, recorded, steps, found, len(tried))
+    trees = {size: str(shape) for size, shape in best_tree.items()}
+    return Tuned(thresholds, recorded, steps, found, trees, len(tried))
 
 
 def sample_steps(steps: Sequence[TracedStep], max_steps: int) -> list[TracedStep]:
-    """Return at most about so many steps, in stretches from all over the trace."""
+    """Return about `max_steps` steps at most, in stretches from all over the trace."""
     num_stretches = max(1, max_steps // STRETCH)
     if len(steps) <= num_stretches * STRETCH:
         return list(steps)
@@ -155,20 +164,21 @@ def sample_steps(steps: Sequence[TracedStep], max_steps: int) -> list[TracedStep
 def print_tuned(tuned: Tuned, console: Console) -> None:
     """Print speeds and regrets by batch size, and the settings to use."""
     table = Table(box=SIMPLE_HEAD)
-    headings = ["batch", "steps", "before", "tuned", "auto", "optimal"]
-    for heading in [*headings, "to optimal", "to auto"]:
+    headings = ["batch", "steps", "before", "tuned", *YARDSTICKS, "of shape"]
+    for heading in [*headings, *(f"to {against}" for against in YARDSTICKS)]:
         table.add_column(heading, justify="right", no_wrap=True)
     for size, count in tuned.steps.items():
-        speeds = [tuned.speeds[name][size] for name in ("recorded", "tuned", "auto", "optimal")]
-        regrets = [tuned.regret("tuned", against, size) for against in ("optimal", "auto")]
-        cells = [f"{speed:.4g}" for speed in speeds] + [f"{regret:.1%}" for regret in regrets]
+        speeds = [tuned.speeds[name][size] for name in ("recorded", "tuned", *YARDSTICKS)]
+        regrets = [tuned.regret("tuned", against, size) for against in YARDSTICKS]
+        cells = [f"{speed:.4g}" for speed in speeds] + [tuned.trees[size]]
+        cells += [f"{regret:.1%}" for regret in regrets]
         table.add_row(str(size), str(count), *cells)
     console.print("[bold]predicted tokens per second[/bold]")
     console.print(table)
     console.print(
         f"before: {_words(tuned.recorded)}\n"
         "to: regret of the tuned thresholds, the share of the other's speed that they lack; "
-        "optimal\nalways grows whole layers, so where drafts are dear it is no upper bound",
+        "the fixed\ntree is the best of each batch size, in layers-width-rows, known in hindsight",
         soft_wrap=True,
     )
     c1, c2, c3, r = tuned.thresholds

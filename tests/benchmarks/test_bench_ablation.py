@@ -75,7 +75,7 @@ def test_the_part_context_writes_the_other_table_and_the_rest_goes_on(tmp_path, 
 def test_one_context_keeps_the_shortest():
     right = make_profile()
     thin = one_context(right)
-    for name in ("target", "draft", "draft_extend", "plain"):
+    for name in ("target", "draft", "draft_extend"):
         ours, theirs = getattr(thin, name), getattr(right, name)
         assert len(theirs.contexts) > 1
         assert (ours.batch_sizes, ours.contexts) == (theirs.batch_sizes, theirs.contexts[:1])

@@ -9,19 +9,18 @@ import torch
 
 from cast_sglang.costs.correction import (
     DEADBAND,
-    EXPLORE_EVERY,
-    EXPLORE_SHARE,
     MAX_SCALE,
-    REVISIT_SHARE,
     CorrectedCosts,
     Residuals,
 )
+from cast_sglang.costs.exploration import Exploration
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW
 from cast_sglang.policy.fixed import select_count
 from tests.support.builders import make_profile, make_table
 
-FLAT = np.ones(32)
+LIMITS = Limits(max_batch_size=8, max_context=1024, max_verify_rows=32, max_width=8)
 
 
 def record(residuals, ratio, *, times=WINDOW * 8, operation="verify", batch_size=4, tokens=8):
@@ -35,14 +34,14 @@ def scale(residuals, tokens, operation="verify", batch_size=4):
 
 
 def test_without_measurements_the_tables_hold():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     assert not residuals.refresh()
     assert residuals.scales("verify", 8, 32).tolist() == [1.0] * 32
     assert list(residuals) == [] and residuals.suspects() == []
 
 
 def test_a_bucket_takes_its_median_ratio():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     rng = random.Random(0)
     for _ in range(2000):
         # A tenth of the passes met a disturbance.
@@ -58,7 +57,7 @@ def test_a_bucket_takes_its_median_ratio():
 
 
 def test_what_was_never_measured_is_a_little_cheaper_than_its_neighbours():
-    residuals = Residuals(8, 32, table_error=0.05)
+    residuals = Residuals(LIMITS, table_error=0.05)
     assert residuals.scales("verify", 4, 32).tolist() == [1.0] * 32  # nothing was measured
     record(residuals, 1.2, tokens=2)
     record(residuals, 1.0, tokens=8)
@@ -73,7 +72,7 @@ def test_noise_alone_moves_no_bucket_against_another():
     """Each size taken eight times with 15 % of noise: a right table keeps its shape."""
     ranges = []
     for seed in range(20):
-        residuals, rng = Residuals(8, 32), random.Random(seed)
+        residuals, rng = Residuals(LIMITS), random.Random(seed)
         for tokens in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
             for _ in range(8):
                 residuals.record("verify", 4, tokens, 1.2 * math.exp(rng.gauss(0.0, 0.15)))
@@ -92,62 +91,30 @@ def test_noise_alone_moves_no_bucket_against_another():
 
 
 def test_buckets_without_evidence_follow_the_rest():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     for tokens in (4, 8, 16):
         record(residuals, 2.0, tokens=tokens)
     assert residuals.scales("verify", 4, 32).tolist() == [2.0] * 32
 
 
 def test_scales_are_clipped_and_small_changes_ignored():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, 100.0)
     assert scale(residuals, 8) == MAX_SCALE
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, 1 + DEADBAND / 2)
     assert scale(residuals, 8) == 1.0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_ratios_are_ignored(bad):
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, bad)
     assert list(residuals) == []
 
 
-def test_dear_buckets_are_explored_more_rarely():
-    residuals = Residuals(8, 32)
-    costs = np.arange(1.0, 33.0)
-    num_steps = 4000
-    chosen = [residuals.explore("verify", 1, 4, (4, 32), costs) for _ in range(num_steps)]
-    spent = sum(float(costs[size - 1] / costs[3]) - 1 for size in chosen)
-    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
-
-
-def test_smaller_numbers_are_explored_as_rarely_as_what_they_may_lose():
-    residuals = Residuals(8, 32)
-    num_steps = 4000
-    chosen = [residuals.explore("verify", 1, 20, (2, 20), FLAT) for _ in range(num_steps)]
-    spent = chosen.count(2) * (1 - 2 / 20)
-    assert 0.5 * EXPLORE_SHARE * num_steps < spent < 1.5 * EXPLORE_SHARE * num_steps
-
-
-def test_plain_decoding_is_tried_until_it_is_known_and_then_as_often_as_it_is_cheap():
-    residuals = Residuals(8, 32)
-    loss, num_steps = 0.4, 2000
-    tries = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
-    assert 0.8 * EXPLORE_SHARE * num_steps < loss * tries <= EXPLORE_SHARE * num_steps
-    assert not any(residuals.explore_plain(4, math.inf) for _ in range(num_steps))
-    record(residuals, 0.6, tokens=1)
-    later = [residuals.explore_plain(4, loss) for _ in range(num_steps)].count(True)
-    assert loss * later <= REVISIT_SHARE * num_steps + loss  # the first was saved for before
-    # Where it is hardly slower it is tried more often, which costs no more.
-    close = [residuals.explore_plain(4, 0.01) for _ in range(num_steps)].count(True)
-    assert close == pytest.approx(num_steps / EXPLORE_EVERY, abs=1)
-    assert scale(residuals, 1) < 0.7
-
-
 def test_buckets_without_evidence_follow_the_nearest():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, 1.0, tokens=2)
     record(residuals, 0.5, tokens=16)
     assert scale(residuals, 1) == scale(residuals, 3) == 1.0
@@ -155,7 +122,7 @@ def test_buckets_without_evidence_follow_the_nearest():
 
 
 def test_reset_forgets():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, 2.0)
     version = residuals.version
     residuals.reset()
@@ -163,7 +130,7 @@ def test_reset_forgets():
 
 
 def test_suspects_need_a_full_window():
-    residuals = Residuals(8, 32)
+    residuals = Residuals(LIMITS)
     record(residuals, 1.5, times=MIN_SAMPLES)
     assert residuals.suspects() == []
     record(residuals, 1.5)
@@ -175,41 +142,22 @@ def test_suspects_need_a_full_window():
 
 
 def test_ranks_that_share_a_state_agree():
-    first, second = Residuals(8, 32), Residuals(8, 32)
+    first, second = Residuals(LIMITS), Residuals(LIMITS)
     record(first, 1.7)
     record(second, 0.6)
     for residuals in (first, second):
         residuals.refresh(first.state())
     assert first.scales("verify", 4, 32).tolist() == second.scales("verify", 4, 32).tolist()
-    sizes = range(2, 33)
-    chosen = [[r.explore("verify", 4, 8, sizes, FLAT) for _ in range(600)] for r in (first, second)]
-    assert chosen[0] == chosen[1] and set(chosen[0]) > {8}
-
-
-def test_exploration_is_rare_and_keeps_to_the_sizes():
-    residuals = Residuals(8, 32)
-    sizes = (2, 8, 10, 20)
-    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
-    assert set(chosen) <= set(sizes)
-    assert sum(size != 8 for size in chosen) <= 10
-    # Once the neighbours are known, hardly ever.
-    for size in sizes:
-        record(residuals, 1.0, batch_size=1, tokens=size)
-    chosen = [residuals.explore("verify", 1, 8, sizes, FLAT) for _ in range(EXPLORE_EVERY * 10)]
-    assert chosen.count(8) >= len(chosen) - 1
 
 
 class Server:
     """Chooses verify sizes by a table and measures them on a device with noise and drift."""
 
     def __init__(self, table, truth, seed=0):
-        self.model = CostModel(
-            table, max_batch_size=4, max_context=512, max_verify_tokens=32, max_width=8
-        )
-        self.truth = CostModel(
-            truth, max_batch_size=4, max_context=512, max_verify_tokens=32, max_width=8
-        )
-        self.residuals = Residuals(4, 32)
+        limits = Limits(4, 512, max_verify_rows=32, max_width=8)
+        self.model, self.truth = CostModel(table, limits), CostModel(truth, limits)
+        self.residuals = Residuals(limits)
+        self.exploration = Exploration(self.residuals)
         self.costs = CorrectedCosts(self.model, self.residuals)
         self.rng = random.Random(seed)
         scores = 0.8 ** torch.arange(1.0, 32.0)
@@ -221,7 +169,7 @@ class Server:
     def step(self, index):
         costs = self.costs.step_costs(4, 100)
         chosen = self.choose(costs)
-        chosen = self.residuals.explore("verify", 4, chosen, range(2, 33), costs.verify)
+        chosen = self.exploration.explore("verify", 4, chosen, range(2, 33), costs.verify)
         table, truth = self.model.step_costs(4, 100), self.truth.step_costs(4, 100)
         predicted = float(table.verify[chosen - 1]) * table.unit_us
         slow = 1.3 if (index // 100) % 2 else 1.0
@@ -259,16 +207,13 @@ def test_a_wrong_table_is_recovered_from(factor, wrong):
 
 
 def corrected(residuals):
-    model = CostModel(
-        smooth_profile(), max_batch_size=8, max_context=1024, max_verify_tokens=32, max_width=8
-    )
-    return CorrectedCosts(model, residuals)
+    return CorrectedCosts(CostModel(smooth_profile(), LIMITS), residuals)
 
 
 @pytest.mark.parametrize("mostly_plain", [False, True])
 def test_plain_steps_are_compared_with_their_neighbours(mostly_plain):
     """The device's speed wanders by far more than the two kinds differ."""
-    residuals, rng = Residuals(8, 32), random.Random(1)
+    residuals, rng = Residuals(LIMITS), random.Random(1)
     for index in range(3000):
         speed = math.exp(0.2 * math.sin(index / 300) + rng.gauss(0.0, 0.05))
         is_plain = (index % 24 == 0) != mostly_plain
@@ -284,17 +229,8 @@ def test_plain_steps_are_compared_with_their_neighbours(mostly_plain):
     assert residuals.plain_ratio(8) == 1.0
 
 
-def test_a_difference_that_noise_explains_is_not_believed():
-    residuals, rng = Residuals(8, 32), random.Random(2)
-    for index in range(200):
-        is_plain = index % 12 == 0
-        residuals.record_step(4, is_plain, math.exp(rng.gauss(0.0, 0.1)))
-    residuals.refresh()
-    assert residuals.plain_ratio(4) == pytest.approx(1.0, abs=0.02)
-
-
 def test_what_rank_0_saw_of_whole_steps_counts_on_all_ranks():
-    first, second = Residuals(8, 32), Residuals(8, 32)
+    first, second = Residuals(LIMITS), Residuals(LIMITS)
     for index in range(3 * MIN_SAMPLES):
         is_plain = index >= 2 * MIN_SAMPLES
         first.record_step(1, is_plain, 1.2 if is_plain else 1.0)

@@ -1,5 +1,6 @@
 """Costs between, at and beyond grid points, against the definition written out."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,16 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS
-from cast_sglang.costs.model import CostModel, step_units
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
+from cast_sglang.costs.model import CostModel, plain_units, step_units
 from tests.support.builders import make_profile, make_table
 from tests.support.simulator import make_costs
 
-LIMITS = {"max_batch_size": 8, "max_context": 4096, "max_verify_tokens": 12, "max_width": 8}
+LIMITS = Limits(max_batch_size=8, max_context=4096, max_verify_rows=12, max_width=8)
 
 
-def make_model(profile=None, **changes):
-    return CostModel(profile or make_profile(), **{**LIMITS, **changes})
+def make_model(profile=None, lookup="linear", **changes):
+    return CostModel(
+        profile or make_profile(), dataclasses.replace(LIMITS, **changes), lookup=lookup
+    )
 
 
 def verify_us(model, batch_size, context):
@@ -42,8 +45,9 @@ def test_shapes_and_types():
     costs = make_model().step_costs(2, 300.5)
     assert [t.shape for t in costs[:3]] == [(12,), (8,), (12,)]
     assert all(array.dtype == np.float32 for array in costs[:3])
-    assert 0 < costs.plain < 1
     assert costs.overhead == pytest.approx((50 + 30 / 3) / costs.unit_us)
+    assert costs.plain_overhead == costs.overhead
+    assert plain_units(costs) == pytest.approx(1.0 + costs.overhead)
 
 
 def test_linear_between_points():
@@ -107,18 +111,16 @@ def test_extrapolated_axes_are_reported_once(caplog):
     } - {"draft.token_counts"}
     model.step_costs(8, 4096)
     assert len(caplog.records) == 1
-    inside = make_model(max_batch_size=4, max_context=1024, max_verify_tokens=8)
+    inside = make_model(max_batch_size=4, max_context=1024, max_verify_rows=8)
     assert inside.extrapolated == frozenset() and len(caplog.records) == 1
 
 
 def test_single_point_tables_are_flat():
     table = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
-    profile = make_profile(
-        target=table, draft=table, draft_extend=table, plain=None, step_overhead_us=None
-    )
+    profile = make_profile(target=table, draft=table, draft_extend=table, step_overhead_us=None)
     costs = make_model(profile).step_costs(8, 4096)
     assert costs.verify.tolist() == [1.0] * 12
-    assert math.isnan(costs.plain) and costs.overhead == 0.0
+    assert costs.overhead == 0.0 and plain_units(costs) == 1.0
 
 
 def test_one_entry_per_bucket():
@@ -143,23 +145,16 @@ def test_out_of_range_requests(batch_size, context):
         make_model().step_costs(batch_size, context)
 
 
-@pytest.mark.parametrize("change", [{"max_width": 0}, {"lookup": "cubic"}])
-def test_bad_arguments(change):
-    with pytest.raises(ValueError):
-        make_model(**change)
+def test_lookups_have_names():
+    with pytest.raises(ValueError, match="'cubic' is none of linear, nearest"):
+        make_model(lookup="cubic")
 
 
 @settings(deadline=None)
 @given(st.integers(1, 64), st.floats(0, 1e6), st.sampled_from(["linear", "nearest"]))
 def test_costs_are_positive_and_finite_anywhere(batch_size, context, lookup):
-    model = CostModel(
-        make_profile(),
-        max_batch_size=64,
-        max_context=10**6,
-        max_verify_tokens=64,
-        max_width=16,
-        lookup=lookup,
-    )
+    limits = Limits(64, 10**6, max_verify_rows=64, max_width=16)
+    model = CostModel(make_profile(), limits, lookup=lookup)
     costs = model.step_costs(batch_size, context)
     for tensor in costs[:3]:
         assert np.isfinite(tensor).all() and (tensor > 0).all()

@@ -27,7 +27,7 @@ def arguments(function, rng, batch, n):
     flags = rng.random((2, batch * n)) < 0.5
     children = floats(rng, lookahead._LAST + 1, dtype=np.float64)
     rows, extend = np.sort(floats(rng, n + 1)), np.sort(floats(rng, 1 + n // 3))
-    cut = rows, extend, int(rng.integers(-1, 4))
+    cut = rows, extend, int(rng.integers(0, 4)), bool(flags[0, 0])
     return {
         "_piece": (float(rng.random()),),
         "_add_nodes": (
@@ -70,14 +70,14 @@ def arguments(function, rng, batch, n):
         ),
         "_expand": (children, 0.3, float(rng.random()), np.stack((children, children))),
         "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
-        "_cut_time": (*cut, float(n * rng.random()), float(rng.random())),
-        "best_size": (
+        "_verify_time": (*cut, float(n * rng.random()), float(rng.random())),
+        "best_verify_size": (
             best_scores(rng, batch, n),
             np.unique(rng.integers(1, n + 1, 4)),
             *cut,
             2.0,
         ),
-        "share_out": (best_scores(rng, batch, n), *cut, 2.0),
+        "split_budget": (best_scores(rng, batch, n), *cut, 2.0),
     }[function.__name__]
 
 

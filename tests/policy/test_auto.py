@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import HALF_LIFE, LOST_STEPS, MAX_LOSS, AutoPolicy
 from tests.support.policies import costs, priced
@@ -124,7 +125,7 @@ def test_the_price_leads_to_the_most_answers_per_time(answer, seed):
 def test_plain_decoding_is_compared_by_answers():
     """A step with a tree is worth a little less than its tokens, where answers are short."""
     for answer, stays in ((1000.0, True), (16.0, False)):
-        policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(plain=1.0)
+        policy, step_costs = AutoPolicy(SIZES, LAYERS), costs()
         policy.expect(answer)
         drafts = []
         for _ in range(400):
@@ -150,7 +151,7 @@ def test_auto_is_near_the_best_fixed_tree_of_hindsight(regime, batch_size):
     fixed, shape = best_fixed(step_costs, text)
     rate = result.rate(WARM_UP)
     assert rate >= 0.95 * fixed, f"{rate:.3f} against {fixed:.3f} of {shape}"
-    assert result.rate() >= 0.98 / step_costs.plain
+    assert result.rate() >= 0.98 / plain_units(step_costs)
 
 
 @pytest.mark.parametrize(
@@ -223,19 +224,19 @@ def test_a_change_of_text_is_followed():
 def test_where_drafting_does_not_pay_plain_decoding_takes_over(batch_size, draft, ease):
     step_costs, text = make_costs("compute", batch_size, draft=draft), Text(batch_size, 8, ease)
     result = run(AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, 4000, Acceptance())
-    plain_time = result.tokens.sum() * step_costs.plain
-    assert best_fixed(step_costs, text)[0] < 1.0 / step_costs.plain
+    plain_time = result.tokens.sum() * plain_units(step_costs)
+    assert best_fixed(step_costs, text)[0] < 1.0 / plain_units(step_costs)
     assert result.is_plain[-1000:].mean() > 0.7
     # The guarantee: so many target passes once, a hundredth of the time, and a last step's luck.
     most = MAX_LOSS / math.sqrt(batch_size) + 0.01 * plain_time + 4.0
     assert result.times.sum() - plain_time < most + luck(result, step_costs)
-    assert result.rate(1000) >= 0.98 / step_costs.plain
+    assert result.rate(1000) >= 0.98 / plain_units(step_costs)
 
 
 def luck(result, step_costs) -> float:
     """The account holds what was accepted, the result what was to be expected: three deviations."""
     tried = (~result.is_plain).sum()
-    return 3.0 * step_costs.plain * math.sqrt(tried)
+    return 3.0 * plain_units(step_costs) * math.sqrt(tried)
 
 
 @pytest.mark.parametrize(("batch_size", "draft"), [(1, 0.3), (4, 0.1), (32, 0.06)])
@@ -270,16 +271,15 @@ def test_a_passing_dip_does_not_stop_speculation():
             policy.observe(1, 0.0, 1.5)
 
 
-def test_plain_time_includes_what_else_is_paid():
-    """Plain steps are slower by what keeps the draft warm, and verify[0] stands in for unknowns."""
-    unknown = make_costs("memory", 8)._replace(plain=math.nan)
-    for extra, stays in ((0.0, False), (0.6, True)):
+def test_a_plain_step_takes_its_row_and_what_it_takes_beyond():
+    for overhead, stays in ((0.0, False), (0.6, True)):
+        step_costs = make_costs("memory", 8)._replace(plain_overhead=overhead)
         policy = AutoPolicy(SIZES, LAYERS)
         decisions = []
         for _ in range(200):
-            decisions.append(policy.speculate(8, unknown, extra))
+            decisions.append(policy.speculate(8, step_costs))
             if decisions[-1]:
-                policy.observe(8, 0.5, 2.0)  # 1.5 tokens in 2 passes: 0.75 against 1 / (1 + extra)
+                policy.observe(8, 0.5, 2.0)  # 1.5 tokens in 2 passes: 0.75 of 1 / (1 + overhead)
         assert decisions[-1] is stays
         assert all(decisions) is stays
 
@@ -292,13 +292,13 @@ def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
             if policy.speculate(4, step_costs, catch_up=behind):
                 policy.observe(4, 0.0, 1.5)
                 if step >= 2000:
-                    lost += 1.5 + behind - step_costs.plain
+                    lost += 1.5 + behind - plain_units(step_costs)
                     tries.append(step)
                 behind = 0.0
             else:
                 behind = catch_up
         waits.append(np.diff(tries).mean())
-        assert lost <= 1.2 * 0.01 * 2000 * step_costs.plain
+        assert lost <= 1.2 * 0.01 * 2000 * plain_units(step_costs)
     assert waits[1] > 1.5 * waits[0]
 
 

@@ -9,7 +9,8 @@ from cast_sglang.profiling.roofline import DeviceRates, ModelSize, estimate_tabl
 from cast_sglang.profiling.run import make_profile
 from tests.support.builders import make_identity
 
-GRID = Grid((1, 8), (128, 1024), (1, 8, 64), (1, 8), (1, 9))
+COUNTS = {"verify": (1, 8, 64), "draft": (1, 8), "draft_extend": (1, 9)}
+GRID = Grid((1, 8), (128, 1024), COUNTS)
 # A gigabyte of weights at 1 TB/s: a millisecond to read them.
 TARGET = ModelSize(num_weights=500_000_000, weight_bytes=10**9, kv_bytes_per_token=100_000)
 DRAFT = ModelSize(num_weights=50_000_000, weight_bytes=10**8, kv_bytes_per_token=5_000)

@@ -1,5 +1,6 @@
 """The profiler against a fake device whose true costs are known."""
 
+import dataclasses
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.passes import NAMES, PASSES
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling import run
@@ -23,7 +25,14 @@ from tests.support.builders import make_identity
 LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=24, max_width=8)
 BASE_US = {"verify": 1000.0, "draft": 100.0, "draft_extend": 150.0}
 TILE = 8
-SMALL = Grid((1,), (64,), (1, 2), (1,), (1, 2))
+
+
+def make_grid(batch_sizes, contexts, verify, draft, draft_extend):
+    counts = {"verify": verify, "draft": draft, "draft_extend": draft_extend}
+    return Grid(batch_sizes, contexts, counts)
+
+
+SMALL = make_grid((1,), (64,), (1, 2), (1,), (1, 2))
 
 
 class StaircaseMeter:
@@ -46,9 +55,6 @@ class StaircaseMeter:
 
     def draft_extend(self, batch_size, context, rows):
         return self._run("draft_extend", batch_size, context, rows)
-
-    def plain(self, batch_size, context):
-        return self._run("verify", batch_size, context, 1)
 
     def step_overhead(self, batch_size):
         return None
@@ -98,7 +104,7 @@ def test_tables_recover_the_staircase():
         assert ((samples[:, 1:] > 0).sum(axis=2) >= 2).all()
     # Both sides of the steps at batch size 1 were found.
     assert {8, 9, 16, 17} <= set(tables.target.token_counts)
-    assert tables.plain.token_counts == [1] and tables.step_overhead_us is None
+    assert tables.step_overhead_us is None
     assert measured.heldout.points == Sampling().heldout_points
     assert measured.heldout.median_error < 0.05
     assert measured.sampling["imprecise_points"] <= 0.02 * measured.sampling["points"]
@@ -111,7 +117,7 @@ def test_heldout_points_are_in_no_table():
         with Sampler(StaircaseMeter(), Sampling(seed=seed), references) as sampler:
             measuring = run._Run(sampler, LIMITS, grid)
             measuring.measure()
-        in_tables = {point for operation in run.TABLES for point in measuring._points(operation)}
+        in_tables = {point for operation in NAMES for point in measuring._points(operation)}
         assert len(measuring._heldout) == Sampling().heldout_points
         assert measuring._heldout.isdisjoint(in_tables)
         assert all(sampler.has(point) for point in measuring._heldout | in_tables)
@@ -120,7 +126,7 @@ def test_heldout_points_are_in_no_table():
 def test_heldout_error_tells_a_bad_grid_from_a_good_one():
     coarse = Sampling(interpolation_tolerance=10.0)
     bad = run_profile(
-        StaircaseMeter(), grid=Grid((1, 4), (960,), (1, 24), (1, 8), (1, 24)), sampling=coarse
+        StaircaseMeter(), grid=make_grid((1, 4), (960,), (1, 24), (1, 8), (1, 24)), sampling=coarse
     )
     good = run_profile(StaircaseMeter(), grid=default_grid(LIMITS))
     assert bad.tables.target.token_counts == [1, 24]
@@ -135,8 +141,8 @@ def test_smooth_costs_need_no_refinement():
 
     grid = default_grid(LIMITS)
     tables = run_profile(Smooth(noise=0.0), grid=grid).tables
-    assert tuple(tables.target.token_counts) == grid.verify_rows
-    assert tuple(tables.draft.token_counts) == grid.draft_widths
+    assert tuple(tables.target.token_counts) == grid.token_counts["verify"]
+    assert tuple(tables.draft.token_counts) == grid.token_counts["draft"]
 
 
 def test_drift_is_not_structure():
@@ -147,7 +153,7 @@ def test_drift_is_not_structure():
             return 1e-3 * (1 + min(len(self.calls) / 400, 1.0))
 
     sampling = Sampling(interpolation_tolerance=10.0, heldout_points=0, max_visits=8, tolerance=0)
-    grid = Grid((1,), (128,), (1, 2, 4, 8), (1,), (1,))
+    grid = make_grid((1,), (128,), (1, 2, 4, 8), (1,), (1,))
     measured = run_profile(Drifting(noise=0.0), grid=grid, sampling=sampling)
     times_us = np.asarray(measured.tables.target.time_us[0][0])
     assert np.ptp(times_us) / times_us.mean() < 0.02
@@ -162,7 +168,7 @@ def test_visits_during_a_change_of_speed_do_not_count():
             return 1e-3 * (1 + (len(self.calls) // 37) % 2)
 
     sampling = Sampling(interpolation_tolerance=10.0, heldout_points=0)
-    grid = Grid((1,), (128,), (1, 2, 4, 8), (1,), (1,))
+    grid = make_grid((1,), (128,), (1, 2, 4, 8), (1,), (1,))
     measured = run_profile(Jumping(noise=0.0), grid=grid, sampling=sampling)
     times_us = np.asarray(measured.tables.target.time_us[0][0])
     assert np.ptp(times_us) / times_us.mean() < 0.02
@@ -196,7 +202,7 @@ def test_precision_is_a_confidence_interval():
 
 
 def test_shapes_that_do_not_fit_are_filled_but_never_run():
-    limits = LIMITS._replace(max_tokens=2500)  # the fake asserts that this is kept
+    limits = dataclasses.replace(LIMITS, max_tokens=2500)  # the fake asserts that this is kept
     tables = run_profile(StaircaseMeter(limits=limits)).tables
     samples = np.asarray(tables.target.samples)
     assert tables.target.batch_sizes == [1, 2, 3, 4]
@@ -207,7 +213,7 @@ def test_shapes_that_do_not_fit_are_filled_but_never_run():
 
 def test_no_batch_fits():
     with pytest.raises(ProfileError, match="fits"):
-        run_profile(StaircaseMeter(limits=LIMITS._replace(max_tokens=10)))
+        run_profile(StaircaseMeter(limits=dataclasses.replace(LIMITS, max_tokens=10)))
 
 
 # Kill and resume
@@ -261,13 +267,13 @@ def test_finished_journal_measures_hardly_anything_again(tmp_path):
     ("change", "expected"),
     [
         ({"sampling": Sampling(tolerance=0.5)}, "sampling"),
-        ({"grid": Grid((1,), (128,), (1, 2), (1,), (1, 2))}, "grid"),
+        ({"grid": make_grid((1,), (128,), (1, 2), (1,), (1, 2))}, "grid"),
         ({"host": "another"}, "host"),
     ],
 )
 def test_journal_of_other_settings_is_refused(tmp_path, change, expected):
     journal = journal_path(tmp_path / "p.json")
-    grid = Grid((1,), (64,), (1, 2), (1,), (1, 2))
+    grid = make_grid((1,), (64,), (1, 2), (1,), (1, 2))
     run_profile(StaircaseMeter(), journal=journal, grid=grid, host="one")
     with pytest.raises(ProfileError, match=rf"other settings \({expected}\)"):
         run_profile(StaircaseMeter(), journal=journal, **{"grid": grid, "host": "one", **change})
@@ -292,7 +298,7 @@ def test_budget_ends_the_run_in_time():
     meter = StaircaseMeter(seconds=0.001, noise=0.5)
     begin = time.monotonic()
     measured = run_profile(
-        meter, budget_seconds=3.0, grid=Grid((1, 2), (128,), (1, 8, 24), (1, 8), (1, 8))
+        meter, budget_seconds=3.0, grid=make_grid((1, 2), (128,), (1, 8, 24), (1, 8), (1, 8))
     )
     assert time.monotonic() - begin < 6.0
     assert measured.sampling["imprecise_points"] > 0
@@ -326,11 +332,12 @@ def test_impossible_times_of_the_meter(bad):
 )
 def test_default_grid_covers_the_limits(limits, quick):
     grid = default_grid(limits, quick)
-    for axis in grid:
+    for axis in (grid.batch_sizes, grid.contexts, *grid.token_counts.values()):
         assert list(axis) == sorted(set(axis)) and axis[0] >= 1
     assert grid.batch_sizes[-1] == limits.max_batch_size
-    assert grid.verify_rows[0] == 1 and grid.verify_rows[-1] == limits.max_verify_rows
-    assert grid.draft_widths[-1] == limits.max_width
+    for each in PASSES:
+        counts = grid.token_counts[each.name]
+        assert counts[0] == 1 and counts[-1] == limits.most(each)
     assert grid.contexts[-1] + limits.max_verify_rows <= max(limits.max_context, 2)
 
 
@@ -353,9 +360,7 @@ def test_write_profile_saves_provenance_and_drops_the_journal(tmp_path):
     assert profile.provenance.device_name == make_identity().device_name
     facts = summarize(measured, output)
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
-    CostModel(
-        profile, max_batch_size=4, max_context=960, max_verify_tokens=24, max_width=8
-    ).step_costs(3, 500)
+    CostModel(profile, LIMITS).step_costs(3, 500)
 
 
 def test_progress_goes_to_stderr_only(capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.errors import ProfileError
 from cast_sglang.report.profile_plot import plot_profiles
@@ -45,7 +46,7 @@ def markers(axes, hollow):
 def test_lines_are_the_cost_model(draw):
     profile = make_profile()
     target = draw(profile).axes[0]
-    model = CostModel(profile, max_batch_size=4, max_context=1024, max_verify_tokens=8, max_width=8)
+    model = CostModel(profile, Limits.of_tables(profile))
     solid = lines(target, "-")
     assert len(solid) == 2
     for line, batch_size in zip(solid, (1, 4), strict=True):
@@ -74,9 +75,7 @@ def test_entries_that_were_not_measured_are_hollow(draw):
 def test_marginal_cost_is_in_units_of_a_row(draw):
     profile = make_profile()
     marginal = draw(profile).axes[3]
-    costs = CostModel(
-        profile, max_batch_size=4, max_context=1024, max_verify_tokens=8, max_width=8
-    ).step_costs(4, 1024)
+    costs = CostModel(profile, Limits.of_tables(profile)).step_costs(4, 1024)
     inside = [p for p in marginal.patches if p.get_linestyle() in ("-", "solid")]
     values, edges, _ = inside[1].get_data()
     np.testing.assert_allclose(values, np.diff(costs.verify), rtol=1e-5)
@@ -111,7 +110,7 @@ def test_comparison(draw):
 def test_smallest_profile(draw):
     one = make_table(batch_sizes=(1,), contexts=(128,), token_counts=(1,))
     tables = {"target": one, "draft": one, "draft_extend": one}
-    smallest = make_profile(**tables, plain=None, step_overhead_us=None)
+    smallest = make_profile(**tables, step_overhead_us=None)
     draw(smallest)
     draw(make_profile(), smallest)
 

@@ -12,12 +12,13 @@ from cast_sglang.trace.candidates import recorded_reward
 from cast_sglang.trace.file import read_trace
 from cast_sglang.trace.records import Trace, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
-from tests.server.client import generate
+from tests.server.client import generate, in_parallel
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 NUM_TOKENS = 40
+FORCED_GRAPHS = Path(__file__).resolve().parents[1] / "support" / "forced_graphs"
 
 
 def record(server: Server, prompts: list[str], path: Path) -> Trace:
@@ -52,6 +53,51 @@ def check_consistent(trace: Trace) -> None:
         assert passes == ["draft"] * len(step.widths) + ["verify", "draft_extend"]
 
 
+def check_replayed(trace: Trace, profile: Path) -> None:
+    """The recorded policy, asked again, makes every choice of the server."""
+    policy = make_policy(str(trace.header.settings["policy"]), trace.header)
+    replay = Replay(trace, load_profile(profile), policy, correct=True)
+    for number, (step, outcome) in enumerate(zip(trace.steps, replay, strict=True)):
+        assert outcome.choice.is_plain == step.is_plain, number
+        if not step.is_plain:
+            rows = [1 + len(unpacked(request.verified, "int32")) for request in step.requests]
+            assert (outcome.choice.widths, outcome.choice.num_rows) == (step.widths, rows), number
+        if step.price is not None:
+            assert outcome.price == step.price, number
+
+
+@pytest.mark.parametrize("arm", ["cast", "cast:fixed:1-0.5-1"])
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_replay_makes_the_choices_of_the_server(
+    start_server, prompts, made_up_profile, tmp_path, arm, has_graphs
+):
+    path = tmp_path / "t.jsonl"
+    env = {"PYTHONPATH": str(FORCED_GRAPHS)} if has_graphs else {}
+    with start_server(arm, "--cast-trace", str(path), name="decided", **env) as server:
+        for batch in (1, 3, 1, 4, 2, 6):
+            generate(server, prompts[:batch], max_new_tokens=NUM_TOKENS)
+            prompts = prompts[batch:]
+        # Requests that come, end and are sampled while others run.
+        lengths = [12, 60, 35, 90, 7, 48, 21, 75]
+        in_parallel(
+            lambda n: generate(server, prompts[n], max_new_tokens=lengths[n], temperature=n % 2),
+            range(len(lengths)),
+            workers=5,
+        )
+        server.get("/server_info")  # also writes the last steps
+    trace = read_trace(path)
+    assert len(trace.steps) > 150
+    assert (trace.header.verify_graphs is not None) == has_graphs
+    assert len({tuple(step.widths) for step in trace.steps}) > 5
+    if has_graphs:
+        for step in trace.steps:
+            bucket = 1 if step.batch_size == 1 else 4
+            if step.batch_size <= 4 and not step.is_plain:
+                assert step.num_draft_tokens in trace.header.verify_graphs[bucket]
+                assert set(step.widths) <= set(trace.header.width_graphs[bucket])
+    check_replayed(trace, made_up_profile)
+
+
 def test_recorded_replayed_and_shown(
     start_server, pair, prompts, made_up_profile, tmp_path, capsys
 ):
@@ -69,16 +115,7 @@ def test_recorded_replayed_and_shown(
     sampled = [unpacked(s.requests[0].target_probs, "float32") for s in trace.steps[len(greedy) :]]
     assert any(((probs > 0) & (probs < 1)).any() for probs in sampled)
 
-    profile = load_profile(made_up_profile)
-    policy = make_policy("auto", trace.header)
-    for step, outcome in zip(
-        trace.steps, Replay(trace, profile, policy, correct=True), strict=True
-    ):
-        assert outcome.choice.widths == step.widths
-        rows = [1 + len(unpacked(request.verified, "int32")) for request in step.requests]
-        assert outcome.choice.num_rows == rows
-        assert outcome.price == step.price
-
+    check_replayed(trace, made_up_profile)
     assert main(["replay", str(path), "--profile", str(made_up_profile)]) == 0
     assert re.search(r"predicted speed is [+-][\d.]+% off", capsys.readouterr().out)
     out = ["--out", str(tmp_path / "out"), "--tokenizer", pair.target]

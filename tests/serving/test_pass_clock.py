@@ -5,6 +5,7 @@ from collections import deque
 
 import pytest
 
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.serving.pass_clock import PassClock
 from tests.support.builders import make_profile
@@ -12,8 +13,8 @@ from tests.support.builders import make_profile
 
 @pytest.fixture
 def costs():
-    limits = {"max_batch_size": 4, "max_context": 256, "max_verify_tokens": 8, "max_width": 8}
-    return CostModel(make_profile(), **limits).step_costs(2, 100)
+    limits = Limits(max_batch_size=4, max_context=256, max_verify_rows=8, max_width=8)
+    return CostModel(make_profile(), limits).step_costs(2, 100)
 
 
 def test_passes_of_a_step_are_timed_against_the_table(costs):

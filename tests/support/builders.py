@@ -66,7 +66,6 @@ def make_profile(identity: HostIdentity | None = None, **changes: Any) -> CostPr
         target=make_table(),
         draft=make_table(base_us=100.0),
         draft_extend=make_table(base_us=150.0),
-        plain=make_table(base_us=900.0, token_counts=(1,)),
         step_overhead_us=[50.0, 80.0],
         provenance=Provenance(
             **facts, date="2026-01-01T00:00:00+00:00", command="cast-sglang profile", seconds=12.5

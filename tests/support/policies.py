@@ -1,6 +1,5 @@
 """Made-up costs, and policies that have found their price."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +7,11 @@ import numpy as np
 from cast_sglang.policy.auto import HALF_LIFE, AutoPolicy
 
 
-def costs(verify=None, draft=None, extend=None, plain=math.nan) -> SimpleNamespace:
+def costs(verify=None, draft=None, extend=None) -> SimpleNamespace:
     return SimpleNamespace(
         verify=np.array(verify if verify else [1.0] * 8, np.float32),
         draft=np.array(draft if draft else [0.1] * 4, np.float32),
         draft_extend=np.array(extend if extend else [0.0], np.float32),
-        plain=plain,
         overhead=0.0,
         plain_overhead=0.0,
         unit_us=1000.0,

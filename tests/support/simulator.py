@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.costs.model import StepCosts, step_units
+from cast_sglang.costs.model import StepCosts, plain_units, step_units
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.optimal import optimal_choice
+from cast_sglang.policy.full_width import best_choice
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.tree import DraftTree
 
@@ -100,7 +100,7 @@ def run(
         auto = policy if isinstance(policy, AutoPolicy) else None
         price = auto.price(batch_size) if auto else math.nan
         if auto and not auto.speculate(batch_size, costs):
-            rows.append((1.0, costs.plain, price, True))
+            rows.append((1.0, plain_units(costs), price, True))
             continue
         tokens, accepted, time = _step(policy, text, costs, batch_size, acceptance, joint)
         if auto:
@@ -190,7 +190,12 @@ def _step(
 def make_costs(
     regime: str, batch_size: int, *, draft: float = 0.06, plain: float = 0.97
 ) -> StepCosts:
-    """Costs of one of four regimes, in units of a target pass over one row per request."""
+    """Costs of one of four regimes, in units of a target pass over one row per request.
+
+    Args:
+        plain: time of a plain step, by which speculation is judged; less than its parts say, as
+            serving may find.
+    """
     rows = batch_size * np.arange(1, TOKENS + 1)
     nodes = batch_size * np.arange(1, TOPK + 1)
     if regime == "memory":  # a pass streams the weights, whatever the rows
@@ -209,9 +214,8 @@ def make_costs(
         draft=(draft * layer).astype(np.float32),
         draft_extend=(1.2 * draft * extend).astype(np.float32),
         unit_us=10_000.0,
-        plain=plain,
         overhead=0.05,
-        plain_overhead=0.05,
+        plain_overhead=plain - 1.0,
     )
 
 
@@ -268,7 +272,7 @@ def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
     for _ in range(4):  # Dinkelbach
         tokens = time = 0.0
         for layers in steps:
-            choice = optimal_choice(layers, growth, costs.verify, SIZES, price)
+            choice = best_choice(layers, growth, costs.verify, SIZES, price)
             cost = sum(growth[: choice.num_layers - 1])
             cost += float(costs.verify[choice.num_draft_tokens - 1])
             tokens += 1.0 + choice.value + price * cost

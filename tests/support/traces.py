@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 import torch
 
-from cast_sglang.costs.model import CostModel, plain_extra, step_units
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.model import CostModel, step_units
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.ops import reference
 from cast_sglang.policy.auto import AutoPolicy
@@ -48,13 +49,11 @@ def make_tables(row_us: float = 300.0, draft_us: float = 500.0) -> CostProfile:
     target = msgspec.structs.replace(target, time_us=scaled)
     draft = make_table(draft_us, token_counts=(1, 2, 4, 8), **sizes)
     extend = make_table(1.2 * draft_us, token_counts=(1, 2, 4, 9), **sizes)
-    plain = make_table(9_800.0, token_counts=(1,), **sizes)
     return make_profile(
         make_identity(device_name="made up"),
         target=target,
         draft=draft,
         draft_extend=extend,
-        plain=plain,
         step_overhead_us=[500.0, 500.0, 500.0],
     )
 
@@ -99,14 +98,7 @@ class Recorder:
         self.policy, self.profile = policy, profile
         self.text = Text(batch_size, seed, ease=0.5)
         self.rng = np.random.default_rng(seed + 1)
-        self.model = CostModel(
-            profile,
-            max_batch_size=8,
-            max_context=1024,
-            max_verify_tokens=TOKENS,
-            max_width=TOPK,
-            max_extend_rows=LAYERS + 1,
-        )
+        self.model = CostModel(profile, Limits(8, 1024 + TOKENS, TOKENS, TOPK, None, LAYERS + 1))
 
     def run(self, steps: int) -> Trace:
         made = [self._step(number) for number in range(1, steps + 1)]
@@ -125,7 +117,7 @@ class Recorder:
         price = None
         if isinstance(self.policy, AutoPolicy):
             price = self.policy.price(batch_size)
-        if not self.policy.speculate(batch_size, costs, plain_extra(costs), 0.0):
+        if not self.policy.speculate(batch_size, costs):
             time = step_units(costs, (), 1, 0) * costs.unit_us
             requests = [TracedRequest(request=b, context=200) for b in range(batch_size)]
             return TracedStep(
@@ -230,4 +222,4 @@ def write(trace: Trace, path: Path, max_bytes: int = 1 << 30) -> Path:
 
 
 def default_policy() -> AutoPolicy:
-    return AutoPolicy(tuple(range(2, TOKENS + 1)), LAYERS, extend_by_outcome=True)
+    return AutoPolicy(tuple(range(2, TOKENS + 1)), LAYERS, extends_by_accepted=True)

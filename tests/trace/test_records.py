@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from cast_sglang.trace.records import Continuation, packed, parents_of, unpacked
+from cast_sglang.trace.records import Continuation, packed, tables_digest, unpacked
+from cast_sglang.tree import parents_of
+from tests.support.builders import make_profile, make_table
+from tests.support.traces import SETTINGS, make_header
 
 
 def test_arrays_are_exact():
@@ -10,6 +13,21 @@ def test_arrays_are_exact():
     assert (unpacked(packed(values, "float32"), "float32") == values).all()
     # Floats of double precision come back as the nearest of single precision.
     assert unpacked(packed(values.astype(float), "float32"), "float32").dtype == np.float32
+
+
+def test_digests_are_those_of_earlier_releases():
+    """A trace names its tables by their digest, tables that nothing reads any more included."""
+    plain = make_table(base_us=900.0, token_counts=(1,))
+    old = "299ad496e82fe5afe2eaa04a2e4490fbc03afecc74bcd1b52022778c9606b391"
+    assert tables_digest(make_profile(plain=plain)) == old
+    without = "b81b210b3b0aa4db0acd8ace968540ab10fd43ac935e2fa0dc3fe7b34dfedc99"
+    assert tables_digest(make_profile()) == without
+
+
+def test_policies_have_their_present_names():
+    assert make_header(None).policy == "auto"
+    renamed = make_header(None, settings={**SETTINGS, "policy": "optimal"})
+    assert renamed.policy == "full-width"
 
 
 def test_parents():

@@ -7,10 +7,11 @@ import pytest
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
 from cast_sglang.trace.candidates import recorded_reward
-from cast_sglang.trace.records import packed, parents_of, unpacked
+from cast_sglang.trace.records import packed, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
 from cast_sglang.trace.session import open_session
 from cast_sglang.trace.summary import compare
+from cast_sglang.tree import parents_of
 from tests.support.simulator import LAYERS, TOKENS, TOPK
 from tests.support.traces import Recorder, default_policy, make_header, make_tables, write
 
@@ -29,7 +30,7 @@ def full(tables):
     return trace._replace(header=make_header(tables, is_full=True))
 
 
-@pytest.mark.parametrize("name", ["auto", "fixed", "eagle", "optimal"])
+@pytest.mark.parametrize("name", ["auto", "fixed", "eagle", "full-width"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size):
     trace = Recorder(make_policy(name, HEADER), tables, batch_size).run(60)
@@ -44,7 +45,7 @@ def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size
         assert outcome.assumed == 0.0
         assert outcome.time_us == pytest.approx(step.predicted_us)
         assert outcome.reward == pytest.approx(recorded_reward(step, TOPK))
-        if name in ("auto", "optimal"):
+        if name in ("auto", "full-width"):
             assert outcome.price == step.price
 
 

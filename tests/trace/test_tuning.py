@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cast_sglang.trace.fixed_trees import FIXED_TREES, replay_tree
 from cast_sglang.trace.replay import Replay, make_policy
 from cast_sglang.trace.tuning import print_tuned, sample_steps, tune
 from tests.support.traces import SETTINGS, Recorder, make_header, make_tables
@@ -20,7 +21,11 @@ def full():
 
 def speed(trace, tables, **thresholds):
     policy = make_policy("fixed", trace.header, **thresholds)
-    outcomes = list(Replay(trace, tables, policy, rewards=False))
+    return tokens_per_second(Replay(trace, tables, policy, rewards=False))
+
+
+def tokens_per_second(replay):
+    outcomes = list(replay)
     return 1e6 * sum(1 + o.accepted for o in outcomes) / sum(o.time_us for o in outcomes)
 
 
@@ -28,7 +33,8 @@ def test_finds_what_a_grid_finds(full):
     trace, tables = full
     calls = []
     tuned = tune(trace, tables, evaluations=50, progress=lambda *counts: calls.append(counts))
-    assert calls[-1][0] <= 52 and calls[-1][1] == 52
+    most = 50 + 1 + len(FIXED_TREES)
+    assert calls[-1][0] <= most and calls[-1][1] == most
     assert tuned.evaluations <= 50
     assert tuned.speeds["recorded"][1] == pytest.approx(speed(trace, tables))
     found = speed(trace, tables, **tuned.thresholds._asdict())
@@ -49,10 +55,21 @@ def test_is_deterministic(full):
 def test_regret(full):
     trace, tables = full
     tuned = tune(trace, tables, evaluations=8, max_steps=50)
-    for against in ("auto", "optimal"):
+    for against in ("auto", "fixed tree"):
         regret = 1 - tuned.speeds["tuned"][1] / tuned.speeds[against][1]
         assert tuned.regret("tuned", against, 1) == pytest.approx(regret)
     assert tuned.regret("tuned", "recorded", 1) <= 0.0
+
+
+def test_the_best_fixed_tree_is_that_of_hindsight(full):
+    trace, tables = full
+    tuned = tune(trace, tables, evaluations=2)
+    speeds = {
+        str(shape): tokens_per_second(replay_tree(trace, tables, shape, rewards=False))
+        for shape in FIXED_TREES
+    }
+    assert tuned.trees[1] == max(speeds, key=lambda shape: speeds[shape])
+    assert tuned.speeds["fixed tree"][1] == pytest.approx(speeds[tuned.trees[1]])
 
 
 def test_prints_what_to_set(full, capsys):

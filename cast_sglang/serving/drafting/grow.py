@@ -68,9 +68,9 @@ def grow_tree(
             grows = policy.deepen()
             # In the first layer alone: what a width takes does not depend on the layer.
             may_try = grows and tree.num_layers == 1 and draft.clock.is_timing
-            if may_try and draft.residuals is not None and costs is not None:
+            if may_try and draft.exploration is not None and costs is not None:
                 batch_size, allowed = forward_batch.batch_size, range(1, draft.topk + 1)
-                width = draft.residuals.explore("draft", batch_size, width, allowed, costs.draft)
+                width = draft.exploration.explore("draft", batch_size, width, allowed, costs.draft)
         policy_seconds += time.perf_counter() - began
         if not grows:
             return tree, tuple(widths), policy_seconds

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from cast_sglang.costs.correction import Residuals
+    from cast_sglang.costs.exploration import Exploration
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.policy.base import TreePolicy
     from cast_sglang.serving.calibration import Calibration
@@ -73,7 +73,7 @@ class CastDraftWorker(EagleDraftWorker):
     policy: TreePolicy
     calibration: Calibration | None  # None for scores as the draft model states them
     costs: StepCosts | None  # of the step that runs; None for a policy that needs none
-    residuals: Residuals | None  # None without correction
+    exploration: Exploration | None  # None without correction
     verify_sizes: tuple[int, ...]
     room: StepRoom  # of the step that runs
     clock: PassClock
@@ -200,10 +200,12 @@ class CastDraftWorker(EagleDraftWorker):
             size = min(self.policy.rerank(scores, self.costs), scores.shape[1] + 1)
         else:
             size = math.ceil(num_rows.mean())
-        if self.residuals is not None and self.costs is not None and self.clock.is_timing:
+        if self.exploration is not None and self.costs is not None and self.clock.is_timing:
             num_sizes = bisect.bisect_right(self.verify_sizes, scores.shape[1] + 1)
             sizes = self.verify_sizes[:num_sizes] or (size,)
-            explored = self.residuals.explore("verify", len(scores), size, sizes, self.costs.verify)
+            explored = self.exploration.explore(
+                "verify", len(scores), size, sizes, self.costs.verify
+            )
             if explored != size:
                 size, num_rows = explored, None
         if num_rows is None and self.graph_plan is not None:

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.costs.limits import Limits
 from cast_sglang.profiling.grid import default_grid
-from cast_sglang.serving.graphs.sizes import GraphSizes
 
 if TYPE_CHECKING:
     from cast_sglang.serving.worker import CastWorker
@@ -66,7 +66,7 @@ def choose_sizes(worker: CastWorker, batch_sizes: list[int]) -> GraphPlan:
     else:
         if worker.config.verify_sizes is None:
             limits = Limits(max(batch_sizes), 1, most, topk, most, most)
-            measured = (*default_grid(limits).verify_rows, topk + 1, 2 * topk + 1)
+            measured = (*default_grid(limits).token_counts["verify"], topk + 1, 2 * topk + 1)
             sizes = tuple(sorted(set(measured) & set(sizes)))
         verify = GraphSizes(dict.fromkeys(batch_sizes, tuple(sizes)))
         layers = GraphSizes(dict.fromkeys(batch_sizes, tuple(widths)))

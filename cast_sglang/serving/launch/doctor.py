@@ -17,8 +17,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.config import CastConfig, flag_specs
-from cast_sglang.costs.limits import longest_context
-from cast_sglang.costs.model import CostModel
+from cast_sglang.costs.limits import Limits, exceeded
 from cast_sglang.costs.profiles import FoundProfile, find_profile
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
@@ -277,24 +276,23 @@ def _check_profile(
 def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: str) -> Check:
     from sglang.srt.configs.model_config import ModelConfig
 
-    tokens = args.speculative_num_draft_tokens
-    context = longest_context(ModelConfig.from_server_args(args).context_len, tokens)
-    limits = {
-        "max_batch_size": args.max_running_requests,
-        "max_context": context,
-        "max_verify_tokens": tokens,
-        "max_width": args.speculative_eagle_topk,
-        "max_extend_rows": min(args.speculative_num_steps + 1, tokens),
-    }
-    asked = (
-        f"{limits['max_batch_size']} requests, context {context}, {tokens} rows, "
-        f"{limits['max_width']} nodes a layer"
+    rows = args.speculative_num_draft_tokens
+    limits = Limits(
+        max_batch_size=args.max_running_requests,
+        max_context=ModelConfig.from_server_args(args).context_len,
+        max_verify_rows=rows,
+        max_width=args.speculative_eagle_topk,
+        max_extend_rows=min(args.speculative_num_steps + 1, rows),
     )
-    model = CostModel(found.profile, **limits, lookup=config.lookup)
-    if not model.extrapolated:
+    asked = (
+        f"{limits.max_batch_size} requests, context {limits.longest_context}, {rows} rows, "
+        f"{limits.max_width} nodes a layer"
+    )
+    beyond = exceeded(found.profile, limits)
+    if not beyond:
         return Check("profile range", OK, f"covers {asked}")
     ends: dict[str, int] = {}
-    for name in sorted(model.extrapolated):
+    for name in sorted(beyond):
         table, axis = name.split(".")
         # Rows and nodes are counted apart; requests and contexts are the same in all tables.
         key = name if axis == "token_counts" else axis

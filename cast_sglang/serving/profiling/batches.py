@@ -1,4 +1,4 @@
-"""Synthetic batches on free KV slots, and the smallest tree, for passes that are timed."""
+"""Synthetic batches on free KV slots, and the policy of the smallest tree, for timed passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Rows", "SmallTree"]
 
 
 class SmallTree(TreePolicy):
-    """A policy of one grown layer and two verified rows."""
+    """Grows one layer of one node and verifies two rows."""
 
     def __init__(self) -> None:
         self._num_layers = 0
@@ -35,7 +35,7 @@ class SmallTree(TreePolicy):
 
 
 class Rows:
-    """The parts of a synthetic batch that can be kept between calls."""
+    """The requests of a synthetic batch, which serve many batches."""
 
     def __init__(self, worker: CastWorker, batch_size: int, context: int) -> None:
         from sglang.srt.managers.schedule_batch import Req
@@ -58,6 +58,7 @@ class Rows:
             req.kv.kv_allocated_len = context + get_alloc_reserve_per_decode()
 
     def batch(self) -> ScheduleBatch:
+        """Return a new decode batch of these requests."""
         from sglang.srt.managers.schedule_batch import ScheduleBatch
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
         from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -78,7 +79,7 @@ class Rows:
         batch.seq_lens = batch.seq_lens_cpu.to(device)
         batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
         batch.seq_lens_sum = self._context * batch_size
-        # Row 0 is where SGLang lets padded requests write.
+        # SGLang lets padded requests write to row 0.
         batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
         batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
         batch.multimodal_inputs = [None] * batch_size

@@ -1,4 +1,4 @@
-"""What `cast-sglang profile` does: start an engine as a server would, and let it measure itself."""
+"""`cast-sglang profile`: start an engine as a server would, and let it measure its own passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import run_profile, summarize, write_profile
 from cast_sglang.serving.launch.identity import host_identity, published
-from cast_sglang.serving.profiling.ranks import lead
+from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -45,13 +45,13 @@ def profile_server(
         output: file of the profile; None for the one in the user's cache directory.
 
     Returns:
-        The facts of the run (`profiling.run.summarize`).
+        The facts of the run, as `profiling.run.summarize` gives them.
 
     Raises:
-        CastError: the flags do not fit, or the measurement failed.
+        CastError: CAST refuses the flags, or the measurement failed.
     """
-    # Measuring needs no profile, and the widest trees exercise every shape at start-up. The
-    # processes of the engine read it from their environment.
+    # Measuring needs no profile, and the widest trees run every shape at start-up. The engine's
+    # processes read both settings from their environment.
     with _environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
         return _profile(server_argv, output, quick, budget_seconds, command)
 
@@ -100,12 +100,13 @@ def _profile(
 
 
 def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:
-    """Run the measurement in a scheduler process; every rank of the engine gets the same call."""
+    """Run the measurement in a scheduler's process; SGLang calls this on every rank."""
     from sglang.srt.managers.io_struct import RpcReqOutput
 
     error = ""
     try:
-        lead(scheduler, lambda meter: _measure(scheduler.draft_worker, meter, parameters))
+        worker = scheduler.draft_worker
+        measure_on_all_ranks(scheduler, lambda meter: _measure(worker, meter, parameters))
     except Exception as caught:
         logger.exception("profiling failed")
         error = " ".join(str(caught).split()) or type(caught).__name__

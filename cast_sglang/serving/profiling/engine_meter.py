@@ -1,8 +1,8 @@
-"""EngineMeter: time single forward passes of a running engine, through the code that serves.
+"""EngineMeter: times single forward passes of a running engine, by the methods that serve.
 
-The engine's scheduler, idle meanwhile, builds batches of the wanted shape on free KV slots and runs
-the same methods that serve requests. Contents do not matter to time, so the slots hold whatever
-they hold.
+While the engine's scheduler is idle, the meter builds batches of a given shape on free KV slots and
+runs the methods that serve requests. Time does not depend on contents, so the meter leaves in the
+slots what they hold.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class EngineMeter:
 
     @staticmethod
     def limits_of(worker: CastWorker) -> Limits:
-        """Return the largest shapes that a worker may have to run."""
+        """Return the largest shapes that a worker runs."""
         from sglang.srt.runtime_context import get_schedule
 
         model_config = worker.target_worker.model_runner.model_config
@@ -59,13 +59,13 @@ class EngineMeter:
         )
 
     def verify(self, batch_size: int, context: int, rows: int) -> float:
-        """Time `worker.verify`: forward, acceptance, KV moves."""
+        """Time `worker.verify`: forward pass, acceptance and moves of KV."""
         batch = self._batch(batch_size, context)
         batch.spec_info = self._chain(batch, rows)
         return self._time(lambda: self.worker.verify(batch))
 
     def draft(self, batch_size: int, context: int, width: int) -> float:
-        """Time one layer in the middle of a tree: metadata, forward, best children."""
+        """Time one layer in the middle of a tree: metadata, forward pass and best children."""
         from sglang.srt.speculative.eagle_worker_common import prepare_for_draft
 
         draft = self.worker.draft_worker
@@ -88,7 +88,7 @@ class EngineMeter:
             return self._time(lambda: draft.forward_layer(forward_batch, path_slots))
 
     def _captured_layer(self, forward_batch: ForwardBatch, width: int) -> float:
-        """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
+        """Time a captured layer; its inputs are prepared before, as the host waits then anyway."""
         layers = self.worker.draft_worker.layer_graphs.layers(forward_batch)
         scores, tokens = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
         frontier = Frontier(scores, tokens, tokens, torch.zeros_like(tokens))
@@ -98,35 +98,15 @@ class EngineMeter:
             return self._time(lambda: layers.run(frontier, width))
 
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
-        """Time the draft's pass over the rows that an accepted path can reach."""
+        """Time the draft model's pass over the rows that an accepted path can reach."""
         batch = self._batch(batch_size, context)
         batch.out_cache_loc = self._slots(batch, context, rows)
         result = self._accepted(batch, rows)
-        self._sweep.sum()  # as verify does, which leaves nothing of the draft in the caches
+        self._sweep.sum()  # as verify leaves nothing of the draft in the caches
         with self._draft_context():
             return self._time(
                 lambda: self.worker.draft_worker._draft_extend_for_decode(batch, result)
             )
-
-    def plain(self, batch_size: int, context: int) -> float:
-        """Time a decoding step of the target alone, sampling included."""
-        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        worker = self.worker
-        if worker.verify_graphs is not None:
-            # Its graphs are those of verify, and a plain step is one of one row.
-            return self.verify(batch_size, context, 1)
-        batch = self._batch(batch_size, context)
-        batch.spec_info = None
-        batch.spec_algorithm = SpeculativeAlgorithm.NONE
-        batch.capture_hidden_mode = CaptureHiddenMode.NULL
-        batch.input_ids = torch.ones(batch_size, dtype=torch.int64, device=worker.device)
-        batch.out_cache_loc = self._slots(batch, context, 1)
-        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-        batch.seq_lens = batch.seq_lens + 1
-        batch.seq_lens_sum += batch_size
-        return self._time(lambda: worker.target_worker.forward_batch_generation(batch))
 
     def step_overhead(self, batch_size: int) -> float:
         """Time a whole step of a small tree and subtract its passes."""
@@ -162,7 +142,7 @@ class EngineMeter:
         return max(whole - inside, 1e-7)
 
     def close(self) -> None:
-        """Give the request rows back as they were; no slot was allocated."""
+        """Restore the request rows; the meter allocated no slots."""
         self.worker.req_to_token_pool.req_to_token.copy_(self._slots_before)
 
     _shortest_context = 64
@@ -186,7 +166,7 @@ class EngineMeter:
             yield
 
     def _fill_slots(self) -> None:
-        """Give every request row its own slots; rows longer than the pool share them."""
+        """Give every request row slots of its own; rows that exceed the pool share them."""
         table = self.worker.req_to_token_pool.req_to_token
         self._slots_before = table.clone()
         size = self.worker.token_to_kv_pool_allocator.size
@@ -201,7 +181,7 @@ class EngineMeter:
         return self._batches[key].batch()
 
     def _accepted(self, batch: ScheduleBatch, rows: int) -> Any:
-        """Return what a verify pass that accepted every row would hand to draft extend."""
+        """Return what verify hands to draft extend after it accepted every row."""
         if self._verify_result is None:
             single = self._batch(1, self._shortest_context)
             single.spec_info = self._chain(single, 1)
@@ -228,7 +208,7 @@ class EngineMeter:
         return table[batch.req_pool_indices, context : context + rows].flatten().to(torch.int64)
 
     def _chain(self, batch: ScheduleBatch, rows: int) -> Any:
-        """Return a verify input of `rows` nodes in a line; the mask's shape sets the time."""
+        """Return a verify input of `rows` nodes in a line; only its shape decides the time."""
         from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
 
         worker, draft = self.worker, self.worker.draft_worker

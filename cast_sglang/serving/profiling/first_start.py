@@ -1,4 +1,4 @@
-"""A start without a cost profile: measure a quick one before the first request, or estimate one."""
+"""A server without a cost profile measures or estimates one before its first request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cast_sglang.profiling.roofline import ModelSize, estimate_tables, measure_r
 from cast_sglang.profiling.run import make_profile, run_profile
 from cast_sglang.serving.launch.identity import host_identity, published
 from cast_sglang.serving.profiling.engine_meter import EngineMeter
-from cast_sglang.serving.profiling.ranks import lead
+from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -35,7 +35,7 @@ __all__ = ["provide_profile"]
 
 logger = logging.getLogger(__name__)
 
-# The measurement ends much sooner unless a pass takes longer than some ten milliseconds.
+# Unless a pass takes longer than some ten milliseconds, the measurement ends much sooner.
 BUDGET_SECONDS = 60.0
 SAMPLING = Sampling(
     max_visits=3, tolerance=0.05, interpolation_tolerance=1.0, heldout_points=6, visit_passes=2
@@ -43,16 +43,16 @@ SAMPLING = Sampling(
 
 
 def provide_profile(scheduler: Scheduler) -> None:
-    """Give every rank of an engine whose search found no profile the same new one.
+    """Give all ranks of an engine that found no profile the same new one.
 
-    The scheduler must not have served a request yet.
+    Call it before the scheduler serves its first request.
     """
     worker: CastWorker = scheduler.draft_worker
     identity = published(host_identity(resolving_view(worker.server_args)))
     profile = None
     if worker.config.profile == "auto":
         logger.info("CAST: no cost profile of this device and pair; measuring a quick one")
-        profile = lead(scheduler, lambda meter: _measured(meter, identity))
+        profile = measure_on_all_ranks(scheduler, lambda meter: _measured(meter, identity))
     encoded = b""
     if scheduler.tp_group.rank_in_group == 0:
         encoded = msgspec.json.encode(profile or _estimated(worker, identity))
@@ -69,7 +69,7 @@ def provide_profile(scheduler: Scheduler) -> None:
 
 
 def _measured(meter: Any, identity: HostIdentity) -> CostProfile | None:
-    """Measure and save; on failure say why and return None."""
+    """Measure and save a profile; log a failure and return None."""
     try:
         measured = run_profile(
             meter,
@@ -101,12 +101,12 @@ def _estimated(worker: CastWorker, identity: HostIdentity) -> CostProfile:
 
 
 def _size(runner: ModelRunner) -> ModelSize:
-    """Return what one pass of a loaded model reads and multiplies."""
+    """Return the sizes of a loaded model that decide what a pass takes."""
     tied = getattr(runner.model_config.hf_config, "tie_word_embeddings", False)
     weights = [
         weight
         for name, weight in runner.model.named_parameters()
-        # Of an embedding that is not also the output layer, a pass reads a few rows.
+        # A pass reads few rows of an embedding, unless that is the output layer too.
         if tied or "embed_tokens" not in name
     ]
     pool = runner.token_to_kv_pool

@@ -1,4 +1,4 @@
-"""Measuring under tensor parallelism: rank 0 leads, the others run what it runs."""
+"""Measuring under tensor parallelism: rank 0 decides what to time, and all ranks run it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cast_sglang.serving.profiling.engine_meter import EngineMeter
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
-__all__ = ["lead"]
+__all__ = ["measure_on_all_ranks"]
 
 Result = TypeVar("Result")
 
 
-def lead(scheduler: Scheduler, run: Callable[[Any], Result]) -> Result | None:
-    """Call `run` with a meter on rank 0, while the other ranks run what it runs.
+def measure_on_all_ranks(scheduler: Scheduler, run: Callable[[Any], Result]) -> Result | None:
+    """Call `run` with a meter on rank 0, while the other ranks repeat each of the meter's calls.
 
     Args:
-        run: what to do with the meter, a `Meter`.
+        run: measures with the `Meter` that it gets.
 
     Returns:
         The result on rank 0, None on the others.
 
-    Effects: the scheduler must be idle; its tables are afterwards as before.
+    Effects: the scheduler must be idle; afterwards its tables are as before.
     """
     group = scheduler.tp_group
     meter = EngineMeter(scheduler.draft_worker)
@@ -33,19 +33,19 @@ def lead(scheduler: Scheduler, run: Callable[[Any], Result]) -> Result | None:
         if group.world_size == 1:
             return run(meter)
         if group.rank_in_group != 0:
-            _follow(meter, group)
+            _mirror_calls(meter, group)
             return None
-        leader = _LeadingMeter(meter, group)
+        broadcasting = _BroadcastingMeter(meter, group)
         try:
-            return run(leader)
+            return run(broadcasting)
         finally:
-            leader.close()
+            broadcasting.close()
     finally:
         meter.close()
 
 
-class _LeadingMeter:
-    """Rank 0's meter under tensor parallelism: tells the others what to run before running it."""
+class _BroadcastingMeter:
+    """Rank 0's meter, which broadcasts each call to the other ranks before it runs the call."""
 
     def __init__(self, meter: EngineMeter, group: Any) -> None:
         self._meter, self._group = meter, group
@@ -61,11 +61,12 @@ class _LeadingMeter:
         return run
 
     def close(self) -> None:
+        """Broadcast that no call follows."""
         self._group.broadcast_object(None, src=0)
 
 
-def _follow(meter: EngineMeter, group: Any) -> None:
-    """Run what rank 0 runs until it is done."""
+def _mirror_calls(meter: EngineMeter, group: Any) -> None:
+    """Run each call that rank 0 broadcasts, until it has no more."""
     while (call := group.broadcast_object(None, src=0)) is not None:
         name, args = call
         getattr(meter, name)(*args)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks.studies import bench_sweep
-from benchmarks.studies.fixed_trees import FIXED_TREES
 from cast_sglang.costs.profiles import save_profile
+from cast_sglang.trace.fixed_trees import FIXED_TREES
 from tests.support.traces import Recorder, default_policy, make_tables, write
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cast_sglang.config import CastConfig
+from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.serving.graphs.plan import choose_sizes, plan_graphs
 from tests.support.builders import make_profile
@@ -25,8 +26,8 @@ def worker(cost_model=None, **settings):
 
 
 def model_of(profile):
-    limits = {"max_batch_size": 8, "max_context": 256, "max_width": TOPK}
-    return CostModel(profile, max_verify_tokens=TOKENS, max_extend_rows=EXTEND, **limits)
+    limits = Limits(8, 256, max_verify_rows=TOKENS, max_width=TOPK, max_extend_rows=EXTEND)
+    return CostModel(profile, limits)
 
 
 def test_before_a_profile_the_sizes_that_it_measures_are_captured():

@@ -1,17 +1,18 @@
-"""SGLang's fixed EAGLE-3 trees, replayed over a trace."""
+"""Fixed trees: a trace replayed as if SGLang's EAGLE-3 had served it, one tree in all steps."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
+from cast_sglang.costs.schema import CostTables
 from cast_sglang.policy.base import Costs, TreePolicy
-from cast_sglang.trace.records import Trace, TraceHeader, packed, unpacked
+from cast_sglang.trace.records import Trace, TracedRequest, TraceHeader, packed, unpacked
 from cast_sglang.trace.replay import Replay
-from cast_sglang.trace.session import Session
-from cast_sglang.trace.summary import Comparison, compare
 
-__all__ = ["FIXED_TREES", "FixedTree", "Shape", "fits", "replay_fixed"]
+__all__ = ["FIXED_TREES", "FixedTree", "Shape", "fits", "replay_tree"]
 
 
 class Shape(NamedTuple):
@@ -61,16 +62,12 @@ def fits(shape: Shape, header: TraceHeader) -> bool:
     return all(ours <= most for ours, most in zip(shape, envelope, strict=True))
 
 
-def replay_fixed(session: Session, shape: Shape) -> list[Comparison]:
-    """Replay a session's trace with one tree in all steps; rows as of `Session.replay`."""
-    trace = narrowed(session.trace, shape.topk)
-    replay = Replay(
-        trace, session.profile, FixedTree(shape), correct=session.corrects, seed=session.seed
-    )
-    return compare(session.trace, list(replay))
+def replay_tree(trace: Trace, tables: CostTables, shape: Shape, **options: Any) -> Replay:
+    """Replay a trace with one tree in all steps; options as of `Replay`."""
+    return Replay(_narrowed(trace, shape.topk), tables, FixedTree(shape), **options)
 
 
-def narrowed(trace: Trace, topk: int) -> Trace:
+def _narrowed(trace: Trace, topk: int) -> Trace:
     """Return the trace as if a node had no more than its first `topk` children.
 
     The others get probability 0, so that they rank behind all that have one.
@@ -81,7 +78,7 @@ def narrowed(trace: Trace, topk: int) -> Trace:
         values[:, topk:] = 0.0
         return packed(values.ravel(), "float32")
 
-    def narrow(request: msgspec.Struct) -> msgspec.Struct:
+    def narrow(request: TracedRequest) -> TracedRequest:
         parts = {"probs": cut(request.probs), "chances": cut(request.chances)}
         return msgspec.structs.replace(request, **parts)
 

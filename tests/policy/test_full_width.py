@@ -1,4 +1,4 @@
-"""The reference policy: it finds what a search by hand finds, and nothing it serves beats it."""
+"""Full width: the depth and the size that a search by hand finds."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.ops import reference
-from cast_sglang.policy.optimal import OptimalPolicy, optimal_choice
+from cast_sglang.policy.full_width import FullWidthPolicy, best_choice
 from cast_sglang.tree import DraftTree
 from tests.support.simulator import LAYERS, SIZES, TOPK, Text, make_costs
 
@@ -51,7 +51,7 @@ def value_of(depth, size, layers, price, step_costs, by_outcome):
 @pytest.mark.parametrize("by_outcome", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_depth_and_size_are_the_best_of_all(batch_size, by_outcome):
-    policy, text = OptimalPolicy(SIZES, LAYERS, by_outcome), Text(batch_size, 2)
+    policy, text = FullWidthPolicy(SIZES, LAYERS, by_outcome), Text(batch_size, 2)
     step_costs = make_costs("compute", batch_size)
     for _ in range(20):
         facts = (policy.price(batch_size), step_costs, by_outcome)
@@ -69,12 +69,14 @@ def test_depth_and_size_are_the_best_of_all(batch_size, by_outcome):
 
 
 def test_all_requests_get_the_same_number_of_rows():
-    assert OptimalPolicy(SIZES, LAYERS).share_out(torch.rand(2, 5), make_costs("memory", 2)) is None
+    assert (
+        FullWidthPolicy(SIZES, LAYERS).share_out(torch.rand(2, 5), make_costs("memory", 2)) is None
+    )
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**31), price=st.sampled_from([0.0, 1.0, 3.0]))
-def test_optimal_choice_is_exhaustive(seed, price):
+def test_the_choice_is_exhaustive(seed, price):
     rng = np.random.default_rng(seed)
     layers = [
         torch.from_numpy(rng.random((2, m)) ** depth) for depth, m in ((1, 2), (2, 3), (3, 2))
@@ -89,8 +91,8 @@ def test_optimal_choice_is_exhaustive(seed, price):
             found[depth, size] = utility - price * (
                 sum(draft[: depth - 1]) + float(verify[size - 1])
             )
-    choice = optimal_choice(layers, draft, verify, sizes, price)
+    choice = best_choice(layers, draft, verify, sizes, price)
     assert choice.value == pytest.approx(max(found.values()))
     assert found[choice[:2]] == pytest.approx(choice.value)
     with pytest.raises(ValueError, match="fits the tree"):
-        optimal_choice(layers[:1], [], verify, (5, 7), price)
+        best_choice(layers[:1], [], verify, (5, 7), price)

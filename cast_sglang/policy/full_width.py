@@ -1,8 +1,8 @@
-"""The best tree of each step by exhaustive search: what another policy could reach at most.
+"""Policy `full-width`: layers of full width, and the best depth and size of each step by search.
 
-It looks at layers before it pays for them, so it is a reference to measure against and no way to
-serve: every step grows the whole envelope, and its time counts as if only the layers that stay had
-been grown.
+The policy compares trees with other trees offline and cannot serve: it grows the whole envelope in
+every step, chooses then, and counts the time of the layers that stay alone. It is no upper bound,
+since it knows no narrow layers: where drafts are dear, a chain is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import Costs
 
-__all__ = ["Choice", "OptimalPolicy", "optimal_choice"]
+__all__ = ["Choice", "FullWidthPolicy", "best_choice"]
 
 
 class Choice(NamedTuple):
@@ -28,14 +28,14 @@ class Choice(NamedTuple):
     value: float  # expected accepted tokens, less the price of the time
 
 
-def optimal_choice(
+def best_choice(
     layer_scores: Sequence[torch.Tensor],
     draft_costs: Sequence[float],
     verify_costs: np.ndarray,
     sizes: Sequence[int],
     price: float,
 ) -> Choice:
-    """Search all depths and sizes of a tree that is fully grown: what a policy could at best do.
+    """Search all depths and sizes of a tree of full width.
 
     Definition: the first (d, N) that maximises
         sum of the best N - 1 scores of layers 1..d (mean over the batch)
@@ -69,11 +69,11 @@ def optimal_choice(
     return best
 
 
-class OptimalPolicy(AutoPolicy):
-    """Policy `optimal`: full width, and the best depth and size of every step.
+class FullWidthPolicy(AutoPolicy):
+    """Keeps every node of every layer, then searches for the best depth and size.
 
-    The price is that of `AutoPolicy`, the rate that these trees reach, and plain decoding is a
-    candidate likewise.
+    As with `AutoPolicy`, the price is the rate that these trees reach, and plain decoding is a
+    candidate.
     """
 
     _layer_scores: list[torch.Tensor]  # [B, M_d] of each layer grown in this step
@@ -102,7 +102,7 @@ class OptimalPolicy(AutoPolicy):
         view, price = self._read(costs), self.price(len(self._layer_scores[0]))
         # What a further accepted token adds to draft extend is taken off its worth.
         token = 1.0 - price * view.token
-        self._choice = optimal_choice(
+        self._choice = best_choice(
             [token * scores for scores in self._layer_scores],
             [float(view.growth[-1])] * (num_layers - 1),
             costs.verify,

@@ -1,0 +1,211 @@
+"""Decider: what one step does. The server and replay both ask it, so that they decide alike.
+
+A policy chooses by scores and costs. What surrounds a policy is here: whether the draft catches up
+first, which sizes have a captured graph, how far the requests may still go, and when another size
+is tried to find out what it costs.
+
+The order of calls in a step:
+
+    begin_step      draft a tree, or decode plainly
+    width           for each layer: how many nodes to expand, or no more layer
+    expanded            what the expanded nodes' children are
+    depth, rows     what is verified of the tree
+    end_step        what the step brought; on a server some steps later
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cast_sglang.costs.model import extend_units
+
+if TYPE_CHECKING:
+    import torch
+
+    from cast_sglang.costs.exploration import Exploration
+    from cast_sglang.costs.graph_sizes import GraphSizes
+    from cast_sglang.costs.model import StepCosts
+    from cast_sglang.policy.base import TreePolicy
+
+__all__ = ["Decider", "Plan", "Rows", "StepFacts"]
+
+# In plain decoding the draft is brought up to date while it is due if that takes less than this
+# share of their time, and else only when it is needed.
+KEEP_UP_SHARE = 0.01
+
+
+class StepFacts(NamedTuple):
+    """What a step is decided by."""
+
+    batch_size: int
+    costs: StepCosts | None  # None for a policy that needs none
+    weights: np.ndarray | None  # [B], what a request's tokens are worth; None for all alike
+    answer_tokens: float | None  # mean length of answers lately; None while none has ended
+    missing_rows: int  # the most rows that the draft of any request has not seen
+    max_layers: int  # of the tree; 0 where nothing may be drafted
+    max_rows: int  # verified per request, root included
+    is_timed: bool  # its passes are timed, so that another size may be tried
+
+
+class Plan(NamedTuple):
+    """What a step begins with."""
+
+    drafts: bool  # a tree is grown; else the step decodes plainly
+    catch_up: float  # units that bringing the draft up to date takes; 0 where it stays behind
+
+
+class Rows(NamedTuple):
+    """What a step verifies."""
+
+    num_draft_tokens: int  # N, rows of the request that has most, root included
+    num_rows: np.ndarray | None  # [B], rows of each request where they differ
+
+
+class Decider:
+    """Decides the steps of one server, or of one replay.
+
+    Args:
+        policy: chooses trees; has no other owner.
+        verify_sizes: ascending sizes that verify may have, root included.
+        max_missing: rows that are kept for a draft that stays behind.
+        topk: K, nodes that a layer may have.
+        exploration: tries other sizes; None where none are tried.
+        verify_graphs: sizes of verify that have a graph; None where passes run without.
+        width_graphs: widths of a draft layer that have a graph; None where layers run without.
+        is_ragged: requests of unequal numbers of rows run in one pass.
+        shares_out: one budget of verified rows is shared out among the requests.
+
+    Attributes:
+        seconds: host time spent deciding since the step began.
+    """
+
+    def __init__(
+        self,
+        policy: TreePolicy,
+        *,
+        verify_sizes: tuple[int, ...],
+        max_missing: int,
+        topk: int,
+        exploration: Exploration | None = None,
+        verify_graphs: GraphSizes | None = None,
+        width_graphs: GraphSizes | None = None,
+        is_ragged: bool = False,
+        shares_out: bool = False,
+    ) -> None:
+        self.policy, self.exploration = policy, exploration
+        self.verify_graphs, self.width_graphs = verify_graphs, width_graphs
+        self.seconds = 0.0
+        self._verify_sizes, self._widths = verify_sizes, range(1, topk + 1)
+        self._max_missing, self._topk = max_missing, topk
+        self._is_ragged, self._shares_out = is_ragged, shares_out
+        self._facts: StepFacts | None = None
+        self._num_layers = 0  # of the tree that grows
+
+    def begin_step(self, facts: StepFacts) -> Plan:
+        """Decide whether to draft, and whether the draft is brought up to date first.
+
+        A plain step leaves the draft as it is. Where the rows that are kept for it are full, the
+        oldest would be lost, so the draft takes them if that is cheap.
+        """
+        began = time.perf_counter()
+        self._facts, self._num_layers = facts, 1
+        policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
+        if facts.answer_tokens is not None:
+            policy.expect(facts.answer_tokens)
+        policy.weigh(facts.weights)
+        drafts = facts.max_layers > 0 and facts.max_rows > 1
+        drafts = drafts and (facts.weights is None or bool(facts.weights.any()))
+        catch_up = 0.0
+        if costs is not None:
+            catch_up = extend_units(costs, facts.missing_rows)
+            drafts = drafts and policy.speculate(batch_size, costs, catch_up)
+            if drafts and self.exploration is not None and facts.is_timed:
+                loss = policy.plain_loss(batch_size)
+                drafts = not self.exploration.explore_plain(batch_size, loss)
+            is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
+            if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
+                catch_up = 0.0
+        self.seconds = time.perf_counter() - began
+        return Plan(drafts, catch_up)
+
+    def width(self, scores: torch.Tensor) -> int | None:
+        """Return how many of the newest layer's best nodes are expanded; None for no more layer.
+
+        Args:
+            scores: [B, K] float32 on the host, the layer's best candidates, descending.
+        """
+        facts = self._step()
+        if self._num_layers == facts.max_layers:
+            return None
+        began = time.perf_counter()
+        width = self.policy.breadth(scores, facts.costs)
+        grows = self.policy.deepen()
+        if grows:
+            # In the first layer alone: what a width takes does not depend on the layer.
+            tries = self._num_layers == 1 and facts.is_timed and self.exploration is not None
+            if tries and facts.costs is not None:
+                assert self.exploration is not None
+                width = self.exploration.explore(
+                    "draft", facts.batch_size, width, self._widths, facts.costs.draft
+                )
+            if self.width_graphs is not None:
+                width = self.width_graphs.fit(facts.batch_size, width, self._topk) or width
+            self._num_layers += 1
+        self.seconds += time.perf_counter() - began
+        return width if grows else None
+
+    def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
+        """Learn of the children of the nodes just expanded; shapes of `TreePolicy.expanded`."""
+        began = time.perf_counter()
+        self.policy.expanded(parent_scores, child_probs)
+        self.seconds += time.perf_counter() - began
+
+    def depth(self, num_layers: int) -> int:
+        """Return how many of the grown layers stay."""
+        began = time.perf_counter()
+        depth = self.policy.depth(num_layers, self._step().costs)
+        self.seconds += time.perf_counter() - began
+        return depth
+
+    def rows(self, scores: torch.Tensor) -> Rows:
+        """Decide how many rows of each request are verified.
+
+        Args:
+            scores: [B, n] float32 on the host, the best candidates of the tree, descending.
+        """
+        began = time.perf_counter()
+        facts, most = self._step(), scores.shape[1] + 1
+        costs, num_rows = facts.costs, None
+        if self._shares_out:
+            num_rows = self.policy.share_out(scores, costs)
+        if num_rows is None:
+            size = min(self.policy.rerank(scores, costs), most)
+        else:
+            size = math.ceil(num_rows.mean())
+        if self.exploration is not None and costs is not None and facts.is_timed:
+            sizes = self._verify_sizes[: bisect_right(self._verify_sizes, most)] or (size,)
+            tried = self.exploration.explore("verify", len(scores), size, sizes, costs.verify)
+            if tried != size:
+                size, num_rows = tried, None
+        if num_rows is None and self.verify_graphs is not None:
+            size = self.verify_graphs.fit(len(scores), size, most) or size
+        if num_rows is None and self._is_ragged and facts.weights is not None:
+            num_rows = np.where(facts.weights > 0.0, size, 1)
+        if num_rows is not None:
+            size = int(num_rows.max())
+            num_rows = None if num_rows.min() == size else num_rows
+        self.seconds += time.perf_counter() - began
+        return Rows(size, num_rows)
+
+    def end_step(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
+        """Learn what a step with a tree brought; arguments of `TreePolicy.observe`."""
+        self.policy.observe(batch_size, accepted_mean, time_units)
+
+    def _step(self) -> StepFacts:
+        assert self._facts is not None, "begin_step comes first"
+        return self._facts

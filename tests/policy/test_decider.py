@@ -1,0 +1,211 @@
+"""What surrounds a policy in a step: catching up, graph sizes, room, and other sizes tried."""
+
+import numpy as np
+import pytest
+import torch
+from cast_sglang.costs.graph_sizes import GraphSizes
+
+from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.decider import Decider, StepFacts
+from tests.support.policies import costs
+
+TOPK, MOST = 4, 12
+SIZES = tuple(range(2, MOST + 1))
+
+
+class Scripted(TreePolicy):
+    """A policy that answers as it was told, and writes down what it was asked."""
+
+    def __init__(self, drafts=True, widths=(2, 3), size=6, shares=None) -> None:
+        self.drafts, self.widths, self.size, self.shares = drafts, widths, size, shares
+        self.asked: list[tuple] = []
+        self._layer = 0
+
+    def speculate(self, batch_size, costs, catch_up=0.0):
+        self.asked.append(("speculate", batch_size, catch_up))
+        return self.drafts
+
+    def plain_loss(self, batch_size):
+        return 0.1
+
+    def expect(self, answer_tokens):
+        self.asked.append(("expect", answer_tokens))
+
+    def weigh(self, weights):
+        self._layer = 0
+        self.asked.append(("weigh", None if weights is None else weights.tolist()))
+
+    def breadth(self, scores, costs):
+        return self.widths[min(self._layer, len(self.widths) - 1)]
+
+    def deepen(self):
+        self._layer += 1
+        return self._layer <= len(self.widths)
+
+    def share_out(self, scores, costs):
+        return self.shares
+
+    def rerank(self, scores, costs):
+        return self.size
+
+    def observe(self, batch_size, accepted_mean, time_units):
+        self.asked.append(("observe", batch_size, accepted_mean, time_units))
+
+
+class Tries:
+    """An exploration that tries one size of each pass, and notes what it might have tried."""
+
+    def __init__(self, draft=None, verify=None, plain=False) -> None:
+        self.tried = {"draft": draft, "verify": verify}
+        self.plain, self.asked = plain, []
+
+    def explore(self, operation, batch_size, chosen, sizes, costs):
+        self.asked.append((operation, chosen, tuple(sizes)))
+        return self.tried[operation] or chosen
+
+    def explore_plain(self, batch_size, loss):
+        self.asked.append(("plain", loss))
+        return self.plain
+
+
+def decider(policy: TreePolicy, **changes) -> Decider:
+    return Decider(policy, **{"verify_sizes": SIZES, "max_missing": MOST, "topk": TOPK, **changes})
+
+
+def facts(**changes) -> StepFacts:
+    values = {
+        "batch_size": 2,
+        "costs": costs(extend=[0.5, 0.6, 0.7]),
+        "weights": None,
+        "answer_tokens": None,
+        "missing_rows": 0,
+        "max_layers": 5,
+        "max_rows": MOST,
+        "is_timed": True,
+    }
+    return StepFacts(**{**values, **changes})
+
+
+def scores(nodes: int, batch: int = 2) -> torch.Tensor:
+    return torch.linspace(1.0, 0.1, nodes).repeat(batch, 1)
+
+
+def grown(made: Decider) -> list[int]:
+    """Return the widths of a whole tree."""
+    widths = []
+    while (width := made.width(scores(TOPK))) is not None:
+        widths.append(width)
+    return widths
+
+
+def test_a_step_is_decided_by_the_policy():
+    policy = Scripted()
+    made = decider(policy)
+    assert made.begin_step(facts(answer_tokens=40.0)) == (True, 0.0)
+    assert grown(made) == [2, 3]
+    assert made.depth(3) == 3
+    assert made.rows(scores(MOST - 1)) == (6, None)
+    made.end_step(2, 1.5, 3.0)
+    assert policy.asked == [
+        ("expect", 40.0),
+        ("weigh", None),
+        ("speculate", 2, 0.0),
+        ("observe", 2, 1.5, 3.0),
+    ]
+    assert made.seconds > 0.0
+
+
+@pytest.mark.parametrize(
+    "room", [{"max_layers": 0}, {"max_rows": 1}, {"weights": np.zeros(2)}], ids=str
+)
+def test_nothing_is_drafted_where_nobody_can_take_it(room):
+    assert not decider(Scripted()).begin_step(facts(**room)).drafts
+    assert not decider(Scripted()).begin_step(facts(costs=None, **room)).drafts
+
+
+def test_a_policy_without_costs_drafts_and_tries_nothing():
+    tries = Tries(draft=1, verify=2, plain=True)
+    made = decider(Scripted(), exploration=tries)
+    assert made.begin_step(facts(costs=None)) == (True, 0.0)
+    assert grown(made) == [2, 3] and made.rows(scores(11)) == (6, None)
+    assert not tries.asked
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_a_tree_has_no_more_layers_than_there_is_room_for(layers):
+    made = decider(Scripted(widths=(1,) * 9))
+    made.begin_step(facts(max_layers=layers))
+    assert len(grown(made)) == layers - 1
+
+
+def test_the_draft_catches_up_before_it_drafts_and_while_it_is_cheap():
+    extend = [0.5, 0.6, 0.7]
+    made = decider(Scripted())
+    assert made.begin_step(facts(missing_rows=3)) == (True, pytest.approx(0.7))
+    stays = decider(Scripted(drafts=False))
+    assert stays.begin_step(facts(missing_rows=3)) == (False, 0.0)
+    # Twelve rows take 0.7 + 9 * 0.1 units: more than a hundredth of twelve plain steps.
+    assert stays.begin_step(facts(missing_rows=MOST)) == (False, 0.0)
+    cheap = facts(missing_rows=MOST, costs=costs(extend=[value / 20 for value in extend]))
+    assert stays.begin_step(cheap) == (False, pytest.approx(1.6 / 20))
+
+
+def test_other_sizes_are_tried_in_timed_steps_alone():
+    tries = Tries(draft=4, verify=9)
+    made = decider(Scripted(), exploration=tries)
+    made.begin_step(facts())
+    assert grown(made) == [4, 3]  # in the first layer alone
+    assert made.rows(scores(9)) == (9, None)
+    assert tries.asked == [
+        ("plain", 0.1),
+        ("draft", 2, (1, 2, 3, 4)),
+        ("verify", 6, tuple(range(2, 11))),
+    ]
+    tries.asked.clear()
+    made.begin_step(facts(is_timed=False))
+    assert grown(made) == [2, 3] and made.rows(scores(9)) == (6, None)
+    assert not tries.asked
+
+
+def test_a_plain_step_is_tried_too():
+    assert not decider(Scripted(), exploration=Tries(plain=True)).begin_step(facts()).drafts
+
+
+def test_sizes_with_a_graph_run():
+    made = decider(
+        Scripted(size=6),
+        verify_graphs=GraphSizes({1: (2, 3), 4: (5, 9)}),
+        width_graphs=GraphSizes({4: (3, 4)}),
+    )
+    made.begin_step(facts())
+    assert grown(made) == [3, 3]
+    assert made.rows(scores(11)) == (9, None)
+    assert made.rows(scores(7)) == (5, None)  # there are no nodes for nine rows
+    assert made.rows(scores(3)) == (4, None)  # nor for five
+    made.begin_step(facts(batch_size=9))  # beyond the captured batch sizes
+    assert grown(made) == [2, 3] and made.rows(scores(11, batch=9)) == (6, None)
+
+
+def test_rows_are_shared_out_where_requests_may_differ():
+    policy = Scripted(shares=np.array([5, 2]))
+    made = decider(policy, is_ragged=True, shares_out=True)
+    made.begin_step(facts())
+    size, rows = made.rows(scores(11))
+    assert size == 5 and rows.tolist() == [5, 2]
+
+
+def test_who_wants_no_drafts_has_its_root_alone():
+    weighted = facts(weights=np.array([1.0, 0.0]))
+    made = decider(Scripted(), is_ragged=True)
+    made.begin_step(weighted)
+    size, rows = made.rows(scores(11))
+    assert size == 6 and rows.tolist() == [6, 1]
+    even = decider(Scripted())  # all requests have the same number of rows there
+    even.begin_step(weighted)
+    assert even.rows(scores(11)) == (6, None)
+
+
+def test_a_small_tree_is_verified_as_it_is():
+    made = decider(Scripted(size=12), verify_sizes=(8, 12), exploration=Tries())
+    made.begin_step(facts())
+    assert made.rows(scores(4)) == (5, None)
