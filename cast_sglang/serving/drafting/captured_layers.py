@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.model_executor.runner import ShapeKey
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.errors import HostError
 from cast_sglang.serving.drafting.layers import take_rows
-from cast_sglang.serving.graphs.sizes import GraphSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""CUDA graphs of verify and draft extend: which sizes are captured, and their runners."""
+"""CUDA graphs of verify and draft extend: the plan of sizes, and their runners."""

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.errors import HostError
-from cast_sglang.serving.graphs.sizes import GraphSizes
 
 if TYPE_CHECKING:
     from cast_sglang.serving.drafting.worker import CastDraftWorker

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.costs.limits import Limits
 from cast_sglang.profiling.grid import default_grid
-from cast_sglang.serving.graphs.sizes import GraphSizes
 
 if TYPE_CHECKING:
     from cast_sglang.serving.worker import CastWorker

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.ops import reference
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.captured_layers import LayerGraphs
 from cast_sglang.serving.drafting.grow import compile_ops, grow_tree
-from cast_sglang.serving.graphs.sizes import GraphSizes
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.step_room import StepRoom

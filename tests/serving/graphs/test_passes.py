@@ -2,8 +2,8 @@
 
 import contextlib
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.serving.graphs.passes import PassGraphs
-from cast_sglang.serving.graphs.sizes import GraphSizes
 
 
 def test_runners_are_built_the_largest_first_and_each_for_its_batch_sizes():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.serving.graphs.sizes import GraphSizes, kept_sizes
+from cast_sglang.costs.graph_sizes import GraphSizes, kept_sizes
 
 COSTS = st.lists(st.floats(0.5, 4.0), min_size=2, max_size=9)
 STAIRS = [1.0, 1.0, 1.0, 1.01, 1.5, 1.5, 1.4, 2.0, 2.0]
