@@ -31,7 +31,7 @@ def register() -> None:
     host_patches.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_wish, HookType.AFTER)
+    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)
     for method, hook, kind in (
         ("__init__", _provide_profile, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),

@@ -40,7 +40,7 @@ from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths, mean_context, weights_of
+from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
 from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import PLAIN_SHAPE
@@ -257,7 +257,7 @@ class CastWorker(EAGLEWorkerV2):
         draft, batch_size = self._draft_worker, len(batch.reqs)
         if (answer_tokens := self.answers.mean_tokens) is not None:
             draft.policy.expect(answer_tokens)
-        self._wants_drafts, draft.weights = weights_of(batch.reqs)
+        self._wants_drafts, draft.weights = request_weights(batch.reqs)
         draft.policy.weigh(draft.weights)
         if self.cost_model is not None:
             context = mean_context(batch)
