@@ -36,9 +36,10 @@ SERVING_FLOORS = (
     "algorithm profiling",
     "worker",
     "drafting",
+    "graphs trace_recorder calibration",
     "host_patches",
-    "trace_recorder calibration weight_updates",
-    "launch graphs step step_room requests pass_clock host_reads row_packing stats",
+    "weight_updates",
+    "launch step step_room requests pass_clock host_reads row_packing stats",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker.CastDraftWorker"
 WORKER = "cast_sglang.serving.worker.CastWorker"

@@ -25,10 +25,11 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, host_patches, requests
+    from cast_sglang.serving import algorithm, requests
+    from cast_sglang.serving.host_patches import hooks
 
     algorithm.register()
-    host_patches.register_hooks()
+    hooks.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
     HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)

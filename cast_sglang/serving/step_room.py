@@ -47,8 +47,8 @@ class Envelope:
 
         A tree is no deeper than the request that may get the most tokens can go, which is what is
         left of its answer and so of the context. A request that is alone may hold fewer slots than
-        the envelope takes (`host_patches`); then the tree keeps within them and leaves one for the
-        step after.
+        the envelope takes (`host_patches.hooks`); then the tree keeps within them and leaves one
+        for the step after.
 
         Args:
             pending: of each earlier step whose result is not in the requests yet, the most tokens

@@ -35,13 +35,14 @@ from cast_sglang.serving.drafting.grow import compile_ops
 from cast_sglang.serving.drafting.worker import CastDraftWorker
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
-from cast_sglang.serving.host_patches import building_draft_worker
+from cast_sglang.serving.host_patches.hooks import building_draft_worker
+from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
-from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import PLAIN_SHAPE
 from cast_sglang.serving.step_room import Envelope
@@ -120,7 +121,7 @@ class CastWorker(EAGLEWorkerV2):
         super().init_attention_backends()
         draft = self._draft_worker
         runners = (self.target_worker.model_runner, draft.draft_runner)
-        draft.is_ragged = all(runs_kept_rows(runner) for runner in runners)
+        draft.is_ragged = all(can_pack_rows(runner) for runner in runners)
         draft.shares_out = draft.is_ragged and self.config.joint_budget == "on"
         draft.policy = self._build_policy()
         draft.tracer = Tracer.of(self)
@@ -340,18 +341,19 @@ class CastWorker(EAGLEWorkerV2):
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the step's tree at the step's width."""
         rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
-        mean_rows, kept = float(rows), None
+        mean_rows, packed_rows = float(rows), None
         num_rows = getattr(batch.spec_info, "num_rows", None)
         if num_rows is not None:
-            mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
+            mean_rows = float(num_rows.mean())
+            packed_rows = find_packed_rows(torch.from_numpy(num_rows), rows)
         topk = self.topk
         if rows == 1 or getattr(batch.spec_info, "is_path", False):
             self.topk = 1  # accepted nodes stand where they belong, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
             if (graphs := self.verify_graphs) is not None:
-                runner.decode_cuda_graph_runner = graphs.runner(len(batch.reqs), rows)
-            with self.clock.time("verify", mean_rows), running_only(runner, kept):
+                set_verify_graph(runner, graphs.runner(len(batch.reqs), rows))
+            with self.clock.time("verify", mean_rows), packed_pass(runner, packed_rows):
                 result = super().verify(batch, *args, **kwargs)
             if self.calibration is not None and rows > 1:
                 self.calibration.verified(result.accept_index)

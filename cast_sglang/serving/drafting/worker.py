@@ -31,14 +31,13 @@ from sglang.srt.utils.common import fast_topk
 from cast_sglang.serving.drafting.attention import create_tree_backend
 from cast_sglang.serving.drafting.captured_layers import capture_layers
 from cast_sglang.serving.drafting.grow import grow_tree
-from cast_sglang.serving.graphs.passes import capture_extend, extend_rows
+from cast_sglang.serving.graphs.passes import capture_extend
+from cast_sglang.serving.host_patches.passes import extend_rows, last_rows_only, packed_pass
 from cast_sglang.serving.row_packing import (
-    ending_at,
+    find_packed_rows,
     first_columns,
-    kept_rows,
     last_layer,
     last_rows,
-    running_only,
 )
 from cast_sglang.serving.step import DraftShape
 
@@ -256,7 +255,7 @@ class CastDraftWorker(EagleDraftWorker):
         is_eager = torch.device(self.device).type == "cpu" and not batch.forward_mode.is_idle()
         if is_eager and self.last_layer is not None:
             last = torch.tensor(batch.extend_lens).cumsum(0) - 1
-            ending = ending_at(self.draft_runner.model.model.norm, self.last_layer, last)
+            ending = last_rows_only(self.draft_runner.model.model.norm, self.last_layer, last)
         with ending:
             return super()._draft_extend_for_prefill(batch, *args, **kwargs)
 
@@ -271,13 +270,13 @@ class CastDraftWorker(EagleDraftWorker):
         if self.deferring is not None:
             self._defer(batch, batch_result)
             return
-        rows, kept = batch_result.accept_index.shape[1], None
+        rows, packed_rows = batch_result.accept_index.shape[1], None
         self.last_extend_rows = rows
         if batch_result.accept_lens.device.type == "cpu":  # free where nothing is in flight
             rows = int(batch_result.accept_lens.max())
             self.last_extend_rows = rows
             if self.is_ragged:
-                kept = kept_rows(batch_result.accept_lens, rows)
+                packed_rows = find_packed_rows(batch_result.accept_lens, rows)
                 self.last_extend_rows = float(batch_result.accept_lens.sum()) / len(batch.reqs)
         if self.extend_graphs is not None:
             # All columns that verify has run are there, so a size with a graph may take more.
@@ -289,7 +288,7 @@ class CastDraftWorker(EagleDraftWorker):
         with (
             self._width(rows, len(batch.reqs)),
             self.clock.time("draft_extend", self.last_extend_rows),
-            self._extending(batch_result.accept_lens, rows, kept),
+            self._extending(batch_result.accept_lens, rows, packed_rows),
         ):
             super()._draft_extend_for_decode(
                 batch, first_columns(batch, batch_result, rows), **kwargs
@@ -336,10 +335,10 @@ class CastDraftWorker(EagleDraftWorker):
             next_draft_input=EagleDraftInput(),
             speculative_num_draft_tokens=width,
         )
-        kept = kept_rows(num_rows, width) if self.is_ragged else None
+        packed_rows = find_packed_rows(num_rows, width) if self.is_ragged else None
         with (
             self._width(width, len(batch.reqs)),
-            self._extending(result.accept_lens, width, kept),
+            self._extending(result.accept_lens, width, packed_rows),
         ):
             super()._draft_extend_for_decode(past, result)
         for name in _NEXT_CHILDREN:
@@ -348,19 +347,20 @@ class CastDraftWorker(EagleDraftWorker):
             setattr(batch.spec_info, name, torch.where(took, now, before))
 
     def _extending(
-        self, num_rows: torch.Tensor, width: int, kept: torch.Tensor | None
+        self, num_rows: torch.Tensor, width: int, packed_rows: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[None]:
-        """Let draft extend run the kept rows, and those behind each request's last only so far.
+        """Make draft extend run the packed rows, and only each request's last to its end.
 
         Args:
             num_rows: [B] int, rows of each request that hold something.
             width: rows laid out for each request.
-            kept: as of `running_only`.
+            packed_rows: as of `packed_pass`.
         """
         if width == 1 or self.extend_graphs is not None:
             # Captured passes run as they were captured.
-            return running_only(self.draft_runner, kept)
-        return running_only(self.draft_runner, kept, self.last_layer, last_rows(num_rows, width))
+            return packed_pass(self.draft_runner, packed_rows)
+        read_rows = last_rows(num_rows, width)
+        return packed_pass(self.draft_runner, packed_rows, self.last_layer, read_rows)
 
     @contextlib.contextmanager
     def _width(self, num_tokens: int, batch_size: int) -> Iterator[None]:
@@ -371,7 +371,8 @@ class CastDraftWorker(EagleDraftWorker):
             runner = self.extend_graphs.runner(batch_size, num_tokens)
         self.cuda_graph_runner_for_draft_extend = runner
         try:
-            with contextlib.nullcontext() if runner is None else extend_rows(self, num_tokens):
+            backend = self.draft_extend_attn_backend
+            with contextlib.nullcontext() if runner is None else extend_rows(backend, num_tokens):
                 yield
         finally:
             self.speculative_num_draft_tokens = self.max_draft_tokens

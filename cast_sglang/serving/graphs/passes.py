@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.costs.graph_sizes import GraphSizes
-from cast_sglang.errors import HostError
+from cast_sglang.serving.host_patches.passes import capturing_size, extend_rows, keeping_buffers
 
 if TYPE_CHECKING:
     from cast_sglang.serving.drafting.worker import CastDraftWorker
     from cast_sglang.serving.worker import CastWorker
 
-__all__ = ["PassGraphs", "capture_extend", "capture_verify", "extend_rows"]
+__all__ = ["PassGraphs", "capture_extend", "capture_verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ def capture_verify(worker: CastWorker, sizes: GraphSizes) -> PassGraphs:
         return DecodeCudaGraphRunner(runner, speculative_num_draft_tokens=size)
 
     first = runner.decode_cuda_graph_runner
-    with _measured(worker, graphs), _keeping_buffers(runner.attn_backend):
-        graphs.capture(build, _capturing, {first.captured_req_width: first})
+    with _measured(worker, graphs), keeping_buffers(runner.attn_backend):
+        graphs.capture(build, capturing_size, {first.captured_req_width: first})
     return graphs
 
 
@@ -93,58 +93,12 @@ def capture_extend(draft: CastDraftWorker, sizes: GraphSizes) -> PassGraphs:
 
     @contextlib.contextmanager
     def capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
-        with _capturing(size, batch_sizes), extend_rows(draft, size):
+        with capturing_size(size, batch_sizes), extend_rows(backend, size):
             yield
 
-    with _measured(draft, graphs), _keeping_buffers(backend):
+    with _measured(draft, graphs), keeping_buffers(backend):
         graphs.capture(lambda size: EAGLEDraftExtendCudaGraphRunner(draft), capturing)
     return graphs
-
-
-@contextlib.contextmanager
-def extend_rows(draft: CastDraftWorker, rows: int) -> Iterator[None]:
-    """Let the backend of draft extend lay out so many rows per request in captured passes."""
-    backend = draft.draft_extend_attn_backend
-    before, backend.num_draft_tokens = backend.num_draft_tokens, rows
-    try:
-        yield
-    finally:
-        backend.num_draft_tokens = before
-
-
-@contextlib.contextmanager
-def _capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
-    """Let SGLang's runners, which read the server's arguments, capture this size alone."""
-    from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
-    from sglang.srt.runtime_context import get_context, get_exec, get_spec
-
-    config, tokens = get_exec().graph.cuda_graph_config, get_spec().speculative_num_draft_tokens
-    get_context().override(
-        "cast.capture",
-        cuda_graph_config=with_phase(config, Phase.DECODE, bs=batch_sizes),
-        speculative_num_draft_tokens=size,
-    )
-    try:
-        yield
-    except Exception as error:
-        raise HostError(
-            f"capturing CUDA graphs of {size} rows per request failed: {error}; "
-            "pass --cast-graphs off, or --disable-cuda-graph"
-        ) from error
-    finally:
-        get_context().override(
-            "cast.captured", cuda_graph_config=config, speculative_num_draft_tokens=tokens
-        )
-
-
-@contextlib.contextmanager
-def _keeping_buffers(backend: Any) -> Iterator[None]:
-    """Keep each runner from making the backend's buffers anew, under the graphs that read them."""
-    backend.init_cuda_graph_state = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del backend.init_cuda_graph_state
 
 
 @contextlib.contextmanager
