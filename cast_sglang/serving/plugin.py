@@ -1,7 +1,7 @@
 """Entry point of SGLang's general plugins: the algorithm, the `--cast-*` flags, clean errors.
 
-SGLang executes `register` in every process before it parses arguments, and goes on without a plugin
-that raises; so an import error here would only be logged. That is safe: without registration,
+SGLang executes `register` in every process before it parses arguments. It only logs an error that
+`register` raises, and starts without the plugin. That is safe: without registration,
 `--speculative-algorithm CAST` is an unknown name and the server stops.
 """
 

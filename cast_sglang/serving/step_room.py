@@ -40,7 +40,12 @@ class Envelope:
         self._max_layers, self._topk, self._max_rows = max_layers, topk, max_rows
         # The most tokens that a step brings a request: a path of the tree and the bonus token.
         self._max_tokens = min(max_layers, max_rows - 1) + 1
-        self._tokens_left = 0  # at least so many of the request that may still get most
+        self._tokens_left = 0  # lower bound for the request that may still get most
+
+    @property
+    def whole(self) -> StepRoom:
+        """The room of a step that may use all of it."""
+        return StepRoom(self._max_layers, self._max_rows)
 
     def room(self, reqs: list[Req], pending: list[int], are_new: bool) -> StepRoom:
         """Return how much of the envelope the next step may use.
