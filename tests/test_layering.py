@@ -1,6 +1,7 @@
 """The dependency rule: which package may import which, and that only the edges know SGLang."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,27 +37,13 @@ SERVING_FLOORS = (
     "algorithm profiling",
     "worker",
     "drafting",
-    "host_patches",
-    "trace_recorder calibration weight_updates",
-    "launch graphs step step_room requests pass_clock host_reads row_packing stats",
+    "graphs served_costs",
+    "host_patches trace_recorder calibration",
+    "weight_updates",
+    "step",
+    "launch step_room requests pass_clock host_reads row_packing stats",
 )
-DRAFT_WORKER = "cast_sglang.serving.drafting.worker.CastDraftWorker"
-WORKER = "cast_sglang.serving.worker.CastWorker"
-# What a file of `serving` imports although it may not, and is to get handed in: all for types only.
-# An entry whose import is gone fails too.
-STILL_IMPORTED = {
-    # The draft model's runner, attention and token map, which the worker could hand in.
-    ("serving/drafting/captured_layers.py", DRAFT_WORKER),
-    ("serving/drafting/grow.py", DRAFT_WORKER),
-    ("serving/drafting/layers.py", DRAFT_WORKER),
-    # Runner, device, batch sizes and limits.
-    ("serving/graphs/passes.py", DRAFT_WORKER),
-    ("serving/graphs/passes.py", WORKER),
-    ("serving/graphs/plan.py", WORKER),
-    # Limits, settings and identity at the start, a step's records later.
-    ("serving/trace_recorder.py", DRAFT_WORKER),
-    ("serving/trace_recorder.py", WORKER),
-}
+DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")
 
 
@@ -104,21 +91,66 @@ def test_packages_import_what_they_may(path):
 
 def test_serving_imports_from_the_top_down():
     floors = {unit: n for n, units in enumerate(SERVING_FLOORS) for unit in units.split()}
-    found = set()
     for path in FILES:
-        folder, unit, *inner = path.relative_to(PACKAGE).with_suffix("").parts + ("",)
+        folder, unit, *_ = path.relative_to(PACKAGE).with_suffix("").parts + ("",)
         if folder != "serving" or unit == "__init__":
             continue
         for name in imported_here(path):
-            if not name.startswith("cast_sglang.serving."):
-                continue
-            imported = name.split(".")[2]
-            is_below = floors[imported] > floors[unit]
-            # In `drafting` the worker builds the others, and none of them needs to know it.
-            names_worker = unit == "drafting" and inner[0] != "worker" and name == DRAFT_WORKER
-            if names_worker or not (is_below or imported == unit):
-                found.add((path.relative_to(PACKAGE).as_posix(), name))
-    assert found == STILL_IMPORTED
+            if name.startswith("cast_sglang.serving."):
+                imported = name.split(".")[2]
+                is_below = floors[imported] > floors[unit]
+                assert is_below or imported == unit, f"{path.name} may not import {name}"
+
+
+def test_nothing_in_drafting_knows_its_worker():
+    """The worker builds the others and hands them what they need."""
+    for path in (PACKAGE / "serving" / "drafting").glob("*.py"):
+        assert not any(name.startswith(DRAFT_WORKER) for name in imported_here(path)), path
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports for types and in functions count too: each file can be read after those it names."""
+    graph = import_graph(PACKAGE)
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(graph)
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """Return, for each module of a package, the modules of the package that it imports."""
+    modules = {module_name(package, path): path for path in package.rglob("*.py")}
+    return {
+        module: {
+            # A name is a module, or defined in one.
+            name if name in modules else name.rpartition(".")[0]
+            for name in imported_here(path)
+        }
+        for module, path in modules.items()
+    }
+
+
+def module_name(package: Path, path: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize(
+    "import_of_b",
+    [
+        "from cast_sglang import b",
+        "import cast_sglang.b",
+        "def f(): from cast_sglang.b import X",
+        "if TYPE_CHECKING: from cast_sglang.b import X",
+    ],
+)
+def test_circles_are_found(tmp_path, import_of_b):
+    package = tmp_path / "cast_sglang"
+    package.mkdir()
+    (package / "b.py").write_text("import cast_sglang.c")
+    (package / "c.py").write_text("from cast_sglang.a import X")
+    (package / "a.py").write_text("")
+    list(graphlib.TopologicalSorter(import_graph(package)).static_order())
+    (package / "a.py").write_text(import_of_b)
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(import_graph(package)).static_order())
 
 
 def test_the_command_line_imports_what_starts_servers_late():

@@ -78,6 +78,11 @@ class GraphSizes:
         )
 
     @property
+    def tiers(self) -> dict[int, list[int]]:
+        """Captured batch size -> ascending sizes; what `__init__` takes."""
+        return {batch_size: list(sizes) for batch_size, sizes in self._tiers.items()}
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """All sizes that have a graph at some batch size, ascending."""
         return tuple(sorted({size for sizes in self._tiers.values() for size in sizes}))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class CastCpuAttnBackend(AttentionBackend):
     """The `cast_cpu` attention backend: every forward mode of the target and of an EAGLE draft."""
 
-    kept_rows: torch.Tensor | None = None
+    packed_rows: torch.Tensor | None = None
     """[T] int64: of the B * Q rows that a forward is laid out for only these are run; None for all.
     Set around a forward by whoever packs its rows."""
 
@@ -115,13 +115,13 @@ class CastCpuAttnBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         rows = self.pool.layer_rows(layer.layer_id)
         if isinstance(self.read, BatchedRead):
-            kept = self.kept_rows
-            if kept is None:
+            packed = self.packed_rows
+            if packed is None:
                 return attend_batched(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
             num_rows = self.read.num_requests * self.read.width
-            q = q.new_zeros(num_rows, *q.shape[1:]).index_copy_(0, kept, q)
+            q = q.new_zeros(num_rows, *q.shape[1:]).index_copy_(0, packed, q)
             out = attend_batched(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
-            return out.index_select(0, kept)
+            return out.index_select(0, packed)
         assert self.read is not None, "init_forward_metadata has not run"
         return attend_prefill(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
 

@@ -48,9 +48,6 @@ LOST_STEPS = 1.0
 MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
-# During plain decoding the draft catches up whenever its backlog is full if that takes less than
-# this share of the time; else only before the next step that drafts.
-KEEP_UP_SHARE = 0.01
 # Target passes that a try may lose; it starts once they are saved.
 MIN_PROBE = 0.25
 

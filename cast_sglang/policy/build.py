@@ -15,6 +15,9 @@ from cast_sglang.policy.full_width import FullWidthPolicy
 __all__ = ["PolicySettings", "build_policy"]
 
 
+_DEFAULTS = CastConfig()
+
+
 class PolicySettings(NamedTuple):
     """What a policy may be made from."""
 
@@ -22,10 +25,10 @@ class PolicySettings(NamedTuple):
     max_layers: int  # D, layers a tree may grow to
     max_verify_rows: int  # N, the most rows verified per request, root included
     extends_by_accepted: bool  # draft extend runs the accepted rows, not as many as layers
-    c1: float = CastConfig.c1  # these four of `fixed`
-    c2: float = CastConfig.c2
-    c3: float = CastConfig.c3
-    r: int = CastConfig.r
+    c1: float = _DEFAULTS.c1  # these four of `fixed`
+    c2: float = _DEFAULTS.c2
+    c3: float = _DEFAULTS.c3
+    r: int = _DEFAULTS.r
 
 
 _BUILDERS: dict[str, Callable[[PolicySettings], TreePolicy]] = {

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cast_sglang.costs.model import extend_units
+from cast_sglang.policy.auto import AutoPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.policy.base import TreePolicy
 
-__all__ = ["Decider", "Plan", "Rows", "StepFacts"]
+__all__ = ["Decider", "Plan", "VerifyRows", "StepFacts"]
 
-# In plain decoding the draft is brought up to date while it is due if that takes less than this
-# share of their time, and else only when it is needed.
+# During plain decoding the draft catches up whenever its backlog is full if that takes less than
+# this share of the time; else only before the next step that drafts.
 KEEP_UP_SHARE = 0.01
 
 
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
     catch_up: float  # units that bringing the draft up to date takes; 0 where it stays behind
 
 
-class Rows(NamedTuple):
+class VerifyRows(NamedTuple):
     """What a step verifies."""
 
     num_draft_tokens: int  # N, rows of the request that has most, root included
@@ -172,7 +173,7 @@ class Decider:
         self.seconds += time.perf_counter() - began
         return depth
 
-    def rows(self, scores: torch.Tensor) -> Rows:
+    def rows(self, scores: torch.Tensor) -> VerifyRows:
         """Decide how many rows of each request are verified.
 
         Args:
@@ -200,11 +201,15 @@ class Decider:
             size = int(num_rows.max())
             num_rows = None if num_rows.min() == size else num_rows
         self.seconds += time.perf_counter() - began
-        return Rows(size, num_rows)
+        return VerifyRows(size, num_rows)
 
     def end_step(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Learn what a step with a tree brought; arguments of `TreePolicy.observe`."""
         self.policy.observe(batch_size, accepted_mean, time_units)
+
+    def price(self, batch_size: int) -> float | None:
+        """Return tokens asked per unit of time; None for a policy without a price."""
+        return self.policy.price(batch_size) if isinstance(self.policy, AutoPolicy) else None
 
     def _step(self) -> StepFacts:
         assert self._facts is not None, "begin_step comes first"

@@ -1,4 +1,4 @@
-"""What a request asks of speculation: no drafts, more of them, or what pays for the batch.
+"""Request modes: what a request asks of speculation.
 
 A client sets it as the custom parameter `cast` of its request:
 
@@ -17,27 +17,27 @@ from cast_sglang.errors import ConfigError
 __all__ = [
     "LATENCY",
     "LATENCY_WEIGHT",
+    "MODES",
+    "MODE_PARAMETER",
     "OFF",
     "THROUGHPUT",
-    "WISHES",
-    "WISH_PARAMETER",
-    "parse_wish",
-    "request_weights",
+    "mode_weights",
+    "parse_mode",
 ]
 
-WISH_PARAMETER = "cast"
+MODE_PARAMETER = "cast"
 OFF = "off"
 LATENCY = "latency"
 THROUGHPUT = "throughput"
-WISHES = (OFF, LATENCY, THROUGHPUT)
+MODES = (OFF, LATENCY, THROUGHPUT)
 
 LATENCY_WEIGHT = 4.0
 
 _WEIGHTS = {OFF: 0.0, LATENCY: LATENCY_WEIGHT, THROUGHPUT: 1.0}
 
 
-def parse_wish(custom_params: Any) -> str:
-    """Return the wish in a request's custom parameters.
+def parse_mode(custom_params: Any) -> str:
+    """Return the mode in a request's custom parameters.
 
     Args:
         custom_params: what the client sent, of any type. Parameters other than `cast` are left to
@@ -51,28 +51,28 @@ def parse_wish(custom_params: Any) -> str:
     if not isinstance(custom_params, Mapping):
         raise ConfigError(
             f"custom_params={_shown(custom_params)}: must be an object such as "
-            f'{{"{WISH_PARAMETER}": "{OFF}"}}'
+            f'{{"{MODE_PARAMETER}": "{OFF}"}}'
         )
-    wish = custom_params.get(WISH_PARAMETER)
-    if wish is None:
+    mode = custom_params.get(MODE_PARAMETER)
+    if mode is None:
         return THROUGHPUT
-    if not isinstance(wish, str) or wish not in WISHES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError(
-            f"custom_params.{WISH_PARAMETER}={_shown(wish)}: must be {' | '.join(WISHES)}"
+            f"custom_params.{MODE_PARAMETER}={_shown(mode)}: must be {' | '.join(MODES)}"
         )
-    return wish
+    return mode
 
 
-def request_weights(wishes: Sequence[str]) -> list[float]:
+def mode_weights(modes: Sequence[str]) -> list[float]:
     """Return how much a token of each request counts.
 
-    Those that want drafts count 1 in the mean, so where all wish the same, all count 1: a wish
+    Those that want drafts count 1 in the mean, so where all have the same mode, all count 1: a mode
     moves rows from one request to another and leaves the price of a row as it is.
 
     Args:
-        wishes: [B] members of `WISHES`, as `parse_wish` returns them.
+        modes: [B] members of `MODES`, as `parse_mode` returns them.
     """
-    weights = [_WEIGHTS[wish] for wish in wishes]
+    weights = [_WEIGHTS[mode] for mode in modes]
     mean = sum(weights) / max(1, sum(weight > 0.0 for weight in weights))
     return [weight / mean if mean else weight for weight in weights]
 

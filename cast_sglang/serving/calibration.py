@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
     from cast_sglang.costs.schema import HostIdentity
     from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.serving.step import Drafted, Verified
     from cast_sglang.tree import Selection
 
 __all__ = ["Calibration", "CalibrationFile"]
 
 # Steps with drafts between two writes of the file, each a fraction of a millisecond.
 SAVE_EVERY = 1024
-# Once many outcomes are known, one step in so many teaches, and so many are learned together:
-# between two passes of a model the code has left the caches, and most of the time goes into
-# fetching it.
+# Once many outcomes are known, only one step in TEACH_EVERY teaches, and LEARN_AT_ONCE of them are
+# learned together: between two passes of a model the code has left the caches, and most of the time
+# goes into fetching it.
 TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
 _MANY = 128
@@ -75,7 +77,7 @@ class CalibrationFile:
         return acceptance
 
     def save(self, acceptance: Acceptance) -> None:
-        """Keep what was learned; a server that cannot write goes on and says so in its log."""
+        """Write what was learned; a server that cannot write logs that and serves."""
         content = {"pair": self._pair, "acceptance": acceptance.state()}
         try:
             # After a power cut the older file would do.
@@ -86,32 +88,35 @@ class CalibrationFile:
             )
 
 
-class _Drafted(NamedTuple):
-    """The verified part of a step's tree."""
+class _Lesson(NamedTuple):
+    """What is learned from one step, on the device.
+
+    It holds no more of `Drafted` and `Verified` than that: the target's logits are large, and
+    several lessons wait to be learned together.
+    """
 
     selection: Selection
     probs: torch.Tensor  # [B, N - 1], the draft's own probabilities given the parent
     widths: tuple[int, ...]
     topk: int
-
-
-class _Outcome(NamedTuple):
-    """A step whose outcome is known, on the device at first."""
-
-    drafted: _Drafted
-    accept_index: torch.Tensor
+    accept_index: torch.Tensor | None = None  # None until the step is verified
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return what `verify_outcomes` takes first."""
-        parents, nodes = self.drafted.selection.parent_list, self.drafted.selection.top_scores_index
-        return parents, nodes, self.accept_index, self.drafted.probs
+        """Return the tensors of `verify_outcomes`, in its order."""
+        assert self.accept_index is not None
+        selection = self.selection
+        return selection.parent_list, selection.top_scores_index, self.accept_index, self.probs
 
 
 class Calibration:
     """Gives the layers of a tree an `Acceptance`'s lines and teaches it by the tree's outcome.
 
     Outcomes are learned when the next tree has been drafted: drafting has waited for them, so by
-    then their copies are on the host. At first that is each of them at once, later a part of them.
+    then their copies are on the host. At first each of them is learned at once, later a part of
+    them, several together.
+
+    Attributes:
+        seconds: host time spent since `begin_step`.
     """
 
     def __init__(
@@ -122,13 +127,18 @@ class Calibration:
     ) -> None:
         """Start from what the file holds; `saves` is for one of several ranks."""
         self.acceptance = Acceptance() if file is None else file.load()
+        self.seconds = 0.0
         self._file = file if saves else None
         self._reads = HostReads("cpu") if reads is None else reads
         self._num_learned = self._num_drafted = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
-        self._drafted: _Drafted | None = None
-        self._outcomes: list[_Outcome] = []
-        self._read: Read | None = None  # of all outcomes
+        self._lesson: _Lesson | None = None  # of the step that runs
+        self._lessons: list[_Lesson] = []
+        self._read: Read | None = None  # of all lessons
+
+    def begin_step(self) -> None:
+        """Count `seconds` anew."""
+        self.seconds = 0.0
 
     def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
         """Return what to calibrate a layer's candidates by, in the op that scores them.
@@ -137,59 +147,58 @@ class Calibration:
             probs: [n, K] float32, request-major: the root's children, or those of a layer's nodes.
             depth: the candidates' layer, 1 for the root's children.
         """
+        began = time.perf_counter()
         if depth == 1:
             self._probs.clear()
         self._probs.append(probs)
-        return self.acceptance.lines(depth, probs.device)
+        lines = self.acceptance.lines(depth, probs.device)
+        self.seconds += time.perf_counter() - began
+        return lines
 
-    def selected(
-        self,
-        selection: Selection,
-        widths: tuple[int, ...],
-        topk: int,
-        wanted: torch.Tensor | None = None,
-    ) -> None:
-        """Take note of what the step verifies, and learn from the steps before when it is time.
-
-        Args:
-            wanted: [B] bool, False for requests whose nodes cannot be accepted; None for none such.
-        """
+    def on_drafted(self, drafted: Drafted) -> None:
+        """Keep the tree that the step verifies, and learn from the steps before when it is time."""
+        began = time.perf_counter()
         self._learn()
         self._num_drafted += 1
-        if self._num_learned >= _MANY and self._num_drafted % TEACH_EVERY:
-            return
-        batch_size = selection.top_scores_index.shape[0]
-        layers = [probs.view(batch_size, -1) for probs in self._probs]
-        # The candidate that does not exist has no probability either, and teaches nothing.
-        layers.append(layers[0].new_full((batch_size, 1), torch.nan))
-        probs = torch.cat(layers, dim=1).gather(1, selection.top_scores_index)
-        if wanted is not None:
-            probs = probs.masked_fill(~wanted.unsqueeze(1), torch.nan)
-        self._drafted = _Drafted(selection, probs, widths, topk)
+        if self._num_learned < _MANY or self._num_drafted % TEACH_EVERY == 0:
+            probs, topk = self._node_probs(drafted), drafted.tree.topk
+            self._lesson = _Lesson(drafted.selection, probs, drafted.widths, topk)
+        self.seconds += time.perf_counter() - began
 
-    def verified(self, accept_index: torch.Tensor) -> None:
-        """Take note of the outcome.
+    def _node_probs(self, drafted: Drafted) -> torch.Tensor:
+        """Return [B, N - 1], the draft's probability of each verified node given its parent.
 
-        Args:
-            accept_index: [B, *] int, as SGLang's verify returns it; -1 for none.
+        nan for nodes that teach nothing.
         """
-        drafted, self._drafted = self._drafted, None
-        if drafted is not None:
-            self._outcomes.append(_Outcome(drafted, accept_index))
-            if len(self._outcomes) >= (LEARN_AT_ONCE if self._num_learned >= _MANY else 1):
-                tensors = [tensor for outcome in self._outcomes for tensor in outcome.tensors()]
+        index = drafted.selection.top_scores_index
+        layers = [probs.view(len(index), -1) for probs in self._probs]
+        # The candidate that does not exist has no probability either.
+        layers.append(layers[0].new_full((len(index), 1), torch.nan))
+        probs = torch.cat(layers, dim=1).gather(1, index)
+        if drafted.wants_drafts is not None:
+            # The nodes of the other requests cannot be accepted.
+            probs = probs.masked_fill(~drafted.wants_drafts.unsqueeze(1), torch.nan)
+        return probs
+
+    def on_verified(self, verified: Verified) -> None:
+        """Pair the outcome with the tree that the step drafted; ignored where there is none."""
+        lesson, self._lesson = self._lesson, None
+        if lesson is not None:
+            self._lessons.append(lesson._replace(accept_index=verified.accept_index))
+            if len(self._lessons) >= (LEARN_AT_ONCE if self._num_learned >= _MANY else 1):
+                tensors = [tensor for lesson in self._lessons for tensor in lesson.tensors()]
                 self._read = self._reads.start(*tensors)
 
     def _learn(self) -> None:
         if self._read is None:
             return
         arrays = iter([tensor.numpy() for tensor in self._read.wait()])
-        for drafted, _ in self._outcomes:
+        for lesson in self._lessons:
             parents, nodes, accepted, probs = islice(arrays, 4)
-            parts = verify_outcomes(parents, nodes, accepted, probs, drafted.widths, drafted.topk)
+            parts = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
             self.acceptance.update(*(part.ravel() for part in parts))
             self._num_learned += 1
             if self._file is not None and self._num_learned % SAVE_EVERY == 0:
                 self._file.save(self.acceptance)
-        self._outcomes.clear()
+        self._lessons.clear()
         self._read = None

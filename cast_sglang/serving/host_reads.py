@@ -1,8 +1,8 @@
 """What the host reads of a step: small copies, started early and waited for where they are needed.
 
-A plain `.cpu()` waits for everything the stream has been given so far, and the device is idle from
-then until the host has something new for it. Here the copy is enqueued behind what it reads; the
-host goes on preparing, and waits for that copy alone.
+A plain `.cpu()` waits for everything on the stream, and the device is then idle until the host
+launches something new. Here the copy is enqueued behind what it reads; the host prepares more work
+meanwhile, and waits for that copy alone.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class HostReads:
         self._arenas = [_Arena(), _Arena()]
 
     def begin_step(self) -> None:
-        """Let go of what the step before the last one read."""
+        """Reuse the memory of what the step before the last one read."""
         self._arenas.reverse()
         self._arenas[0].reset()
 
     def start(self, *tensors: torch.Tensor) -> Read:
-        """Enqueue copies of the tensors behind what has been given to the current stream."""
+        """Enqueue copies of the tensors on the current stream."""
         if self._module is None:
             return Read(tensors)
         arena = self._arenas[0]

@@ -15,7 +15,8 @@ from cast_sglang.costs.model import pass_us
 if TYPE_CHECKING:
     from cast_sglang.costs.model import StepCosts
 
-# On a GPU an event costs some microseconds of host time, twice per pass: one step in so many.
+# Steps between two timed ones on a GPU, where an event costs some microseconds of host time and a
+# pass needs two.
 GPU_EVERY = 16
 
 
@@ -45,7 +46,11 @@ class PassClock:
         self._running: deque[tuple[tuple[str, int, int, float], Any, Any]] = deque()
 
     def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
-        """Time the passes from here on, if it is this step's turn and there are costs."""
+        """Begin a step; its passes are timed if it is its turn.
+
+        Args:
+            costs: of the step, as measured; None without a profile, and then nothing is timed.
+        """
         self._num_steps += 1
         self._batch_size = batch_size
         self._costs = None if self._num_steps % self._every else costs
@@ -65,7 +70,12 @@ class PassClock:
 
     @contextlib.contextmanager
     def time(self, operation: str, num_tokens: float) -> Iterator[None]:
-        """Time the pass inside, of so many rows or nodes per request in the mean."""
+        """Time the pass inside.
+
+        Args:
+            operation: "verify", "draft" or "draft_extend".
+            num_tokens: rows or nodes per request, a mean where requests differ.
+        """
         costs = self._costs
         if costs is None:
             yield

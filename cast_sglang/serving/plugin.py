@@ -1,7 +1,7 @@
 """Entry point of SGLang's general plugins: the algorithm, the `--cast-*` flags, clean errors.
 
-SGLang executes `register` in every process before it parses arguments, and goes on without a plugin
-that raises; so an import error here would only be logged. That is safe: without registration,
+SGLang executes `register` in every process before it parses arguments. It only logs an error that
+`register` raises, and starts without the plugin. That is safe: without registration,
 `--speculative-algorithm CAST` is an unknown name and the server stops.
 """
 
@@ -25,13 +25,14 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, host_patches, requests
+    from cast_sglang.serving import algorithm, requests
+    from cast_sglang.serving.host_patches import hooks
 
     algorithm.register()
-    host_patches.register_hooks()
+    hooks.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_wish, HookType.AFTER)
+    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)
     for method, hook, kind in (
         ("__init__", _provide_profile, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),

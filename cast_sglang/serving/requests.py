@@ -1,6 +1,6 @@
-"""What requests tell: their wishes, how long their contexts are, and how long answers get.
+"""What is read from requests: their modes, how long contexts are, and how long answers get.
 
-Wishes are checked where a request arrives and read where it is served. SGLang carries custom
+Modes are checked where a request arrives and read where it is served. SGLang carries custom
 parameters from the client to the scheduler whether or not a custom logit processor uses them.
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 from sglang.srt.runtime_context import get_spec
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import OFF, THROUGHPUT, parse_wish, request_weights
+from cast_sglang.policy.request_modes import THROUGHPUT, mode_weights, parse_mode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["AnswerLengths", "check_wish", "mean_context", "weights_of", "wishes_of"]
+__all__ = ["AnswerLengths", "check_mode", "mean_context", "modes_of", "request_weights"]
 
 # Ended answers after which one counts half.
 HALF_LIFE = 32
@@ -27,9 +27,9 @@ _KEEP = 0.5 ** (1 / HALF_LIFE)
 
 
 class AnswerLengths:
-    """The mean length of answers lately: tokens over ends, so that those still running count too.
+    """The mean length of recent answers: tokens over ends, so that running answers count too.
 
-    A mean of the ended ones alone would be that of the short ones for as long as long ones run.
+    A mean over ended answers alone would miss the long ones for as long as they run.
     """
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class AnswerLengths:
         return max(1.0, self._tokens / self._ends) if self._ends else None
 
     def note(self, running: list[Req]) -> bool:
-        """Take note of the requests of a step; return whether they are others than before."""
+        """Compare a step's requests with those of the step before; return whether they differ."""
         if running == self._running:
             return False
         staying = set(map(id, running))
-        # One that was retracted leaves as well, and comes back.
+        # A retracted request leaves as well, and comes back.
         ends = sum(id(req) not in staying and req.finished() for req in self._running)
         self._running = list(running)
         keep = _KEEP**ends
@@ -66,43 +66,42 @@ def mean_context(batch: ScheduleBatch) -> float:
     return sum(lengths) / len(batch.reqs)
 
 
-def check_wish(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
-    """Refuse a request whose wish is none; runs after SGLang's check of its sampling parameters.
+def check_mode(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
+    """Refuse a request whose mode does not exist; runs after SGLang's check of its parameters.
 
     That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
-    400. A server of another algorithm takes custom parameters as ever.
+    400. A server of another algorithm leaves custom parameters alone.
 
     Raises:
         ConfigError: names the parameter, its value and what is allowed.
     """
     if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
-        parse_wish(params.custom_params)
+        parse_mode(params.custom_params)
 
 
-def wishes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
-    """Return the wish of each request of a batch.
+def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
+    """Return the mode of each request of a batch.
 
-    A wish that never passed `check_wish`, because another front end than SGLang's Python server
-    took the request in, counts as throughput: the scheduler must outlive it.
+    A mode that never passed `check_mode`, because another front end than SGLang's Python server
+    took the request in, counts as throughput: a bad request must not end the scheduler.
     """
-    return tuple([_wish_of(req.sampling_params.custom_params) for req in reqs])
+    return tuple([_mode_of(req.sampling_params.custom_params) for req in reqs])
 
 
-def weights_of(reqs: Iterable[Req]) -> tuple[bool, np.ndarray | None]:
-    """Return whether any request of a batch wants drafts, and what the tokens of each are worth.
+def request_weights(reqs: Iterable[Req]) -> np.ndarray | None:
+    """Return [B], what the tokens of each request are worth: `mode_weights`.
 
-    The latter is `request_weights`, [B]; None where all are worth the same.
+    0 for one that wants no drafts; None where all are worth the same.
     """
-    wishes = wishes_of(reqs)
-    differ = any(wish != THROUGHPUT for wish in wishes)
-    weights = np.array(request_weights(wishes)) if differ else None
-    return any(wish != OFF for wish in wishes), weights
+    modes = modes_of(reqs)
+    differ = any(mode != THROUGHPUT for mode in modes)
+    return np.array(mode_weights(modes)) if differ else None
 
 
-def _wish_of(custom_params: Any) -> str:
+def _mode_of(custom_params: Any) -> str:
     if custom_params is None:  # as in most requests
         return THROUGHPUT
     try:
-        return parse_wish(custom_params)
+        return parse_mode(custom_params)
     except ConfigError:
         return THROUGHPUT

@@ -40,15 +40,20 @@ class Envelope:
         self._max_layers, self._topk, self._max_rows = max_layers, topk, max_rows
         # The most tokens that a step brings a request: a path of the tree and the bonus token.
         self._max_tokens = min(max_layers, max_rows - 1) + 1
-        self._tokens_left = 0  # at least so many of the request that may still get most
+        self._tokens_left = 0  # lower bound for the request that may still get most
+
+    @property
+    def whole(self) -> StepRoom:
+        """The room of a step that may use all of it."""
+        return StepRoom(self._max_layers, self._max_rows)
 
     def room(self, reqs: list[Req], pending: list[int], are_new: bool) -> StepRoom:
         """Return how much of the envelope the next step may use.
 
         A tree is no deeper than the request that may get the most tokens can go, which is what is
         left of its answer and so of the context. A request that is alone may hold fewer slots than
-        the envelope takes (`host_patches`); then the tree keeps within them and leaves one for the
-        step after.
+        the envelope takes (`host_patches.hooks`); then the tree keeps within them and leaves one
+        for the step after.
 
         Args:
             pending: of each earlier step whose result is not in the requests yet, the most tokens

@@ -1,8 +1,8 @@
-"""Tracer: records a server's steps as a trace, for replay and pictures.
+"""TraceRecorder: records a server's steps as a trace, for replay and pictures.
 
-Recording waits for the device once per step, to read the step's outcome. A step is written when all
-is known of it: its time, and for each request which of the tree's candidates the text went on with,
-which the next steps tell.
+Recording waits for the device once per step, to read the step's outcome. A step is written when its
+time is known, and for each request which of the tree's candidates the text went on with: the steps
+after it show that.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.runtime_context import get_parallel, get_schedule
 
-from cast_sglang.costs.limits import longest_context
-from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.serving.launch.identity import published
 from cast_sglang.trace.file import TraceWriter
 from cast_sglang.trace.records import (
     Continuation,
@@ -33,36 +29,42 @@ from cast_sglang.trace.records import (
     packed,
     tables_digest,
 )
+from cast_sglang.tree import proposer_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
-    from sglang.srt.managers.utils import GenerationBatchResult
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.config import CastConfig
+    from cast_sglang.costs.graph_sizes import GraphSizes
+    from cast_sglang.costs.limits import Limits
+    from cast_sglang.costs.schema import CostProfile, HostIdentity
     from cast_sglang.serving.pass_clock import TimedPass
-    from cast_sglang.serving.step import DraftShape
-    from cast_sglang.serving.worker import CastWorker
-    from cast_sglang.tree import DraftTree, Selection
+    from cast_sglang.serving.step import Drafted, StepReport, Verified
 
-__all__ = ["Tracer"]
+__all__ = ["Recording", "TraceRecorder"]
 
 # Settings that name files of this machine.
 _PATH_SETTINGS = ("profile", "calibration_file", "trace")
 
 
-class _Drafted(NamedTuple):
-    """The tree of the step that runs, on the device."""
+class Recording(NamedTuple):
+    """The facts of a server for the header of its trace, without the profile."""
 
-    tree: DraftTree
-    num_layers: int
-    selection: Selection
-    probs: list[torch.Tensor]
-    chances: list[torch.Tensor]
+    config: CastConfig
+    identity: HostIdentity
+    limits: Limits
+    max_layers: int  # D, layers that a tree may have
+    verify_sizes: tuple[int, ...]
+    is_ragged: bool  # requests of unequal numbers of rows run as such
+    shares_out: bool  # one budget of verified nodes for the batch
+    extends_by_outcome: bool  # draft extend runs no more rows than were accepted
+    verify_graphs: GraphSizes | None  # sizes with a captured graph, here and below
+    width_graphs: GraphSizes | None
+    extend_graphs: GraphSizes | None
 
 
-class _Outcome(NamedTuple):
-    """What verify said, on the host."""
+class _VerifiedOnHost(NamedTuple):
+    """What verify found, on the host."""
 
     accept_index: np.ndarray  # [B, *], rows counted through the batch, -1 for none
     tokens: list[list[int]]  # new tokens of each request
@@ -83,8 +85,8 @@ class _OpenStep:
     def is_known(self) -> bool:
         return all(path.is_closed for path in self.continuations.values())
 
-    def go_on(self, running: Mapping[int, list[int]]) -> None:
-        """Follow the new tokens of each running request; those of others will not come."""
+    def follow(self, running: Mapping[int, list[int]]) -> None:
+        """Follow the new tokens of each running request; those of the others will not come."""
         for request, path in self.continuations.items():
             if request in running:
                 path.go_on(running[request])
@@ -92,32 +94,43 @@ class _OpenStep:
                 path.end()
 
 
-class Tracer:
-    """Collects steps and writes them; its owner calls it in the order of the methods below."""
+class TraceRecorder:
+    """Collects the records of each step and writes them as a trace.
 
-    def __init__(self, worker: CastWorker) -> None:
-        self._worker = worker
+    Of a step its owner calls, in this order: `begin_step`; `on_layer` for each layer and
+    `on_drafted`, but for a plain step; `on_verified`; `on_step`. `on_step_timed` follows when the
+    step's results have reached the host, `on_pass_timed` when the device has finished a pass.
+
+    Args:
+        recording: of the server.
+        profile: in use; None where there is none, or none yet (`use_profile`).
+    """
+
+    def __init__(self, recording: Recording, profile: CostProfile | None = None) -> None:
+        self._recording, self._profile = recording, profile
         self._writer: TraceWriter | None = None  # made with the first step, which has a profile
-        self._has_tokens = worker.config.trace_tokens
+        self._has_tokens = recording.config.trace_tokens
         self._open: deque[_OpenStep] = deque()
         self._requests: dict[str, int] = {}  # numbers of the running requests
         self._num_requests = 0
         self._last_done: _OpenStep | None = None
-        self._probs: list[torch.Tensor] = []
-        self._chances: list[torch.Tensor] = []
-        self._drafted: _Drafted | None = None
-        self._outcome: _Outcome | None = None
+        self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
+        self._chances: list[torch.Tensor] = []  # the same as calibrated
+        self._drafted: Drafted | None = None
+        self._outcome: _VerifiedOnHost | None = None
         self._contexts: list[int] = []
 
-    @classmethod
-    def of(cls, worker: CastWorker) -> Tracer | None:
-        """Return the worker's tracer; None without --cast-trace, and on all ranks but the first."""
-        if worker.config.trace == "none" or get_parallel().tp_rank != 0:
-            return None
-        return cls(worker)
+    @property
+    def is_full(self) -> bool:
+        """Whether the file takes no more, so that no further step need be recorded."""
+        return self._writer is not None and not self._writer.is_open
 
-    def begin(self, batch: ScheduleBatch) -> None:
-        """Note which requests the step is for."""
+    def use_profile(self, profile: CostProfile) -> None:
+        """Name this profile in the header; without effect once a step has been written."""
+        self._profile = profile
+
+    def begin_step(self, batch: ScheduleBatch) -> None:
+        """Number the requests of the step, and read how long they are."""
         running = {}
         for request in batch.reqs:
             number = self._requests.get(request.rid)
@@ -131,46 +144,48 @@ class Tracer:
             self._contexts = [len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs]
         self._drafted = self._outcome = None
 
-    def timed(self, timed: TimedPass) -> None:
-        """Take note of a pass that the device has finished."""
+    def on_pass_timed(self, timed: TimedPass) -> None:
+        """Add a pass that the device has finished to the last step that is done."""
         if self._last_done is not None:
             self._last_done.passes.append(TracedPass(**timed._asdict()))
 
-    def drafted(self, depth: int, probs: torch.Tensor, chances: torch.Tensor) -> None:
-        """Take note of a layer's candidates: the draft's probabilities, and the calibrated ones."""
+    def on_layer(self, depth: int, probs: torch.Tensor, chances: torch.Tensor) -> None:
+        """Keep a layer's candidates.
+
+        Args:
+            depth: of the layer, 1 for the root's children.
+            probs: the draft's probabilities of the candidates given their parents, request-major.
+            chances: the same as calibrated.
+        """
         if depth == 1:
             self._probs, self._chances = [], []
         self._probs.append(probs)
         self._chances.append(chances)
 
-    def selected(self, tree: DraftTree, num_layers: int, selection: Selection) -> None:
-        """Take note of the step's tree and what is verified of it."""
-        self._drafted = _Drafted(tree, num_layers, selection, self._probs, self._chances)
+    def on_drafted(self, drafted: Drafted) -> None:
+        """Keep the step's tree and what is verified of it."""
+        self._drafted = drafted
 
-    def verified(self, batch: ScheduleBatch, result: GenerationBatchResult, rows: int) -> None:
-        """Take note of the outcome; waits for the device."""
-        batch_size = len(batch.reqs)
-        lens = result.accept_lens.tolist()
-        tokens = result.next_token_ids.view(batch_size, -1).tolist()
-        self._outcome = _Outcome(
-            accept_index=result.accept_index.numpy(force=True),
+    def on_verified(self, verified: Verified) -> None:
+        """Read the outcome; waits for the device."""
+        lens = verified.accept_lens.tolist()
+        tokens = verified.tokens.view(len(lens), -1).tolist()
+        self._outcome = _VerifiedOnHost(
+            accept_index=verified.accept_index.numpy(force=True),
             tokens=[row[:count] for row, count in zip(tokens, lens, strict=True)],
-            target_probs=np.empty((batch_size, 0)),
+            target_probs=np.empty((len(lens), 0)),
         )
-        if self._drafted is not None and rows > 1:
-            logits = result.logits_output.next_token_logits.view(batch_size, rows, -1)
-            probs = _target_probs(logits, self._drafted, batch.sampling_info)
+        if self._drafted is not None and verified.num_draft_tokens > 1:
+            probs = _target_probs(verified, self._drafted)
             self._outcome = self._outcome._replace(target_probs=probs.numpy(force=True))
 
-    def record(
-        self, step: int, shape: DraftShape, draft: CastDraftWorker, predicted_us: float | None
-    ) -> None:
+    def on_step(self, report: StepReport) -> None:
         """Put the step together; it is written when its time and what follows are known."""
         outcome, numbers = self._outcome, list(self._requests.values())
         if outcome is None:
             return
         expanded: list[np.ndarray] = []
-        weights = [1.0] * len(numbers) if draft.weights is None else draft.weights.tolist()
+        weights = [1.0] * len(numbers) if report.weights is None else report.weights.tolist()
         if self._drafted is None:
             requests = [
                 TracedRequest(request=number, context=context, weight=weight)
@@ -178,32 +193,35 @@ class Tracer:
             ]
             continuations: dict[int, Continuation] = {}
         else:
-            expanded = [kept.numpy(force=True) for kept in self._drafted.tree.expanded]
+            expanded = [nodes.numpy(force=True) for nodes in self._drafted.tree.expanded]
             requests, continuations = self._traced_requests(
                 self._drafted, outcome, numbers, weights
             )
-        auto = draft.policy if isinstance(draft.policy, AutoPolicy) else None
         traced = TracedStep(
-            step=step,
+            step=report.number,
             context=sum(self._contexts) / len(self._contexts),
-            widths=[kept.shape[1] for kept in expanded],
+            widths=[nodes.shape[1] for nodes in expanded],
             num_layers=0 if self._drafted is None else self._drafted.num_layers,
-            num_draft_tokens=shape.num_draft_tokens,
-            extend_rows=float(draft.last_extend_rows),
+            num_draft_tokens=report.shape.num_draft_tokens,
+            extend_rows=float(report.extend_rows),
             requests=requests,
-            predicted_us=predicted_us,
-            policy_us=shape.policy_seconds * 1e6,
-            price=None if auto is None else auto.price(len(requests)),
-            answer_tokens=self._worker.answers.mean_tokens,
+            predicted_us=report.predicted_us,
+            expected_us=report.expected_us,
+            is_timed=report.is_timed,
+            max_layers=report.room.max_layers,
+            max_rows=report.room.max_rows,
+            policy_us=report.policy_us,
+            price=report.price,
+            answer_tokens=report.answer_tokens,
         )
         self._open.append(_OpenStep(traced, continuations, []))
         running = dict(zip(numbers, outcome.tokens, strict=True))
         for open_step in self._open:
-            open_step.go_on(running)
+            open_step.follow(running)
         self._write_known()
 
-    def done(self, measured_us: float | None) -> None:
-        """Take note of the time of the oldest step without one; None if it is not known."""
+    def on_step_timed(self, measured_us: float | None) -> None:
+        """Give the oldest step without a time its own; None if that is not known."""
         for step in self._open:
             if not step.is_done:
                 step.is_done, step.measured_us = True, measured_us
@@ -218,7 +236,7 @@ class Tracer:
         """Write all steps that are done, although what follows is not known of all."""
         for step in self._open:
             if step.is_done:
-                step.go_on({})
+                step.follow({})
         while self._open and self._open[0].is_done:
             self._write(self._open.popleft())
 
@@ -231,7 +249,7 @@ class Tracer:
 
     def _write(self, open_step: _OpenStep) -> None:
         if self._writer is None:
-            config = self._worker.config
+            config = self._recording.config
             file = Path(config.trace).expanduser()
             self._writer = TraceWriter(file, config.trace_mb << 20, self._header())
         paths = open_step.continuations
@@ -248,11 +266,9 @@ class Tracer:
             passes=open_step.passes,
         )
         self._writer.write(step)
-        if not self._writer.is_open:
-            self._worker.draft_worker.tracer = None  # the rest of the run costs nothing
 
     def _traced_requests(
-        self, drafted: _Drafted, outcome: _Outcome, numbers: list[int], weights: list[float]
+        self, drafted: Drafted, outcome: _VerifiedOnHost, numbers: list[int], weights: list[float]
     ) -> tuple[list[TracedRequest], dict[int, Continuation]]:
         batch_size = len(numbers)
         topk, num_candidates = drafted.tree.topk, drafted.tree.num_candidates
@@ -260,11 +276,11 @@ class Tracer:
         def by_request(layers: list[torch.Tensor]) -> np.ndarray:
             return torch.cat([x.reshape(batch_size, -1) for x in layers], dim=1).numpy(force=True)
 
-        probs, chances = by_request(drafted.probs), by_request(drafted.chances)
-        is_calibrated = drafted.probs[0] is not drafted.chances[0]
+        probs, chances = by_request(self._probs), by_request(self._chances)
+        is_calibrated = self._probs[0] is not self._chances[0]
         tokens = drafted.tree.tokens.numpy(force=True)
-        kept = drafted.tree.expanded
-        expanded = by_request(kept) if kept else np.empty((batch_size, 0), dtype=np.int64)
+        layers = drafted.tree.expanded
+        expanded = by_request(layers) if layers else np.empty((batch_size, 0), dtype=np.int64)
         index = drafted.selection.top_scores_index.numpy(force=True)
         rows = index.shape[1] + 1
         requests, continuations = [], {}
@@ -290,54 +306,54 @@ class Tracer:
         return requests, continuations
 
     def _header(self) -> TraceHeader:
-        worker = self._worker
-        draft, config = worker.draft_worker, worker.config
-        profile = None if worker.profile is None else worker.profile.profile
+        recording, profile = self._recording, self._profile
+        config, limits = recording.config, recording.limits
         settings = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(config).items()
             if name not in _PATH_SETTINGS
         }
         return TraceHeader(
-            identity=published(host_identity(resolving_view(worker.server_args))),
+            identity=published(recording.identity),
             profile=None if profile is None else profile.provenance,
             tables="" if profile is None else tables_digest(profile),
             settings=settings,
-            num_steps=worker.speculative_num_steps,
-            topk=worker.topk,
-            num_draft_tokens=worker.max_draft_tokens,
-            verify_sizes=list(draft.verify_sizes),
-            max_batch_size=get_schedule().max_running_requests,
-            max_context=longest_context(
-                worker.target_worker.model_runner.model_config.context_len,
-                worker.max_draft_tokens,
-            ),
-            is_ragged=draft.is_ragged,
-            shares_out=draft.shares_out,
-            extends_by_outcome=worker.device == "cpu",
+            num_steps=recording.max_layers,
+            topk=limits.max_width,
+            num_draft_tokens=limits.max_verify_rows,
+            verify_sizes=list(recording.verify_sizes),
+            max_batch_size=limits.max_batch_size,
+            max_context=limits.longest_context,
+            is_ragged=recording.is_ragged,
+            shares_out=recording.shares_out,
+            extends_by_outcome=recording.extends_by_outcome,
             is_full=config.trace_full,
             has_tokens=config.trace_tokens,
+            verify_graphs=_tiers(recording.verify_graphs),
+            width_graphs=_tiers(recording.width_graphs),
+            extend_graphs=_tiers(recording.extend_graphs),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
 
 
-def _target_probs(
-    logits: torch.Tensor, drafted: _Drafted, sampling_info: SamplingBatchInfo
-) -> torch.Tensor:
+def _tiers(sizes: GraphSizes | None) -> dict[int, list[int]] | None:
+    return None if sizes is None else sizes.tiers
+
+
+def _target_probs(verified: Verified, drafted: Drafted) -> torch.Tensor:
     """Return [B, N - 1] float32, the target's probability of each verified node given its parent.
 
     At the step's temperature; of a greedy request 1 for the likeliest token, 0 for the others.
     Top-k and top-p of the request are not applied.
-
-    Args:
-        logits: [B, N, V], row 0 of each request after the root.
     """
+    sampling_info, num_rows = verified.sampling_info, verified.num_draft_tokens
+    logits = verified.logits.view(-1, num_rows, verified.logits.shape[-1])
     selection, topk = drafted.selection, drafted.tree.topk
     index = selection.top_scores_index
-    parents = selection.parent_list.gather(1, index // topk)
+    parents = selection.parent_list.gather(1, proposer_of(index, topk))
     # A node stands in row 1 + its place in the ascending list; -1, the root, comes to row 0.
     place = torch.searchsorted(index.contiguous(), parents.contiguous())
-    rows = torch.where(parents < 0, 0, place + 1).clamp(max=logits.shape[1] - 1)
+    rows = torch.where(parents < 0, 0, place + 1).clamp(max=num_rows - 1)
     likeliest = logits.argmax(dim=2).gather(1, rows) == selection.draft_tokens
     if sampling_info.is_all_greedy:
         return likeliest.float()

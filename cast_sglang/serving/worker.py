@@ -10,48 +10,51 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import CastConfig
-from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel, StepCosts, extend_units, step_units
-from cast_sglang.costs.profiles import FoundProfile, profile_command
-from cast_sglang.policy.auto import KEEP_UP_SHARE, AutoPolicy
+from cast_sglang.costs.model import step_units
+from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
+from cast_sglang.policy.build import PolicySettings, build_policy
+from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
 from cast_sglang.serving.drafting.backlog import Backlog
-from cast_sglang.serving.drafting.grow import compile_ops
-from cast_sglang.serving.drafting.worker import CastDraftWorker
+from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
-from cast_sglang.serving.host_patches import building_draft_worker
+from cast_sglang.serving.host_patches.hooks import building_draft_worker
+from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths, mean_context, weights_of
-from cast_sglang.serving.row_packing import kept_rows, running_only, runs_kept_rows
+from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
+from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
+from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
-from cast_sglang.serving.step import PLAIN_SHAPE
+from cast_sglang.serving.step import PLAIN_SHAPE, PendingStep, StepReport, Verified
 from cast_sglang.serving.step_room import Envelope
-from cast_sglang.serving.trace_recorder import Tracer
+from cast_sglang.serving.trace_recorder import Recording, TraceRecorder
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
+
+    from cast_sglang.costs.correction import Residuals
+    from cast_sglang.costs.profiles import FoundProfile
+    from cast_sglang.serving.graphs.plan import GraphPlan
+    from cast_sglang.serving.pass_clock import TimedPass
 
 # Steps of the same requests between two looks at what they cost; a context grows by about one
 # bucket of the tables meanwhile where all drafts are accepted, and mostly by less.
@@ -60,21 +63,12 @@ LOOK_UP_EVERY = 8
 logger = logging.getLogger(__name__)
 
 
-class _Step(NamedTuple):
-    """A step that ran and whose results are not on the host yet."""
-
-    predicted_us: float | None
-    units: float | None  # its time by the corrected costs; None for a plain step
-    expected_us: float  # by the corrected costs; of a plain step by those of its passes
-    follows_decode: bool  # no prefill since the step before, so their distance is a step's time
-    max_tokens: int  # that it may have brought a request
-
-
 class CastWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker with CAST's tree."""
 
     speculative_num_steps: int
     topk: int
+    tools: StepTools  # shared with the draft worker
 
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
@@ -83,104 +77,140 @@ class CastWorker(EAGLEWorkerV2):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.config = CastConfig.load()
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        # No accepted path is longer than the tree is deep, the bonus token added.
-        self.max_extend_rows = min(self.speculative_num_steps + 1, self.max_draft_tokens)
         exports = get_observability().enable_metrics
         self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)} if exports else None)
-        self.profile: FoundProfile | None = None
-        self.cost_model: CostModel | None = None
-        self.residuals: Residuals | None = None
-        self.exploration: Exploration | None = None
         self.clock = PassClock(self.device)
-        draft = self._draft_worker
-        draft.costs = draft.exploration = draft.weights = draft.deferring = None
-        draft.clock = self.clock
-        draft.verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
-        draft.reads = HostReads(self.device)
+        self.costs = ServedCosts(self.config, self.clock, self.cast_stats)
+        self.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
         self.calibration = None
         if self.config.policy == "auto" and self.config.calibration == "on":
             identity = host_identity(resolving_view(server_args))
             file = CalibrationFile.of(self.config, identity)
             saves = get_parallel().tp_rank == 0
-            self.calibration = Calibration(file, saves, draft.reads)
-        draft.calibration = self.calibration
+            self.calibration = Calibration(file, saves, self.reads)
         self.answers = AnswerLengths()
+        self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
-        self._table: StepCosts | None = None  # as measured, of the requests that run
-        self._wants_drafts = True  # any of them
-        self._pending: deque[_Step] = deque()
+        self._pending: deque[PendingStep] = deque()
         self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
-        self._num_steps, self._prefill_since_step, self._reported = 0, True, False
+        self._num_steps, self._prefill_since_step = 0, True
         if (found := find_server_profile(self.config, resolving_view(server_args))) is not None:
-            self.use_profile(found)
-
-    def init_attention_backends(self) -> None:
-        """Build the backends and what depends on them and on the memory pools."""
-        super().init_attention_backends()
-        draft = self._draft_worker
-        runners = (self.target_worker.model_runner, draft.draft_runner)
-        draft.is_ragged = all(runs_kept_rows(runner) for runner in runners)
-        draft.shares_out = draft.is_ragged and self.config.joint_budget == "on"
-        draft.policy = self._build_policy()
-        draft.tracer = Tracer.of(self)
-        # As many rows as verify may have, so that catching up fits wherever verify does.
-        num_slots = self.req_to_token_pool.req_to_token.shape[0]
-        draft.backlog = Backlog(num_slots, self.max_draft_tokens)
+            self.costs.use(found, self.limits)
 
     def init_cuda_graphs(self) -> None:
-        """Capture the passes at the sizes that a step may choose, where the device can."""
-        self._draft_worker.graph_plan = plan = plan_graphs(self)
+        """Hand the draft worker its tools; capture the passes where the device can."""
+        target_runner = self.target_worker.model_runner
+        first, sizes = target_runner.decode_cuda_graph_runner, self._verify_sizes
+        plan = plan_graphs(first, self.limits, self.config, sizes, self.costs.model)
+        self.tools = self._draft_worker.tools = self._make_tools(plan)
+        self._decide_by_profile()
         super().init_cuda_graphs()
         if plan is not None:
-            self.verify_graphs = capture_verify(self, plan.verify)
+            self.verify_graphs = capture_verify(target_runner, plan.verify)
         if self.device != "cpu":
-            compile_ops(self._draft_worker)
+            self._draft_worker.compile_ops()
+
+    def _make_tools(self, plan: GraphPlan | None) -> StepTools:
+        draft, config = self._draft_worker, self.config
+        runners = (self.target_worker.model_runner, draft.draft_runner)
+        is_ragged = all(can_pack_rows(runner) for runner in runners)
+        shares_out = is_ragged and config.joint_budget == "on"
+        # As many rows as verify may have, so that catching up fits wherever verify does.
+        num_slots = self.req_to_token_pool.req_to_token.shape[0]
+        backlog = Backlog(num_slots, self.max_draft_tokens)
+        decider = Decider(
+            self._build_policy(is_ragged),
+            verify_sizes=self._verify_sizes,
+            max_missing=backlog.capacity,
+            topk=self.topk,
+            verify_graphs=None if plan is None else plan.verify,
+            width_graphs=None if plan is None else plan.widths,
+            is_ragged=is_ragged,
+            shares_out=shares_out,
+        )
+        recorder = None
+        if config.trace != "none" and get_parallel().tp_rank == 0:
+            recording = Recording(
+                config=config,
+                identity=host_identity(resolving_view(self.server_args)),
+                limits=self.limits,
+                max_layers=self.speculative_num_steps,
+                verify_sizes=self._verify_sizes,
+                is_ragged=is_ragged,
+                shares_out=shares_out,
+                extends_by_outcome=self.device == "cpu",
+                verify_graphs=decider.verify_graphs,
+                width_graphs=decider.width_graphs,
+                extend_graphs=None if plan is None else plan.extend,
+            )
+            recorder = TraceRecorder(recording)
+        return StepTools(
+            decider=decider,
+            calibration=self.calibration,
+            reads=self.reads,
+            clock=self.clock,
+            recorder=recorder,
+            backlog=backlog,
+            is_ragged=is_ragged,
+            graph_plan=plan,
+            verify_sizes=self._verify_sizes,
+            room=self._envelope.whole,
+        )
 
     @property
     def lacks_profile(self) -> bool:
         """Whether a profile is still to be made before the first request."""
-        return self.cost_model is None and self.config.policy != "eagle"
+        return self.costs.model is None and self.config.policy != "eagle"
 
-    def use_profile(self, found: FoundProfile) -> None:
-        """Decide by this profile's tables from the next step on."""
-        self.profile = found
-        limits = Limits(
+    @property
+    def residuals(self) -> Residuals | None:
+        """What serving measured against the profile; None without correction."""
+        return self.costs.residuals
+
+    @property
+    def limits(self) -> Limits:
+        """The largest shapes of one pass that this server may have to run."""
+        return Limits(
             max_batch_size=get_schedule().max_running_requests,
             max_context=self.target_worker.model_runner.model_config.context_len,
             max_verify_rows=self.max_draft_tokens,
             max_width=self.topk,
-            max_extend_rows=self.max_extend_rows,
+            # No accepted path is longer than the tree is deep, the bonus token added.
+            max_extend_rows=min(self.speculative_num_steps + 1, self.max_draft_tokens),
         )
-        self.cost_model = CostModel(found.profile, limits, lookup=self.config.lookup)
-        residuals = Residuals(limits, found.profile.table_error)
-        self.costs = CorrectedCosts(self.cost_model, residuals)
-        explores = self.config.policy != "eagle" and not self.config.trace_full
-        if self.config.residuals == "on" and explores:
-            self.residuals = residuals
-            self.exploration = self._draft_worker.exploration = Exploration(residuals)
 
-    def _build_policy(self) -> TreePolicy:
+    def use_profile(self, found: FoundProfile) -> None:
+        """Decide by this profile's tables from the next step on."""
+        self.costs.use(found, self.limits)
+        self._decide_by_profile()
+
+    def _decide_by_profile(self) -> None:
+        self.tools.decider.exploration = self.costs.exploration
+        if self.tools.recorder is not None and self.costs.profile is not None:
+            self.tools.recorder.use_profile(self.costs.profile.profile)
+
+    def _build_policy(self, is_ragged: bool) -> TreePolicy:
         config = self.config
-        if config.policy == "eagle" or config.trace_full:
-            return EaglePolicy(self.max_draft_tokens)
-        sizes = self._draft_worker.verify_sizes
-        if config.policy == "auto":
-            return AutoPolicy(sizes, self.speculative_num_steps, self._draft_worker.is_ragged)
-        return FixedPolicy(config.c1, config.c2, config.c3, config.r, sizes)
+        settings = PolicySettings(
+            *(self._verify_sizes, self.speculative_num_steps, self.max_draft_tokens, is_ragged),
+            *(config.c1, config.c2, config.c3, config.r),
+        )
+        return build_policy("eagle" if config.trace_full else config.policy, settings)
 
     def cast_state(self) -> dict[str, Any]:
         """Return what an operator wants to see of this process, as JSON."""
         profile = None
-        if self.profile is not None:
-            estimated = self.profile.profile.provenance.estimated
-            profile = {"path": str(self.profile.path), "estimated": estimated}
+        if (found := self.costs.profile) is not None:
+            estimated = found.profile.provenance.estimated
+            profile = {"path": str(found.path), "estimated": estimated}
         residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
-        policy, reliability = self._draft_worker.policy, []
-        if self._draft_worker.tracer is not None:
-            self._take_times()
-            self._draft_worker.tracer.flush()
+        policy, reliability = self.tools.decider.policy, []
+        if self.tools.recorder is not None:
+            self.costs.take_times(self._on_pass())
+            self.tools.recorder.flush()
+            self._drop_full_recorder()
         if self.calibration is not None:
             reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
         return {
@@ -196,162 +226,139 @@ class CastWorker(EAGLEWorkerV2):
     ) -> GenerationBatchResult:
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             self._prefill_since_step = True
-            self._draft_worker.backlog.forget(batch.req_pool_indices_cpu.numpy())
+            self.tools.backlog.forget(batch.req_pool_indices_cpu.numpy())
             return super().forward_batch_generation(batch, *args, **kwargs)
 
         began = time.perf_counter()
-        draft, batch_size = self._draft_worker, len(batch.reqs)
+        draft, tools, batch_size = self._draft_worker, self.tools, len(batch.reqs)
+        decider, costs = tools.decider, self.costs
         self._num_steps += 1
-        if draft.tracer is not None:
-            draft.tracer.begin(batch)
-        self._correct_costs()
+        if tools.recorder is not None:
+            tools.recorder.begin_step(batch)
+        if self.calibration is not None:
+            self.calibration.begin_step()
+        self.costs.correct(self._num_steps, self._on_pass())
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
         are_new = self.answers.note(batch.reqs)
         if are_new or is_due:
-            self._look_up(batch)
-        table = self._table
+            tools.weights = request_weights(batch.reqs)
+            costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
         pending = [step.max_tokens for step in self._pending]
-        draft.room = self._envelope.room(batch.reqs, pending, are_new)
-        speculates, catch_up = self._decide(batch)
-        policy_seconds = time.perf_counter() - began
-        if catch_up and not speculates:
+        tools.room = self._envelope.room(batch.reqs, pending, are_new)
+        is_timed = costs.table is not None and self.clock.times_next
+        plan = decider.begin_step(
+            StepFacts(
+                batch_size=batch_size,
+                costs=costs.current,
+                weights=tools.weights,
+                answer_tokens=self.answers.mean_tokens,
+                missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
+                max_layers=tools.room.max_layers,
+                max_rows=tools.room.max_rows,
+                is_timed=is_timed,
+            )
+        )
+        # The decider counts its own time until the step has run.
+        policy_seconds = time.perf_counter() - began - decider.seconds
+        if plan.catch_up and not plan.drafts:
             with draft_tp_context(draft.parallel_layout):
                 draft.catch_up(batch)
-        self.clock.begin_step(batch_size, table)
+        self.clock.begin_step(batch_size, costs.table)
         try:
-            with contextlib.nullcontext() if speculates else self._plain_step(batch):
+            with contextlib.nullcontext() if plan.drafts else self._plain_step(batch):
                 result = super().forward_batch_generation(batch, *args, **kwargs)
         finally:
             self.clock.end_step()
         began = time.perf_counter()
-        shape = draft.last_shape if speculates else PLAIN_SHAPE
-        predicted_us, units, expected_us = None, None, 0.0
-        if table is not None:
+        shape = draft.last_shape if plan.drafts else PLAIN_SHAPE
+        tree_seconds = decider.seconds
+        if self.calibration is not None:
+            tree_seconds += self.calibration.seconds
+        predicted_us, units, expected_us = None, None, None
+        if costs.table is not None and costs.current is not None:
             passes = shape.widths, shape.mean_rows, draft.last_extend_rows
-            predicted_us = step_units(table, *passes) * table.unit_us
-            units = step_units(draft.costs, *passes)
-            expected_us = (units + catch_up) * draft.costs.unit_us
-            units = units if speculates else None
-        if draft.tracer is not None:
-            draft.tracer.record(self._num_steps, shape, draft, predicted_us)
+            predicted_us = step_units(costs.table, *passes) * costs.table.unit_us
+            units = step_units(costs.current, *passes)
+            expected_us = (units + plan.catch_up) * costs.current.unit_us
+            units = units if plan.drafts else None
+        if tools.recorder is not None:
+            report = StepReport(
+                number=self._num_steps,
+                shape=shape,
+                extend_rows=draft.last_extend_rows,
+                weights=tools.weights,
+                predicted_us=predicted_us,
+                expected_us=expected_us,
+                is_timed=is_timed,
+                room=tools.room,
+                policy_us=tree_seconds * 1e6,
+                price=decider.price(batch_size),
+                answer_tokens=self.answers.mean_tokens,
+            )
+            tools.recorder.on_step(report)
+            self._drop_full_recorder()
         follows = not self._prefill_since_step
         max_tokens = min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1
-        self._pending.append(_Step(predicted_us, units, expected_us, follows, max_tokens))
+        self._pending.append(PendingStep(predicted_us, units, expected_us, follows, max_tokens))
         self._prefill_since_step = False
-        policy_seconds += shape.policy_seconds + time.perf_counter() - began
+        policy_seconds += tree_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
             batch_size=batch_size,
-            num_layers=len(shape.widths) + speculates,
-            num_draft_nodes=self.topk * (speculates + sum(shape.widths)),
+            num_layers=len(shape.widths) + plan.drafts,
+            num_draft_nodes=self.topk * (plan.drafts + sum(shape.widths)),
             num_verify_rows=shape.mean_rows,
             policy_us=(policy_seconds + self._observing) * 1e6,
         )
         self._observing = 0.0
         return result
 
-    def _look_up(self, batch: ScheduleBatch) -> None:
-        """Take what the requests ask for and what they cost into the next decisions."""
-        draft, batch_size = self._draft_worker, len(batch.reqs)
-        if (answer_tokens := self.answers.mean_tokens) is not None:
-            draft.policy.expect(answer_tokens)
-        self._wants_drafts, draft.weights = weights_of(batch.reqs)
-        draft.policy.weigh(draft.weights)
-        if self.cost_model is not None:
-            context = mean_context(batch)
-            self._table = self.cost_model.step_costs(batch_size, context)
-            draft.costs = self.costs.step_costs(batch_size, context)
-
-    def _decide(self, batch: ScheduleBatch) -> tuple[bool, float]:
-        """Return whether to draft, and the units it takes to bring the draft up to date."""
-        draft = self._draft_worker
-        missing = draft.backlog.num_missing(batch.req_pool_indices_cpu.numpy())
-        may_draft = self._wants_drafts and draft.room.has_drafts
-        if draft.costs is None:
-            return may_draft, 0.0
-        batch_size, catch_up = len(batch.reqs), extend_units(draft.costs, missing)
-        speculates = may_draft and draft.policy.speculate(batch_size, draft.costs, catch_up)
-        if speculates and self.exploration is not None and self.clock.times_next:
-            loss = draft.policy.plain_loss(batch_size)
-            speculates = not self.exploration.explore_plain(batch_size, loss)
-        is_cheap = catch_up <= KEEP_UP_SHARE * missing * draft.costs.verify[0]
-        is_due = speculates or (missing == draft.backlog.capacity and is_cheap)
-        return speculates, catch_up if is_due else 0.0
-
     @contextlib.contextmanager
     def _plain_step(self, batch: ScheduleBatch) -> Iterator[None]:
-        """Let SGLang skip drafting and verify the root alone; the draft learns of it later."""
-        draft = self._draft_worker
+        """Make SGLang skip drafting and verify the root alone; the draft catches up later."""
         num_steps, self.speculative_num_steps = self.speculative_num_steps, 0
-        draft.deferring = batch.spec_info
         try:
-            yield
+            with self._draft_worker.plain_step(batch.spec_info):
+                yield
         finally:
-            self.speculative_num_steps, draft.deferring = num_steps, None
+            self.speculative_num_steps = num_steps
 
-    def _correct_costs(self) -> None:
-        """Take what the last steps measured into the costs of the next ones."""
-        is_due = self._num_steps % REFRESH_EVERY == 0
-        if is_due or self._draft_worker.tracer is not None:
-            self._take_times()
-        if self.residuals is None or not is_due:
-            return
-        state = None
-        if get_parallel().tp_size > 1:
-            # Every rank must choose the same trees, so every rank takes rank 0's times.
-            state = get_tp_group().broadcast_object(self.residuals.state(), src=0)
-        self.residuals.refresh(state)
-        self.cast_stats.record_residuals(self.residuals)
-        self._report(self.residuals.suspects())
+    def _on_pass(self) -> Callable[[TimedPass], None] | None:
+        return None if self.tools.recorder is None else self.tools.recorder.on_pass_timed
 
-    def _take_times(self) -> None:
-        tracer = self._draft_worker.tracer
-        for timed in self.clock.finished():
-            if tracer is not None:
-                tracer.timed(timed)
-            if self.residuals is not None:
-                ratio = timed.measured_us / timed.predicted_us
-                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-
-    def _report(self, suspects: list[Residual]) -> None:
-        """Say once that the profile is off, and again when it was right in between."""
-        assert self.profile is not None
-        if not suspects:
-            self._reported = False
-        elif not self._reported:
-            self._reported = True
-            worst = suspects[0]
-            logger.warning(
-                "CAST: cost profile %s is off: %s at batch size %d-%d and %d-%d tokens takes %.2f "
-                "times what it says (%d such entries); serving corrects for it. Measure again: %s",
-                self.profile.path,
-                worst.operation,
-                *worst.batch_sizes,
-                *worst.tokens,
-                worst.ratio,
-                len(suspects),
-                profile_command(self.profile.profile.provenance),
-            )
+    def _drop_full_recorder(self) -> None:
+        recorder = self.tools.recorder
+        if recorder is not None and recorder.is_full:
+            self.tools.recorder = None  # the rest of the run costs nothing
 
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the step's tree at the step's width."""
         rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
-        mean_rows, kept = float(rows), None
+        mean_rows, packed_rows = float(rows), None
         num_rows = getattr(batch.spec_info, "num_rows", None)
         if num_rows is not None:
-            mean_rows, kept = float(num_rows.mean()), kept_rows(torch.from_numpy(num_rows), rows)
+            mean_rows = float(num_rows.mean())
+            packed_rows = find_packed_rows(torch.from_numpy(num_rows), rows)
         topk = self.topk
         if rows == 1 or getattr(batch.spec_info, "is_path", False):
             self.topk = 1  # accepted nodes stand where they belong, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
             if (graphs := self.verify_graphs) is not None:
-                runner.decode_cuda_graph_runner = graphs.runner(len(batch.reqs), rows)
-            with self.clock.time("verify", mean_rows), running_only(runner, kept):
+                set_verify_graph(runner, graphs.runner(len(batch.reqs), rows))
+            with self.clock.time("verify", mean_rows), packed_pass(runner, packed_rows):
                 result = super().verify(batch, *args, **kwargs)
+            verified = Verified(
+                num_draft_tokens=rows,
+                accept_index=result.accept_index,
+                accept_lens=result.accept_lens,
+                tokens=result.next_token_ids,
+                logits=result.logits_output.next_token_logits,
+                sampling_info=batch.sampling_info,
+            )
             if self.calibration is not None and rows > 1:
-                self.calibration.verified(result.accept_index)
-            if self._draft_worker.tracer is not None:
-                self._draft_worker.tracer.verified(batch, result, rows)
+                self.calibration.on_verified(verified)
+            if self.tools.recorder is not None:
+                self.tools.recorder.on_verified(verified)
             return result
         finally:
             self.topk, self.speculative_num_draft_tokens = topk, self.max_draft_tokens
@@ -359,8 +366,8 @@ class CastWorker(EAGLEWorkerV2):
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
         self._pending.clear()
-        if self._draft_worker.tracer is not None:
-            self._draft_worker.tracer.discard()
+        if self.tools.recorder is not None:
+            self.tools.recorder.discard()
 
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0
@@ -374,18 +381,18 @@ class CastWorker(EAGLEWorkerV2):
         self.answers.count(batch_size + num_drafts)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
-            self._draft_worker.policy.observe(batch_size, num_drafts / batch_size, step.units)
+            self.tools.decider.end_step(batch_size, num_drafts / batch_size, step.units)
         measured_us = None
         if step.follows_decode and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
             measured_us = (now - self._last_done) * 1e6
         if step.predicted_us is not None and measured_us is not None:
             self.cast_stats.record_time(step.predicted_us, measured_us)
-            if self.residuals is not None and batch_size:
+            if self.residuals is not None and batch_size and step.expected_us is not None:
                 ratio = measured_us / step.expected_us
                 self.residuals.record_step(batch_size, step.units is None, ratio)
-        if self._draft_worker.tracer is not None:
-            self._draft_worker.tracer.done(measured_us)
+        if self.tools.recorder is not None:
+            self.tools.recorder.on_step_timed(measured_us)
         self._last_done = now
         self._observing += time.perf_counter() - now
         if self.config.log_interval and self._num_steps % self.config.log_interval == 0:

@@ -67,6 +67,7 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     # Sizes that have a captured graph, by captured batch size; None where passes run without.
     verify_graphs: dict[int, list[int]] | None = None
     width_graphs: dict[int, list[int]] | None = None
+    extend_graphs: dict[int, list[int]] | None = None
 
     @property
     def policy(self) -> str:

@@ -142,6 +142,7 @@ class Replay:
             and not isinstance(policy, EaglePolicy)
         )
         self._decides_by_corrected = explores
+        self._extend_graphs = _graph_sizes(header.extend_graphs)
         self._decider = Decider(
             policy,
             verify_sizes=tuple(header.verify_sizes),
@@ -218,7 +219,11 @@ class Replay:
         sure = np.take_along_axis(np.concatenate(grown.is_sure, axis=1), nodes, axis=1)
         accepted = reach.sum(axis=1)
         if not self._header.extends_by_outcome:
-            extend_rows = float(min(num_layers, int(num_rows.max()) - 1) + 1)
+            extend_rows = float(min(num_layers, rows.num_draft_tokens - 1) + 1)
+            if self._extend_graphs is not None:
+                most = rows.num_draft_tokens
+                fitting = self._extend_graphs.fit(batch_size, int(extend_rows), most)
+                extend_rows = max(extend_rows, fitting or 0.0)
         elif self._header.is_ragged:
             extend_rows = 1.0 + float(accepted.mean())
         else:

@@ -1,4 +1,4 @@
-"""Wishes of requests: what is understood, what is refused and how, what they weigh."""
+"""Request modes: what is understood, what is refused and how, what they weigh."""
 
 import pytest
 from hypothesis import given
@@ -8,39 +8,39 @@ from cast_sglang.errors import ConfigError
 from cast_sglang.policy.request_modes import (
     LATENCY,
     LATENCY_WEIGHT,
+    MODES,
     OFF,
     THROUGHPUT,
-    WISHES,
-    parse_wish,
-    request_weights,
+    mode_weights,
+    parse_mode,
 )
-from tests.support.wishes import BAD_CUSTOM_PARAMS, BAD_WISHES
+from tests.support.request_modes import BAD_CUSTOM_PARAMS, BAD_MODES
 
-NO_WISHES = [None, {}, {"cast": None}, {"thinking_budget": 7}]
-
-
-@pytest.mark.parametrize("wish", WISHES)
-def test_a_wish_is_read(wish):
-    assert parse_wish({"cast": wish}) == wish
-    assert parse_wish({"thinking_budget": 7, "cast": wish}) == wish
+NO_MODES = [None, {}, {"cast": None}, {"thinking_budget": 7}]
 
 
-@pytest.mark.parametrize("custom_params", NO_WISHES, ids=repr)
-def test_no_wish_means_throughput(custom_params):
-    assert parse_wish(custom_params) == THROUGHPUT
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_is_read(mode):
+    assert parse_mode({"cast": mode}) == mode
+    assert parse_mode({"thinking_budget": 7, "cast": mode}) == mode
 
 
-@pytest.mark.parametrize("value", BAD_WISHES, ids=repr)
-def test_a_bad_wish_is_refused_by_name(value):
+@pytest.mark.parametrize("custom_params", NO_MODES, ids=repr)
+def test_no_mode_means_throughput(custom_params):
+    assert parse_mode(custom_params) == THROUGHPUT
+
+
+@pytest.mark.parametrize("value", BAD_MODES, ids=repr)
+def test_a_bad_mode_is_refused_by_name(value):
     with pytest.raises(ConfigError) as caught:
-        parse_wish({"cast": value})
+        parse_mode({"cast": value})
     assert str(caught.value) == f"custom_params.cast={value!r}: must be off | latency | throughput"
 
 
 @pytest.mark.parametrize("custom_params", BAD_CUSTOM_PARAMS, ids=repr)
 def test_custom_parameters_of_another_type_are_refused(custom_params):
     with pytest.raises(ConfigError, match=r"^custom_params=.*: must be an object"):
-        parse_wish(custom_params)
+        parse_mode(custom_params)
 
 
 JSON = st.recursive(
@@ -50,28 +50,28 @@ JSON = st.recursive(
 
 
 @given(JSON | st.dictionaries(st.just("cast"), JSON))
-def test_anything_is_a_wish_or_one_short_line(custom_params):
+def test_anything_is_a_mode_or_one_short_line(custom_params):
     try:
-        assert parse_wish(custom_params) in WISHES
+        assert parse_mode(custom_params) in MODES
     except ConfigError as error:
         assert len(str(error)) < 160 and len(str(error).splitlines()) == 1
 
 
-def test_a_wish_of_any_depth_is_refused():
+def test_a_mode_of_any_depth_is_refused():
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
     with pytest.raises(ConfigError):
-        parse_wish({"cast": nested})
+        parse_mode({"cast": nested})
     while nested:  # freed level by level
         nested = nested.pop()
 
 
 def test_weights():
-    off, throughput, latency = request_weights([OFF, THROUGHPUT, LATENCY])
+    off, throughput, latency = mode_weights([OFF, THROUGHPUT, LATENCY])
     assert off == 0.0 and latency == LATENCY_WEIGHT * throughput
     assert throughput + latency == 2.0  # one each in the mean of those that want drafts
-    for wish in (THROUGHPUT, LATENCY):
-        assert request_weights([wish, OFF, wish]) == [1.0, 0.0, 1.0]
-    assert request_weights([OFF]) == [0.0] and request_weights([]) == []
+    for mode in (THROUGHPUT, LATENCY):
+        assert mode_weights([mode, OFF, mode]) == [1.0, 0.0, 1.0]
+    assert mode_weights([OFF]) == [0.0] and mode_weights([]) == []
     assert LATENCY_WEIGHT == 4.0

@@ -56,10 +56,10 @@ def test_tries_after_a_pause_draft_as_well_as_ever(reluctant, cast, prompts):
 
 def test_a_request_without_drafts_between_others(cast, prompts, expected_ids):
     """Such a request takes one pass a token, while others in its batch take several."""
-    wishes = ["off", "throughput", "latency", "off"]
+    modes = ["off", "throughput", "latency", "off"]
 
     def ask(index: int) -> dict:
-        params = {"cast": wishes[index]}
+        params = {"cast": modes[index]}
         return generate(cast, prompts[index], max_new_tokens=NUM_TOKENS, custom_params=params)
 
     answers = in_parallel(ask, range(4), workers=4)

@@ -12,6 +12,7 @@ from cast_sglang.errors import ConfigError
 from cast_sglang.ops import reference
 from cast_sglang.serving import calibration as module
 from cast_sglang.serving.calibration import Calibration, CalibrationFile
+from cast_sglang.serving.step import Drafted, Verified
 from cast_sglang.tree import DraftTree
 from tests.support.builders import make_identity
 
@@ -29,11 +30,16 @@ def grown_tree(calibration):
     return tree
 
 
-def step(calibration, accept_index, num_draft_tokens=4):
+def step(calibration, accept_index, num_rows=None, wants_drafts=None):
     tree = grown_tree(calibration)
-    selection = tree.select(tree.ranked(num_draft_tokens - 1), num_draft_tokens)
-    calibration.selected(selection, (1,), TOPK)
-    calibration.verified(torch.tensor(accept_index))
+    selection = tree.select(tree.ranked(3), 4, num_rows)
+    calibration.on_drafted(Drafted(tree, 2, (1,), selection, wants_drafts))
+    calibration.on_verified(verified(accept_index))
+
+
+def verified(accept_index):
+    """As much of an outcome as is learned from."""
+    return Verified(4, torch.tensor(accept_index), None, None, None, None)
 
 
 def observed(calibration):
@@ -82,11 +88,8 @@ def test_probabilities_that_are_too_sure_are_lowered():
 def test_rows_that_hold_no_node_teach_nothing():
     calibration = Calibration()
     for _ in range(2):  # learned when the next tree has been drafted
-        tree = grown_tree(calibration)
         # Request 0 has the root and one node, request 1 all four rows.
-        selection = tree.select(tree.ranked(3), 4, torch.tensor([2, 4]))
-        calibration.selected(selection, (1,), TOPK)
-        calibration.verified(torch.tensor([[0, 1, -1], [4, 5, 7]]))
+        step(calibration, [[0, 1, -1], [4, 5, 7]], num_rows=torch.tensor([2, 4]))
     np.testing.assert_allclose(observed(calibration)[1], (2, 2, 0.8 + 0.6), rtol=1e-5)
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
@@ -94,10 +97,8 @@ def test_rows_that_hold_no_node_teach_nothing():
 def test_requests_that_want_no_drafts_teach_nothing():
     calibration = Calibration()
     for _ in range(2):  # learned when the next tree has been drafted
-        tree = grown_tree(calibration)
-        selection = tree.select(tree.ranked(3), 4)
-        calibration.selected(selection, (1,), TOPK, torch.tensor([False, True]))
-        calibration.verified(torch.tensor([[0, -1, -1], [4, 5, 7]]))
+        wants_drafts = torch.tensor([False, True])
+        step(calibration, [[0, -1, -1], [4, 5, 7]], wants_drafts=wants_drafts)
     np.testing.assert_allclose(observed(calibration)[1], (1, 1, 0.6), rtol=1e-5)
     np.testing.assert_allclose(observed(calibration)[2], (1, 1, 0.7), rtol=1e-5)
 
@@ -116,7 +117,7 @@ def test_of_many_outcomes_a_part_teaches():
 
 def test_an_outcome_without_a_tree_is_ignored():
     calibration = Calibration()
-    calibration.verified(torch.zeros((2, 1), dtype=torch.int64))
+    calibration.on_verified(verified([[0], [1]]))
     step(calibration, [[0, 1, 3], [4, 6, -1]])
     assert observed(calibration) == {}
 

@@ -2,7 +2,7 @@
 
 A layer's query rows are B * W nodes. Each attends to its request's committed prefix, whose slots
 stand in `req_to_token`, and to its own ancestors and itself, whose slots the worker passes.
-SGLang's multi-step draft backends cannot say that: they give every branch one line of slots.
+SGLang's multi-step draft backends cannot express that: they give every branch one line of slots.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def triton_tree_backend_class() -> type:
         def list_slots(
             self, forward_batch: ForwardBatch, path_slots: torch.Tensor, depth: torch.Tensor
         ) -> None:
-            """Write the lists of a layer to where `forward_batch.spec_info` says."""
+            """Write the lists of a layer into the tensors of `forward_batch.spec_info`."""
             ops_for(self.device).list_slots(
                 self.req_to_token,
                 forward_batch.req_pool_indices,
@@ -112,7 +112,7 @@ def triton_tree_backend_class() -> type:
             return indptr, torch.empty(num_slots, dtype=torch.int64, device=self.device)
 
         def capture_lists(self, max_nodes: int, max_depth: int) -> None:
-            """Allocate what captured layers of up to so many nodes read and write."""
+            """Allocate what captured layers of up to `max_nodes` nodes read and write."""
             num_slots = max_nodes * (self.max_context_len + max_depth)
             self.tree_kv_indptr = torch.zeros(max_nodes + 1, dtype=torch.int32, device=self.device)
             self.tree_kv_indices = torch.zeros(num_slots, dtype=torch.int64, device=self.device)

@@ -15,13 +15,14 @@ __all__ = ["Backlog", "MissingRows"]
 
 
 class MissingRows(NamedTuple):
-    """The rows that the draft lacks, oldest first, laid out with the same number for each request.
+    """The rows that the draft lacks, oldest first, laid out with the same number W per request.
 
-    A request that lacks none has one row of no meaning.
+    Only the first `num_rows` rows of a request count. The pass runs at least one row of every
+    request, so one whose draft is up to date has one row as well, with arbitrary content.
     """
 
     num_rows: np.ndarray  # [B] int64, rows of each request, at least 1
-    is_missing: np.ndarray  # [B] bool, False for a request that lacks none
+    is_missing: np.ndarray  # [B] bool, False for a request whose draft is up to date
     hidden_states: torch.Tensor  # [B * W, H], of the target
     tokens: torch.Tensor  # [B * W] int64, each the token that follows its row
 
@@ -71,7 +72,7 @@ class Backlog:
         """
         if self._hidden_states is None or self._tokens is None:
             shape = (self._num_slots, self.capacity)
-            # Rows of no meaning are run too, so what nobody wrote must be a token all the same.
+            # Rows that were never written are run too, so they must hold a valid token.
             self._hidden_states = hidden_states.new_zeros(*shape, hidden_states.shape[1])
             self._tokens = tokens.new_zeros(shape, dtype=torch.int64)
         place = torch.from_numpy(slots * self.capacity + self._next[slots]).to(hidden_states.device)

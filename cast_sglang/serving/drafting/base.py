@@ -1,29 +1,106 @@
-"""The layers of a step's tree, however they are run."""
+"""What a drafter is: the contract between growing a tree and the ways to propose its nodes.
+
+The draft worker makes one `Drafter` per server and asks it for the `Layers` of each step's tree.
+`grow.grow_tree` calls these in the order of the methods below, once per layer:
+
+    prepare(frontier)       the layer's candidates are known, how many are expanded is not
+    run(frontier, width)    after the decision, unless the tree ends here
+
+The root's children, layer 1, are given: draft extend of the step before has proposed them. Shape
+letters are those of `tree.py`: B requests, K children per expanded node, W expanded nodes, D layers
+at most. Tensors are on the draft model's device.
+
+None of them may wait for the device. The host waits once per layer, between `prepare` and `run`,
+for the frontier's scores; whatever was launched before runs meanwhile.
+
+A new drafter is one file with a `Drafter` in it, and the line of `worker.CastDraftWorker` that
+makes it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from cast_sglang.costs.graph_sizes import GraphSizes
+    from cast_sglang.costs.model import StepCosts
+    from cast_sglang.serving.drafting.captured_layers import LayerGraphs
     from cast_sglang.tree import Frontier
 
-__all__ = ["Layers"]
+__all__ = ["Drafter", "Layers"]
 
 
 class Layers(Protocol):
-    """The layers of one step's tree, top down; layer 1, the root's children, is given."""
+    """The layers of one step's tree, from layer 2 down."""
 
     def prepare(self, frontier: Frontier) -> None:
-        """Take the newest layer's best nodes, before it is known how many of them are kept."""
+        """Do what the next layer needs whatever is decided about it.
 
-    def fit(self, width: int) -> int:
-        """Return the width to run for a width that was chosen; not smaller."""
+        Called once per layer that may be run, also where it is then not run.
+
+        Args:
+            frontier: [B, K] each, the newest layer's best nodes, best first.
+        """
 
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the draft model over the frontier's best nodes.
+        """Propose children for the frontier's best nodes.
+
+        Args:
+            frontier: as `prepare` got it.
+            width: W, in 1..K; of the captured widths where there are any.
 
         Returns:
-            probs [B * W, K] float32 and tokens [B * W, K] int64 of each node's best children.
+            probs [B * W, K] float32 and tokens [B * W, K] int64, in the target's vocabulary, of
+            each node's best children, most probable first, request-major. The tree keeps both
+            until the step ends, so they must not be overwritten.
+        """
+
+
+class Drafter(ABC):
+    """A way to propose the nodes of trees.
+
+    Attributes:
+        graphs: captured draft layers, which a cost meter times in place of eager ones; None where
+            there are none.
+    """
+
+    graphs: LayerGraphs | None = None
+
+    def capture(self, sizes: GraphSizes) -> None:
+        """Capture what the drafter can replay, at start-up on a device with graphs.
+
+        Args:
+            sizes: widths that get a graph, for each captured batch size; K is among them.
+        """
+        return
+
+    @abstractmethod
+    def layers(self, forward_batch: ForwardBatch) -> Layers:
+        """Begin a step's tree; called once per step with a tree, before anything is read.
+
+        Args:
+            forward_batch: the draft's batch, as SGLang prepares it: `out_cache_loc` [B * D * K]
+                int64 holds a cache slot for each node of the envelope, request-major, and
+                `spec_info.hidden_states` [B, H] those of the roots.
+        """
+
+    @abstractmethod
+    def layer_costs(self, costs: StepCosts) -> StepCosts:
+        """Return the costs of a step with this drafter, which all its decisions are taken by.
+
+        `draft` [K] float32, > 0 and ascending, is to be what one more layer of 1.. nodes takes.
+        What the drafter pays once per tree, however deep it gets, belongs in `overhead`: so one
+        that proposes all layers in one pass adds the pass there and leaves next to nothing in
+        `draft`.
+
+        Called on the host when the requests change and every few steps. Policies keep what they
+        derive from a `StepCosts`, so return the same object for the same costs.
+
+        Args:
+            costs: as measured or corrected, with the measured pass of one layer as `draft`.
         """

@@ -1,10 +1,10 @@
 """Draft layers as captured graphs: one graph for each batch size and width, for all depths.
 
-How deep a layer lies is in its inputs alone, in how long the paths of its nodes are; so one graph
-serves all layers of a width, and a tree stops after any of them without paying for the rest. Inputs
-stand in buffers for K nodes of each request. They are written while the host waits to learn how
-many of the nodes are kept, and a graph takes the first W of each request: behind the decision there
-is nothing left to launch but the graph.
+The depth of a layer is in its inputs alone, as the length of its nodes' paths. So one graph serves
+all layers of a width, and a tree stops after any of them without paying for the rest. Inputs stand
+in buffers for K nodes of each request. The host launches their copies before it waits to learn how
+many nodes are expanded, and a graph takes the first W of each request: behind the decision nothing
+is left to launch but the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.serving.drafting.model import DraftModel
     from cast_sglang.tree import Frontier
 
 __all__ = ["CapturedLayers", "LayerGraphs", "capture_layers"]
@@ -37,20 +37,22 @@ class LayerGraphs:
     """Graphs of draft layers and the buffers they read.
 
     Args:
-        draft: the worker whose model is captured.
+        model: the draft model.
+        max_layers: D, layers that a tree may have.
         sizes: widths that get a graph, for each captured batch size; K is among them.
     """
 
-    # What SGLang's graph backend asks of the runner that owns it.
+    # SGLang's graph backend reads this, `model_runner` and `device_module`.
     enable_profile_cuda_graph = False
 
-    def __init__(self, draft: CastDraftWorker, sizes: GraphSizes) -> None:
-        self.draft, self.sizes = draft, sizes
-        self.model_runner = runner = draft.draft_runner
+    def __init__(self, model: DraftModel, max_layers: int, sizes: GraphSizes) -> None:
+        self.sizes, self.topk = sizes, model.topk
+        self._model = model
+        self.model_runner = runner = model.runner
         self.device_module = torch.get_device_module(runner.device)
-        max_batch, topk, depth = max(sizes.all_batch_sizes), draft.topk, draft.speculative_num_steps
+        max_batch, topk, depth = max(sizes.all_batch_sizes), model.topk, max_layers
         self.max_batch = max_batch
-        hidden_size, hidden_dtype = draft.recurrent_hidden_states()
+        hidden_size, hidden_dtype = model.recurrent_hidden_states()
         with torch.device(runner.device):
             self.tokens = torch.zeros((max_batch, topk), dtype=torch.int64)
             self.own_slots = torch.zeros((max_batch, topk), dtype=torch.int64)
@@ -60,7 +62,7 @@ class LayerGraphs:
             self.seq_lens = torch.ones(max_batch, dtype=torch.int64)
             self.req_pool_indices = torch.zeros(max_batch, dtype=torch.int64)
             self.depth = torch.ones(1, dtype=torch.int64)
-        draft.draft_attn_backend.capture_lists(max_batch * topk, depth)
+        model.attention.capture_lists(max_batch * topk, depth)
         self._backend: Any = None
 
     def capture(self, backend: Any) -> None:
@@ -76,7 +78,7 @@ class LayerGraphs:
 
     def _layer(self, batch_size: int, width: int) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Return the layer to capture: everything from the buffers to the best children."""
-        draft = self.draft
+        model = self._model
         forward_batch = self._static_batch(batch_size, width)
 
         def run_once() -> tuple[torch.Tensor, ...]:
@@ -88,10 +90,10 @@ class LayerGraphs:
             positions = self.positions[:batch_size].unsqueeze(1)
             forward_batch.positions = positions.expand(-1, width).flatten()
             forward_batch.spec_info.hidden_states = first(self.hidden_states)
-            draft.draft_attn_backend.init_captured_tree_metadata(
+            model.attention.init_captured_tree_metadata(
                 forward_batch, self.path_slots[:batch_size, :width], self.depth
             )
-            return draft.forward_nodes(forward_batch)
+            return model.forward_nodes(forward_batch)
 
         return run_once
 
@@ -152,10 +154,11 @@ class LayerGraphs:
 
 
 class CapturedLayers:
-    """The layers of one step, run by replaying graphs.
+    """The layers of one step's tree, run by replaying graphs.
 
     Args:
-        forward_batch: as for `EagerLayers`.
+        graphs: those of the server; `holds` must be true of the batch.
+        forward_batch: as `base.Drafter.layers` gets it.
     """
 
     def __init__(self, graphs: LayerGraphs, forward_batch: ForwardBatch) -> None:
@@ -168,7 +171,7 @@ class CapturedLayers:
         graphs.req_pool_indices[:batch_size].copy_(forward_batch.req_pool_indices)
         padding = slice(batch_size, graphs.sizes.bucket(batch_size))
         if padding.stop > batch_size:
-            # Requests that are not there read and write slot 0, which belongs to nobody.
+            # The graph's padding requests read and write slot 0, which no request owns.
             graphs.seq_lens[padding].fill_(1)
             for buffer in (
                 graphs.req_pool_indices,
@@ -184,7 +187,7 @@ class CapturedLayers:
         graphs, batch_size = self._graphs, self._batch_size
         self._depth += 1
         depth = self._depth
-        own = self._slots[:, (depth - 1) * graphs.draft.topk :][:, : graphs.draft.topk]
+        own = self._slots[:, (depth - 1) * graphs.topk :][:, : graphs.topk]
         path = graphs.path_slots[:batch_size]
         if depth > 1:
             path.copy_(take_rows(path, frontier.parents))
@@ -194,11 +197,6 @@ class CapturedLayers:
         graphs.hidden_states[:batch_size].copy_(take_rows(self._hidden_states, frontier.parents))
         torch.add(graphs.seq_lens[:batch_size], depth - 1, out=graphs.positions[:batch_size])
         graphs.depth.fill_(depth)
-
-    def fit(self, width: int) -> int:
-        fitting = self._graphs.sizes.fit(self._batch_size, width, self._graphs.draft.topk)
-        assert fitting is not None and fitting >= width
-        return fitting
 
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         probs, tokens, hidden_states = self._graphs.run(self._batch_size, width)
@@ -211,11 +209,8 @@ def _key(batch_size: int, width: int) -> ShapeKey:
     return ShapeKey(size=batch_size, variant_label=f"width {width}")
 
 
-def capture_layers(draft: CastDraftWorker, sizes: GraphSizes) -> LayerGraphs:
-    """Capture the draft's layers on the device.
-
-    Args:
-        sizes: as for `LayerGraphs`.
+def capture_layers(model: DraftModel, max_layers: int, sizes: GraphSizes) -> LayerGraphs:
+    """Capture the draft's layers on the device; arguments as for `LayerGraphs`.
 
     Effects: logs what was captured, how long it took and how much memory it took.
     """
@@ -227,8 +222,9 @@ def capture_layers(draft: CastDraftWorker, sizes: GraphSizes) -> LayerGraphs:
     )
     from sglang.srt.utils.common import get_available_gpu_memory
 
-    began, before = time.perf_counter(), get_available_gpu_memory(draft.device, draft.gpu_id)
-    graphs = LayerGraphs(draft, sizes)
+    runner = model.runner
+    began, before = time.perf_counter(), get_available_gpu_memory(runner.device, runner.gpu_id)
+    graphs = LayerGraphs(model, max_layers, sizes)
     backend = resolve_decode_backend(graphs)
     stream = get_or_create_global_graph_capture_stream()
     try:
@@ -247,6 +243,6 @@ def capture_layers(draft: CastDraftWorker, sizes: GraphSizes) -> LayerGraphs:
         sizes.num_graphs,
         sizes,
         time.perf_counter() - began,
-        before - get_available_gpu_memory(draft.device, draft.gpu_id),
+        before - get_available_gpu_memory(runner.device, runner.gpu_id),
     )
     return graphs

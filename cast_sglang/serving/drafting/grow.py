@@ -2,99 +2,89 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cast_sglang.ops import ops_for
-from cast_sglang.serving.drafting.base import Layers
-from cast_sglang.serving.drafting.layers import EagerLayers
 from cast_sglang.tree import DraftTree
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.policy.decider import Decider
     from cast_sglang.serving.calibration import Calibration
-    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.serving.drafting.base import Drafter
+    from cast_sglang.serving.drafting.model import DraftModel
+    from cast_sglang.serving.host_reads import HostReads
+    from cast_sglang.serving.pass_clock import PassClock
+    from cast_sglang.serving.step_room import StepRoom
+    from cast_sglang.serving.trace_recorder import TraceRecorder
 
-__all__ = ["compile_ops", "grow_tree"]
+__all__ = ["Growth", "compile_ops", "grow_tree"]
 
 
-def grow_tree(
-    draft: CastDraftWorker, forward_batch: ForwardBatch
-) -> tuple[DraftTree, tuple[int, ...], float]:
+class Growth(NamedTuple):
+    """What a step's tree is grown with."""
+
+    model: DraftModel
+    drafter: Drafter
+    max_layers: int  # D, layers that a tree may have
+    decider: Decider
+    calibration: Calibration | None  # None for scores as the draft model states them
+    reads: HostReads
+    clock: PassClock
+    recorder: TraceRecorder | None  # None without recording
+    room: StepRoom  # of the step that runs
+    forward_batch: ForwardBatch  # as SGLang prepares it; `spec_info` holds the root's children
+
+
+def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     """Grow a step's tree until one more layer no longer pays.
 
-    The host reads the scores of each layer and waits for nothing else; what the next layer needs
+    The host reads the scores of each layer and waits for nothing else. What the next layer needs
     whatever is decided is prepared before that.
 
-    Args:
-        forward_batch: the draft's batch, as SGLang prepares it; `spec_info` holds the root's
-            children.
-
     Returns:
-        The tree, the width of each layer below the root, and the host's seconds of deciding:
-        calibration included; scoring and ranking, which every tree needs, not.
+        The tree, and the width of each layer below the root.
     """
-    spec_info, policy, costs = forward_batch.spec_info, draft.policy, draft.costs
+    model, decider, calibration = growth.model, growth.decider, growth.calibration
+    reads, recorder = growth.reads, growth.recorder
+    spec_info = growth.forward_batch.spec_info
     probs = spec_info.topk_p
-    tokens = draft.to_target_vocab(spec_info.topk_index)
-    began = time.perf_counter()
-    lines = _lines(draft.calibration, probs, 1)
-    policy_seconds = time.perf_counter() - began
-    tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops_for(draft.device), lines)
-    if draft.tracer is not None:
-        draft.tracer.drafted(1, probs, tree.scores)
-    layers, max_layers = _layers(draft, forward_batch), draft.room.max_layers
-    draft.reads.begin_step()
+    tokens = model.to_target_vocab(spec_info.topk_index)
+    lines = _lines(calibration, probs, 1)
+    tree = DraftTree(tokens, probs, growth.max_layers, ops_for(model.device), lines)
+    if recorder is not None:
+        recorder.on_layer(1, probs, tree.scores)
+    layers = growth.drafter.layers(growth.forward_batch)
+    reads.begin_step()
     scores = tree.frontier().scores
-    read = draft.reads.start(scores)
+    read = reads.start(scores)
     widths: list[int] = []
 
     while True:
-        frontier, is_full = tree.frontier(), tree.num_layers == max_layers
+        frontier, is_full = tree.frontier(), tree.num_layers == growth.room.max_layers
         if not is_full:
             layers.prepare(frontier)
         above = scores
-        scores, *grown = read.wait()
-        began = time.perf_counter()
-        if grown:
-            policy.expanded(above, *grown)
-        grows = not is_full
-        if not is_full:
-            width = policy.breadth(scores, costs)
-            grows = policy.deepen()
-            # In the first layer alone: what a width takes does not depend on the layer.
-            may_try = grows and tree.num_layers == 1 and draft.clock.is_timing
-            if may_try and draft.exploration is not None and costs is not None:
-                batch_size, allowed = forward_batch.batch_size, range(1, draft.topk + 1)
-                width = draft.exploration.explore("draft", batch_size, width, allowed, costs.draft)
-        policy_seconds += time.perf_counter() - began
-        if not grows:
-            return tree, tuple(widths), policy_seconds
+        scores, *chances_read = read.wait()
+        if chances_read:
+            decider.expanded(above, *chances_read)
+        width = decider.width(scores)
+        if width is None:
+            return tree, tuple(widths)
 
-        width = layers.fit(width)
-        # With what it takes to grow the tree by it, as a layer that is not run saves that too.
-        with draft.clock.time("draft", width):
+        # The time of growing the tree is part of the layer's: a layer that is not run saves both.
+        with growth.clock.time("draft", width):
             probs, tokens = layers.run(frontier, width)
-            began = time.perf_counter()
-            lines = _lines(draft.calibration, probs, tree.num_layers + 1)
-            policy_seconds += time.perf_counter() - began
+            lines = _lines(calibration, probs, tree.num_layers + 1)
             chances = tree.grow(frontier, width, tokens, probs, lines)
-        if draft.tracer is not None:
-            draft.tracer.drafted(tree.num_layers, probs, chances)
+        if recorder is not None:
+            recorder.on_layer(tree.num_layers, probs, chances)
         widths.append(width)
-        read = draft.reads.start(tree.frontier().scores, chances)
-
-
-def _layers(draft: CastDraftWorker, forward_batch: ForwardBatch) -> Layers:
-    """Return how the step's layers are run: captured where there are graphs for the batch."""
-    graphs = draft.layer_graphs
-    if graphs is not None and graphs.holds(forward_batch.batch_size):
-        return graphs.layers(forward_batch)
-    return EagerLayers(draft, forward_batch)
+        read = reads.start(tree.frontier().scores, chances)
 
 
 def _lines(
@@ -103,13 +93,25 @@ def _lines(
     return None if calibration is None else calibration.lines(probs, depth)
 
 
-def compile_ops(draft: CastDraftWorker) -> None:
+def compile_ops(
+    model: DraftModel,
+    calibration: Calibration | None,
+    *,
+    max_layers: int,
+    max_rows: int,
+    verify_sizes: tuple[int, ...],
+) -> None:
     """Run the tree's kernels once at every shape they are compiled for, before the first request.
 
     Shapes differ in the powers of two that hold the expanded nodes, the candidates and the
     selected nodes.
+
+    Args:
+        max_layers: D, layers that a tree may have.
+        max_rows: rows verified per request at most, root included.
+        verify_sizes: ascending values allowed for N.
     """
-    topk, device, ops = draft.topk, draft.device, ops_for(draft.device)
+    topk, device, ops = model.topk, model.device, ops_for(model.device)
 
     def children(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (rows, topk)
@@ -118,16 +120,16 @@ def compile_ops(draft: CastDraftWorker) -> None:
 
     for narrow in range(1, topk + 1):
         tokens, probs = children(1)
-        lines = _lines(draft.calibration, probs, 1)
-        tree = DraftTree(tokens, probs, draft.speculative_num_steps, ops, lines)
+        lines = _lines(calibration, probs, 1)
+        tree = DraftTree(tokens, probs, max_layers, ops, lines)
         while True:
-            ranked = tree.ranked(draft.max_draft_tokens - 1)
-            for size in draft.verify_sizes:
+            ranked = tree.ranked(max_rows - 1)
+            for size in verify_sizes:
                 if size <= ranked.scores.shape[1] + 1:
                     tree.select(ranked, size)
             if tree.num_layers == tree.max_layers:
                 break
             width = narrow if tree.num_layers == 1 else topk
             tokens, probs = children(width)
-            lines = _lines(draft.calibration, probs, tree.num_layers + 1)
+            lines = _lines(calibration, probs, tree.num_layers + 1)
             tree.grow(tree.frontier(), width, tokens, probs, lines)

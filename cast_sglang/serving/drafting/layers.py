@@ -1,8 +1,8 @@
-"""One layer of the draft tree after another: where its inputs come from and how it is run.
+"""Draft layers launched kernel by kernel: where the inputs of a layer come from.
 
-`EagerLayers` prepares a layer when its width is known and launches its kernels one by one.
-`captured_layers.CapturedLayers` prepares every node that could be kept while the host still waits
-for the decision, so that behind the decision there is one launch.
+`EagerLayers` prepares a layer when its width is known. `captured_layers.CapturedLayers` prepares
+every node that could be expanded while the host still waits for the decision, so that behind the
+decision there is one launch.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from cast_sglang.serving.drafting.worker import CastDraftWorker
+    from cast_sglang.serving.drafting.model import DraftModel
     from cast_sglang.tree import Frontier
 
 __all__ = ["EagerLayers", "take_rows"]
 
 
 class EagerLayers:
-    """Layers launched kernel by kernel.
+    """The layers of one step's tree, launched kernel by kernel.
 
     Args:
-        forward_batch: the draft's batch, as SGLang prepares it; `out_cache_loc` holds a slot for
-            each node of the envelope, request-major, and `spec_info` the roots' hidden states.
+        model: the draft model.
+        forward_batch: as `base.Drafter.layers` gets it.
     """
 
-    def __init__(self, draft: CastDraftWorker, forward_batch: ForwardBatch) -> None:
-        self._draft, self._forward_batch = draft, forward_batch
+    def __init__(self, model: DraftModel, forward_batch: ForwardBatch) -> None:
+        self._model, self._forward_batch = model, forward_batch
         batch_size = forward_batch.batch_size
         # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
         self._slots = forward_batch.out_cache_loc.view(batch_size, -1)
@@ -40,13 +40,10 @@ class EagerLayers:
     def prepare(self, frontier: Frontier) -> None:
         return
 
-    def fit(self, width: int) -> int:
-        return width
-
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        draft, forward_batch = self._draft, self._forward_batch
+        model, forward_batch = self._model, self._forward_batch
         depth, batch_size = self._path_slots.shape[2], len(frontier.tokens)
-        first = depth * draft.topk
+        first = depth * model.topk
         own = self._slots[:, first : first + width]
         if depth == 0:  # all children of the root, which has no slot here
             self._path_slots = own.unsqueeze(2)
@@ -61,7 +58,7 @@ class EagerLayers:
         forward_batch.positions = positions.expand(-1, width).flatten()
         forward_batch.out_cache_loc = own.flatten()
         forward_batch.spec_info.hidden_states = hidden_states.flatten(0, 1)
-        probs, tokens, hidden_states = draft.forward_layer(forward_batch, self._path_slots)
+        probs, tokens, hidden_states = model.forward_layer(forward_batch, self._path_slots)
         self._hidden_states = hidden_states.view(batch_size, width, -1)
         return probs, tokens
 

@@ -1,9 +1,9 @@
 """Captured graphs of verify and draft extend, one set for each number of rows per request.
 
 SGLang's own graph runners are built once per number of rows, as its adaptive mode builds them once
-per number of steps; a step then runs with the runner of its size, or eagerly where there is none.
-All runners of a pass share one attention backend, since `triton` keeps nothing that depends on the
-number of rows but its buffers; those are made for the largest.
+per number of steps. A step runs with the runner of its size, or eagerly where there is none. All
+runners of a pass share one attention backend: `triton` keeps nothing that depends on the number of
+rows but its buffers, and those are made for the largest.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.costs.graph_sizes import GraphSizes
-from cast_sglang.errors import HostError
+from cast_sglang.serving.host_patches.passes import capturing_size, extend_rows, keeping_buffers
 
 if TYPE_CHECKING:
-    from cast_sglang.serving.drafting.worker import CastDraftWorker
-    from cast_sglang.serving.worker import CastWorker
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
-__all__ = ["PassGraphs", "capture_extend", "capture_verify", "extend_rows"]
+__all__ = ["PassGraphs", "capture_extend", "capture_verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +42,8 @@ class PassGraphs:
 
         Args:
             build: captures and returns the runner of a size.
-            capturing: what SGLang has to be told while a size is captured at these batch sizes.
-            existing: runners that are there already.
+            capturing: prepares SGLang for the capture of a size at these batch sizes.
+            existing: runners that SGLang has built already.
         """
         self._runners.update(existing or {})
         for size in reversed(self.sizes.sizes):
@@ -53,21 +52,23 @@ class PassGraphs:
                     self._runners[size] = build(size)
 
     def runner(self, batch_size: int, size: int) -> Any | None:
-        """Return the runner of a pass over so many rows per request; None for an eager one."""
+        """Return the runner of a pass over `size` rows per request; None for an eager pass."""
         bucket = self.sizes.bucket(batch_size)
         if bucket is None or size not in self.sizes.at(bucket):
             return None
         return self._runners[size]
 
 
-def capture_verify(worker: CastWorker, sizes: GraphSizes) -> PassGraphs:
+def capture_verify(runner: ModelRunner, sizes: GraphSizes) -> PassGraphs:
     """Capture the target's pass at each size, and at the one row of a plain step.
 
     SGLang has captured the largest size by then, at every batch size.
+
+    Args:
+        runner: the target's.
     """
     from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
-    runner = worker.target_worker.model_runner
     every = {batch: (1, *sizes.at(batch)) for batch in sizes.all_batch_sizes}
     graphs = PassGraphs("verify", GraphSizes(every))
 
@@ -75,84 +76,41 @@ def capture_verify(worker: CastWorker, sizes: GraphSizes) -> PassGraphs:
         return DecodeCudaGraphRunner(runner, speculative_num_draft_tokens=size)
 
     first = runner.decode_cuda_graph_runner
-    with _measured(worker, graphs), _keeping_buffers(runner.attn_backend):
-        graphs.capture(build, _capturing, {first.captured_req_width: first})
+    with _measured(runner, graphs), keeping_buffers(runner.attn_backend):
+        graphs.capture(build, capturing_size, {first.captured_req_width: first})
     return graphs
 
 
-def capture_extend(draft: CastDraftWorker, sizes: GraphSizes) -> PassGraphs:
-    """Capture draft extend at each number of rows."""
-    from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
-        EAGLEDraftExtendCudaGraphRunner,
-    )
+def capture_extend(
+    runner: ModelRunner, backend: Any, sizes: GraphSizes, build: Callable[[], Any]
+) -> PassGraphs:
+    """Capture draft extend at each number of rows.
 
+    Args:
+        runner: the draft's.
+        backend: its attention backend for draft extend.
+        build: makes SGLang's graph runner of draft extend, which captures the size of the moment.
+    """
     graphs = PassGraphs("draft extend", sizes)
-    backend = draft.draft_extend_attn_backend
-    largest = max(sizes.sizes)
-    backend.init_cuda_graph_state(max(sizes.all_batch_sizes), max(sizes.all_batch_sizes) * largest)
+    max_batch_size = max(sizes.all_batch_sizes)
+    backend.init_cuda_graph_state(max_batch_size, max_batch_size * max(sizes.sizes))
 
     @contextlib.contextmanager
     def capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
-        with _capturing(size, batch_sizes), extend_rows(draft, size):
+        with capturing_size(size, batch_sizes), extend_rows(backend, size):
             yield
 
-    with _measured(draft, graphs), _keeping_buffers(backend):
-        graphs.capture(lambda size: EAGLEDraftExtendCudaGraphRunner(draft), capturing)
+    with _measured(runner, graphs), keeping_buffers(backend):
+        graphs.capture(lambda size: build(), capturing)
     return graphs
 
 
 @contextlib.contextmanager
-def extend_rows(draft: CastDraftWorker, rows: int) -> Iterator[None]:
-    """Let the backend of draft extend lay out so many rows per request in captured passes."""
-    backend = draft.draft_extend_attn_backend
-    before, backend.num_draft_tokens = backend.num_draft_tokens, rows
-    try:
-        yield
-    finally:
-        backend.num_draft_tokens = before
-
-
-@contextlib.contextmanager
-def _capturing(size: int, batch_sizes: list[int]) -> Iterator[None]:
-    """Let SGLang's runners, which read the server's arguments, capture this size alone."""
-    from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
-    from sglang.srt.runtime_context import get_context, get_exec, get_spec
-
-    config, tokens = get_exec().graph.cuda_graph_config, get_spec().speculative_num_draft_tokens
-    get_context().override(
-        "cast.capture",
-        cuda_graph_config=with_phase(config, Phase.DECODE, bs=batch_sizes),
-        speculative_num_draft_tokens=size,
-    )
-    try:
-        yield
-    except Exception as error:
-        raise HostError(
-            f"capturing CUDA graphs of {size} rows per request failed: {error}; "
-            "pass --cast-graphs off, or --disable-cuda-graph"
-        ) from error
-    finally:
-        get_context().override(
-            "cast.captured", cuda_graph_config=config, speculative_num_draft_tokens=tokens
-        )
-
-
-@contextlib.contextmanager
-def _keeping_buffers(backend: Any) -> Iterator[None]:
-    """Keep each runner from making the backend's buffers anew, under the graphs that read them."""
-    backend.init_cuda_graph_state = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del backend.init_cuda_graph_state
-
-
-@contextlib.contextmanager
-def _measured(worker: CastWorker | CastDraftWorker, graphs: PassGraphs) -> Iterator[None]:
+def _measured(runner: ModelRunner, graphs: PassGraphs) -> Iterator[None]:
     """Log what was captured, how long it took and how much memory it took."""
     from sglang.srt.utils.common import get_available_gpu_memory
 
-    began, before = time.perf_counter(), get_available_gpu_memory(worker.device, worker.gpu_id)
+    began, before = time.perf_counter(), get_available_gpu_memory(runner.device, runner.gpu_id)
     yield
     logger.info(
         "CAST: captured %d graphs of %s (rows at %s) in %.1f s, %.2f GB",
@@ -160,5 +118,5 @@ def _measured(worker: CastWorker | CastDraftWorker, graphs: PassGraphs) -> Itera
         graphs.name,
         graphs.sizes,
         time.perf_counter() - began,
-        before - get_available_gpu_memory(worker.device, worker.gpu_id),
+        before - get_available_gpu_memory(runner.device, runner.gpu_id),
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cast_sglang.costs.graph_sizes import GraphSizes
-from cast_sglang.costs.limits import Limits
 from cast_sglang.profiling.grid import default_grid
 
 if TYPE_CHECKING:
-    from cast_sglang.serving.worker import CastWorker
+    from cast_sglang.config import CastConfig
+    from cast_sglang.costs.limits import Limits
+    from cast_sglang.costs.model import CostModel
 
 __all__ = ["GraphPlan", "choose_sizes", "plan_graphs"]
 
@@ -26,55 +27,70 @@ class GraphPlan(NamedTuple):
     extend: GraphSizes  # rows per request of draft extend
 
 
-def plan_graphs(worker: CastWorker) -> GraphPlan | None:
-    """Choose what to capture at start-up; None for nothing."""
+def plan_graphs(
+    graph_runner: Any,
+    limits: Limits,
+    config: CastConfig,
+    verify_sizes: Sequence[int],
+    cost_model: CostModel | None,
+) -> GraphPlan | None:
+    """Choose what to capture at start-up; None for nothing.
+
+    Args:
+        graph_runner: the target's, with which SGLang has captured the largest size by then, unless
+            decode graphs are off.
+        limits, verify_sizes, cost_model: as for `choose_sizes`.
+    """
     from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
-    # SGLang has captured the largest size by then, unless it was told not to.
-    first = worker.target_worker.model_runner.decode_cuda_graph_runner
-    if not isinstance(first, DecodeCudaGraphRunner):
+    if not isinstance(graph_runner, DecodeCudaGraphRunner):
         return None
-    plan = choose_sizes(worker, first.capture_bs)
-    if worker.config.graphs == "passes":
+    plan = choose_sizes(graph_runner.capture_bs, limits, config, verify_sizes, cost_model)
+    if config.graphs == "passes":
         logger.info("CAST: draft layers run without graphs: --cast-graphs passes")
         return plan._replace(widths=None)
     return plan
 
 
-def choose_sizes(worker: CastWorker, batch_sizes: list[int]) -> GraphPlan:
+def choose_sizes(
+    batch_sizes: list[int],
+    limits: Limits,
+    config: CastConfig,
+    verify_sizes: Sequence[int],
+    cost_model: CostModel | None,
+) -> GraphPlan:
     """Choose the sizes worth a graph: by the profile, or, before there is one, its grid.
 
     Args:
         batch_sizes: those that SGLang captures, ascending.
+        limits: the largest shapes of the server.
+        verify_sizes: rows per request that a verify pass may have, ascending.
+        cost_model: of the profile; None where it is still to be made.
     """
-    draft, topk = worker.draft_worker, worker.topk
-    most = worker.max_draft_tokens
-    sizes, widths = draft.verify_sizes, range(1, topk + 1)
-    if worker.config.policy == "eagle":
-        sizes, widths = (most,), range(topk, topk + 1)
-    if worker.cost_model is not None and worker.config.verify_sizes is None:
-        cost_model = worker.cost_model
+    topk, max_rows = limits.max_width, limits.max_verify_rows
+    sizes, widths = tuple(verify_sizes), range(1, topk + 1)
+    # As many nodes as one or two layers have at least, so that a small tree fits one.
+    small_trees = (topk + 1, 2 * topk + 1)
+    if config.policy == "eagle":
+        sizes, widths = (max_rows,), range(topk, topk + 1)
+    if cost_model is not None and config.verify_sizes is None:
 
         def costs(operation: str) -> Callable[[int], list[float]]:
             # At a short context, where rows and not the prefix make the difference.
             return lambda batch: getattr(cost_model.step_costs(batch, 1), operation).tolist()
 
-        # As many nodes as one or two layers have at least, so that a small tree fits one.
-        small_trees = (topk + 1, 2 * topk + 1)
         verify = GraphSizes.by_cost(batch_sizes, sizes, costs("verify"), always=small_trees)
         layers = GraphSizes.by_cost(batch_sizes, widths, costs("draft"))
     else:
-        if worker.config.verify_sizes is None:
-            limits = Limits(max(batch_sizes), 1, most, topk, most, most)
-            measured = (*default_grid(limits).token_counts["verify"], topk + 1, 2 * topk + 1)
+        if config.verify_sizes is None:
+            measured = (*default_grid(limits).token_counts["verify"], *small_trees)
             sizes = tuple(sorted(set(measured) & set(sizes)))
-        verify = GraphSizes(dict.fromkeys(batch_sizes, tuple(sizes)))
+        verify = GraphSizes(dict.fromkeys(batch_sizes, sizes))
         layers = GraphSizes(dict.fromkeys(batch_sizes, tuple(widths)))
+    max_extend_rows = limits.max_extend_rows or max_rows
     extend = GraphSizes(
         {
-            batch_size: tuple(
-                sorted({min(worker.max_extend_rows, size) for size in verify.at(batch_size)})
-            )
+            batch_size: tuple(sorted({min(max_extend_rows, n) for n in verify.at(batch_size)}))
             for batch_size in batch_sizes
         }
     )

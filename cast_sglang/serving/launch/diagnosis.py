@@ -47,5 +47,5 @@ class Diagnosis(NamedTuple):
                 console.print(Text(f"{'':{width + 8}}-> {check.fix}"), soft_wrap=True)
         counts = {s: sum(check.status == s for check in self.checks) for s in (FAIL, WARN, SKIP)}
         words = {FAIL: "failed", WARN: "to look at", SKIP: "not checked"}
-        told = [f"{count} {words[status]}" for status, count in counts.items() if count]
-        console.print(", ".join(told) if told else "everything fits", soft_wrap=True)
+        text = [f"{count} {words[status]}" for status, count in counts.items() if count]
+        console.print(", ".join(text) if text else "everything fits", soft_wrap=True)

@@ -196,8 +196,8 @@ def _check_device() -> Check:
     if torch.version.cuda and torch.cuda.is_available():
         facts = device_facts("cuda")
         memory = f"{facts['device_memory_bytes'] / 2**30:.0f} GiB"
-        told = f"{facts['device_name']} ({memory}), {facts['device_count']} visible"
-        return Check("device", OK, f"{told}, driver {facts['driver']}, {facts['runtime']}")
+        text = f"{facts['device_name']} ({memory}), {facts['device_count']} visible"
+        return Check("device", OK, f"{text}, driver {facts['driver']}, {facts['runtime']}")
     return Check("device", FAIL, NO_DEVICE, NO_DEVICE_FIX)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from cast_sglang.serving.drafting.base import Layers
     from cast_sglang.serving.worker import CastWorker
 
 __all__ = ["EngineMeter"]
@@ -37,7 +38,7 @@ class EngineMeter:
         self._batches: dict[tuple[int, int], Rows] = {}
         self._verify_result: Any = None
         self._sweep = torch.zeros(1 << 25, device=worker.device)  # 128 MiB, more than any cache
-        worker.draft_worker.backlog.clear()
+        worker.tools.backlog.clear()
         self._fill_slots()
 
     def limits(self) -> Limits:
@@ -45,18 +46,8 @@ class EngineMeter:
 
     @staticmethod
     def limits_of(worker: CastWorker) -> Limits:
-        """Return the largest shapes that a worker runs."""
-        from sglang.srt.runtime_context import get_schedule
-
-        model_config = worker.target_worker.model_runner.model_config
-        return Limits(
-            max_batch_size=get_schedule().max_running_requests,
-            max_context=model_config.context_len,
-            max_verify_rows=worker.max_draft_tokens,
-            max_width=worker.topk,
-            max_tokens=worker.token_to_kv_pool_allocator.size,
-            max_extend_rows=worker.max_extend_rows,
-        )
+        """Return the largest shapes that a worker may have to run."""
+        return dataclasses.replace(worker.limits, max_tokens=worker.token_to_kv_pool_allocator.size)
 
     def verify(self, batch_size: int, context: int, rows: int) -> float:
         """Time `worker.verify`: forward pass, acceptance and moves of KV."""
@@ -74,8 +65,9 @@ class EngineMeter:
         forward_batch, _, _ = prepare_for_draft(
             batch.spec_info, pool, batch, None, draft.draft_runner, draft.topk, steps
         )
-        if draft.layer_graphs is not None and draft.layer_graphs.holds(batch_size):
-            return self._captured_layer(forward_batch, width)
+        graphs = draft.drafter.graphs
+        if graphs is not None and graphs.holds(batch_size):
+            return self._captured_layer(graphs.layers(forward_batch), forward_batch, width)
         slots = forward_batch.out_cache_loc.view(batch_size, steps, draft.topk)
         depth = max(1, steps // 2)
         path_slots = slots[:, :depth, :width].transpose(1, 2).contiguous()
@@ -85,15 +77,13 @@ class EngineMeter:
         hidden_states = forward_batch.spec_info.hidden_states
         forward_batch.spec_info.hidden_states = hidden_states.repeat_interleave(width, dim=0)
         with self._draft_context():
-            return self._time(lambda: draft.forward_layer(forward_batch, path_slots))
+            return self._time(lambda: draft.model.forward_layer(forward_batch, path_slots))
 
-    def _captured_layer(self, forward_batch: ForwardBatch, width: int) -> float:
-        """Time a captured layer; its inputs are prepared before, as the host waits then anyway."""
-        layers = self.worker.draft_worker.layer_graphs.layers(forward_batch)
+    def _captured_layer(self, layers: Layers, forward_batch: ForwardBatch, width: int) -> float:
+        """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
         scores, tokens = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
         frontier = Frontier(scores, tokens, tokens, torch.zeros_like(tokens))
         layers.prepare(frontier)
-        width = layers.fit(width)
         with self._draft_context():
             return self._time(lambda: layers.run(frontier, width))
 
@@ -111,6 +101,7 @@ class EngineMeter:
     def step_overhead(self, batch_size: int) -> float:
         """Time a whole step of a small tree and subtract its passes."""
         worker, draft = self.worker, self.worker.draft_worker
+        model, graphs = draft.model, draft.drafter.graphs
         batch = self._batch(batch_size, self._shortest_context)
         inside = 0.0
 
@@ -125,15 +116,15 @@ class EngineMeter:
 
         with contextlib.ExitStack() as stack:
             for owner, name, value in (
-                (draft, "policy", SmallTree()),
+                (worker.tools.decider, "policy", SmallTree()),
                 (worker, "cast_stats", StepStats()),
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
             passes = [(worker, "verify"), (draft, "_draft_extend_for_decode")]
-            passes.append((draft, "forward_layer"))
-            if draft.layer_graphs is not None:
-                passes.append((draft.layer_graphs, "run"))
+            passes.append((model, "forward_layer"))
+            if graphs is not None:
+                passes.append((graphs, "run"))
             for owner, name in passes:
                 setattr(owner, name, timed(getattr(owner, name)))
                 stack.callback(delattr, owner, name)

@@ -11,18 +11,12 @@ from cast_sglang.serving.graphs.plan import choose_sizes, plan_graphs
 from tests.support.builders import make_profile
 
 TOPK, TOKENS, EXTEND = 4, 16, 6
+LIMITS = Limits(8, 256, TOKENS, TOPK, max_extend_rows=EXTEND)
 
 
-def worker(cost_model=None, **settings):
+def chosen(batch_sizes, cost_model=None, **settings):
     sizes = settings.get("verify_sizes") or tuple(range(2, TOKENS + 1))
-    return SimpleNamespace(
-        config=CastConfig(**settings),
-        cost_model=cost_model,
-        topk=TOPK,
-        max_draft_tokens=TOKENS,
-        max_extend_rows=EXTEND,
-        draft_worker=SimpleNamespace(verify_sizes=sizes),
-    )
+    return choose_sizes(batch_sizes, LIMITS, CastConfig(**settings), sizes, cost_model)
 
 
 def model_of(profile):
@@ -31,7 +25,7 @@ def model_of(profile):
 
 
 def test_before_a_profile_the_sizes_that_it_measures_are_captured():
-    plan = choose_sizes(worker(), [1, 8])
+    plan = chosen([1, 8])
     assert plan.verify.at(1) == plan.verify.at(8) == (2, 3, 4, 5, 6, 8, 9, 12, 16)
     assert plan.widths.at(8) == (1, 2, 3, 4)
     # An accepted path is no longer than the tree is deep, nor than its nodes.
@@ -40,7 +34,7 @@ def test_before_a_profile_the_sizes_that_it_measures_are_captured():
 
 def test_a_profile_leaves_the_sizes_that_pay_and_those_of_small_trees():
     model = model_of(make_profile())
-    plan = choose_sizes(worker(model), [1, 4, 8])
+    plan = chosen([1, 4, 8], model)
     for batch in (1, 4, 8):
         costs = model.step_costs(batch, 1)
         verify, widths = costs.verify.tolist(), costs.draft.tolist()
@@ -57,19 +51,18 @@ def test_a_profile_leaves_the_sizes_that_pay_and_those_of_small_trees():
 
 
 def test_sizes_that_are_asked_for_are_all_captured():
-    plan = choose_sizes(worker(model_of(make_profile()), verify_sizes=(2, 3, 7)), [1])
+    plan = chosen([1], model_of(make_profile()), verify_sizes=(2, 3, 7))
     assert plan.verify.sizes == (2, 3, 7)
 
 
 def test_the_fixed_tree_has_one_size():
-    plan = choose_sizes(worker(policy="eagle"), [1, 2])
+    plan = chosen([1, 2], policy="eagle")
     assert plan.verify.sizes == (TOKENS,) and plan.widths.sizes == (TOPK,)
     assert plan.extend.sizes == (EXTEND,)
 
 
 def test_nothing_is_planned_where_sglang_captured_nothing():
-    target = SimpleNamespace(model_runner=SimpleNamespace(decode_cuda_graph_runner=None))
-    assert plan_graphs(SimpleNamespace(target_worker=target)) is None
+    assert plan_graphs(None, LIMITS, CastConfig(), (2, 3), None) is None
 
 
 @pytest.mark.parametrize("kind", ["flat", "steep"])
@@ -79,7 +72,7 @@ def test_the_set_follows_the_costs(kind):
             verify=_Costs(kind, TOKENS), draft=_Costs(kind, TOPK)
         )
     )
-    plan = choose_sizes(worker(model), [1])
+    plan = chosen([1], model)
     if kind == "flat":
         assert plan.verify.at(1) == (TOPK + 1, 2 * TOPK + 1, TOKENS)
         assert plan.widths.at(1) == (TOPK,)

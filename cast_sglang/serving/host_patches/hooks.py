@@ -1,7 +1,7 @@
-"""What the plugin changes in SGLang's own objects, in one place.
+"""What the plugin changes in SGLang when a process starts: hooks on its functions and classes.
 
-A new SGLang release is to be checked against this file. Every hook leaves servers of other
-algorithms as they are, but for the room of a request's row on the CPU platform.
+Every hook leaves servers of other algorithms as they are, but for the room of a request's row on
+the CPU platform.
 """
 
 from __future__ import annotations

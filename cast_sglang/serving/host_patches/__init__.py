@@ -1,0 +1,1 @@
+"""What the plugin changes in SGLang's own objects: the files to check against a new release."""

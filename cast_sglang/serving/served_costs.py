@@ -1,0 +1,135 @@
+"""ServedCosts: the cost tables in use, and what serving measures against them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.runtime_context import get_parallel
+
+from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
+from cast_sglang.costs.exploration import Exploration
+from cast_sglang.costs.model import CostModel, StepCosts
+from cast_sglang.costs.profiles import profile_command
+
+if TYPE_CHECKING:
+    from cast_sglang.config import CastConfig
+    from cast_sglang.costs.limits import Limits
+    from cast_sglang.costs.profiles import FoundProfile
+    from cast_sglang.serving.pass_clock import PassClock, TimedPass
+    from cast_sglang.serving.stats import StepStats
+
+__all__ = ["ServedCosts"]
+
+logger = logging.getLogger(__name__)
+
+
+class ServedCosts:
+    """The tables of a server's profile, corrected by the passes that the clock times.
+
+    Args:
+        clock: times the server's passes.
+        stats: exports how far the tables are off.
+
+    Attributes:
+        profile: in use; None before `use`.
+        model: the tables as measured; None before `use`.
+        corrected: the tables as corrected; None before `use`.
+        residuals: what was measured against the tables; None before `use`, and without correction.
+        exploration: tries sizes that lack samples; None where `residuals` is.
+        table: costs of the running requests as measured; None before `look_up`.
+        current: the same as corrected.
+    """
+
+    def __init__(self, config: CastConfig, clock: PassClock, stats: StepStats) -> None:
+        self.profile: FoundProfile | None = None
+        self.model: CostModel | None = None
+        self.corrected: CorrectedCosts | None = None
+        self.residuals: Residuals | None = None
+        self.exploration: Exploration | None = None
+        self.table: StepCosts | None = None
+        self.current: StepCosts | None = None
+        self._config, self._clock, self._stats = config, clock, stats
+        self._is_reported = False
+
+    def use(self, found: FoundProfile, limits: Limits) -> None:
+        """Take this profile's tables.
+
+        Args:
+            limits: the largest shapes of the server.
+        """
+        self.profile = found
+        self.model = CostModel(found.profile, limits, lookup=self._config.lookup)
+        residuals = Residuals(limits, found.profile.table_error)
+        self.corrected = CorrectedCosts(self.model, residuals)
+        explores = self._config.policy != "eagle" and not self._config.trace_full
+        if self._config.residuals == "on" and explores:
+            self.residuals, self.exploration = residuals, Exploration(residuals)
+
+    def look_up(
+        self, batch_size: int, context: float, layer_costs: Callable[[StepCosts], StepCosts]
+    ) -> None:
+        """Look up what a step of the running requests costs; without effect before `use`.
+
+        Args:
+            context: mean length of the requests, in tokens.
+            layer_costs: the drafter's, see `drafting.base.Drafter`.
+        """
+        if self.model is not None and self.corrected is not None:
+            self.table = layer_costs(self.model.step_costs(batch_size, context))
+            self.current = layer_costs(self.corrected.step_costs(batch_size, context))
+
+    def take_times(self, on_pass: Callable[[TimedPass], None] | None) -> None:
+        """Record the passes that the device has finished since the last call.
+
+        Args:
+            on_pass: called with each of them; None for nothing more.
+        """
+        for timed in self._clock.finished():
+            if on_pass is not None:
+                on_pass(timed)
+            if self.residuals is not None:
+                ratio = timed.measured_us / timed.predicted_us
+                self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
+
+    def correct(self, step: int, on_pass: Callable[[TimedPass], None] | None) -> None:
+        """Apply what the last steps measured to the costs of the next ones, now and then.
+
+        Args:
+            step: number of the step that begins.
+            on_pass: as for `take_times`.
+        """
+        is_due = step % REFRESH_EVERY == 0
+        if is_due or on_pass is not None:
+            self.take_times(on_pass)
+        if self.residuals is None or not is_due:
+            return
+        state = None
+        if get_parallel().tp_size > 1:
+            # Every rank must choose the same trees, so every rank takes rank 0's times.
+            state = get_tp_group().broadcast_object(self.residuals.state(), src=0)
+        self.residuals.refresh(state)
+        self._stats.record_residuals(self.residuals)
+        self._report(self.residuals.suspects())
+
+    def _report(self, suspects: list[Residual]) -> None:
+        """Log once that the profile is off, and again when it was right in between."""
+        assert self.profile is not None
+        if not suspects:
+            self._is_reported = False
+        elif not self._is_reported:
+            self._is_reported = True
+            worst = suspects[0]
+            logger.warning(
+                "CAST: cost profile %s is off: %s at batch size %d-%d and %d-%d tokens takes %.2f "
+                "times what it says (%d such entries); serving corrects for it. Measure again: %s",
+                self.profile.path,
+                worst.operation,
+                *worst.batch_sizes,
+                *worst.tokens,
+                worst.ratio,
+                len(suspects),
+                profile_command(self.profile.profile.provenance),
+            )

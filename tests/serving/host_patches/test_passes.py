@@ -1,0 +1,203 @@
+"""What is changed around single passes: what then runs, and that it is put back."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cast_sglang.errors import HostError
+from cast_sglang.serving.host_patches.passes import (
+    capturing_size,
+    extend_rows,
+    keeping_buffers,
+    last_rows_only,
+    packed_pass,
+    set_verify_graph,
+)
+from cast_sglang.serving.row_packing import find_packed_rows, last_rows
+
+WIDTH = 3
+
+
+class Runner:
+    """A model that states of each row what it got."""
+
+    def __init__(self):
+        self.attn_backend = SimpleNamespace(packed_rows=None)
+        self.seen = None
+
+    def forward(self, forward_batch):
+        self.seen = forward_batch.input_ids, self.attn_backend.packed_rows
+        states = forward_batch.spec_info.hidden_states + forward_batch.positions[:, None]
+        logits = torch.stack((forward_batch.input_ids, forward_batch.out_cache_loc), dim=1)
+        return SimpleNamespace(
+            logits_output=SimpleNamespace(next_token_logits=logits, hidden_states=states)
+        )
+
+
+def layout(batch_size):
+    rows = torch.arange(batch_size * WIDTH)
+    return SimpleNamespace(
+        input_ids=10 + rows,
+        positions=100 + rows,
+        out_cache_loc=1000 + rows,
+        spec_info=SimpleNamespace(hidden_states=rows[:, None].float()),
+    )
+
+
+def test_only_packed_rows_run_and_their_outputs_stand_in_their_places():
+    runner, whole, packed = Runner(), layout(2), layout(2)
+    everything = runner.forward(whole).logits_output
+    packed_rows = find_packed_rows(torch.tensor([1, 2]), WIDTH)
+    with packed_pass(runner, packed_rows):
+        output = runner.forward(packed).logits_output
+    assert runner.seen[0].tolist() == [10, 13, 14] and runner.seen[1] is packed_rows
+    for name in ("next_token_logits", "hidden_states"):
+        ours, theirs = getattr(output, name), getattr(everything, name)
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours[packed_rows], theirs[packed_rows])
+        assert ours.sum() == theirs[packed_rows].sum()  # zeros elsewhere
+
+
+def test_afterwards_all_rows_run_again_even_after_an_error():
+    runner = Runner()
+    with packed_pass(runner, None):
+        assert len(runner.forward(layout(2)).logits_output.hidden_states) == 2 * WIDTH
+    broken = layout(2)
+    broken.positions = None
+    with (
+        pytest.raises(TypeError),
+        packed_pass(runner, find_packed_rows(torch.tensor([1, 2]), WIDTH)),
+    ):
+        runner.forward(broken)
+    assert runner.attn_backend.packed_rows is None
+    assert len(runner.forward(layout(2)).logits_output.hidden_states) == 2 * WIDTH
+
+
+class Layer(torch.nn.Module):
+    """The parts of a decoder layer by the names that EAGLE-3's has, each row on its own."""
+
+    def __init__(self, hidden=4):
+        super().__init__()
+        self.self_attn = torch.nn.Module()
+        self.self_attn.o_proj = torch.nn.Linear(hidden, hidden)
+        self.post_attention_layernorm = AddedNorm()
+        self.seen = []
+
+    def forward(self, attended, residual):
+        hidden, residual = self.post_attention_layernorm(self.self_attn.o_proj(attended), residual)
+        self.seen.append(len(hidden))
+        return hidden * 2.0, residual
+
+
+class AddedNorm(torch.nn.Module):
+    def forward(self, hidden, residual):
+        return torch.tanh(hidden + residual), hidden + residual
+
+
+class LayerRunner:
+    """A model of one layer over `hidden_states`."""
+
+    def __init__(self):
+        self.attn_backend = SimpleNamespace(packed_rows=None)
+        self.layer = Layer()
+
+    def forward(self, forward_batch):
+        states = forward_batch.spec_info.hidden_states
+        hidden, residual = self.layer(states, states + 1.0)
+        return SimpleNamespace(
+            logits_output=SimpleNamespace(next_token_logits=hidden, hidden_states=residual)
+        )
+
+
+def filled_layout(batch_size):
+    batch = layout(batch_size)
+    generator = torch.Generator().manual_seed(1)
+    batch.spec_info.hidden_states = torch.randn(batch_size * WIDTH, 4, generator=generator)
+    return batch
+
+
+@pytest.mark.parametrize("num_rows", [(2, 1, 3), (WIDTH, WIDTH, WIDTH), (1, 1, 1)])
+def test_the_last_layer_goes_on_with_the_rows_that_are_read(num_rows):
+    runner, num_rows = LayerRunner(), torch.tensor(num_rows)
+    everything = runner.forward(filled_layout(3)).logits_output
+    packed_rows, read = find_packed_rows(num_rows, WIDTH), last_rows(num_rows, WIDTH)
+    with packed_pass(runner, packed_rows, runner.layer, read):
+        output = runner.forward(filled_layout(3)).logits_output
+    assert runner.layer.seen == [3 * WIDTH, 3]
+    for name in ("next_token_logits", "hidden_states"):
+        ours, theirs = getattr(output, name), getattr(everything, name)
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours[read], theirs[read])
+        assert ours.count_nonzero() == theirs[read].count_nonzero()
+    runner.forward(filled_layout(3))
+    assert runner.layer.seen[-1] == 3 * WIDTH
+
+
+def test_a_pass_ends_at_the_last_row_of_each_request():
+    layer, norm = Layer(), AddedNorm()
+    states = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
+    last = torch.tensor([3, 1, 3]).cumsum(0) - 1
+
+    def run():
+        return norm(*layer(states, states + 1.0))
+
+    everything = run()
+    with last_rows_only(norm, layer, last):
+        ours = run()
+    assert layer.seen == [7, 3]
+    for some, whole in zip(ours, everything, strict=True):
+        assert some.shape == whole.shape
+        torch.testing.assert_close(some[last], whole[last])
+        assert some.count_nonzero() == whole[last].count_nonzero()
+    torch.testing.assert_close(run(), everything)
+
+
+def test_a_verify_graph_replaces_the_runners_own():
+    runner = SimpleNamespace(decode_cuda_graph_runner="SGLang's own")
+    set_verify_graph(runner, None)
+    assert runner.decode_cuda_graph_runner is None
+
+
+def test_draft_extends_rows_are_put_back():
+    backend = SimpleNamespace(num_draft_tokens=32)
+    with pytest.raises(RuntimeError), extend_rows(backend, 3):
+        assert backend.num_draft_tokens == 3
+        raise RuntimeError
+    assert backend.num_draft_tokens == 32
+
+
+def test_buffers_are_kept_while_graphs_are_captured():
+    class Backend:
+        buffers = 0
+
+        def init_cuda_graph_state(self, *args, **kwargs):
+            self.buffers += 1
+
+    backend = Backend()
+    with keeping_buffers(backend):
+        backend.init_cuda_graph_state(8, 32)
+    assert backend.buffers == 0
+    backend.init_cuda_graph_state(8, 32)
+    assert backend.buffers == 1
+
+
+def test_a_size_is_captured_by_its_own_arguments(monkeypatch):
+    from sglang.srt import runtime_context
+    from sglang.srt.model_executor import cuda_graph_config
+
+    seen = []
+    context = SimpleNamespace(override=lambda name, **values: seen.append(values))
+    graph = SimpleNamespace(cuda_graph_config="all")
+    monkeypatch.setattr(runtime_context, "get_context", lambda: context)
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(graph=graph))
+    spec = SimpleNamespace(speculative_num_draft_tokens=32)
+    monkeypatch.setattr(runtime_context, "get_spec", lambda: spec)
+    monkeypatch.setattr(cuda_graph_config, "with_phase", lambda config, phase, bs: (config, bs))
+    with pytest.raises(HostError, match="of 5 rows per request failed: broken; pass --cast-graphs"):
+        with capturing_size(5, [1, 8]):
+            raise RuntimeError("broken")
+    assert seen == [
+        {"cuda_graph_config": ("all", [1, 8]), "speculative_num_draft_tokens": 5},
+        {"cuda_graph_config": "all", "speculative_num_draft_tokens": 32},
+    ]

@@ -1,0 +1,111 @@
+"""The tables in use: passes that were timed correct them, and a wrong profile is reported."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cast_sglang.config import CastConfig
+from cast_sglang.costs.correction import REFRESH_EVERY, WINDOW
+from cast_sglang.costs.limits import Limits
+from cast_sglang.costs.profiles import FoundProfile
+from cast_sglang.serving import served_costs as module
+from cast_sglang.serving.pass_clock import TimedPass
+from cast_sglang.serving.served_costs import ServedCosts
+from tests.support.builders import make_profile
+
+LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=8, max_width=4)
+SLOW = TimedPass("verify", 1, 4, predicted_us=1000.0, measured_us=2000.0)
+
+
+class Clock:
+    def __init__(self):
+        self.passes = []
+
+    def finished(self):
+        while self.passes:
+            yield self.passes.pop(0)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Return a function that makes the costs of one rank, with its clock and statistics."""
+
+    def make(tp_size=1, **settings):
+        monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(tp_size=tp_size))
+        clock, exported = Clock(), []
+        stats = SimpleNamespace(record_residuals=exported.append)
+        costs = ServedCosts(CastConfig(**settings), clock, stats)
+        costs.use(FoundProfile(make_profile(), Path("some.json"), []), LIMITS)
+        return costs, clock, exported
+
+    return make
+
+
+def measure(clock, costs, count=64 * WINDOW):
+    clock.passes += [SLOW] * count
+    costs.take_times(None)
+
+
+def test_before_there_is_a_profile():
+    clock = Clock()
+    clock.passes.append(SLOW)
+    costs = ServedCosts(CastConfig(), clock, None)
+    seen = []
+    costs.correct(REFRESH_EVERY, seen.append)
+    assert seen == [SLOW] and costs.model is costs.corrected is costs.residuals is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"residuals": "off"}, {"policy": "eagle"}, {"trace_full": True, "trace": "t"}]
+)
+def test_tables_that_are_not_corrected(make, settings):
+    costs, clock, exported = make(**settings)
+    measure(clock, costs)
+    costs.correct(REFRESH_EVERY, None)
+    assert costs.residuals is None and exported == []
+    assert costs.corrected.step_costs(1, 128).unit_us == costs.model.step_costs(1, 128).unit_us
+
+
+def test_what_was_timed_corrects_the_tables_now_and_then(make):
+    costs, clock, exported = make()
+    measure(clock, costs)
+    before = costs.corrected.step_costs(1, 128).unit_us
+    costs.correct(REFRESH_EVERY - 1, None)
+    assert costs.corrected.step_costs(1, 128).unit_us == before and exported == []
+    costs.correct(REFRESH_EVERY, None)
+    assert costs.corrected.step_costs(1, 128).unit_us == pytest.approx(2 * before, rel=0.1)
+    assert exported == [costs.residuals]
+
+
+def test_passes_are_handed_on_at_once(make):
+    costs, clock, _ = make()
+    seen = []
+    clock.passes.append(SLOW)
+    costs.correct(1, None)
+    assert clock.passes == [SLOW]  # they can wait
+    costs.correct(1, seen.append)
+    assert seen == [SLOW] and clock.passes == []
+
+
+def test_a_wrong_profile_is_reported_once(make, caplog):
+    costs, clock, _ = make()
+    measure(clock, costs)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            costs.correct(step * REFRESH_EVERY, None)
+    [record] = caplog.records
+    assert "some.json is off: verify" in record.getMessage()
+
+
+def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):
+    leader, clock, _ = make()
+    measure(clock, leader)
+    state = leader.residuals.state()
+    group = SimpleNamespace(broadcast_object=lambda own, src: state)
+    monkeypatch.setattr(module, "get_tp_group", lambda: group)
+    follower, _, _ = make(tp_size=2)
+    before = follower.corrected.step_costs(1, 128).unit_us
+    follower.correct(REFRESH_EVERY, None)
+    assert follower.corrected.step_costs(1, 128).unit_us > 1.5 * before
