@@ -92,7 +92,7 @@ class Acceptance:
         is_tried: np.ndarray,
         accepted: np.ndarray,
     ) -> None:
-        """Learn from the nodes of one verify pass; arguments as in `Outcomes`, [n] each.
+        """Learn from the nodes of one verify pass; arguments as in `VerifiedNodes`, [n] each.
 
         Only nodes that were tried count: the target never looked below a rejected node, nor at the
         siblings behind an accepted one, so those say nothing (they are censored).

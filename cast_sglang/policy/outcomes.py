@@ -11,10 +11,10 @@ from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import LEAST_LEFT
 from cast_sglang.tree import first_child_of, layer_ends, proposer_of
 
-__all__ = ["Outcomes", "verify_outcomes"]
+__all__ = ["VerifiedNodes", "verify_outcomes"]
 
 
-class Outcomes(NamedTuple):
+class VerifiedNodes(NamedTuple):
     """What a verify pass showed of its nodes; [B, N - 1] each, the root left out."""
 
     shares: np.ndarray  # float64, x of g: the draft's probability given parent and siblings before
@@ -30,7 +30,7 @@ def verify_outcomes(
     probs: np.ndarray,
     widths: Sequence[int],
     topk: int,
-) -> Outcomes:
+) -> VerifiedNodes:
     """Read from a verify pass which nodes were tried, and which of them accepted.
 
     A node stands in verified row 1 + its place in the ascending `top_scores_index`; row 0 is the
@@ -63,7 +63,7 @@ def verify_outcomes(
         is_tried,
         accepted,
     )
-    return Outcomes(shares, depths, is_tried, accepted)
+    return VerifiedNodes(shares, depths, is_tried, accepted)
 
 
 @compiled(

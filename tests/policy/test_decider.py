@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cast_sglang.costs.graph_sizes import GraphSizes
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
 from tests.support.policies import costs
