@@ -14,12 +14,11 @@ from cast_sglang.errors import CastError
 
 __all__ = ["main"]
 
-# Measuring ends sooner where times are steady. With the start of the engine, a machine as noisy as
-# a shared one stays below six minutes.
+# Limits of the measuring time; measuring ends sooner if the times are steady. With the start of the
+# engine, `profile` takes less than six minutes even on a noisy shared machine.
 BUDGET_SECONDS = 300.0
 QUICK_BUDGET_SECONDS = 60.0
-# Median error at held-out points beyond which a profile deserves more time; it costs speed at the
-# edges of matrix tiles.
+# Median error at held-out points above which `profile` advises more measuring time.
 ROUGH_ERROR = 0.03
 
 PROFILE_DESCRIPTION = """\
@@ -226,7 +225,7 @@ def _add_trace_commands(commands: Any) -> None:
 
 
 def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
-    # Imported here: it loads SGLang, which takes seconds and which `show` does not need.
+    # Imported here, because it loads SGLang, which takes seconds and which `show` does not need.
     from cast_sglang.serving.profiling.command import profile_server
 
     budget = arguments.budget_seconds or (

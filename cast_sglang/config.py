@@ -1,12 +1,12 @@
-"""Every knob of the package: one frozen object, and the only reader of the environment.
+"""The settings of the package, and where their values come from.
 
-A value is taken from the first of these sources that sets it:
+Each value is taken from the first of these sources that sets it:
 
     launch flag `--cast-c1`  >  environment `CAST_C1`  >  file named by `--cast-config` or
     `CAST_CONFIG` (TOML or JSON, keys in lower case)  >  the default below
 
-The CPU platform reads its own variables (`CAST_CPU_*`), because SGLang activates platforms before
-this package is configured.
+Only this module reads the environment of the package, except for the variables `CAST_CPU_*`. The
+CPU platform reads those itself, because SGLang activates platforms before it parses flags.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 POLICIES = ("auto", "fixed", "eagle")
-# A replay can decide by these too.
+# Policies that `cast-sglang replay` accepts.
 REPLAYED_POLICIES = (*POLICIES, "full-width")
 LOOKUPS = ("linear", "nearest")
 GRAPHS = ("all", "passes", "off")
@@ -47,10 +47,10 @@ _FALSE_WORDS = ("0", "false", "no", "off")
 
 
 class FlagSpec(NamedTuple):
-    """One launch flag, for the parser of the serving edge.
+    """One launch flag, for the server's argument parser.
 
-    Flags carry plain text (argparse `default=None`, no `type`): `CastConfig.load` parses and
-    checks it, so that a bad value gives the same message whatever its source.
+    The parser passes the flag's text on unchanged (argparse `default=None`, no `type`).
+    `CastConfig.load` parses and checks it, so a bad value gives the same message from any source.
     """
 
     key: str  # name in a file and in `overrides`: "c1"
@@ -63,14 +63,14 @@ class FlagSpec(NamedTuple):
 
 
 class _Knob(NamedTuple):
-    """What one field accepts; stored as the metadata of the dataclass field."""
+    """The allowed values of one field and its help; stored in the dataclass field's metadata."""
 
     kind: str  # text | choice | number | count | switch | sizes
     help: str
     low: float = 0
     high: float = 0
     choices: tuple[str, ...] = ()
-    hints: Mapping[str, str] = {}  # what to do instead, by a value that is not allowed
+    hints: Mapping[str, str] = {}  # advice for some values that are not allowed
 
     @property
     def allowed(self) -> str:
@@ -107,7 +107,7 @@ def _price(default: float, role: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CastConfig:
-    """Settings of one server; immutable and checked on construction.
+    """The settings of one server; immutable, and checked when constructed.
 
     Raises:
         ConfigError: a value has the wrong type or is out of its range.
@@ -129,8 +129,8 @@ class CastConfig:
     c1: float = _price(4.0, "C1, price of breadth")
     c2: float = _price(3.0, "C2, price of one more layer")
     c3: float = _price(2.5, "C3, price of a verified node")
-    # A step grows 5 to 8 layers, so 16 gains span 2 or 3 steps: enough to average the noise of
-    # single layers away, few enough to follow a change of load within a handful of steps.
+    # A step grows 5 to 8 layers, so 16 gains span 2 or 3 steps. This averages out the noise of
+    # single layers and still follows a change of load within a few steps.
     r: int = _knob(16, "count", "R, layer gains averaged to predict the next", low=1, high=4096)
     verify_sizes: tuple[int, ...] | None = _knob(
         None,
@@ -210,8 +210,8 @@ class CastConfig:
         """Merge flags, environment and file into one checked configuration.
 
         Args:
-            overrides: values of launch flags by key ("c1", "config", ...); None means not given.
-            environ: the environment to read; None for that of the process.
+            overrides: values of launch flags by key ("c1", "config", ...); None if not given.
+            environ: the environment to read; None for the environment of the process.
 
         Raises:
             ConfigError: a key is unknown, a value is malformed or out of range, or the file cannot
@@ -256,7 +256,7 @@ def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return the directory of the user's own profiles (`~/.cache/cast_sglang` by default)."""
     environ = os.environ if environ is None else environ
     root = environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path there is to be ignored.
+    # The XDG specification requires that a relative path is ignored.
     base = Path(root) if os.path.isabs(root) else Path(os.path.expanduser("~")) / ".cache"
     return base / "cast_sglang"
 
@@ -344,7 +344,7 @@ def _checked(knob: _Knob, value: Any, source: str) -> Any:
 
 
 def _parsed(knob: _Knob, value: Any) -> Any:
-    """Convert text as in the environment; accept other values only in the field's own type."""
+    """Convert text to the field's type; accept another value only if it has that type already."""
     if isinstance(value, str):
         value = value.strip()
     match knob.kind:

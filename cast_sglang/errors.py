@@ -1,7 +1,7 @@
-"""Every error this package raises on purpose.
+"""The errors that this package raises.
 
     CastError
-    ├── ConfigError   (ValueError)    a knob is unknown, of the wrong type or out of range
+    ├── ConfigError   (ValueError)    a setting is unknown, of the wrong type or out of range
     ├── ProfileError  (ValueError)    a cost profile is missing, damaged or was measured elsewhere
     │   └── MissingProfileError       a search found no profile of this device and pair
     ├── TraceError    (ValueError)    a trace is damaged, foreign or cannot be replayed as asked
@@ -25,7 +25,7 @@ class CastError(Exception):
 
 
 class ConfigError(CastError, ValueError):
-    """A configuration key is unknown, malformed or out of range."""
+    """A setting is unknown, malformed or out of range."""
 
 
 class ProfileError(CastError, ValueError):
@@ -37,7 +37,7 @@ class MissingProfileError(ProfileError):
 
 
 class TraceError(CastError, ValueError):
-    """A trace is unreadable, damaged, of another format or pair, or lacks what was asked of it."""
+    """A trace is unreadable, damaged, of another format or pair, or cannot answer the request."""
 
 
 class HostError(CastError, RuntimeError):

@@ -1,16 +1,14 @@
-"""The draft tree of one step: what was drafted, for every request of the batch at once.
+"""The draft trees of one step, one per request of the batch.
 
-Shape letters: B requests, K `topk` candidates per expanded node, W nodes kept (expanded) in a
+Shape letters: B requests, K `topk` candidates per expanded node, W nodes expanded (kept) per
 layer, M candidates in all, N `num_draft_tokens` (nodes verified, root included).
 
-A *candidate* is a token that the draft model proposed. Candidates are numbered in the order in
-which they were proposed: the K children of the root, then K children for each kept node, layer by
-layer. This is the numbering of SGLang's `build_tree_kernel_efficient`, which turns the selection
-into a mask. `proposer_of` and the functions beside it are all that knows it; the compiled loops and
-kernels of `ops` cannot call them and are compared with the reference, which does.
+A *candidate* is a token that the draft model proposed. Candidates are numbered in the order of
+proposal: the K children of the root, then K children of each expanded node, layer by layer, as in
+SGLang's `build_tree_kernel_efficient`. Python code reads this numbering through `proposer_of` and
+the functions beside it; the loops and kernels of `ops` repeat it, and tests compare them.
 
-The tree holds tensors and chooses nothing: `policy` chooses, and `ops` holds the formulas, in
-plain torch and in one kernel each.
+The tree only stores tensors. A policy makes the decisions (`policy`), `ops` holds the formulas.
 """
 
 from __future__ import annotations
@@ -37,11 +35,7 @@ Numbers = TypeVar("Numbers", int, np.ndarray, torch.Tensor)
 
 
 def proposer_of(candidates: Numbers, topk: int) -> Numbers:
-    """Return which expanded node proposed each candidate: 0 for the root, 1 for the first below.
-
-    Args:
-        candidates: candidate numbers, of any shape.
-    """
+    """Return which expanded node proposed each candidate: 0 is the root, then in order."""
     return candidates // topk
 
 
@@ -51,20 +45,12 @@ def first_child_of(proposers: Numbers, topk: int) -> Numbers:
 
 
 def layer_ends(widths: Sequence[int], topk: int) -> np.ndarray:
-    """Return [layers] int64, one more than the last candidate number of each layer.
-
-    Args:
-        widths: nodes expanded per request in each layer below the root.
-    """
+    """Return [layers] int64, 1 + each layer's last number; layer i + 1 expanded widths[i]."""
     return topk * np.cumsum([1, *widths])
 
 
 def parents_of(expanded: np.ndarray, topk: int) -> np.ndarray:
-    """Return [M] int64, the candidate that each candidate is a child of; -1 for the root.
-
-    Args:
-        expanded: [E] int, candidates in the order in which they were expanded.
-    """
+    """Return [M] int64, each candidate's parent (-1: root); `expanded` [E] int, in order."""
     return np.repeat(np.concatenate(([-1], expanded)), topk)
 
 
@@ -78,18 +64,17 @@ class Frontier(NamedTuple):
 
 
 class RankedNodes(NamedTuple):
-    """All candidates of the tree, best first; cut anywhere, they form a tree with the root."""
+    """Candidates of the whole tree, best first; any first k of them form a tree with the root."""
 
     scores: torch.Tensor  # [B, n] float32, descending
     node_index: torch.Tensor  # [B, n] int64, candidate numbers
 
 
 class Selection(NamedTuple):
-    """The nodes to verify, as SGLang's tree builder takes them.
+    """The nodes to verify, in the form that SGLang's tree builder takes.
 
-    Where requests have unequal numbers of nodes, the rows behind a request's last one hold
-    candidate number M, which does not exist and whose parent, -1, is no candidate: nothing links
-    to it.
+    A request with fewer than N nodes fills its remaining entries with candidate number M. No
+    candidate has this number, and its parent is -1, so the builder links nothing to it.
     """
 
     parent_list: torch.Tensor  # [B, 1 + K * (num_layers - 1)] int64, -1 for the root
@@ -98,7 +83,7 @@ class Selection(NamedTuple):
 
 
 class TreeOps(Protocol):
-    """What a tree is grown with: the module `ops.ops_for` returns."""
+    """The ops that a tree calls: the module that `ops.ops_for` returns."""
 
     grow_layer: Any
     rank_nodes: Any
@@ -108,14 +93,14 @@ class TreeOps(Protocol):
 class DraftTree:
     """A tree that grows layer by layer.
 
-    Scores are products of draft probabilities along the path (EAGLE-2's confidence), so a child
-    never scores above its parent.
+    A node's score is the product of the draft probabilities along its path (EAGLE-2's confidence),
+    so a child never scores above its parent.
 
     Args:
         tokens: [B, K] int64, the root's candidate tokens, most probable first.
         probs: [B, K] float32 in [0, 1], their probabilities.
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
-        ops: of the tensors' device.
+        ops: `ops.ops_for` of the tensors' device.
         lines: `ops.contract.CalibrationLines` to calibrate `probs` by; None to take them as given.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
@@ -137,7 +122,7 @@ class DraftTree:
         self.max_layers = max_layers
         self.topk = tokens.shape[1]
         self._tokens = [tokens]
-        # Candidate numbers of each grown layer above, best first, and how many of them were kept.
+        # For each layer above the newest: best candidate numbers, and how many were expanded.
         self._kept: list[tuple[torch.Tensor, int]] = []
         self._ops = ops
         self._num_candidates = self.topk
@@ -151,7 +136,7 @@ class DraftTree:
 
     @property
     def num_layers(self) -> int:
-        """Layers grown so far; the root's children are layer 1."""
+        """Layers grown so far; layer 1 holds the root's children."""
         return len(self._tokens)
 
     @property
@@ -171,7 +156,7 @@ class DraftTree:
 
     @property
     def expanded(self) -> list[torch.Tensor]:
-        """[B, W] int64 of each layer below the root: candidates that were expanded, best first."""
+        """[B, W] int64 for each layer above the newest: the expanded candidates, best first."""
         return [nodes[:, :width] for nodes, width in self._kept]
 
     def frontier(self) -> Frontier:
@@ -191,12 +176,12 @@ class DraftTree:
         Args:
             kept: the newest layer's `frontier()`.
             width: W, how many of its nodes were expanded; 1 <= W <= K.
-            tokens: [B * W, K] int64, children proposed for each expanded node, request-major.
+            tokens: [B * W, K] int64, children of each expanded node, request-major.
             probs: [B * W, K] float32, the draft model's probabilities of those children.
             lines: `ops.contract.CalibrationLines` to calibrate them by; None to take them as given.
 
         Returns:
-            [B * W, K] float32, the probabilities that the layer grew by.
+            [B * W, K] float32, `probs` after calibration, which the new scores are made of.
 
         Raises:
             ValueError: the shapes do not fit, or the tree already has `max_layers` layers.
@@ -209,7 +194,6 @@ class DraftTree:
                 f"children must be [{batch_size * width}, {self.topk}], got "
                 f"{tuple(tokens.shape)} and {tuple(probs.shape)}"
             )
-        # Nothing is cut to size here, between two layers; once per step is soon enough.
         grown = self._ops.grow_layer(kept.scores, probs, tokens, self._num_candidates, lines)
         self._kept.append((kept.node_index, width))
         self._scores.append(grown.scores)
@@ -219,13 +203,13 @@ class DraftTree:
         return grown.probs
 
     def ranked(self, num_nodes: int, num_layers: int | None = None) -> RankedNodes:
-        """Rank all candidates and return each request's best `num_nodes` (or all, if fewer).
+        """Rank all candidates; return each request's best `num_nodes`, or all if there are fewer.
 
-        The sort is stable, so of equal scores the shallower node comes first: without that, a
-        child of probability 1 could displace its own parent and the cut would not be a tree.
+        The sort is stable, so of equal scores the shallower node comes first. Otherwise a child of
+        probability 1 could displace its own parent, and the best nodes would not form a tree.
 
         Args:
-            num_layers: look at the first layers only; None for all.
+            num_layers: rank only the candidates of the first layers; None for all.
         """
         scores = torch.cat(self._scores[:num_layers], dim=1)
         return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
@@ -233,13 +217,13 @@ class DraftTree:
     def select(
         self, ranked: RankedNodes, num_draft_tokens: int, num_rows: torch.Tensor | None = None
     ) -> Selection:
-        """Take each request's best N - 1 nodes, in the form SGLang's tree builder reads.
+        """Select each request's best N - 1 nodes for verification.
 
         Args:
             ranked: this tree's `ranked(n)` with n >= N - 1.
             num_draft_tokens: N, root included; 2 <= N <= M + 1.
-            num_rows: [B] int64 in 1..N, for fewer nodes of some requests, root included; the
-                parent list then has one more entry.
+            num_rows: [B] int64 in 1..N, nodes of each request, root included; None for N each.
+                With it the parent list has one more entry.
         """
         num_nodes = num_draft_tokens - 1
         if not 1 <= num_nodes <= ranked.node_index.shape[1]:
@@ -247,7 +231,7 @@ class DraftTree:
                 f"num_draft_tokens must be in 2..{ranked.node_index.shape[1] + 1}, "
                 f"got {num_draft_tokens}"
             )
-        # The builder strides this list by its depth times K, however narrow the layers were.
+        # The builder expects K entries per layer, whatever the widths.
         num_parents = 1 + self.topk * (self.num_layers - 1) + (num_rows is not None)
         index, draft_tokens = self._ops.select_nodes(
             ranked.node_index, self.tokens, num_draft_tokens, num_rows

@@ -30,8 +30,8 @@ from benchmarks.harness.pairs import OUT, Pair
 from benchmarks.harness.provenance import provenance
 from cast_sglang.errors import CastError
 from cast_sglang.trace.fixed_trees import FIXED_TREES, Shape, fits, replay_tree
-from cast_sglang.trace.session import Session, open_session
-from cast_sglang.trace.summary import Comparison, compare
+from cast_sglang.trace.session import TraceSession, open_session
+from cast_sglang.trace.summary import BatchSummary, compare
 
 BASE = {"c1": 2.0, "c2": 2.0, "c3": 1.5, "r": 16}
 RULES = {"without DR": ("c3",), "without DP": ("c2",), "without BP": ("c1",)}
@@ -123,20 +123,20 @@ def settings(base: Mapping[str, float]) -> Iterator[Setting]:
         yield Setting(policy, "policies", None, policy, {})
 
 
-def rows_of(setting: Setting, session: Session) -> list[dict[str, Any]]:
+def rows_of(setting: Setting, session: TraceSession) -> list[dict[str, Any]]:
     """Replay one setting; return a row for each batch size, and one for all (batch 0)."""
     replayed = session.replay(setting.policy, dict(setting.thresholds))
     return [_row(setting, comparison) for comparison in replayed.rows]
 
 
-def _replayed(shape: Shape, session: Session) -> list[Comparison]:
-    """Replay one fixed tree; rows as of `Session.replay`."""
+def _replayed(shape: Shape, session: TraceSession) -> list[BatchSummary]:
+    """Replay one fixed tree; rows as of `TraceSession.replay`."""
     options = {"correct": session.corrects, "seed": session.seed}
     replay = replay_tree(session.trace, session.profile, shape, **options)
     return compare(session.trace, list(replay))
 
 
-def _row(setting: Setting, comparison: Comparison) -> dict[str, Any]:
+def _row(setting: Setting, comparison: BatchSummary) -> dict[str, Any]:
     side = comparison.replayed
     return {
         "setting": setting.name,

@@ -1,1 +1,1 @@
-"""The out-of-tree CPU platform: SGLang, EAGLE and CAST in plain torch."""
+"""The SGLang platform `cast_cpu`: it runs SGLang, EAGLE and CAST on a CPU in plain torch."""

@@ -1,9 +1,9 @@
-"""Attention in plain torch: one gather and one fused attention call per layer, for the whole batch.
+"""The attention backend, in plain torch: per layer one gather and one fused call for the batch.
 
 Every forward that gives each request the same number of new tokens (decode, target verify, draft
-decode, draft extend) is described by a `BatchedRead`: which slots each request reads, padded to
-the longest, and which of them each new token sees. It is built once per forward and shared by all
-layers. Only prefill, whose requests differ in length, walks over requests.
+decode, draft extend) uses a `BatchedRead`: the slots that each request reads, padded to the longest
+request, and which of them each new token sees. It is built once per forward, and all layers share
+it. Only prefill, whose requests differ in length, loops over the requests.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,8 @@ class CastCpuAttnBackend(AttentionBackend):
     """The `cast_cpu` attention backend: every forward mode of the target and of an EAGLE draft."""
 
     packed_rows: torch.Tensor | None = None
-    """[T] int64: of the B * Q rows that a forward is laid out for only these are run; None for all.
-    Set around a forward by whoever packs its rows."""
+    """[T] int64, the rows that a forward runs, of the B * Q rows of its layout; None for all. The
+    caller that packs the rows of a forward sets this before it and resets it after it."""
 
     def __init__(self, model_runner: "ModelRunner") -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class CastCpuAttnBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.max_context_len = model_runner.model_config.context_len
         self.read: BatchedRead | list[PrefillRead] | None = None
-        # No buffer, so every verify allocates exactly the mask its own width needs.
+        # Without a buffer, each verify allocates a mask of the size that it needs.
         self._verify_mask = VerifyMask(
             buffer=torch.empty(0, dtype=torch.bool), mode=TreeMaskMode.QLEN_ONLY, max_bs=0
         )
@@ -125,15 +125,15 @@ class CastCpuAttnBackend(AttentionBackend):
         assert self.read is not None, "init_forward_metadata has not run"
         return attend_prefill(q, rows, self.read, layer.tp_k_head_num, layer.scaling)
 
-    # The read describes what each token sees, so all modes run the same code.
+    # The read holds all that differs between the modes, so they run the same code.
     forward_extend = forward_decode
 
 
 class CastCpuMultiStepDraftBackend:
     """Draft decode of EAGLE's fixed tree: one child backend per draft step.
 
-    Branch k of a request owns `num_steps` slots, one per step, and at step i reads the committed
-    prefix and its own slots 0..i, exactly what SGLang's GPU backends let it read.
+    Branch k of a request owns `num_steps` slots, one per step. At step i it reads the committed
+    prefix and its own slots 0..i, as with SGLang's GPU backends.
     """
 
     def __init__(self, model_runner: "ModelRunner", topk: int, speculative_num_steps: int) -> None:
@@ -157,10 +157,11 @@ class CastCpuMultiStepDraftBackend:
 
 
 def check_layer(layer: "RadixAttention", extra: dict[str, Any]) -> None:
-    """Refuse what the torch attention does not compute, rather than compute something else.
+    """Refuse a layer that needs more than plain causal attention.
 
     Raises:
-        HostError: sliding window, logit cap, sinks, cross or bidirectional attention.
+        HostError: the layer has a sliding window, a logit cap or sinks, or its attention is cross
+            or bidirectional.
     """
     if (
         layer.sliding_window_size > -1

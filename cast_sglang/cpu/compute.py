@@ -1,4 +1,4 @@
-"""The two attention computations: one for equal widths, batched, and one for prefill."""
+"""The two attention computations: batched for equal widths, and per request for prefill."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,17 +9,18 @@ from cast_sglang.cpu.reads import BatchedRead, PrefillRead
 def attend_batched(
     q: torch.Tensor, rows: torch.Tensor, read: BatchedRead, num_kv_heads: int, scaling: float
 ) -> torch.Tensor:
-    """Attention of `read.width` new tokens per request over the slots the request reads.
+    """Compute attention of `read.width` new tokens per request over the slots that it reads.
 
     Definition: out[b, i, h] = sum_l softmax_l(scaling * q[b, i, h] . k[b, l, h // group] + bias) v
 
     Args:
-        q: [B * Q, heads, head_dim]
-        rows: [slots, 2 * num_kv_heads * head_dim] keys then values of one layer; see
+        q: [B * Q, heads, head_dim] float, request-major.
+        rows: [slots, 2 * num_kv_heads * head_dim], dtype of q: keys, then values of one layer; see
             `FusedRowKVPool`.
+        scaling: factor of q . k.
 
     Returns:
-        [B * Q, heads * head_dim]
+        [B * Q, heads * head_dim], dtype of q.
     """
     num_tokens, num_heads, head_dim = q.shape
     batch, width, length = read.num_requests, read.width, read.length
@@ -27,7 +28,7 @@ def attend_batched(
     # kv: (B, L, 2, KV heads, D)
     kv = rows.index_select(0, read.slots).view(batch, length, 2, num_kv_heads, head_dim)
     k, v = kv.transpose(1, 3).unbind(2)  # (B, KV heads, L, D)
-    # The query heads that share a KV head become extra query rows, which reads each key once.
+    # Query heads that share a KV head become extra query rows, so that each key is read once.
     # folded: (B, KV heads, group * Q, D)
     folded = q.view(batch, width, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(batch, num_kv_heads, group * width, head_dim)
@@ -39,9 +40,9 @@ def attend_batched(
 def attend_prefill(
     q: torch.Tensor, rows: torch.Tensor, reads: list[PrefillRead], num_kv_heads: int, scaling: float
 ) -> torch.Tensor:
-    """Causal attention of each request's new tokens over its cached prefix and themselves.
+    """Compute causal attention of each request's new tokens over its prefix and themselves.
 
-    Args and Returns: as `attend_batched`, with the requests' tokens one after the other.
+    Args and Returns: as for `attend_batched`, with T new tokens in all, one request after another.
     """
     num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(num_heads, num_tokens, head_dim)

@@ -1,6 +1,6 @@
-"""Put the platform's torch implementations where SGLang calls Triton or CUDA ones.
+"""Replace the Triton and CUDA helpers of SGLang by the platform's torch implementations.
 
-Runs once per model process, when SGLang initialises the platform. Nothing here is reached unless
+`install` runs once per model process, when SGLang initialises the platform, and only if
 `SGLANG_PLATFORM=cast_cpu`.
 """
 
@@ -21,7 +21,7 @@ from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
 
 _OPS = "sglang.kernels.ops"
 
-# SGLang dispatches these by device and has no branch for an out-of-tree one.
+# SGLang chooses these by device and has no branch for an out-of-tree platform.
 REPLACED: dict[str, Callable[..., Any]] = {
     f"{_OPS}.speculative.spec_tree.build_tree_kernel_efficient_func": kernels.build_tree,
     f"{_OPS}.speculative.spec_tree.verify_tree_greedy_func": kernels.verify_tree_greedy,
@@ -33,11 +33,11 @@ REPLACED: dict[str, Callable[..., Any]] = {
     f"{_OPS}.speculative.eagle.fill_accept_out_cache_loc_func": kernels.fill_accepted_cache_locs,
     f"{_OPS}.sampling.murmur_hash.murmur_hash32": sampling.murmur_hash32,
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": kernels.assign_req_to_token,
-    # A per-request loop upstream, on the path of every draft extend.
+    # SGLang's version loops over the requests in every draft extend, which is slow.
     "sglang.srt.model_executor.forward_batch_info.compute_position_torch": kernels.compute_position,
 }
 
-# SGLang leaves these None where it has no kernel, so there is nothing to hook.
+# Where SGLang has no kernel, these names are None, so they cannot be hooked.
 FILLED: dict[str, tuple[str, Callable[..., Any]]] = {
     "top_k_renorm_prob": (f"{_OPS}.sampling.renorm", sampling.top_k_renorm),
     "top_p_renorm_prob": (f"{_OPS}.sampling.renorm", sampling.top_p_renorm),
@@ -49,7 +49,7 @@ FILLED: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 class CastCpuDraftBackendFactory(DraftBackendFactory):
-    """The in-tree factory, which selects from a fixed table, with one more entry."""
+    """SGLang's factory of draft backends, with `cast_cpu` added to its table."""
 
     def _create_backend(
         self,

@@ -1,6 +1,6 @@
-"""Torch counterparts of the Triton and CUDA helpers on the speculative path.
+"""CPU versions of SGLang's Triton and CUDA helpers for speculative decoding.
 
-Each keeps the signature SGLang calls it with and works on the whole batch.
+Each has the signature of the SGLang function that it replaces, and handles the whole batch.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def build_tree(
     Definition: `ops.reference.build_tree`, with the mask in the layout that SGLang asks for.
 
     Args:
-        spec_steps: depth no node exceeds.
+        spec_steps: D, the largest depth that a node may have.
 
     Effects: writes tree_mask (QLEN_ONLY or FULL_MASK layout; prefix cells stay as they are),
         positions [B * N] and the [B, N] retrieve_* links.
@@ -80,11 +80,11 @@ def verify_tree_greedy(
 
     Args:
         predicts: [B * N] int32, written at accepted nodes: the token that follows the node.
-        accept_index: [B, S] int32, -1 filled; written with the accepted nodes' flat indexes.
+        accept_index: [B, S] int32, filled with -1; written: b * N + node of the accepted nodes.
         accept_token_num: [B] int32, written: accepted drafts, the root not counted.
-        candidates: [B, N] int64 or int32, node tokens; the latter where a root stands alone.
-        target_predict: [B, N] int64.
-        topk: unused here; the host's kernels specialise on it.
+        candidates: [B, N] int64, or int32 if N is 1: the tokens of the nodes.
+        target_predict: [B, N] int64, the target's most probable token after each node.
+        topk: not used; part of SGLang's signature.
 
     Returns:
         predicts, accept_index, accept_token_num.
@@ -98,7 +98,7 @@ def verify_tree_greedy(
         accept_index.numpy(),
         accept_token_num.numpy(),
     )
-    # Accepted or not, a node's successor is the target's token; only accepted entries are read.
+    # Written for all nodes, which is simpler; SGLang reads the entries of accepted nodes only.
     predicts.copy_(target_predict.flatten())
     return predicts, accept_index, accept_token_num
 
@@ -154,9 +154,9 @@ def assign_extend_cache_locs(
     draft_token_num: int,
     device: str | torch.device,
 ) -> Tensor:
-    """[B * draft_token_num] int64 slots of positions start_offset up to end_offset.
+    """Return [B * draft_token_num] int64, the slots of positions start_offset up to end_offset.
 
-    SGLang calls this with windows of one width only, which its output shape already assumes.
+    Every request must have `draft_token_num` of them, as in all of SGLang's calls.
     """
     return slots_after(req_to_token, req_pool_indices, start_offset, draft_token_num).flatten()
 
@@ -164,10 +164,10 @@ def assign_extend_cache_locs(
 def slots_after(
     req_to_token: Tensor, req_pool_indices: Tensor, start: Tensor, count: int
 ) -> Tensor:
-    """[B, count] int64 slots of each request's positions start, start + 1, ...
+    """Return [B, count] int64, the slots of each request's positions start, start + 1, ...
 
     Raises:
-        IndexError: a position lies behind the end of a row, where the next request's slots are.
+        IndexError: a position is beyond the end of a row, where another request's slots are.
     """
     slots = np.empty((len(req_pool_indices), count), np.int64)
     rows, first = req_pool_indices.to(torch.int64).numpy(), start.to(torch.int64).numpy()
@@ -199,7 +199,7 @@ def assign_req_to_token(
         out_cache_loc: [sum(end_offset - start_offset)] slots, request after request.
 
     Raises:
-        IndexError: a position lies behind the end of a row, where the next request's slots are.
+        IndexError: a position is beyond the end of a row, where another request's slots are.
     """
     _check_end(int(end_offset.max()), req_to_token)
     _write_slots(
@@ -212,7 +212,7 @@ def assign_req_to_token(
 
 
 def _check_end(end: int, req_to_token: Tensor) -> None:
-    """Refuse positions that a row of the table does not have; compiled loops do not look."""
+    """Refuse positions beyond a row of the table, since compiled loops check no bounds."""
     if end > req_to_token.shape[1]:
         raise IndexError(
             f"position {end - 1} of a request, whose row of req_to_token has "
@@ -250,7 +250,7 @@ def fill_bonus_tokens(
 def fill_front_cache_locs(
     num_front: Tensor, out_cache_loc: Tensor, front_out_cache_loc: Tensor
 ) -> None:
-    """Pack the first `num_front[b]` slots of each request's window; the rest stays as it is."""
+    """Pack the first `num_front[b]` slots of each request; later cells keep their values."""
     window = out_cache_loc.view(num_front.shape[0], -1)
     front = window[torch.arange(window.shape[1]) < num_front.unsqueeze(1)]
     front_out_cache_loc[: front.shape[0]] = front
@@ -259,14 +259,14 @@ def fill_front_cache_locs(
 def fill_accepted_cache_locs(
     accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache_loc: Tensor, size: int
 ) -> None:
-    """Pack the slots of the accepted nodes, in order; the rest stays as it is."""
+    """Pack the slots of the accepted nodes, in order; later cells keep their values."""
     flat = accept_index.flatten()
     accepted = out_cache_loc[flat[flat >= 0].long()]
     accept_out_cache_loc[: accepted.shape[0]] = accepted
 
 
 def compute_position(extend_prefix_lens: Tensor, extend_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of all new tokens, request after request, and where each request starts.
+    """Return the positions of all new tokens, request after request, and each request's start.
 
     Definition: positions = concat(range(prefix, prefix + new) for each request).
     """

@@ -1,6 +1,6 @@
-"""Layers whose SGLang torch fallback spends several passes where fewer do.
+"""Faster torch versions of layers for which SGLang's own fallback reads the data several times.
 
-Each works on one token at a time, so a token's result never depends on the rest of its batch.
+Each handles every token by itself, so a token's result never depends on the rest of its batch.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def register_layers(platform_key: str) -> None:
-    """Make SGLang dispatch its layers here on the platform that answers to `platform_key`."""
+    """Make SGLang use these layers on the platform `platform_key`."""
     for layer, forward in (
         (RMSNorm, rms_norm),
         (RotaryEmbedding, rotate),
@@ -32,9 +32,10 @@ def rms_norm(
     post_residual_addition: Tensor | None = None,
     quant_linear: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMS norm of x, or of x + residual together with that sum.
+    """Return the RMS norm of x; with `residual`, that of x + residual, and the sum itself.
 
-    Only float32 takes the fused call: below it, SGLang normalises the sum before rounding it.
+    Only float32 uses torch's fused call. For other dtypes SGLang normalises the sum before it
+    rounds it, so SGLang's own code runs.
     """
     if x.dtype != torch.float32 or x.shape[-1] != layer.hidden_size or layer.variance_size_override:
         return layer.forward_native(x, residual, post_residual_addition)
@@ -54,7 +55,7 @@ def rotate(
     offsets: Tensor | None = None,
     fused_set_kv_buffer_arg: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys, halves paired as in GPT-NeoX.
+    """Apply the rotary embedding to queries and keys, with halves paired as in GPT-NeoX.
 
     Definition: out[i] = x[i] cos[i] - x[i + D/2] sin[i], and
         out[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i], for i < D/2.
@@ -74,9 +75,9 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_table(layer: RotaryEmbedding, dtype: torch.dtype) -> Tensor:
-    """[positions, 2, D]: cos twice over, and sin with its first half negated.
+    """Return [positions, 2, D]: cos repeated twice, and sin with its first half negated.
 
-    Kept on the layer until SGLang replaces the cache it was made from, to lengthen it.
+    The table is stored on the layer, until SGLang replaces the cache that it was computed from.
     """
     made_from, table = layer.__dict__.get("_cast_table", (None, None))
     if made_from is not layer.cos_sin_cache or table.dtype != dtype:

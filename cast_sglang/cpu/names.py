@@ -1,4 +1,4 @@
-"""Names under which SGLang knows the platform."""
+"""The names by which SGLang refers to the platform and its attention backend."""
 
 __all__ = ["ATTENTION_BACKEND", "PLATFORM_NAME"]
 

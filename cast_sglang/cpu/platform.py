@@ -1,8 +1,8 @@
-"""The `cast_cpu` platform: what SGLang asks an out-of-tree device, answered for plain torch.
+"""The `cast_cpu` platform, an out-of-tree SGLang platform that serves on the CPU in plain torch.
 
-SGLang discovers `activate` through the entry-point group `sglang.srt.platforms`, in every process
-and before arguments are parsed. It selects the platform only when `SGLANG_PLATFORM=cast_cpu`; any
-other process that happens to have this package installed is left alone.
+SGLang finds `activate` through the entry-point group `sglang.srt.platforms`, in every process and
+before arguments are parsed. The platform is selected only if `SGLANG_PLATFORM=cast_cpu`; it changes
+nothing in other processes that have this package installed.
 """
 
 import glob
@@ -22,7 +22,8 @@ from cast_sglang.errors import HostError
 
 logger = logging.getLogger(__name__)
 
-# A tiny model would otherwise turn most of the host's memory into KV slots it can never use.
+# Without these limits, SGLang would give a tiny model most of the host's memory as KV slots that it
+# can never use.
 MAX_TOTAL_TOKENS = 131_072
 MAX_RUNNING_REQUESTS = 48
 
@@ -30,10 +31,12 @@ SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE", "CAST")
 
 
 def activate() -> str | None:
-    """Name the platform class when `SGLANG_PLATFORM` selects it, else None.
+    """Return the name of the platform class if `SGLANG_PLATFORM` selects it, else None.
 
-    Without the check an installed package would claim every host: SGLang activates all the
-    platforms it discovers when the variable is unset.
+    The check is needed because SGLang activates all platforms that it finds if the variable is
+    unset.
+
+    Effects: sets environment variables that the CPU platform needs.
     """
     if os.environ.get("SGLANG_PLATFORM") != PLATFORM_NAME:
         return None
@@ -45,13 +48,13 @@ def activate() -> str | None:
         )
         # SGLang picks CUDA-only modules whenever torch sees a GPU, whatever --device says.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Idle OpenMP workers must not spin: the engine's other processes need the same cores. Read by
-    # the processes SGLang spawns, which are the ones that run models.
+    # Idle OpenMP workers must not spin, because other processes of the engine need the same cores.
+    # The processes that SGLang spawns to run the models read these variables.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # SGLang compiles a few pointwise helpers for GPUs; here the first call of each would cost
-    # seconds and a C++ compiler.
+    # SGLang compiles a few pointwise helpers with torch.compile; on a CPU the first call of each
+    # would take seconds and need a C++ compiler.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Every pass reads all weights; in 4 KiB pages it walks page tables for a sixth of its time.
+    # Every pass reads all weights. With 4 KiB pages it spends a sixth of its time on page tables.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return f"{__name__}:CastCpuPlatform"
 
@@ -68,7 +71,7 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
         register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
 
     def get_device(self, device_id: int = 0) -> str:
-        # SGLang stores this as the value of --device, a string.
+        # Without an index, because SGLang stores this as the value of --device.
         return self.device_type
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
@@ -79,10 +82,10 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 f"SGLANG_PLATFORM={PLATFORM_NAME} samples along the draft tree exactly as well"
             )
         if not server_args.disable_overlap_schedule:
-            # Kernels run on the calling thread, so overlap would only delay results by a step.
+            # Kernels run on the calling thread, so overlap would only delay results by one step.
             logger.info("SGLANG_PLATFORM=%s schedules without overlap", PLATFORM_NAME)
             server_args.disable_overlap_schedule = True
-        # An idle scheduler polls without pause, which takes a core from whatever else runs here.
+        # Otherwise an idle scheduler polls without pause and keeps a core busy.
         server_args.sleep_on_idle = True
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
@@ -109,7 +112,7 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return assign_extend_cache_locs
 
     def get_torch_profiler_activity_str(self) -> str:
-        # `/start_profile` asks every platform from outside SGLang.
+        # `/start_profile` requires this of an out-of-tree platform.
         return "CPU"
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
@@ -126,7 +129,7 @@ class CastCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def register_attention_choice() -> None:
-    """Make `--attention-backend cast_cpu` legal before arguments are parsed."""
+    """Add `cast_cpu` to the choices of `--attention-backend`, before arguments are parsed."""
     from sglang.srt.arg_groups import choices
 
     if ATTENTION_BACKEND not in choices.ATTENTION_BACKEND_CHOICES:
@@ -135,8 +138,8 @@ def register_attention_choice() -> None:
 
 
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Choose this platform's backends where SGLang would choose those of an AMX build."""
-    # Imported late: it needs the platform object that is being built when this module loads.
+    """Choose this platform's backends; SGLang would choose those of an AMX build."""
+    # Imported here, because it needs the platform object, which is built after this module loads.
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     config = resolving_view(server_args)
@@ -147,12 +150,12 @@ def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
 
 
 def share_cores(num_ranks: int) -> None:
-    """Give each rank its part of the cores, unless the user decided otherwise."""
+    """Give each rank an equal part of the cores, unless the environment sets them already."""
     cores = sorted(os.sched_getaffinity(0))
     per_rank = max(1, len(cores) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(per_rank))
     groups = [cores[(rank * per_rank) % len(cores) :][:per_rank] for rank in range(num_ranks)]
-    # SGLang wants one entry per rank and counts NUMA nodes, not cores, when there is none.
+    # SGLang needs one entry per rank; without any, it assigns NUMA nodes instead of cores.
     os.environ.setdefault(
         "SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, group)) for group in groups)
     )

@@ -1,20 +1,21 @@
-"""What each new token of a forward reads: padded slot indexes and visibility, built once.
+"""Which cache slots each new token of a forward reads, as padded indexes and a visibility mask.
 
-Slots past a request's length come from stale `req_to_token` entries: always inside the pool, always
-finite, and hidden by the bias, so padding never needs a second index.
+Padding after a request's last slot comes from stale entries of `req_to_token`. These are always
+valid slots with finite values, and the mask hides them, so they need no replacement.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-# Prefill over a cached prefix needs an explicit mask; blocks bound its size for long prompts.
+# Prefill over a cached prefix needs an explicit mask. Computing it in blocks of this many tokens
+# bounds its size for long prompts.
 PREFILL_BLOCK_TOKENS = 512
 
 
 @dataclass
 class BatchedRead:
-    """Slots and visibility of a forward with the same number of new tokens in each request.
+    """What a forward reads that has the same number of new tokens in each request.
 
     Shapes: B requests, Q new tokens each, L slots read per request (padded).
     """
@@ -23,7 +24,7 @@ class BatchedRead:
     """[B * L] int32 or int64, request-major."""
 
     visible: torch.Tensor | None
-    """[B, Q, L] bool, or [B, 1, L] when a request's tokens see the same; None when they see all."""
+    """[B, Q, L] bool, or [B, 1, L] if a request's tokens see the same; None if they see all."""
 
     num_requests: int
     width: int
@@ -31,7 +32,11 @@ class BatchedRead:
     _biases: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def bias_for(self, group: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive bias [B, 1, group * Q, L] (or [B, 1, 1, L]), repeated for each query group."""
+        """Return the additive bias [B, 1, group * Q, L], or [B, 1, 1, L], or None; it is cached.
+
+        Args:
+            group: number of query heads that share a KV head; the bias is repeated for each.
+        """
         if self.visible is None:
             return None
         bias = self._biases.get((group, dtype))
@@ -47,19 +52,19 @@ class BatchedRead:
 
 @dataclass
 class PrefillRead:
-    """One request of a prefill: the slots of its whole sequence and the mask of its new tokens."""
+    """What one request of a prefill reads: its slots, and the masks of its new tokens."""
 
     slots: torch.Tensor
     """[prefix + new]"""
 
     blocks: list[tuple[int, int, torch.Tensor | None]]
-    """(start, stop, bias): rows of the batch's queries, and the additive bias
-    [stop - start, slots seen] they need; None means plain causal over all slots."""
+    """(start, stop, bias): rows start to stop of the batch's queries, and their additive bias
+    [stop - start, slots seen]; None for plain causal attention over all slots."""
 
 
 @dataclass
 class DraftPrefix:
-    """The committed prefix of each request, shared by all layers and steps of one draft."""
+    """The committed prefix of each request. All layers and steps of a draft share it."""
 
     slots: torch.Tensor
     """[B, P] padded slots of the committed tokens."""
@@ -71,7 +76,7 @@ class DraftPrefix:
     def of(
         cls, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
     ) -> "DraftPrefix":
-        """Read the slots of `seq_lens` committed tokens of each request.
+        """Look up the slots of each request's first `seq_lens` tokens.
 
         Args:
             req_to_token: [pool size, max context] int32.
@@ -86,7 +91,7 @@ class DraftPrefix:
 def decode_read(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
 ) -> BatchedRead:
-    """One new token per request, the last of `seq_lens`."""
+    """Return the read of one new token per request, the last of its `seq_lens` tokens."""
     prefix = DraftPrefix.of(req_to_token, req_pool_indices, seq_lens)
     batch, length = prefix.slots.shape
     # A single request has no padding.
@@ -101,14 +106,14 @@ def window_read(
     width: int,
     window_visible: torch.Tensor,
 ) -> BatchedRead:
-    """`width` new tokens after each request's prefix, in the slots that follow it.
+    """Return the read of `width` new tokens after each request's prefix.
 
     Args:
         prefix_lens: [B] tokens before the window.
-        window_visible: [B or 1, width, width] bool; which tokens of the window each one sees.
+        window_visible: [B or 1, width, width] bool, which of the new tokens each of them sees.
 
-    The window keeps its own columns behind the padded prefix, so one mask layout serves requests
-    of any length.
+    The new tokens have their own columns after the padded prefix, so one mask layout serves
+    requests of any length.
     """
     prefix = DraftPrefix.of(req_to_token, req_pool_indices, prefix_lens)
     batch = prefix_lens.shape[0]
@@ -126,7 +131,7 @@ def window_read(
 def causal_read(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor, width: int
 ) -> BatchedRead:
-    """The last `width` of each request's `seq_lens` tokens are new and see what precedes them."""
+    """Return the read of each request's last `width` of `seq_lens` tokens, with a causal mask."""
     causal = torch.ones(1, width, width, dtype=torch.bool).tril()
     return window_read(req_to_token, req_pool_indices, seq_lens - width, width, causal)
 
@@ -138,17 +143,17 @@ def verify_read(
     num_draft_tokens: int,
     custom_mask: torch.Tensor | None,
 ) -> BatchedRead:
-    """A draft tree after each request's `seq_lens` committed tokens.
+    """Return the read of a draft tree after each request's `seq_lens` committed tokens.
 
     Args:
-        custom_mask: flat bool; QLEN_ONLY, B blocks of N x N (row sees column), or FULL_MASK, for
-            each request N rows of (seq_len + N). None is a chain.
+        custom_mask: flat bool, true where a row sees a column. In the layout QLEN_ONLY, B blocks
+            of N x N; in FULL_MASK, for each request N rows of (seq_len + N). None for a chain.
 
     Raises:
         ValueError: a mask of neither size.
     """
     batch, width = seq_lens.shape[0], num_draft_tokens
-    if width == 1:  # as in plain decoding, to the bit
+    if width == 1:  # gives results bitwise equal to plain decoding
         return decode_read(req_to_token, req_pool_indices, seq_lens + 1)
     if custom_mask is None:
         tree = torch.ones(1, width, width, dtype=torch.bool).tril()
@@ -165,7 +170,7 @@ def verify_read(
 
 
 def full_mask_cells(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, N, N] flat positions of the tree cells in a FULL_MASK of N rows of (seq_len + N) each."""
+    """Return [B, N, N] int64, flat indexes of the tree cells in a FULL_MASK; see `verify_read`."""
     row_lens = seq_lens.long() + width
     ends = torch.cumsum(row_lens * width, dim=0)
     steps = torch.arange(width)
@@ -174,17 +179,17 @@ def full_mask_cells(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def tree_decode_read(prefix: DraftPrefix, ancestor_slots: torch.Tensor) -> BatchedRead:
-    """One draft layer: W nodes per request, each seeing the prefix and its own path.
+    """Return the read of one draft layer: W nodes per request, each with its own path.
 
-    Definition: node w of request b reads prefix slots of b and ancestor_slots[b, w, :], no other.
+    Definition: node w of request b sees the prefix of b and ancestor_slots[b, w, :], nothing else.
 
     Args:
         prefix: of the same B requests; gathered once per request, not once per node.
         ancestor_slots: [B, W, D] int64, the KV slots of the node's D draft ancestors, itself
             included. Both W and D may differ from one layer to the next.
 
-    The B * W rows of the forward are request-major. Each node's keys must be in its own slot by the
-    time it reads, which `forward_decode` ensures by writing `out_cache_loc` first.
+    The B * W rows of the forward are request-major. A node also reads its own keys, so
+    `forward_decode` writes `out_cache_loc` before it reads.
     """
     batch, width, depth = ancestor_slots.shape
     own = torch.eye(width, dtype=torch.bool).repeat_interleave(depth, dim=1).unsqueeze(0)
@@ -204,7 +209,7 @@ def prefill_reads(
     extend_lens: torch.Tensor,
     dtype: torch.dtype,
 ) -> list[PrefillRead]:
-    """Requests of different lengths, each with `extend_lens` new tokens after its prefix."""
+    """Return one read per request, each with `extend_lens` new tokens after its prefix."""
     reads = []
     start = 0
     for row, prefix, extend in zip(
@@ -228,7 +233,7 @@ def prefill_reads(
 def join_visible(
     prefix: torch.Tensor, window: torch.Tensor, batch: int, width: int
 ) -> torch.Tensor:
-    """[B, width, P + C] from the prefix's [B, P] and the window's [B or 1, width, C]."""
+    """Join masks [B, P] of the prefix and [B or 1, width, C] of the window to [B, width, P + C]."""
     return torch.cat(
         (
             prefix.unsqueeze(1).expand(-1, width, -1),

@@ -1,4 +1,4 @@
-"""Sampling for verification at temperature > 0, and seeded random numbers."""
+"""Sampling for verification at temperature > 0, and SGLang's hash for seeded sampling."""
 
 import numpy as np
 import torch
@@ -11,20 +11,20 @@ _MASK32 = 0xFFFFFFFF
 
 
 def top_k_renorm(probs: Tensor, top_ks: Tensor) -> Tensor:
-    """Keep each row's `top_ks` likeliest tokens and renormalise.
+    """Keep each row's `top_ks` most probable tokens and renormalise.
 
     Args:
         probs: [R, V] float32.
-        top_ks: [R] int; values of V and more keep everything.
+        top_ks: [R] int; V or more keeps all tokens.
 
-    Ties go to the lower token, as argmax breaks them: a row with top_k 1 is a greedy request.
+    Ties go to the lower token, as with argmax, so a row with top_k 1 is greedy.
     """
     vocab_size = probs.shape[1]
     limit = int(top_ks.clamp(max=vocab_size).max())
     if limit >= vocab_size:
         values, tokens = probs.sort(dim=1, descending=True, stable=True)
     else:
-        # One more than needed decides whether a tie crosses the limit; only then sort stably.
+        # One more token than needed shows whether there are ties, which need a stable sort.
         values, tokens = probs.topk(limit + 1, dim=1)
         if (values[:, 1:] == values[:, :-1]).any():
             values, tokens = probs.sort(dim=1, descending=True, stable=True)
@@ -34,7 +34,7 @@ def top_k_renorm(probs: Tensor, top_ks: Tensor) -> Tensor:
 
 
 def top_p_renorm(probs: Tensor, top_ps: Tensor) -> Tensor:
-    """Keep each row's likeliest tokens until their mass reaches `top_ps`, and renormalise.
+    """Keep each row's most probable tokens until their sum exceeds `top_ps`, and renormalise.
 
     Definition: with tokens sorted by probability, keep token i while sum(p[:i]) <= top_p.
 
@@ -51,9 +51,9 @@ def top_p_renorm(probs: Tensor, top_ps: Tensor) -> Tensor:
 
 @compiled("i8(f4[:], f4[:], f8)")
 def _draw(mass: np.ndarray, taken: np.ndarray, coin: float) -> int:
-    """Return a token with probability proportional to `mass - taken`, by inverting its CDF.
+    """Draw a token with probability proportional to max(mass - taken, 0), by inverting its CDF.
 
-    It is always one of positive mass where there is one; of none, the last.
+    A token with probability 0 is returned only if all have it; then it is the last one.
     """
     total = 0.0
     for token in range(len(mass)):
@@ -62,7 +62,7 @@ def _draw(mass: np.ndarray, taken: np.ndarray, coin: float) -> int:
     for token in range(len(mass)):
         left = mass[token] - taken[token]
         if left > 0.0:
-            # Rounding can leave the coin past the last of them.
+            # Remembered, because by rounding the sum may never exceed the coin.
             drawn = token
             running += left
             if running > coin * total:
@@ -89,21 +89,21 @@ def tree_speculative_sampling(
     """Sample from the target along each request's tree, using target probabilities only.
 
     Definition: at the current node, add up the target probabilities of its children in sibling
-    order; accept the first child with coin < sum / threshold_acc or probability >= threshold_single
-    (never one of probability 0) and go on with that node's coin; if none is accepted, sample from
-    the target with the rejected children's mass removed. With both thresholds 1 each token is an
-    exact sample of the target.
+    order. Accept the first child with coin < sum / threshold_acc or with probability >=
+    threshold_single, but never one of probability 0, and continue with that node and its coin. If
+    no child is accepted, sample from the target with the rejected children's probabilities set to
+    0. With both thresholds 1 each token is an exact sample of the target.
 
     Args:
         predicts: [B * N] int32, written at accepted nodes: the token that follows the node.
-        accept_index: [B, S] int32, -1 filled; written with the accepted nodes' flat indexes.
+        accept_index: [B, S] int32, filled with -1; written: b * N + node of the accepted nodes.
         accept_token_num: [B] int32, written: accepted drafts, the root not counted.
-        candidates, retrive_*: [B, N] int64.
-        uniform_samples: [B, N] in [0, 1), the coin thrown at each node.
-        uniform_samples_for_final_sampling: [B] in [0, 1).
+        candidates, retrive_*: [B, N] int64, the tokens of the nodes and the links of the tree.
+        uniform_samples: [B, N] float32 in [0, 1), the coin of each node.
+        uniform_samples_for_final_sampling: [B] float32 in [0, 1), the coin of the last sample.
         target_probs: [B, N, V] float32, renormalised.
-        draft_probs: [B, N, V] float32 zeros; rejected children's mass is written here.
-        deterministic: this implementation always is.
+        draft_probs: [B, N, V] float32 zeros; written: probabilities of rejected children.
+        deterministic: not used; this implementation always is.
 
     Source: contract of SGLang 0.5.23 `tree_speculative_sampling_target_only`.
     """
@@ -164,18 +164,18 @@ def _sample_paths(
                 rejected[last, token] = prob
                 node = next_sibling[request, node]
         accept_token_num[request] = accepted
-        # Below the last node of a full path nothing was rejected.
+        # If the path is full, `rejected` is 0 at its last node.
         final = _draw(probs[last], rejected[last], final_coins[request])
         predicts[retrieve_index[request, last]] = final
 
 
 def murmur_hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tensor:
-    """MurmurHash3 of (seed, position, column) as four 32-bit blocks.
+    """Return MurmurHash3 of (seed, position, column), hashed as four 32-bit blocks.
 
     Args:
         seed: [R] uint64.
-        positions: [R] integer, low 32 bits used.
-        col_indices: [C] integer, low 32 bits used.
+        positions: [R] integer, of which the low 32 bits are used.
+        col_indices: [C] integer, of which the low 32 bits are used.
 
     Returns:
         [R, C] uint32.
@@ -192,7 +192,7 @@ def murmur_hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tenso
 
 
 def _murmur_mix(state: Tensor, block: Tensor) -> Tensor:
-    # int64 products wrap, which leaves the low 32 bits, all that is kept, exact.
+    # int64 products wrap, but their low 32 bits, which are all that is kept, are exact.
     block = block * 0xCC9E2D51 & _MASK32
     block = (block << 15 | block >> 17) & _MASK32
     state = state ^ (block * 0x1B873593 & _MASK32)

@@ -1,7 +1,7 @@
 """Tensor ops of a CAST step, in plain torch (`reference`), Triton (`fused`) and loops (`loops`).
 
-All three modules hold the same names with the same signatures, and `reference` says what they mean.
-What they take, return and refuse is in `contract`.
+All three modules define the same functions. `reference` documents them, and `contract` checks their
+arguments.
 """
 
 from types import ModuleType

@@ -1,8 +1,8 @@
-"""Loops of the step path, compiled by numba.
+"""Compile the loops of a decoding step with numba.
 
-A step decides between passes that each sweep the caches, so what a decision costs is mostly the
-calls it makes: one compiled loop is several times faster there than a chain of array operations.
-`f.py_func` is the same function in plain Python, to which the tests compare it.
+Each model pass evicts the CPU caches, so a decision between two passes spends most of its time on
+the first calls of its functions. One compiled loop is then several times faster than a chain of
+array operations. `f.py_func` is the same function in plain Python; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["compiled"]
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function for the types of one signature, as it is defined.
+    """Return a decorator that compiles a function when it is defined, for one signature.
 
-    The machine code is kept on disk where the package or the user's cache can be written, so that
+    The machine code is cached on disk if the package or the user's cache directory is writable, so
     only the first process waits some seconds for the compiler. No call ever waits for it.
 
     Args:
@@ -28,7 +28,7 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
     def compile_now(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(signature, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # there is no place to keep it
+        except RuntimeError:  # numba found no writable place for its cache
             return numba.njit(signature, error_model="numpy")(function)
 
     return compile_now

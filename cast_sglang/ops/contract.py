@@ -1,7 +1,7 @@
-"""What the ops take, return and refuse: one contract for `reference` and `fused`.
+"""Types and argument checks that all implementations of the ops share.
 
-All checks run on the host and read shapes, types and devices only, so they never wait for a device.
-What stands in the tensors is the caller's word.
+The checks read only shapes, dtypes and layouts on the host, so they never wait for a device. They
+do not check the values in the tensors; callers must keep to the documented ranges.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = [
     "check_select_nodes",
 ]
 
-# One program ranks all candidates of a request, and links all its nodes.
+# Limits of the Triton kernels, where one program ranks all candidates and links all nodes of a
+# request.
 MAX_CANDIDATES = 16384
 MAX_DRAFT_TOKENS = 1024
 
-
-# What siblings may leave of a draft's probability at least, so that it can be divided by.
+# Smallest divisor for 1 - (sum of the draft's probabilities of earlier siblings), which may be 0.
 LEAST_LEFT = 1e-6
 
 
 class CalibrationLines(NamedTuple):
-    """A piecewise linear map of probabilities, as `Acceptance` keeps it for one depth."""
+    """A piecewise linear map of probabilities: g of `policy.acceptance` at one depth."""
 
     knots: torch.Tensor  # [P - 1] float32, ascending; where piece i ends and piece i + 1 begins
     starts: torch.Tensor  # [P] float32, value of each piece's line at probability 0
@@ -44,14 +44,15 @@ class CalibrationLines(NamedTuple):
     def at(self, shares: torch.Tensor) -> torch.Tensor:
         """Return g of each value: starts[i] + slopes[i] * x in piece i, kept within 0..1."""
         piece = torch.bucketize(shares, self.knots, right=True)
-        # Product and sum are rounded one by one: the same bits on every device.
+        # Product and sum are rounded separately, which gives the same bits on every device.
         return (self.starts[piece] + self.slopes[piece] * shares).clamp_(0.0, 1.0)
 
     def chances(self, probs: torch.Tensor) -> torch.Tensor:
         """Return the chances of siblings, as `reference.grow_layer` defines them.
 
         Args:
-            probs: [n, K] float32, the draft's probabilities of each node's children, in its order.
+            probs: [n, K] float32, the draft's probabilities of each node's children, in the order
+                in which it proposed them.
         """
         chances = torch.empty_like(probs)
         drafted = left = torch.ones_like(probs[:, 0])
@@ -64,9 +65,9 @@ class CalibrationLines(NamedTuple):
 
 
 class GrownLayer(NamedTuple):
-    """A new layer of the tree and the best of it."""
+    """A new layer of the tree and its best candidates."""
 
-    probs: torch.Tensor  # [B * W, K] float32, probabilities the layer grew by
+    probs: torch.Tensor  # [B * W, K] float32, after calibration
     scores: torch.Tensor  # [B, W * K] float32, path scores of its candidates
     frontier: Frontier  # [B, K] each
 

@@ -1,10 +1,10 @@
-"""The ops as one Triton kernel each: names, signatures and meaning are those of `reference`.
+"""The ops as Triton kernels, one kernel each, for GPUs; `reference` defines and documents them.
 
-One program serves one request, so that its whole row stays in registers. There are no atomics and
-no products fused into sums, so results that must agree between ranks do so bit for bit, and the
-scores of a layer are the reference's own bits.
-Sizes that change from step to step are plain arguments: kernels are compiled anew only when a size
-passes a power of two, or for another K or depth.
+One program handles one request, so that its whole row stays in registers. The kernels use no
+atomics and no fused multiply-add. So ranks get bitwise equal results, and the scores of a layer are
+bitwise equal to the reference's.
+Sizes that change from step to step are run-time arguments. A kernel is compiled again only when a
+size passes a power of two, or for another K or depth.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = [
     "select_nodes",
 ]
 
-# Cells of a tile.
+# Cells of the [nodes, others] tile that `build_tree` compares at a time.
 _TILE = 4096
-# Slots that a program copies at a time.
+# Slots that a program of `list_slots` copies at a time.
 _SLOT_TILE = 512
 
 
@@ -46,7 +46,7 @@ def grow_layer(
     best_scores = probs.new_empty(batch_size, topk)
     best_index, best_tokens, best_parents = (tokens.new_empty(batch_size, topk) for _ in range(3))
     grown_probs = probs if lines is None else torch.empty_like(probs)
-    # Without lines no cell of them is read, but the kernel still takes pointers.
+    # Without lines the kernel reads none of these, but it still needs valid pointers.
     knots, starts, slopes = lines if lines is not None else (probs, probs, probs)
     num_children = _padded(width * topk)
     kernels.grow_layer_kernel[(batch_size,)](
@@ -204,7 +204,7 @@ def build_tree(
 
 
 def _padded(n: int) -> int:
-    # At least 2: the best one of several would come out of `tl.topk` as a scalar.
+    # At least 2, because `tl.topk` with k = 1 returns a scalar.
     return max(2, triton.next_power_of_2(n))
 
 

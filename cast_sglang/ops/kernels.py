@@ -1,11 +1,11 @@
-"""Device code of `fused`: one Triton kernel for each op, and what kernels share.
+"""The Triton kernels of `fused`, one for each op, and their shared helpers.
 
-Names of sizes in capitals are compile-time constants, mostly powers of two; the rest of a kernel's
-numbers are plain arguments that do not specialise it, so that a server compiles a kernel a few
-times, not once for each batch size and width.
+Names in capitals are compile-time constants, mostly powers of two. All other numbers are run-time
+arguments on which Triton does not specialise, so that a server compiles each kernel a few times and
+not once for each batch size and width.
 
-A sort key holds the score's bits, ordered as integers, above the candidate's number, so that one
-integer sort is stable and descending.
+A sort key holds the bits of the score, mapped to an integer of the same order, in its upper half
+and the inverted candidate number in its lower half. So one integer sort is stable and descending.
 """
 
 import triton
@@ -22,14 +22,14 @@ __all__ = [
 
 @triton.jit
 def _order(bits):  # type: ignore[no-untyped-def]
-    """Map the bits of floats to integers of the same order, and those back."""
+    """Map the bits of floats to integers of the same order; it is its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _best(scores, index, is_real, BEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the BEST largest scores and their indexes, descending, ties to the lower index."""
-    # To add 0 makes -0 equal to 0.
+    # Adding 0 turns -0 into 0.
     order = _order((scores + 0.0).to(tl.int32, bitcast=True))
     keys = (order.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
     keys = tl.topk(tl.where(is_real, keys, -0x8000000000000000), BEST)
@@ -73,7 +73,7 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
         siblings = probs_ptr + first + child // TOPK * TOPK
         drafted = tl.full([CHILDREN], 1.0, tl.float32)
         left = tl.full([CHILDREN], 1.0, tl.float32)
-        # Every child goes through its siblings, as those before it leave it less.
+        # A child's chance depends on its earlier siblings, so each lane repeats their computation.
         for k in range(TOPK):
             prob = tl.load(siblings + k, mask=is_child, other=0.0)
             share = tl.minimum(tl.div_rn(prob, tl.maximum(drafted, LEAST_LEFT)), 1.0)
@@ -178,7 +178,7 @@ def build_tree_kernel(  # type: ignore[no-untyped-def]
     request = tl.program_id(0)
     node = tl.arange(0, NODES)
     is_node = (node > 0) & (node < num_nodes)
-    # Shifted by one, so that node i stands at place i.
+    # Shifted by one, so that node i is at index i.
     top_index_ptr += request * index_stride - 1
     under = tl.load(top_index_ptr + node, mask=is_node, other=0).to(tl.int32) // TOPK
     has_list = is_node & (under > 0) & (under < list_len)
@@ -192,7 +192,7 @@ def build_tree_kernel(  # type: ignore[no-untyped-def]
         matches = above[:, None] == candidate[None, :]
         parent = tl.maximum(parent, tl.max(tl.where(matches, other[None, :], 0), axis=1))
     is_linked = is_node & ((under == 0) | (parent > 0))
-    # What the tiles below compare: a node that hangs below none has no parent there.
+    # For the comparisons below: -1 keeps unlinked nodes out of all lists of children.
     linked_parent = tl.where(is_linked, parent, -1)
 
     child = tl.full([NODES], NODES, tl.int32)
@@ -249,7 +249,7 @@ def list_slots_kernel(  # type: ignore[no-untyped-def]
     PATH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Copy one node's slots behind those of the nodes before it."""
+    """Write one node's list of slots after the lists of the nodes before it."""
     request = tl.program_id(0)
     node = tl.program_id(1)
     depth = tl.load(depth_ptr)

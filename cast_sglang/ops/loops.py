@@ -1,7 +1,7 @@
-"""The ops of a tree as compiled loops, for the CPU: names, signatures and meaning of `reference`.
+"""The ops as compiled loops, for the CPU; `reference` defines and documents them.
 
-Between two passes a chain of small tensor operations finds cold caches at each call; a loop is one
-call. What is not on the step path of the CPU is `reference`'s own.
+Between two passes the caches are cold, so each small tensor operation is slow; a loop is one call.
+An op that the CPU does not run in a step (`list_slots`) is the one of `reference`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def grow_layer(
     lines: CalibrationLines | None = None,
 ) -> GrownLayer:
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
-    # Arrays, as they are made and read in a fraction of the time of a tensor.
+    # NumPy arrays, because creating and indexing them is much faster than with tensors.
     above, drafted, children = parent_scores.numpy(), probs.numpy(), tokens.numpy()
     knots = starts = slopes = _NO_LINES
     if lines is not None:
@@ -58,7 +58,7 @@ def grow_layer(
 
 
 def _is_layer(above: np.ndarray, drafted: np.ndarray, children: np.ndarray) -> bool:
-    """Return whether `contract.check_grow_layer` surely passes, in a tenth of its time."""
+    """Return True only if `contract.check_grow_layer` would pass; ten times faster than that."""
     return (
         above.ndim == drafted.ndim == 2
         and above.dtype == drafted.dtype == np.float32
@@ -126,7 +126,7 @@ def build_tree(
 
 @compiled("void(f4[:], f4[:], i8[:])")
 def _rank(scores: np.ndarray, best: np.ndarray, index: np.ndarray) -> None:
-    """Write the largest scores of one request, as many as `best` holds, and where they stand."""
+    """Write the len(best) largest scores of one request to `best`, their positions to `index`."""
     kept, num_best = 0, len(best)
     for candidate in range(len(scores)):
         score = scores[candidate]
@@ -137,7 +137,7 @@ def _rank(scores: np.ndarray, best: np.ndarray, index: np.ndarray) -> None:
             place = num_best - 1
         else:
             continue
-        # Past smaller ones only, so that of equal scores the first stays first.
+        # Move past smaller scores only, so that equal scores keep their order.
         while place > 0 and best[place - 1] < score:
             best[place], index[place] = best[place - 1], index[place - 1]
             place -= 1

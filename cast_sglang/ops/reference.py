@@ -1,11 +1,12 @@
-"""The ops in plain torch: their definition, their CPU path, and the oracle for `fused`.
+"""The ops in plain torch: their definition, and what tests compare `fused` and `loops` with.
 
 Shape letters are those of `tree.py`: B requests, K `topk`, W expanded nodes, M candidates, N
 `num_draft_tokens`, root included; P pieces of a calibration curve.
 
-Effects, of all ops: pure but for the outputs that `build_tree` is given; no host sync; static
-output shapes, so safe under CUDA graphs. Nothing is random and no sum depends on a race, so equal
-inputs give equal outputs, on every rank. Scores and probabilities must not be NaN.
+Effects of all ops: they write only to the output arguments of `build_tree` and `list_slots`. There
+is no host sync unless stated, and output shapes depend only on input shapes, so the ops are safe
+under CUDA graphs. All ops are deterministic: equal inputs give equal outputs on every rank. Scores
+and probabilities must not be NaN.
 """
 
 from __future__ import annotations
@@ -50,12 +51,11 @@ def grow_layer(
             1 <= W <= K.
         tokens: [B * W, K] int64, the children.
         layer_start: candidate number of the layer's first child.
-        lines: g at the children's depth: the chance of a child if none of its siblings before it
-            is accepted, from the draft's probability under the same condition. So the chances of
-            siblings never sum to more than 1. None for probabilities as they are.
+        lines: g at the children's depth, see `policy.acceptance`. The calibrated probabilities of
+            siblings never sum to more than 1. None for no calibration.
 
     Returns:
-        probs [B * W, K] float32, c of the given ones (those themselves without `lines`); scores
+        probs [B * W, K] float32, c of the given ones (unchanged without `lines`); scores
         [B, W * K] float32, never above the parent's; and the frontier, [B, K] each.
 
     Raises:
@@ -106,7 +106,7 @@ def select_nodes(
     num_draft_tokens: int,
     num_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take each request's best nodes in the order in which they were drafted.
+    """Take each request's best nodes, sorted by candidate number (the order of proposal).
 
     Definition: for b in range(B): n = num_rows[b] - 1, or N - 1 without `num_rows`
         index[b] = sorted(node_index[b, :n]) + [M] * (N - 1 - n)
@@ -119,8 +119,8 @@ def select_nodes(
         num_rows: [B] int64 in 1..N, nodes of each request, root included; None for N of each.
 
     Returns:
-        index [B, N - 1] int64, ascending, so parents come before children, and M, which is no
-        candidate's number, where a request has no further node; draft_tokens [B, N - 1] int64.
+        index [B, N - 1] int64, ascending, so parents come before children; entries after a
+        request's last node are M, which is no candidate's number. draft_tokens [B, N - 1] int64.
 
     Raises:
         ValueError: shape, dtype or `num_draft_tokens` out of range.
@@ -146,7 +146,7 @@ def list_slots(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
 ) -> None:
-    """List the cache slots that each node of a layer attends to: committed prefix, then own path.
+    """List the cache slots that each node of a layer reads: committed prefix, then its own path.
 
     Definition: row (b, w) of the packed lists =
         req_to_token[req_pool_indices[b], :seq_lens[b]] ++ path_slots[b, w, :depth]
@@ -156,13 +156,14 @@ def list_slots(
         req_pool_indices: [B] int64, rows of that table. seq_lens: [B] int64, committed lengths.
         path_slots: [B, W, D] int64, from a node's topmost ancestor to itself. May be strided.
         depth: [1] int64 in 1..D, the layer; a tensor, so that a captured graph serves all layers.
-        kv_indptr: [B * W + 1] int32, written: where the lists begin and end.
+        kv_indptr: [B * W + 1] int32, written: list i ends before kv_indptr[i + 1].
         kv_indices: at least sum of W * (seq_lens + depth) int64, written.
 
     Raises:
         ValueError: shape or dtype out of range.
 
-    Effects: cells behind the last list are left. Unlike `fused` this one reads sizes on the host.
+    Effects: cells after the last list keep their values. Unlike the kernel in `fused`, this one
+        reads sizes on the host, which is a host sync.
     """
     contract.check_list_slots(
         req_to_token, req_pool_indices, seq_lens, path_slots, depth, kv_indptr, kv_indices
@@ -206,24 +207,24 @@ def build_tree(
             retrieve_next_token[b, i] = first child of i, -1 for none
             retrieve_next_sibling[b, i] = next node with the parent of i, -1 for none
 
-    A node whose parent was not selected is no child of any, so verification cannot reach it; it
+    A node whose parent was not selected is linked to no parent, so verification cannot reach it. It
     sees the root and itself.
 
     Args:
         parent_list: [B, P] int64; may be empty where only the root's children were drafted.
-        top_scores_index: [B, N - 1] int64, ascending; 2 <= N <= MAX_DRAFT_TOKENS. Only a number
-            that is in no parent_list may come again, as `select_nodes` fills its rows.
+        top_scores_index: [B, N - 1] int64, ascending; 2 <= N <= MAX_DRAFT_TOKENS. A number may
+            occur twice only if it is not in parent_list, as with the fill of `select_nodes`.
         seq_lens: [B] int64 or int32, committed tokens.
         tree_mask: at least [B * N * N] bool, written; the layout that SGLang names QLEN_ONLY.
         positions: [B * N] int64, written.
         retrieve_index, retrieve_next_token, retrieve_next_sibling: [B, N] int64, written.
         topk: K.
-        num_steps: D, a depth that no node exceeds.
+        num_steps: D, the largest depth that a node may have.
 
     Raises:
         ValueError: shape, dtype or layout out of range.
 
-    Effects: every named cell is written, whatever stood there; the rest of `tree_mask` is left.
+    Effects: every named cell is overwritten; the rest of `tree_mask` keeps its values.
     Source: contract of SGLang's `build_tree_kernel_efficient` with a QLEN_ONLY mask.
     """
     links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
@@ -235,7 +236,7 @@ def build_tree(
     nodes = torch.arange(width, device=device)
 
     under = proposer_of(top_scores_index, topk)  # [B, N - 1]
-    # With a column for the root, an empty list can be read too.
+    # One more column, so that gathering from an empty list works.
     lists = torch.nn.functional.pad(parent_list, (0, 1), value=-1)
     above = lists.gather(1, under.clamp(max=lists.shape[1] - 1))
     matches = above.unsqueeze(2) == top_scores_index.unsqueeze(1)  # [B, child, parent]

@@ -1,18 +1,18 @@
-"""Acceptance: from the draft model's probability of a node to the chance that the target takes it.
+"""Calibration: map the draft model's probability of a node to the chance that it is accepted.
 
-A node's score is the product of draft probabilities along its path. A draft model is a little too
-sure of itself, more so the deeper it drafts on its own output, so raw products over-state how far a
-path survives. Every verify pass tells the truth about some nodes, and from it this module learns
+A node's score is the product of draft probabilities along its path. A draft model is overconfident,
+more so the deeper it drafts on its own output, so the raw product overestimates the chance that the
+whole path is accepted. From the nodes of every verify pass this module learns
 
-    g(x, depth) = P(node accepted | its parent accepted, none of the siblings before it accepted)
+    g(x, depth) = P(node accepted | its parent accepted, none of its earlier siblings accepted)
 
 where x is the draft's probability under the same condition, p / (1 - sum of p of those siblings).
-Of siblings only one is accepted, so a map of p itself would take what the first ones show for the
-chance of all, and the chances of siblings would sum to more than 1. In turn, a node's chance given
-its parent is g times what the siblings before it leave.
+At most one of a node's children is accepted. A map of p itself would ignore this, and the chances
+of siblings could sum to more than 1. Instead, a node's chance given its parent is g(x) times
+(1 - sum of the chances of its earlier siblings).
 
-Trees that grow by these chances have the calibrated path scores score = parent's score * chance,
-which never exceed the parent's.
+The calibrated score of a node is its parent's score times its chance, so it never exceeds the
+parent's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from cast_sglang.ops.contract import CalibrationLines
 
 __all__ = ["Acceptance", "Reliability"]
 
-# Knots of g along p, even in arcsin(sqrt(p)): the transform that gives shares of any size equal
-# variance. They are dense near 0 and 1, where drafts are and where errors of a path multiply.
+# Knots of g, evenly spaced in arcsin(sqrt(x)), the transform that makes the variance of an observed
+# share independent of its size. They are dense near 0 and 1, where most drafts are.
 _KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 17)) ** 2
 _WIDTHS = np.diff(_KNOTS)
 # Last depth of each bucket: 1, 2, 3-4, 5-8, 9 and deeper. The root's children are at depth 1.
@@ -38,39 +38,39 @@ _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
 _FORMAT = 2
 
-# Small: a draft that is too modest keeps trees small until it is known, and one that is too sure is
-# soon found out, as its nodes are verified.
+# Small, so that g adapts fast to an underconfident draft, whose trees stay small and yield little
+# data. An overconfident draft is corrected soon in any case, since many of its nodes are verified.
 PRIOR_WEIGHT = 2.0
 HALF_LIFE = 256
-# Lines lack at most this part of the updates that count.
+# The curve on the device is rebuilt once this fraction of the updates that count is missing in it.
 REMAKE_SHARE = 8
 
 
 class Reliability(NamedTuple):
-    """What was predicted and what happened around one knot of g; sums over forgotten nodes."""
+    """Predicted and observed acceptance near one knot of g; weighted sums over nodes."""
 
     first_depth: int
-    num_nodes: float  # observed nodes, recent ones counting more
-    drafted: float  # accepted nodes by the draft's probabilities
-    calibrated: float  # accepted nodes by g as it is now
-    accepted: float  # accepted nodes
+    num_nodes: float  # observed nodes; recent ones count more
+    drafted: float  # accepted nodes predicted by the draft's probabilities
+    calibrated: float  # accepted nodes predicted by g as it is now
+    accepted: float  # accepted nodes observed
 
 
 class Acceptance:
     """Online estimate of g, linear in x between knots, one curve for each bucket of depths.
 
-    Near each knot the estimate is a prior h(x) plus the mean of (accepted - h(x)), shrunk by
-    `prior_weight` imagined nodes for which h was right. For the root's children h(x) = x, deeper it
-    is the curve of the depths above: so without data g(x) = x exactly, and what the first layer
-    shows holds for layers that nobody has grown yet, or a draft that is too modest would keep them
-    from being grown. Then the curve is made not to fall in x (isotonic regression).
+    At each knot the estimate is a prior h(x) plus the mean of (accepted - h(x)), shrunk towards 0
+    as if `prior_weight` further nodes had agreed with h. For the root's children h(x) = x; for
+    deeper buckets h is the curve of the bucket above. So without data g(x) = x exactly, and the
+    first layers also correct deeper ones that have no data yet: otherwise an underconfident draft
+    would never get to grow those. Isotonic regression then makes the curve non-decreasing in x.
 
-    Old evidence halves every `half_life` updates. Nothing is random, so processes that see the same
-    passes hold the same map.
+    The weight of a node halves every `half_life` updates. Nothing is random, so processes that see
+    the same passes hold the same curves.
 
     Args:
-        prior_weight: imagined nodes in favour of the prior, at each knot, > 0.
-        half_life: updates after which a node counts half, > 0. An update brings some ten nodes per
+        prior_weight: weight of the prior at each knot, in nodes, > 0.
+        half_life: updates after which a node counts half, > 0. An update holds about ten nodes per
             request, so the default remembers thousands and still follows a change of text.
     """
 
@@ -78,9 +78,9 @@ class Acceptance:
         self._prior_weight = prior_weight
         self._half_life = half_life
         self._keep = 0.5 ** (1.0 / half_life)
-        # Nodes, sum of p, accepted nodes; each node is shared by the two knots around it.
+        # Nodes, sum of x, accepted nodes; each node is split between the two knots around it.
         self._sums = np.zeros((3, *_SHAPE))
-        # Made when asked for: the curves of all data, the lines of data that may be a little older.
+        # Built on demand. The curves use all data; the lines may lack the latest updates.
         self._curves: np.ndarray | None = None
         self._lines: dict[torch.device, list[CalibrationLines]] = {}  # of depth 1, 2 and so on
         self._num_updates = self._age = 0
@@ -92,31 +92,31 @@ class Acceptance:
         is_tried: np.ndarray,
         accepted: np.ndarray,
     ) -> None:
-        """Learn from the nodes of one verify pass; arguments as in `Outcomes`, [n] each.
+        """Learn from the nodes of one verify pass; arguments as in `VerifiedNodes`, [n] each.
 
-        Only nodes that were tried count: the target never looked below a rejected node, nor at the
-        siblings behind an accepted one, so those say nothing (they are censored).
+        Only nodes with `is_tried` count. The target never judged the others: nodes below a rejected
+        node, and siblings after an accepted one (they are censored).
         """
         _add_nodes(self._sums, self._keep, shares.astype(np.float64), depths, is_tried, accepted)
         self._curves = None
         self._num_updates += 1
         self._age += 1
-        # One update among many moves them little, and to make them takes as long as a decision.
+        # Building the lines takes as long as a decision, and one update among many changes little.
         if self._age > min(self._num_updates, self._half_life) // REMAKE_SHARE:
             self._forget_lines()
 
     def lines(self, depth: int, device: torch.device) -> CalibrationLines:
-        """Return g at one depth in pieces, for the op that grows a layer.
+        """Return g at one depth as linear pieces, for the op `grow_layer`.
 
         Args:
             depth: of the nodes, 1 for the root's children.
-            device: where the lines are to be.
+            device: device of the returned tensors.
 
-        Effects: no host sync; now and then one small copy to the device.
+        Effects: no host sync; after a rebuild, one small copy to the device.
         """
         lines = self._lines.get(device)
         if lines is None:
-            # One copy for all: inner knots in the first row, then starts, then slopes.
+            # One copy for all depths: inner knots in the first row, then starts, then slopes.
             packed = torch.from_numpy(_pack_lines(self.curves()))
             knots, *rows = packed.to(device, non_blocking=True).unbind()
             starts, slopes = rows[: _SHAPE[0]], rows[_SHAPE[0] :]
@@ -131,13 +131,13 @@ class Acceptance:
         self._lines.clear()
 
     def curves(self) -> np.ndarray:
-        """Return g at the knots, one row for each bucket of depths."""
+        """Return [buckets, knots] float64, g at the knots for each bucket of depths."""
         if self._curves is None:
             self._curves = _fit(self._sums, self._prior_weight)
         return self._curves
 
     def reliability(self) -> list[Reliability]:
-        """Return predicted and observed acceptance where there is data, for plots."""
+        """Return predicted and observed acceptance at each knot that has data, for plots."""
         rows = []
         for bucket, first_depth in enumerate((1, *(int(end) + 1 for end in _DEPTH_ENDS))):
             curve = self.curves()[bucket]
@@ -148,16 +148,16 @@ class Acceptance:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """Return what was learned, as a plain object that JSON can hold."""
+        """Return the sums learned so far, as an object that JSON can hold."""
         names = ("nodes", "drafted", "accepted")
         sums = {name: part.tolist() for name, part in zip(names, self._sums, strict=True)}
         return {"format": _FORMAT, **sums}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what another object's `state()` returned.
+        """Replace the sums by those that another object's `state()` returned.
 
         Raises:
-            ValueError: it is not such a state; nothing is changed then.
+            ValueError: `state` is not valid; nothing is changed then.
         """
         if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
             raise ValueError(f"not an acceptance state of format {_FORMAT}")
@@ -177,9 +177,9 @@ class Acceptance:
 
 @compiled("Tuple((i8, f8))(f8)")
 def _piece(p: float) -> tuple[int, float]:
-    """Return the number of the knot at or below p that is not the last, and how far p is beyond.
+    """Return the piece of g that holds p, and the position of p within it, in 0..1.
 
-    The distance is a share of that to the next knot.
+    Piece i lies between the knots i and i + 1.
     """
     low, high = 0, len(_WIDTHS)
     while high - low > 1:
@@ -200,7 +200,7 @@ def _add_nodes(
     is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
-    """Forget a little of [3, buckets, knots] and add nodes, each shared by the knots around it."""
+    """Scale `sums`, [3, buckets, knots], by `keep`; add each node to the two knots around it."""
     sums *= keep
     for node in range(len(shares)):
         if not is_tried[node] or not np.isfinite(shares[node]):
@@ -219,7 +219,7 @@ def _add_nodes(
 
 @compiled("f4[:, :](f8[:, :])")
 def _pack_lines(curves: np.ndarray) -> np.ndarray:
-    """Return the pieces of g: inner knots, then where the lines start, then how they rise."""
+    """Return the linear pieces of g: a row of inner knots, then starts, then slopes."""
     num_buckets, num_pieces = _SHAPE[0], len(_WIDTHS)
     packed = np.zeros((1 + 2 * num_buckets, num_pieces), dtype=np.float32)
     for piece in range(num_pieces):
@@ -234,9 +234,9 @@ def _pack_lines(curves: np.ndarray) -> np.ndarray:
 
 @compiled("f8[:](f8[:], f8[:])")
 def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the closest not falling curve, in weighted squares.
+    """Return the non-decreasing curve that is closest to `values` in weighted squares.
 
-    Neighbours that fall are pooled to their weighted mean until none does.
+    Neighbours that decrease are pooled to their weighted mean until none does.
 
     Source: Barlow et al., "Statistical inference under order restrictions" (1972), pool adjacent
     violators.
@@ -263,7 +263,7 @@ def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @compiled("f8[:, :](f8[:, :, :], f8)")
 def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
-    """Return g at the knots, a row for each bucket of depths, from [3, buckets, knots]."""
+    """Return g at the knots, [buckets, knots], from `sums`, [3, buckets, knots]."""
     curves, prior = np.empty(_SHAPE), _KNOTS
     values, weights = np.empty(_SHAPE[1]), np.empty(_SHAPE[1])
     for bucket in range(_SHAPE[0]):

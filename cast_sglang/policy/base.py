@@ -1,4 +1,4 @@
-"""What a step asks a policy, and what a policy reads of the costs."""
+"""The interface of a policy: the decisions of one step, and the costs that they rest on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["Costs", "TreePolicy"]
 
 
 class Costs(Protocol):
-    """What a policy reads of `costs.model.StepCosts`."""
+    """Costs of a step, in units of one target pass over one row per request.
+
+    `costs.model.StepCosts` implements it. Entry k - 1 of an array is the cost of k.
+    """
 
     @property
     def draft(self) -> np.ndarray:
@@ -25,7 +28,7 @@ class Costs(Protocol):
 
     @property
     def draft_extend(self) -> np.ndarray:
-        """[E] float32, the draft's pass over k rows per request after verify."""
+        """[E] float32, the draft model's pass over k rows per request after verify."""
 
     @property
     def overhead(self) -> float:
@@ -33,29 +36,33 @@ class Costs(Protocol):
 
     @property
     def plain_overhead(self) -> float:
-        """The same of a plain step, which verifies the root alone."""
+        """The same for a plain step, which verifies the root alone."""
 
 
 class TreePolicy(ABC):
-    """The decisions of one step. A policy carries state from step to step, so it has one owner."""
+    """Decides how one step speculates. It keeps state between steps, so it has one owner.
+
+    In a step the server calls `speculate`; then, for each layer, `breadth`, `deepen` and, after the
+    draft pass, `expanded`; then `depth`, `share_out` or `rerank`, and `observe`.
+    """
 
     def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
-        """Return whether to draft in this step, or to decode plainly.
+        """Return whether to draft in this step; else the step decodes plainly.
 
         Args:
-            catch_up: units that the draft needs to catch up on plain steps before it drafts.
+            catch_up: cost of the draft model's pass over earlier plain steps, before it drafts.
         """
         return True
 
     def plain_loss(self, batch_size: int) -> float:
-        """Return the share of a step's time that a plain step loses; call it after `speculate`.
+        """Return by what share of its time a plain step is slower; call it after `speculate`.
 
-        inf where plain decoding is no candidate.
+        inf if the policy never decodes plainly.
         """
         return math.inf
 
     def weigh(self, weights: np.ndarray | None) -> None:
-        """Let the requests of this step count unequally, if the policy can.
+        """Set how much the tokens of each request count in this step.
 
         Args:
             weights: [B] >= 0, worth of a token of each request; None for equal worth.
@@ -63,45 +70,40 @@ class TreePolicy(ABC):
         return
 
     def expect(self, answer_tokens: float) -> None:
-        """Tell the policy the mean number of tokens of the last answers, > 0."""
+        """Set the mean number of tokens of the last answers, > 0."""
         return
 
     @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Return how many of a layer's best nodes are kept; called once per grown layer.
+        """Return W, how many of a layer's best nodes to keep; called once per grown layer.
 
         Args:
             scores: [B, K] float32, the layer's best candidates, descending.
-            costs: the step's costs, None for a policy that needs none.
+            costs: the step's costs; None for a policy that needs none.
         """
 
     @abstractmethod
     def deepen(self) -> bool:
-        """Return whether to expand the nodes just kept and so grow one more layer."""
+        """Return whether to expand the nodes just kept, and so grow one more layer."""
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
         """Show the policy the children of the nodes just expanded.
 
         Args:
-            parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
-                were expanded.
-            child_probs: [B * W, K] float32, their children's probabilities given them, as the tree
-                grows by them.
+            parent_scores: [B, n] float32, of the layer's best nodes; the first W were expanded.
+            child_probs: [B * W, K] float32, as `DraftTree.grow` returns them.
         """
         return
 
     def depth(self, num_layers: int, costs: Costs | None) -> int:
-        """Return how many of the grown layers stay, in 1..num_layers."""
+        """Return how many of the grown layers to keep, in 1..num_layers."""
         return num_layers
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
-        """Return [B] int64, the rows to verify of each request, roots included; not all are 1.
+        """Return [B] int64, rows to verify of each request, root included; not all are 1.
 
-        In place of `rerank` where the target runs requests of unequal numbers of rows. None from a
-        policy that treats all requests alike.
-
-        Args:
-            scores: as for `rerank`.
+        Called before `rerank`, with its arguments, if the target can run unequal numbers of rows.
+        None leaves the decision to `rerank`.
         """
         return None
 
@@ -111,14 +113,13 @@ class TreePolicy(ABC):
 
         Args:
             scores: [B, n] float32, the best candidates of the whole tree, descending.
-            costs: the step's costs, None for a policy that needs none.
         """
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
-        """Show the policy what a step with a tree accepted, and how long it took.
+        """Show the policy what a step with a tree accepted, and its cost.
 
         Args:
             accepted_mean: accepted drafts per request, bonus tokens not counted.
-            time_units: the step's time by the costs.
+            time_units: the step's time by the costs, in units.
         """
         return

@@ -1,15 +1,15 @@
-"""CAST: how wide, how deep, and how much of the tree is verified.
+"""The paper's CAST: three rules decide how wide and deep the tree is, and how much is verified.
 
-The three decisions of "Inference-Cost-Aware Dynamic Tree Construction for Efficient Inference in
-Large Language Models" (arXiv 2510.26577), in the order in which a step takes them:
+From "Inference-Cost-Aware Dynamic Tree Construction for Efficient Inference in Large Language
+Models" (arXiv 2510.26577), in the order of a step:
 
     breadth    how many nodes of a layer are kept and expanded      threshold C1
-    depth      whether one more layer is grown                      threshold C2, FIFO of R ratios
+    deepen     whether one more layer is grown                      threshold C2, FIFO of R ratios
     rerank     how many of all grown nodes the target verifies      threshold C3
 
-Utility is expected accepted tokens (sums of scores, averaged over the batch). Costs are times from
-the measured tables, divided by the time of one target pass over one token per request at the same
-batch size and context. So each threshold is a price: accepted tokens per unit of target time.
+Utility is expected accepted tokens: the sum of the nodes' scores, averaged over the batch. Costs
+are measured times divided by the time of one target pass over one token per request, at the same
+batch size and context. So a threshold is a price: accepted tokens per unit of target time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> tor
 
     Definition: out = the smallest k in 1..K that maximises utility[k - 1] - price * cost[k - 1]
 
-    The paper keeps extending k while the marginal utility per marginal cost since the last kept
-    point exceeds `price`. Where costs increase strictly that is the same rule, since
-    (u_k - u_k0) / (c_k - c_k0) > C is u_k - C c_k > u_k0 - C c_k0; and this form also holds where
-    measured costs have steps or fall.
+    The paper extends k while the marginal utility per marginal cost since the last kept point,
+    (u_k - u_k0) / (c_k - c_k0), exceeds `price`. If costs increase strictly, this is the same rule,
+    u_k - C c_k > u_k0 - C c_k0. The form used here also holds if measured costs are flat or fall.
 
     Args:
         utility: [..., K] float32, expected accepted tokens of the best k nodes, k = 1..K.
@@ -49,9 +48,9 @@ def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> tor
 
 
 class EaglePolicy(TreePolicy):
-    """EAGLE-2/3's fixed tree: top-K in every layer, every layer, always N nodes.
+    """The baseline, EAGLE-2/3's tree: K nodes in every layer, all layers, always N nodes verified.
 
-    The baseline, and the special case of CAST that Theorem 4.1 of the paper names.
+    It is a special case of CAST (Theorem 4.1 of the paper).
     """
 
     def __init__(self, num_draft_tokens: int) -> None:
@@ -75,40 +74,32 @@ class _Layer(NamedTuple):
 class FixedPolicy(TreePolicy):
     """The paper's CAST with hand-set thresholds.
 
-    A price of 0 switches its rule off. Utilities are sums of scores, which are never negative, so
-    without a price more is never worse: C1 = 0 keeps every node of a layer, C2 = 0 grows every
-    layer and C3 = 0 verifies the largest size. Only nodes that add nothing to the sum in float32
-    are left out. All three at 0 are EAGLE's tree of the envelope's shape.
+    A price of 0 switches its rule off, because scores are never negative: C1 = 0 keeps every node
+    of a layer, C2 = 0 grows every layer, and C3 = 0 verifies the largest size, except for nodes
+    that add nothing to the sum in float32. With all three at 0 the tree is EAGLE's.
 
     Args:
-        c1, c2, c3: prices of breadth, depth and rerank, >= 0.
-        r: R, how many gain ratios the depth rule averages, >= 1.
+        c1, c2, c3: prices of breadth, deepen and rerank, >= 0.
+        r: R, how many gain ratios `deepen` averages, >= 1.
         verify_sizes: ascending values allowed for N, each >= 2: the sizes for which the target has
             a captured graph (any size, on a device that runs without graphs).
 
-    The loop that grows the tree runs on the host and needs each answer there, so a decision is one
-    small copy from the device, of K or N numbers, and arithmetic on the host after it.
+    Effects: `breadth` and `rerank` each copy K or N numbers to the host, where the tree is grown.
     """
 
     def __init__(
-        self,
-        c1: float,
-        c2: float,
-        c3: float,
-        r: int,
-        verify_sizes: tuple[int, ...],
+        self, c1: float, c2: float, c3: float, r: int, verify_sizes: tuple[int, ...]
     ) -> None:
         self.c1, self.c2, self.c3 = c1, c2, c3
         self._gain_ratios: deque[float] = deque([1.0], maxlen=r)
         self._layer: _Layer | None = None
         self._sizes = verify_sizes
         sizes = torch.tensor(verify_sizes, dtype=torch.int64)
-        # N nodes are N - 1 drafts, whose utility stands at index N - 2, and N verified rows,
-        # whose cost stands at index N - 1.
+        # N - 1 drafts have their utility at index N - 2; N rows have their cost at index N - 1.
         self._utility_index, self._cost_index = sizes - 2, sizes - 1
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Breadth pruning (BP)."""
+        """Breadth pruning (BP): the width whose utility, less its price, is largest."""
         assert costs is not None
         utility = scores.mean(dim=0).cumsum(dim=0).cpu()
         cost = torch.from_numpy(costs.draft[: scores.shape[1]])
@@ -120,17 +111,17 @@ class FixedPolicy(TreePolicy):
         return width
 
     def deepen(self) -> bool:
-        """Depth pruning (DP): the predicted gain of one more layer per unit of its cost."""
+        """Depth pruning (DP): whether the predicted utility of one more layer is worth its cost."""
         assert self._layer is not None
         gain_ratio = sum(self._gain_ratios) / len(self._gain_ratios)
         return gain_ratio * self._layer.utility >= self.c2 * self._layer.cost
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Dynamic reranking (DR)."""
+        """Dynamic reranking (DR): the allowed size whose utility, less its price, is largest."""
         assert costs is not None
         self._layer = None
         num_sizes = sum(size <= scores.shape[1] + 1 for size in self._sizes)
-        if num_sizes == 0:  # the tree ended below the smallest size
+        if num_sizes == 0:  # the tree has fewer nodes than the smallest size
             return scores.shape[1] + 1
         utility = scores.mean(dim=0).cumsum(dim=0).cpu()[self._utility_index[:num_sizes]]
         cost = torch.from_numpy(costs.verify)[self._cost_index[:num_sizes]]

@@ -1,4 +1,4 @@
-"""What a verify pass showed of its nodes: which could be accepted, and which were."""
+"""Read from a verify pass which nodes the target judged, and which of them it accepted."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import LEAST_LEFT
 from cast_sglang.tree import first_child_of, layer_ends, proposer_of
 
-__all__ = ["Outcomes", "verify_outcomes"]
+__all__ = ["VerifiedNodes", "verify_outcomes"]
 
 
-class Outcomes(NamedTuple):
-    """What a verify pass showed of its nodes; [B, N - 1] each, the root left out."""
+class VerifiedNodes(NamedTuple):
+    """The nodes of one verify pass, without the root; [B, N - 1] each."""
 
-    shares: np.ndarray  # float64, x of g: the draft's probability given parent and siblings before
-    depths: np.ndarray  # int64, the root's children at 1
-    is_tried: np.ndarray  # bool, whether the parent was accepted and no sibling before it
+    shares: np.ndarray  # float64, the argument x of g; see `policy.acceptance`
+    depths: np.ndarray  # int64, 1 for the root's children
+    is_tried: np.ndarray  # bool: the parent was accepted, and no earlier sibling was
     accepted: np.ndarray  # bool
 
 
@@ -30,19 +30,18 @@ def verify_outcomes(
     probs: np.ndarray,
     widths: Sequence[int],
     topk: int,
-) -> Outcomes:
-    """Read from a verify pass which nodes were tried, and which of them accepted.
+) -> VerifiedNodes:
+    """Return which nodes the target judged, and which of them it accepted.
 
-    A node stands in verified row 1 + its place in the ascending `top_scores_index`; row 0 is the
-    root.
+    The root is row 0 of the pass; the node at index i of `top_scores_index` is row 1 + i.
 
     Args:
         parent_list: [B, *] int, `tree.Selection`'s.
         top_scores_index: [B, N - 1] int, `tree.Selection`'s.
-        accept_index: [B, *] int, rows of the accepted nodes and the root counted through the batch
-            (b * N + row), -1 for none; as SGLang's verify returns it.
-        probs: [B, N - 1] float32, the draft's probability of each node given its parent; nan for
-            nodes that teach nothing.
+        accept_index: [B, *] int, b * N + row of the root and of each accepted node, -1 for none;
+            as SGLang's verify returns it.
+        probs: [B, N - 1] float32, the draft's probability of each node given its parent; nan for a
+            node that calibration must ignore.
         widths: nodes expanded per request in each layer below the root.
         topk: K.
     """
@@ -63,7 +62,7 @@ def verify_outcomes(
         is_tried,
         accepted,
     )
-    return Outcomes(shares, depths, is_tried, accepted)
+    return VerifiedNodes(shares, depths, is_tried, accepted)
 
 
 @compiled(
@@ -83,12 +82,12 @@ def _read_outcomes(
     is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
-    """Write the outcomes; arguments as for `verify_outcomes`, and these.
+    """Fill the arrays of `VerifiedNodes`. Arguments are those of `verify_outcomes`, and these.
 
     Args:
         layer_ends: [layers] int, as `tree.layer_ends`.
         proposers: [B, N - 1] int, the expanded node that proposed each node, 0 for the root.
-        ranks: [B, N - 1] int, a node's place among the K candidates of its proposer.
+        ranks: [B, N - 1] int, a node's index among the K candidates of its proposer.
     """
     batch_size, num_nodes = top_scores_index.shape
     is_accepted = np.zeros(batch_size * (num_nodes + 1), dtype=np.bool_)
@@ -99,7 +98,7 @@ def _read_outcomes(
         is_accepted[request * (num_nodes + 1)] = True
     for request in range(batch_size):
         numbers, root = top_scores_index[request], request * (num_nodes + 1)
-        group, siblings, left, is_open = -1, 0, 1.0, True  # of the node's siblings before it
+        group, siblings, left, is_open = -1, 0, 1.0, True  # of the node's earlier siblings
         for node in range(num_nodes):
             number, depth, parent_row = numbers[node], 1, 0
             while depth <= len(layer_ends) and number >= layer_ends[depth - 1]:
@@ -110,7 +109,7 @@ def _read_outcomes(
                 parent_row = 1 + np.searchsorted(numbers, parent)
             if proposer != group:
                 group, siblings, left, is_open = proposer, 0, 1.0, True
-            # A node whose better siblings were not all verified may have been passed over for them.
+            # Only if all better siblings were verified is it known that none of them was accepted.
             is_open &= ranks[request, node] == siblings
             prob = float(probs[request, node])
             shares[request, node] = min(prob / max(left, LEAST_LEFT), 1.0)

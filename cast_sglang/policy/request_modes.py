@@ -1,11 +1,9 @@
-"""Request modes: what a request asks of speculation.
+"""The speculation mode that a client chooses for its request with the custom parameter `cast`.
 
-A client sets it as the custom parameter `cast` of its request:
-
-    off         the request is decoded plainly; no drafts are verified for it
-    latency     its tokens count as much as those of `LATENCY_WEIGHT` requests when the budget of
-                the batch is shared out
-    throughput  it gets the drafts that pay for the batch; the default
+off         the server verifies no drafts for the request
+latency     a token of the request counts `LATENCY_WEIGHT` times when the requests of the batch
+            compete for verified nodes
+throughput  a token counts once (the default)
 """
 
 import reprlib
@@ -40,11 +38,12 @@ def parse_mode(custom_params: Any) -> str:
     """Return the mode in a request's custom parameters.
 
     Args:
-        custom_params: what the client sent, of any type. Parameters other than `cast` are left to
-            whom they concern; None, no `cast` and a `cast` of None mean throughput.
+        custom_params: the client's object, of any type. None, no `cast` and a `cast` of None mean
+            throughput. Other parameters are ignored.
 
     Raises:
-        ConfigError: names the parameter, its value and what is allowed.
+        ConfigError: the mode is not allowed; the message names the parameter, its value and the
+            allowed values.
     """
     if custom_params is None:
         return THROUGHPUT
@@ -64,13 +63,13 @@ def parse_mode(custom_params: Any) -> str:
 
 
 def mode_weights(modes: Sequence[str]) -> list[float]:
-    """Return how much a token of each request counts.
+    """Return how much a token of each request counts, [B].
 
-    Those that want drafts count 1 in the mean, so where all have the same mode, all count 1: a mode
-    moves rows from one request to another and leaves the price of a row as it is.
+    The mean weight of the requests with drafts is 1, so if all have the same mode, all weigh 1.
+    Modes thus move rows between requests but do not change the price of a row.
 
     Args:
-        modes: [B] members of `MODES`, as `parse_mode` returns them.
+        modes: [B], as `parse_mode` returns them.
     """
     weights = [_WEIGHTS[mode] for mode in modes]
     mean = sum(weights) / max(1, sum(weight > 0.0 for weight in weights))
@@ -78,6 +77,6 @@ def mode_weights(modes: Sequence[str]) -> list[float]:
 
 
 def _shown(value: Any) -> str:
-    # A client may send anything; reprlib stops at a depth where repr would run out of stack.
+    # A client may send a deeply nested object, on which repr would exhaust the stack.
     text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

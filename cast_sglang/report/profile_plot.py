@@ -1,4 +1,4 @@
-"""Draw cost profiles: what each pass takes, as measured and as the cost model reads it."""
+"""Draw cost profiles: the measured times of each pass, and the cost model over them."""
 
 import dataclasses
 import math
@@ -24,20 +24,21 @@ from cast_sglang.errors import ProfileError
 
 __all__ = ["plot_profiles"]
 
-# How far the curves go on beyond the last grid point, to show what the cost model makes of it.
+# Curves extend to this multiple of the last grid point, to show how the cost model extrapolates.
 BEYOND = 1.25
 CONTEXT_POINTS = 64
-# A batch of 1 would be a flat line below one of 64; from this ratio on the axis is logarithmic.
+# The time axis is logarithmic if the largest time is this multiple of the smallest; otherwise small
+# batches would be flat lines at the bottom.
 LOG_FROM_RATIO = 8.0
 LINE_STYLES = ("-", "--")
 MARKERS = ("o", "s")
-# The palest end of the colormap does not show on white.
+# Without the palest end of the colormap, which is hard to see on white.
 COLOR_RANGE = (0.0, 0.88)
 GREY = "0.2"
 
 
 class _Source(NamedTuple):
-    """One profile with the cost model over it and how it is drawn."""
+    """One profile, its cost model, and the style in which it is drawn."""
 
     profile: CostProfile
     model: CostModel
@@ -56,7 +57,7 @@ class _Source(NamedTuple):
 
 
 class _Scene(NamedTuple):
-    """What the panels share."""
+    """The data that all panels share."""
 
     sources: list[_Source]
     colors: dict[int, str]  # by batch size
@@ -135,11 +136,11 @@ def _model(profile: CostProfile) -> CostModel:
         max_width=_beyond(profile.draft.token_counts),
         max_extend_rows=_beyond(profile.draft_extend.token_counts),
     )
-    return CostModel(profile, limits, warns=False)  # what lies beyond is asked for on purpose
+    return CostModel(profile, limits, warns=False)  # extrapolation is intended here
 
 
 def _shared(grids: Sequence[list[int]]) -> list[int]:
-    """Return the grid points that all have, or the first one's if there is none."""
+    """Return the points that all grids share, or those of the first grid if there are none."""
     return sorted(set(grids[0]).intersection(*grids[1:])) or grids[0]
 
 
@@ -162,7 +163,7 @@ def _draw_times(axes: Axes, scene: _Scene, of: Pass) -> None:
 
 
 def _draw_line(axes: Axes, values: np.ndarray, last: int, color: str, style: str) -> None:
-    """Draw values of the counts 1, 2, ...; dotted beyond the last one of the grid."""
+    """Draw the values of the counts 1, 2, ...; dotted beyond `last`, the end of the grid."""
     counts = np.arange(1, len(values) + 1)
     axes.plot(counts[:last], values[:last], style, color=color, linewidth=1.6)
     axes.plot(counts[last - 1 :], values[last - 1 :], ":", color=color, linewidth=1.6)
@@ -176,7 +177,7 @@ def _draw_entries(
     times_us: Sequence[float],
     samples: Sequence[int],
 ) -> None:
-    """Draw entries of a table, hollow where nothing was measured."""
+    """Draw the entries of a table, hollow where `samples` is 0 (not measured)."""
     for position, time_us, count in zip(positions, times_us, samples, strict=True):
         axes.plot(
             position,
@@ -262,7 +263,7 @@ def _draw_ratio(axes: Axes, scene: _Scene) -> None:
 
 
 def _draw_limit(axes: Axes, name: str, price: float, meaning: str) -> None:
-    """Mark the cost beyond which even a sure token is not worth it at the default price."""
+    """Mark the cost 1 / price: above it even a token that is surely accepted is not worth it."""
     limit = 1.0 / price
     low, high = axes.get_ylim()
     text = f"1 / {name} = {limit:.2g}: {meaning}"
@@ -340,7 +341,7 @@ def _add_title(figure: Figure, scene: _Scene) -> None:
         lines += _title_lines(name, source.profile)
     is_estimated = any(source.profile.provenance.estimated for source in scene.sources)
     color = "crimson" if is_estimated else "black"
-    # A name is free text, and a dollar sign in it is no formula.
+    # Names are free text, so a dollar sign must not start a formula.
     figure.suptitle("\n".join(lines), fontsize="medium", color=color, parse_math=False)
 
 

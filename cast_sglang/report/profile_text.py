@@ -1,4 +1,4 @@
-"""Show cost profiles to people: where they were measured, what passes cost, how two compare."""
+"""Print cost profiles: where they were measured, the times of passes, and a comparison of two."""
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -34,7 +34,7 @@ def print_profile(profile: CostProfile, console: Console) -> None:
 
 
 def print_comparison(first: CostProfile, second: CostProfile, console: Console) -> None:
-    """Print how the second profile's times relate to the first's, over the first's grid."""
+    """Print the ratio of the second profile's times to the first's, on the first's grid."""
     console.print("[bold]first[/bold]")
     _print_provenance(first, console)
     console.print("[bold]second[/bold]")
@@ -71,13 +71,13 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
         "error": error,
     }
     for name, fact in rows.items():
-        # Text, as rich would read brackets in a name as markup.
+        # A plain string would not do: rich would read brackets in it as markup.
         facts.add_row(name, Text(fact))
     console.print(facts)
 
 
 def _print_summary(profile: CostProfile, console: Console) -> None:
-    """Print the unit of costs for each batch size, and the costs of larger passes in it."""
+    """Print, by batch size, the time of a 1-row target pass and the others relative to it."""
     target, draft = profile.target, profile.draft
     model = CostModel(profile, Limits.of_tables(profile))
     context = target.contexts[len(target.contexts) // 2]
@@ -118,7 +118,7 @@ def _print_grid(
 
 
 def _ratios(of: Pass, table: CostTable, second: CostModel) -> np.ndarray:
-    """Return the second profile's times over those of `table`, at the grid of `table`."""
+    """Return [B, C, N], the second profile's times divided by those of `table`, on its grid."""
     times_us = np.asarray(table.time_us)
     ratios = np.empty_like(times_us)
     for b, batch_size in enumerate(table.batch_sizes):

@@ -1,4 +1,4 @@
-"""A page of draft trees and the course of a run, from a trace."""
+"""Write an HTML page with draft trees of a trace and charts of the whole run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def write_gallery(
     requests: str | None = None,
     tokenizer: str | None = None,
 ) -> Path:
-    """Write `index.html`, which needs no other file, and each drawing as SVG; return the page.
+    """Write `index.html`, which needs no other file, and each drawing as an SVG file.
+
+    Returns the path of `index.html`.
 
     Args:
         steps: numbers of steps, such as "3,17,100-110"; None for some from all over the trace.
@@ -98,7 +100,7 @@ def parse_numbers(text: str, flag: str) -> list[int]:
     """Return the numbers of a list such as "3,17,100-110", ascending.
 
     Raises:
-        TraceError: it is no such list.
+        TraceError: `text` is not such a list; the message names `flag`.
     """
     numbers: set[int] = set()
     try:
@@ -150,7 +152,7 @@ def _text_of(request: TracedRequest, decode: Callable[[int], str]) -> Callable[[
 
 
 def _course(trace: Trace) -> bytes:
-    """Draw depth, N, price and speed over the run; return SVG."""
+    """Draw depth, N, price and speed over the steps of the run; return SVG."""
     steps = trace.steps
     numbers = np.array([step.step for step in steps])
     sizes = np.array([step.batch_size for step in steps])
@@ -178,7 +180,7 @@ def _course(trace: Trace) -> bytes:
         ("batch size", [("", sizes.astype(float), "0.35")]),
     ]
     panels = [panel for panel in panels if any(np.isfinite(line[1]).any() for line in panel[1])]
-    # A fixed salt and no date: the same trace gives the same file.
+    # With a fixed salt and without a date, the same trace gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "cast-sglang", "font.size": 9}):
         figure = Figure(figsize=(13, 1.45 * len(panels) + 0.5), layout="constrained")
         FigureCanvasSVG(figure)

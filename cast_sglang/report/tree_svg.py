@@ -1,7 +1,7 @@
-"""Draw one draft tree as SVG: every candidate, what was pruned by which rule, what was accepted.
+"""Draw one draft tree as SVG: all candidates, which rule pruned them, and which were accepted.
 
-Layers are columns. The best K candidates of each layer, and whatever was verified, are boxes; the
-others, which no rule ever looked at, are dots below their parent.
+Each layer is a column. The best K candidates of a layer and all verified ones are boxes. The other
+candidates, which no rule considered, are dots below their parent.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ MONO = "font-family: ui-monospace, 'DejaVu Sans Mono', monospace"
 ACCEPTED, VERIFIED, PLAIN_FILL = "#b7e4c7", "#d6e6f7", "#ffffff"
 ACCEPTED_EDGE, EDGE, FAINT = "#1b7f4b", "#8aa4bd", "#c9ced4"
 INK, GREY = "#1f2933", "#6b7680"
-# Outlines: what became of a node as a parent.
+# Outlines of nodes: expanded, or the rule that kept the node from being expanded.
 EXPANDED, C1, C2 = "#33475b", "#d55e00", "#7b3fa0"
 DASHES = {EXPANDED: "", C1: ' stroke-dasharray="5 3"', C2: ' stroke-dasharray="1.5 2.5"'}
 
 
 class _Tree(NamedTuple):
-    """A recorded tree, as the drawing needs it; [M] arrays by candidate."""
+    """A recorded tree in the form that the drawing needs; arrays are [M], by candidate."""
 
     depths: np.ndarray
     parents: np.ndarray
     probs: np.ndarray
     chances: np.ndarray
     scores: np.ndarray
-    target_probs: np.ndarray  # nan where the target did not say
+    target_probs: np.ndarray  # nan where not recorded
     expanded: set[int]
     verified: set[int]
     accepted: set[int]
@@ -55,14 +55,14 @@ class _Tree(NamedTuple):
 
 @dataclass(slots=True)
 class _Node:
-    """A box or a dot, once it has its place."""
+    """A box of the drawing, with its child boxes and dots."""
 
     candidate: int  # -1 for the root
     depth: int
     boxes: list[_Node] = field(default_factory=list)
     dots: list[int] = field(default_factory=list)
     y: float = 0.0
-    bend: float = 0.0  # of the lines to its children, share of the gap between the columns
+    bend: float = 0.0  # where lines to its children turn, in 0..1 of the gap between columns
 
     @property
     def x(self) -> float:
@@ -84,7 +84,7 @@ def tree_svg(
 
     Args:
         topk, max_layers: K and D of the envelope.
-        text: token of a candidate; None for its number.
+        text: returns the token text of a candidate; None to show candidate numbers instead.
     """
     tree = _read(step, request, topk)
     root = _place(tree)
@@ -100,7 +100,7 @@ def tree_svg(
 
 
 def legend_svg() -> str:
-    """Return what the colours and outlines mean, as an SVG element."""
+    """Return the legend of colours and outlines, as an SVG element."""
     samples = [
         (ACCEPTED, EXPANDED, "accepted"),
         (VERIFIED, EXPANDED, "verified, not accepted"),
@@ -158,10 +158,10 @@ def _read(step: TracedStep, request: TracedRequest, topk: int) -> _Tree:
 
 
 def _place(tree: _Tree) -> _Node:
-    """Give every node its place.
+    """Place every node and return the root.
 
-    Within a column children stand in the order of their parents and below them, so lines that leave
-    a lower parent nearer to it cross no others.
+    Within a column, children have the order of their parents and are not above them. Lines of a
+    lower parent turn nearer to it, so no lines cross.
     """
     root = _Node(-1, 0)
     nodes, by_layer = {-1: root}, [[root]]
@@ -223,7 +223,7 @@ def _edge(node: _Node, child: _Node, tree: _Tree) -> str:
     if y1 == y2:
         path = f"M{x1:g} {y1:g}H{x2:g}"
     else:
-        # Down in the gap between the columns, where no box stands.
+        # The line goes down in the gap between the columns, where there are no boxes.
         bend = x1 + (x2 - x1) * node.bend
         path = f"M{x1:g} {y1:g}H{bend - 4:g}Q{bend:g} {y1:g} {bend:g} {y1 + 4:g}"
         path += f"V{y2 - 4:g}Q{bend:g} {y2:g} {bend + 4:g} {y2:g}H{x2:g}"
@@ -256,7 +256,7 @@ def _box(node: _Node, tree: _Tree, text: Callable[[int], str] | None) -> str:
 
 
 def _stop(tree: _Tree, columns: int, max_layers: int, height: float) -> str:
-    """Mark where the tree stopped growing, and where it was cut after it had been grown."""
+    """Mark the layer where growth stopped, and the layer where `depth` then cut the tree."""
     marks = []
     if tree.num_layers < columns:
         marks.append((tree.num_layers, "cut here: depth", C2))
@@ -290,7 +290,7 @@ def _facts(candidate: int, tree: _Tree, text: Callable[[int], str] | None) -> st
 
 
 def _visible(text: str) -> str:
-    """Return text with its white space shown."""
+    """Return the text with white space and control characters made visible."""
     shown = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     visible = "".join(shown.get(char, char if char.isprintable() else "·") for char in text)
     return visible or "∅"

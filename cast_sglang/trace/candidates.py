@@ -1,4 +1,4 @@
-"""What a trace tells of trees that were not chosen: candidates, their fate, and what is missing."""
+"""The recorded candidates of a trace, and the value of a tree that a policy grows over them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ __all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
 
 
 class RecordedTrees:
-    """The recorded candidates of one step, requests side by side; index -1 is one that is not."""
+    """The recorded candidates of one step, one row per request.
+
+    The last column, index -1, stands for a candidate that was not recorded.
+    """
 
     def __init__(self, step: TracedStep, topk: int) -> None:
         trees = [_tree_of(request, topk) for request in step.requests]
         probs, chances, target_probs, accepted, first_child = zip(*trees, strict=True)
-        self.probs = np.stack(probs)  # [B, M + 1] float32, as the draft states them
+        self.probs = np.stack(probs)  # [B, M + 1] float32, the draft's own
         self.chances = np.stack(chances)  # [B, M + 1] float32, calibrated
-        self.target_probs = np.stack(target_probs)  # [B, M + 1], nan where the target did not say
+        self.target_probs = np.stack(target_probs)  # [B, M + 1], nan where not recorded
         self.accepted = np.stack(accepted)  # [B, M + 1], 1 or 0, nan where it is not known
         self.first_child = np.stack(first_child)  # [B, M + 1], -1 for none
         self._bounds = np.cumsum([0, 1, *step.widths])  # of the expanded nodes of each layer
@@ -27,7 +30,7 @@ class RecordedTrees:
     def children(self, depth: int) -> np.ndarray:
         """Return [n, 2, K], probabilities and chances of the children of all nodes at a depth.
 
-        Of the deepest layer where there is none at that depth.
+        If the recorded trees are shallower, those of the deepest layer.
         """
         depth = min(depth, len(self._bounds) - 1)
         start, end = self._bounds[depth - 1 : depth + 1]
@@ -38,7 +41,12 @@ class RecordedTrees:
 
 
 class ReplayedTree:
-    """A tree that a policy grew over recorded candidates, and what would come of it."""
+    """A tree that a policy grew over recorded candidates, and what verifying it would accept.
+
+    Args:
+        recorded: candidates of the step.
+        is_wanted: [B] bool, whether the request wants drafts at all.
+    """
 
     tree: DraftTree
 
@@ -46,22 +54,23 @@ class ReplayedTree:
         self._recorded = recorded
         self._is_wanted = is_wanted[:, None, None]
         self.reach: list[np.ndarray] = []  # [B, W * K] of each layer: chance of being accepted
-        self.is_sure: list[np.ndarray] = []  # the same: whether that is known
+        self.is_known: list[np.ndarray] = []  # the same shape: whether the trace shows `reach`
         self._target_probs: list[np.ndarray] = []
 
     def add(self, nodes: np.ndarray, chances: np.ndarray, parent_reach: np.ndarray) -> None:
         """Add a layer; shapes [B, W, K], [B, W, K] and [B, W]."""
         requests = np.arange(len(nodes))[:, None, None]
         accepted = self._recorded.accepted[requests, nodes]
-        is_known = ~np.isnan(accepted)
-        # At most one child is accepted; older traces hold chances that say more.
+        is_recorded = ~np.isnan(accepted)
+        # At most one child is accepted, but the chances in older traces can sum to more than 1.
         chances = chances / np.maximum(chances.sum(axis=2, keepdims=True), 1.0)
-        reach = np.where(is_known, accepted, parent_reach[..., None] * chances) * self._is_wanted
-        self.reach.append(reach.reshape(len(nodes), -1))
-        is_sure = is_known | (parent_reach == 0.0)[..., None] | ~self._is_wanted
-        self.is_sure.append(is_sure.reshape(len(nodes), -1))
-        told = self._recorded.target_probs[requests, nodes]
-        self._target_probs.append(np.where(np.isnan(told), chances, told).reshape(len(nodes), -1))
+        reach = np.where(is_recorded, accepted, parent_reach[..., None] * chances)
+        self.reach.append((reach * self._is_wanted).reshape(len(nodes), -1))
+        is_known = is_recorded | (parent_reach == 0.0)[..., None] | ~self._is_wanted
+        self.is_known.append(is_known.reshape(len(nodes), -1))
+        probs = self._recorded.target_probs[requests, nodes]
+        probs = np.where(np.isnan(probs), chances, probs)
+        self._target_probs.append(probs.reshape(len(nodes), -1))
 
     def reach_of(self, nodes: np.ndarray) -> np.ndarray:
         """Return the chance of being accepted of candidates of the newest layer, [B, W]."""
@@ -69,7 +78,14 @@ class ReplayedTree:
         return np.take_along_axis(self.reach[-1], nodes - start, axis=1)
 
     def reward(self, nodes: np.ndarray, is_verified: np.ndarray) -> TreeReward:
-        """Return the mean reward of the verified trees; unknown probabilities are the chances."""
+        """Return the mean reward of the verified trees.
+
+        Where the target's probability was not recorded, the calibrated chance replaces it.
+
+        Args:
+            nodes: [B, n] int64, the best candidates.
+            is_verified: [B, n] bool, which of them are verified.
+        """
         probs = np.concatenate(self._target_probs, axis=1)
         kept = self.tree.expanded
         expanded = np.concatenate([layer.numpy() for layer in kept], axis=1) if kept else None
@@ -83,7 +99,10 @@ class ReplayedTree:
 
 
 def recorded_reward(step: TracedStep, topk: int) -> TreeReward | None:
-    """Return the mean reward of the trees that were verified; None where it was not recorded."""
+    """Return the mean reward of the trees that the server verified.
+
+    None for a plain step, or if the target's probabilities were not recorded.
+    """
     rewards = []
     for request in step.requests:
         nodes = unpacked(request.verified, "int32")
@@ -116,7 +135,7 @@ def _tree_of(
     accepted[request.follows] = 1.0
     accepted[-1] = np.nan
     if request.is_open and count:
-        # All that hangs below the last node known to be taken.
+        # The request ended here, so nobody knows which node below the last accepted one follows.
         last = request.follows[-1] if request.follows else -1
         is_below = np.zeros(count + 1, dtype=bool)
         for node, parent in enumerate(parents_of(expanded, topk)):

@@ -1,4 +1,4 @@
-"""Traces as files: written by a server that goes on serving, read with every step checked."""
+"""Write traces to files while serving, and read them back with every step checked."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def read_trace(path: str | Path) -> Trace:
 
     Raises:
         TraceError: the file cannot be read, is no trace, is of another version, or is damaged
-            before its last line; one line with the path and the reason.
+            before its last line. The message is one line with the path and the reason.
     """
     path = Path(path).expanduser()
     notes: list[str] = []
@@ -79,7 +79,7 @@ def _read_steps(file: IO[bytes], header: TraceHeader, notes: list[str]) -> Itera
             step = decoder.decode(line)
             _check_step(step, header.topk)
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-            # A server that was killed leaves half a line; nothing can stand behind it.
+            # A server that was killed may leave half a line, which is then the last one.
             if not line.endswith(b"\n"):
                 notes.append(f"line {number} was cut short and is left out")
                 return
@@ -116,14 +116,16 @@ def _check_step(step: TracedStep, topk: int) -> None:
 
 
 class TraceWriter:
-    """Writes a trace of bounded size, and never raises: a server that records goes on serving.
+    """Writes a trace of bounded size.
 
-    Each record goes to the operating system in one piece, so a server that is killed leaves at most
-    half a line. A file that exists is kept as FILE.old.
+    It never raises, because recording must not stop the server: on an error it logs a warning and
+    stops recording. Each record is written with one system call, so a server that is killed leaves
+    at most half a line. An existing file is renamed to FILE.old.
 
     Args:
-        path: the file; its directory is made.
-        max_bytes: bound of the file. What does not fit is not recorded.
+        path: the file; its directory is created.
+        max_bytes: largest size of the file; recording stops at the first record that does not fit.
+        header: first record of the file.
     """
 
     def __init__(self, path: Path, max_bytes: int, header: TraceHeader) -> None:
@@ -146,7 +148,7 @@ class TraceWriter:
         return self._file is not None
 
     def write(self, step: TracedStep) -> None:
-        """Append a step, or stop recording where it no longer fits."""
+        """Append a step, or stop recording if it no longer fits."""
         self._write(step)
 
     def close(self) -> None:

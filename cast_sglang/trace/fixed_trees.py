@@ -1,4 +1,4 @@
-"""Fixed trees: a trace replayed as if SGLang's EAGLE-3 had served it, one tree in all steps."""
+"""Replay a trace with one fixed tree in all steps, as SGLang's own EAGLE-3 would serve it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FIXED_TREES", "FixedTree", "Shape", "fits", "replay_tree"]
 
 
 class Shape(NamedTuple):
-    """A fixed tree, in the words of SGLang's flags."""
+    """The shape of a fixed tree, named after SGLang's flags `--speculative-*`."""
 
     num_steps: int  # layers
     topk: int  # children of a node, and nodes expanded per layer
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
         return f"{self.num_steps}-{self.topk}-{self.num_draft_tokens}"
 
 
-# Chains of every length, and trees that people use.
+# Chains of 1 to 8 layers, and trees that are in common use.
 FIXED_TREES = (
     *(Shape(length, 1, length + 1) for length in range(1, 9)),
     Shape(2, 2, 4),
@@ -57,20 +57,20 @@ class FixedTree(TreePolicy):
 
 
 def fits(shape: Shape, header: TraceHeader) -> bool:
-    """Return whether a server of the trace's envelope could draft the tree."""
+    """Return whether the tree fits into the envelope of the trace."""
     envelope = (header.num_steps, header.topk, header.num_draft_tokens)
     return all(ours <= most for ours, most in zip(shape, envelope, strict=True))
 
 
 def replay_tree(trace: Trace, tables: CostTables, shape: Shape, **options: Any) -> Replay:
-    """Replay a trace with one tree in all steps; options as of `Replay`."""
+    """Replay a trace with one tree in all steps; `options` are keyword arguments of `Replay`."""
     return Replay(_narrowed(trace, shape.topk), tables, FixedTree(shape), **options)
 
 
 def _narrowed(trace: Trace, topk: int) -> Trace:
-    """Return the trace as if a node had no more than its first `topk` children.
+    """Return the trace with only the first `topk` children of each node.
 
-    The others get probability 0, so that they rank behind all that have one.
+    The other children get probability 0, so that they rank behind all others.
     """
 
     def cut(data: bytes) -> bytes:

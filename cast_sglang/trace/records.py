@@ -1,12 +1,12 @@
-"""Traces: what a server drafted, chose, verified and measured, step by step, as a file.
+"""The records of a trace: what a server drafted, chose, verified and measured in each step.
 
 A trace is a text file of JSON objects, one per line: a `TraceHeader`, then one `TracedStep` for
-every decoding step. Numbers that come in arrays are little-endian bytes in base64, so that they are
-short and exact. No prompt and no text is stored; tokens of drafted nodes only if asked for.
+every decoding step. Arrays are stored as little-endian bytes in base64, which is short and exact.
+Prompts and generated text are never stored; tokens of drafted nodes only with --cast-trace-tokens.
 
-Candidates are numbered as in `tree.py`. Besides what was verified and accepted, a record says which
-candidates the request went on to take (`follows`): the text that follows tells the fate of every
-candidate, verified or not, so that other trees can be judged by it.
+Candidates are numbered as in `tree.py`. A record lists the verified and the accepted nodes. It also
+lists the candidates that the later text went through (`follows`). These show for every candidate,
+verified or not, whether the target would have accepted it, so a replay can judge other trees.
 """
 
 import hashlib
@@ -35,22 +35,22 @@ __all__ = [
 
 TRACE_FORMAT = "cast-sglang trace"
 TRACE_VERSION = 1
-# Earlier releases served full-width, as optimal.
+# Earlier releases used these names in traces.
 RENAMED_POLICIES = {"optimal": "full-width"}
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of the records. Unknown fields are ignored: a later minor release may add some."""
+    """Base of the records. Unknown fields are ignored, since a later minor release may add some."""
 
 
 class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
-    """Where and how a trace was recorded."""
+    """The first record: where, when and with what settings the trace was recorded."""
 
     format: str = TRACE_FORMAT
     version: int = TRACE_VERSION
     identity: HostIdentity
-    profile: Provenance | None  # of the cost profile in use; None for none
-    tables: str  # digest of its tables
+    profile: Provenance | None  # of the cost profile; None if the server had none
+    tables: str  # `tables_digest` of its tables
     settings: dict[str, str | int | float | bool | list[int] | None]  # `CastConfig`, without paths
     num_steps: int  # envelope: D, layers a tree may have
     topk: int  # envelope: K
@@ -58,26 +58,26 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     verify_sizes: list[int]
     max_batch_size: int
     max_context: int
-    is_ragged: bool  # requests of unequal numbers of rows run as such
-    shares_out: bool  # one budget of verified nodes for the batch
-    extends_by_outcome: bool  # draft extend runs no more rows than were accepted
-    is_full: bool  # every step grew and verified the whole envelope
-    has_tokens: bool
+    is_ragged: bool  # a pass may run unequal numbers of rows per request
+    shares_out: bool  # the requests of a batch share one budget of verified nodes
+    extends_by_outcome: bool  # draft extend runs only the rows that were accepted
+    is_full: bool  # every step grew and verified the whole envelope (--cast-trace-full)
+    has_tokens: bool  # requests have `tokens`
     date: str
-    # Sizes that have a captured graph, by captured batch size; None where passes run without.
+    # Sizes with a captured graph, by captured batch size; None if passes run without graphs.
     verify_graphs: dict[int, list[int]] | None = None
     width_graphs: dict[int, list[int]] | None = None
     extend_graphs: dict[int, list[int]] | None = None
 
     @property
     def policy(self) -> str:
-        """Return the policy that recorded, by its present name."""
+        """Name of the recording server's policy, in the present spelling."""
         name = str(self.settings["policy"])
         return RENAMED_POLICIES.get(name, name)
 
 
 class TracedPass(_Record, frozen=True, kw_only=True):
-    """One timed pass."""
+    """The predicted and the measured time of one pass."""
 
     operation: str  # verify | draft | draft_extend
     batch_size: int
@@ -87,24 +87,24 @@ class TracedPass(_Record, frozen=True, kw_only=True):
 
 
 class TracedRequest(_Record, frozen=True, kw_only=True):
-    """One request in one step; of a plain step only the number and the context."""
+    """One request in one step; in a plain step only its number and context are set."""
 
-    request: int  # running number
+    request: int  # number of the request within the trace
     context: int  # committed tokens
     probs: bytes = b""  # [M] float32, the draft's probability of each candidate given its parent
     chances: bytes = b""  # [M] float32, the same calibrated; empty where calibration is off
-    expanded: bytes = b""  # [E] int32, candidates that went through the draft model
+    expanded: bytes = b""  # [E] int32, candidates that the draft model proposed children of
     verified: bytes = b""  # [n] int32, ascending
     target_probs: bytes = b""  # [n] float32, the target's probability of each given its parent
-    accepted: list[int] = []  # candidates, from the top down
-    follows: list[int] = []  # candidates that the text went on with; begins with `accepted`
-    is_open: bool = False  # what came after `follows` is not known: the request ended
-    weight: float = 1.0  # what its tokens were worth
+    accepted: list[int] = []  # accepted candidates, from the root down
+    follows: list[int] = []  # candidates that the text went through; begins with `accepted`
+    is_open: bool = False  # the request ended inside the tree, so `follows` may be incomplete
+    weight: float = 1.0  # worth of one of its tokens to the policy
     tokens: bytes = b""  # [M] int32
 
 
 class TracedChoice(_Record, frozen=True, kw_only=True):
-    """What a policy chose."""
+    """The decisions of a policy in one step."""
 
     is_plain: bool = False
     widths: list[int] = []
@@ -118,20 +118,20 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     step: int
     context: float  # mean over the requests
     widths: list[int]  # nodes expanded per request in each layer below the root
-    num_layers: int  # layers that stayed; 0 for a plain step
+    num_layers: int  # layers kept; 0 for a plain step
     num_draft_tokens: int  # N
     extend_rows: float  # rows per request of draft extend
     requests: list[TracedRequest]
     predicted_us: float | None = None
-    measured_us: float | None = None  # None after a prefill, whose time is in between
+    measured_us: float | None = None  # None after a prefill, which the measurement would include
     policy_us: float = 0.0
     price: float | None = None
-    answer_tokens: float | None = None  # of the answers that had ended, in the mean
-    expected_us: float | None = None  # by the corrected tables, catching up included
-    is_timed: bool = True  # its passes were timed, so that another size could be tried
-    max_layers: int | None = None  # room that the requests left; None for the envelope
-    max_rows: int | None = None
-    passes: list[TracedPass] = []  # that became known during the step
+    answer_tokens: float | None = None  # mean length of the answers that had ended
+    expected_us: float | None = None  # by the corrected tables, with catching up after plain steps
+    is_timed: bool = True  # its passes were timed, so the server could try another size
+    max_layers: int | None = None  # limit by the room in the requests; None for the envelope
+    max_rows: int | None = None  # the same for rows per request
+    passes: list[TracedPass] = []  # passes whose times became known during the step
 
     @property
     def batch_size(self) -> int:
@@ -148,46 +148,46 @@ class TracedStep(_Record, frozen=True, kw_only=True):
 
 
 class Trace(NamedTuple):
-    """A trace as read from a file."""
+    """A trace that was read from a file."""
 
     path: Path
     header: TraceHeader
     steps: list[TracedStep]
-    notes: list[str]  # what is odd about the file, for people
+    notes: list[str]  # warnings about the file, for people
 
 
 def packed(values: np.ndarray, dtype: str) -> bytes:
-    """Return an array as the bytes of a record; `dtype` is float32 or int32."""
+    """Return the bytes that a record stores for an array; `dtype` is float32 or int32."""
     return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
 
 
 def unpacked(data: bytes, dtype: str) -> np.ndarray:
-    """Return the array that `packed` made bytes of."""
+    """Return the array of `dtype` that `packed` turned into `data`."""
     return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype)
 
 
 def tables_digest(tables: CostTables) -> str:
-    """Return what tells the tables of one profile from those of another."""
+    """Return a digest that is equal for two profiles only if their tables are equal."""
     names = ("target", "draft", "draft_extend", "plain", "step_overhead_us")
     encoded = msgspec.json.encode([getattr(tables, name) for name in names])
     return hashlib.sha256(encoded).hexdigest()
 
 
 class Continuation:
-    """Which candidates of a tree the text goes on with, as its tokens become known.
+    """Finds the candidates of a tree that the later text goes through.
 
-    Each token that a target emits is its own choice, whatever the tree, so a candidate would have
-    been accepted if the text goes through it.
+    The target chooses each token of the text on its own, whatever the tree. So a candidate would
+    have been accepted if the text goes through it.
 
     Args:
-        tokens: [M] int, of the candidates.
+        tokens: [M] int, token of each candidate.
         expanded: [E] int, candidates in the order in which they were expanded.
     """
 
     def __init__(self, tokens: np.ndarray, expanded: np.ndarray, topk: int) -> None:
         self.follows: list[int] = []
         self.is_closed = False  # the text has left the tree, or ended
-        self.is_open = False  # it ended before it left the tree
+        self.is_open = False  # the text ended inside the tree
         self._tokens = tokens
         self._topk = topk
         self._first_child = {
@@ -196,7 +196,7 @@ class Continuation:
         }
 
     def go_on(self, tokens: list[int]) -> None:
-        """Follow the next tokens of the text."""
+        """Follow the next tokens of the text down the tree."""
         for token in tokens:
             if self.is_closed:
                 return
@@ -207,6 +207,6 @@ class Continuation:
             self.is_closed = not len(found) or self.follows[-1] not in self._first_child
 
     def end(self) -> None:
-        """Take note that no more of the text will be known."""
+        """Record that the text ends here; candidates below are then unknown."""
         self.is_open = not self.is_closed
         self.is_closed = True

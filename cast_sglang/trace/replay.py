@@ -1,11 +1,15 @@
 """Replay: re-decide the steps of a trace with any cost table and any policy, without a model.
 
-Each recorded step is decided anew by the policy classes that serve, on the candidates that were
-recorded. What the chosen tree would have brought is known wherever it consists of recorded
-candidates: the text that followed says which of them the target takes. Two things are not known and
-are assumed: the children of nodes that the server did not expand are drawn from those of nodes of
-the same depth elsewhere in the trace, and what the text would do below such nodes, or after its
-recorded end, is their calibrated chance. `Outcome.assumed` says how much of the result that is.
+The policy classes of the server decide each recorded step anew, on the recorded candidates. The
+text that followed shows which recorded candidates the target accepts, so the gain of a tree of
+recorded candidates is known. Two things are not known, and replay assumes them:
+
+- Children of a node that the server did not expand are drawn at random from the children of nodes
+  of the same depth elsewhere in the trace.
+- Such children, and candidates after the recorded end of a text, are accepted with their calibrated
+  chance.
+
+`ReplayedStep.assumed_accepted` is the part of the accepted drafts that rests on these assumptions.
 """
 
 from __future__ import annotations
@@ -37,23 +41,23 @@ from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHead
 from cast_sglang.trace.reward import TreeReward
 from cast_sglang.tree import DraftTree
 
-__all__ = ["Outcome", "Replay", "make_policy"]
+__all__ = ["ReplayedStep", "Replay", "make_policy"]
 
-# Steps whose time, beyond that of their passes by the corrected tables, is averaged: few, so that a
-# machine whose speed changes within seconds is followed.
+# Number of steps over which the time outside of the passes is averaged. It is small, so that the
+# average follows a machine whose speed changes within seconds.
 REST_WINDOW = 16
 
 
-class Outcome(NamedTuple):
-    """What a step would have chosen and brought, per request in the mean."""
+class ReplayedStep(NamedTuple):
+    """What the policy chose in one step and what came of it; means over the requests."""
 
     choice: TracedChoice
     accepted: float  # drafts
-    assumed: float  # the part of `accepted` that is not known from the trace
+    assumed_accepted: float  # the part of `accepted` that is assumed, not recorded
     time_us: float
-    table_us: float  # the same by the tables as they are
+    table_us: float  # the same by the uncorrected tables
     price: float  # nan for a policy without one
-    reward: TreeReward | None  # None for a plain step, and where not asked for
+    reward: TreeReward | None  # None for a plain step, and if rewards are not computed
 
     @property
     def mean_rows(self) -> float:
@@ -90,12 +94,12 @@ class Replay:
     """Runs one policy over the steps of a trace, in order.
 
     Args:
-        tables: a profile's, of any device.
-        correct: learn from the recorded times of earlier steps how far the tables are off, as the
-            server did; only for tables of the device where the trace was recorded.
-        lookup: "linear" or "nearest"; None as recorded.
-        seed: of the draws of children that were not recorded.
-        rewards: compute the reward of each tree, which takes half of the time.
+        tables: cost tables of any device.
+        correct: correct the tables by the recorded times of earlier steps, as the server does. Only
+            for tables of the device that recorded the trace.
+        lookup: "linear" or "nearest"; None takes the recorded setting.
+        seed: seed of the random draws of children that were not recorded.
+        rewards: whether to compute the reward of each tree, which takes half of the time.
 
     Attributes:
         extrapolated: axes of the tables that the trace exceeds, such as "target.batch_sizes".
@@ -123,7 +127,7 @@ class Replay:
         batch_size = max((step.batch_size for step in trace.steps), default=1)
         limits = Limits(
             max_batch_size=max(batch_size, header.max_batch_size),
-            # The header's is that before a pass.
+            # The header holds the longest context before a pass; a pass adds its own rows.
             max_context=header.max_context + header.num_draft_tokens,
             max_verify_rows=header.num_draft_tokens,
             max_width=header.topk,
@@ -134,7 +138,7 @@ class Replay:
         self.extrapolated = self._model.extrapolated
         self._residuals = Residuals(limits, tables.table_error)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
-        # A server that corrects its tables also tries other sizes now and then.
+        # A server that corrects its tables also tries other sizes now and then (`Exploration`).
         explores = (
             correct
             and header.settings.get("residuals") == "on"
@@ -162,22 +166,22 @@ class Replay:
         self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
         self._was_plain = False  # the step before, as recorded
-        # What steps took beyond their passes, in us, by octave of the batch size and kind of step.
+        # Time of steps outside of their passes, in us, by octave of batch size and kind of step.
         self._rest: dict[tuple[int, bool], deque[float]] = {}
 
-    def __iter__(self) -> Iterator[Outcome]:
-        """Yield the outcome of each step."""
+    def __iter__(self) -> Iterator[ReplayedStep]:
+        """Yield the replayed steps in order."""
         for step in self._steps:
             yield self.decide(step)
 
-    def decide(self, step: TracedStep) -> Outcome:
-        """Return the outcome of the next step."""
+    def decide(self, step: TracedStep) -> ReplayedStep:
+        """Decide the next step, then learn from what was recorded of it."""
         outcome = self._step(step)
         self._learn(step)
         self._was_plain = step.is_plain
         return outcome
 
-    def _step(self, step: TracedStep) -> Outcome:
+    def _step(self, step: TracedStep) -> ReplayedStep:
         if self._corrected is not None and step.step % REFRESH_EVERY == 0:
             self._residuals.refresh()
         raw = self._model.step_costs(step.batch_size, step.context)
@@ -202,7 +206,7 @@ class Replay:
         if not plan.drafts:
             self._defer(step, plan)
             times = self._times((), 1.0, 0.0, plan.catch_up, raw, corrected, batch_size)
-            return Outcome(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
+            return ReplayedStep(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
         grown = self._grow(step, weights)
@@ -216,7 +220,7 @@ class Replay:
         nodes = ranked.node_index.numpy()
         is_verified = np.arange(nodes.shape[1]) < num_rows[:, None] - 1
         reach = np.take_along_axis(np.concatenate(grown.reach, axis=1), nodes, axis=1) * is_verified
-        sure = np.take_along_axis(np.concatenate(grown.is_sure, axis=1), nodes, axis=1)
+        is_known = np.take_along_axis(np.concatenate(grown.is_known, axis=1), nodes, axis=1)
         accepted = reach.sum(axis=1)
         if not self._header.extends_by_outcome:
             extend_rows = float(min(num_layers, rows.num_draft_tokens - 1) + 1)
@@ -228,7 +232,7 @@ class Replay:
             extend_rows = 1.0 + float(accepted.mean())
         else:
             extend_rows = 1.0 + float(accepted.max())
-        # Sums of chances may exceed the depth by a rounding error.
+        # A sum of chances can exceed the depth by a rounding error.
         extend_rows = min(extend_rows, float(len(costs.draft_extend)))
         mean_rows = float(num_rows.mean())
         units = step_units(costs, widths, mean_rows, extend_rows)
@@ -236,10 +240,10 @@ class Replay:
         times = self._times(
             widths, mean_rows, extend_rows, plan.catch_up, raw, corrected, batch_size
         )
-        return Outcome(
+        return ReplayedStep(
             choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
             accepted=float(accepted.mean()),
-            assumed=float((reach * ~sure).sum()) / batch_size,
+            assumed_accepted=float((reach * ~is_known).sum()) / batch_size,
             time_us=times[0],
             table_us=times[1],
             price=price,
@@ -256,7 +260,7 @@ class Replay:
         corrected: StepCosts,
         batch_size: int,
     ) -> tuple[float, float]:
-        """Return a step's time in us, and the same by the tables as they are."""
+        """Return a step's time in us by the corrected and by the uncorrected tables."""
         time_us, table_us = (
             (step_units(costs, widths, num_rows, extend_rows) + catch_up) * costs.unit_us
             for costs in (corrected, raw)
@@ -266,7 +270,7 @@ class Replay:
         return time_us, table_us
 
     def _defer(self, step: TracedStep, plan: Plan) -> None:
-        """Count what a plain step leaves for the draft to catch up on."""
+        """Count the rows that the draft must catch up on after a plain step."""
         for request in step.requests:
             before = 0 if plan.catch_up else self._missing.get(request.request, 0)
             self._missing[request.request] = min(before + 1, self._header.num_draft_tokens)
@@ -299,13 +303,15 @@ class Replay:
     def _children(
         self, recorded: RecordedTrees, first: np.ndarray, depth: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return recorded candidates (-1: drawn), what the policy scores them by, and chances.
+        """Return the children of each node: candidates (-1: drawn), policy scores and chances.
 
         Args:
-            first: [B, W], each node's first child among the recorded candidates, -1 for none.
+            first: [B, W] int64, number of each node's first recorded child, -1 for none.
+            depth: layer of the children, from which children are drawn.
 
         Returns:
-            Three arrays [B, W, K].
+            nodes, [B, W, K] int64 candidate numbers; scored, [B, W, K] float32, the probabilities
+            that the policy decides by; chances, [B, W, K] float32, the calibrated chances.
         """
         is_known = (first >= 0)[..., None]
         nodes = np.where(is_known, first[..., None] + np.arange(self._header.topk), -1)
@@ -316,12 +322,12 @@ class Replay:
             drawn = pool[self._random.integers(len(pool), size=first.shape)]
             probs = np.where(is_known, probs, drawn[..., 0, :])
             chances = np.where(is_known, chances, drawn[..., 1, :])
-        # As while serving, policies with thresholds take the draft at its word.
+        # As in the server, only policy auto uses calibrated chances.
         scored = chances if isinstance(self._policy, AutoPolicy) else probs
         return nodes, scored, chances
 
     def _learn(self, step: TracedStep) -> None:
-        """Take the step's measured passes into the costs of the next ones."""
+        """Correct the costs of the next steps by the recorded times of this one."""
         if self._corrected is None:
             return
         raw = self._model.step_costs(step.batch_size, step.context)
@@ -343,7 +349,7 @@ class Replay:
         if step.expected_us is not None and self._is_same:
             ratio = step.measured_us / step.expected_us
         elif step.passes and (step.is_plain or not self._was_plain):
-            # An older trace does not tell what catching up took after plain steps.
+            # Older traces lack the cost of catching up, so a step after plain steps is not used.
             ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
         else:
             return

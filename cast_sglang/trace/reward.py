@@ -1,4 +1,4 @@
-"""What a draft tree is worth under the target's own probabilities, no sampling involved."""
+"""The expected accepted drafts of a tree by the target's own probabilities, without sampling."""
 
 import math
 from typing import NamedTuple
@@ -11,25 +11,25 @@ __all__ = ["TreeReward", "tree_reward"]
 class TreeReward(NamedTuple):
     """Expected accepted drafts of one tree, in two forms."""
 
-    expected: float  # exactly: the sum over nodes of the probability that the path is taken
-    draft_tree_reward: float  # GTO's, a smooth maximum over paths
+    expected: float  # exact: sum over nodes of the probability that the target accepts the node
+    draft_tree_reward: float  # the reward of GTO, a smooth maximum over paths
 
 
 def tree_reward(nodes: np.ndarray, parents: np.ndarray, probs: np.ndarray) -> TreeReward:
-    """Return the reward of a tree.
+    """Return the expected accepted drafts and the GTO reward of a tree.
 
     Definition, with P(v) the product of probs along the path from the root to v:
         expected = sum over nodes v of P(v)
         draft_tree_reward = log of sum over leaves i of exp(L_i), L_i = sum of P(v) over the path
             from the root to leaf i, which is GTO's eta = 1
 
-    The first is what verification by the target's own samples accepts in the mean. The second is
-    the objective that drafts are trained by in GTO; a tree of n hopeless leaves has log(n).
+    `expected` is the mean number of accepted drafts if the target verifies by sampling.
+    `draft_tree_reward` is the training objective of GTO; n leaves of probability 0 give log(n).
 
     Args:
         nodes: [n] int, ascending; a parent comes before its children.
         parents: [n] int, a node of `nodes`, or -1 for the root.
-        probs: [n] the target's probability of each node given its parent.
+        probs: [n] float, the target's probability of each node given its parent.
 
     Source: Hu et al., "Bridging Draft Policy Misalignment: Group Tree Optimization for Speculative
     Decoding" (arXiv 2509.22134), equations 3 to 5.

@@ -1,4 +1,4 @@
-"""A trace and a cost profile brought together: what can be asked of the two without a server."""
+"""A trace and a cost profile read together, for the commands `replay` and `tune`."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cast_sglang.errors import ConfigError, TraceError
 from cast_sglang.trace.file import read_trace
 from cast_sglang.trace.records import Trace, TraceHeader, tables_digest
 from cast_sglang.trace.replay import Replay, make_policy
-from cast_sglang.trace.summary import Comparison, compare, print_comparisons
+from cast_sglang.trace.summary import BatchSummary, compare, print_summaries
 
-__all__ = ["Replayed", "Session", "open_session"]
+__all__ = ["ReplayResult", "TraceSession", "open_session"]
 
-# A table is continued beyond its grid, but not to a multiple of it.
+# A table is extrapolated up to this multiple of its last grid point.
 MAX_EXTRAPOLATION = 2
 
 
-class Session(NamedTuple):
-    """What the commands `replay` and `tune` work on."""
+class TraceSession(NamedTuple):
+    """A trace with the profile whose tables predict the times of its steps."""
 
     trace: Trace
     profile: CostProfile
-    corrects: bool  # the tables are of the device of the recording, and corrected by its times
+    corrects: bool  # correct the tables by the recorded times; both are of the same device
     seed: int
-    notes: list[str]
+    notes: list[str]  # warnings about the profile, for people
 
-    def replay(self, policy: str | None, thresholds: Mapping[str, Any]) -> Replayed:
+    def replay(self, policy: str | None, thresholds: Mapping[str, Any]) -> ReplayResult:
         """Replay the trace.
 
         Args:
-            policy: None for the recorded one.
-            thresholds: c1, c2, c3, r of `fixed`; those of the recording where not given.
+            policy: name of the policy; None for the recorded one.
+            thresholds: c1, c2, c3, r of policy `fixed`; the trace supplies those missing.
 
         Raises:
             ConfigError: a threshold is out of range, or is given for another policy.
@@ -58,10 +58,10 @@ class Session(NamedTuple):
         if name == "fixed":
             is_recorded &= all(header.settings[key] == thresholds[key] for key in thresholds)
         is_here = _is_same_host(self.profile, header)
-        return Replayed(self, name, dict(thresholds), rows, is_recorded and is_here)
+        return ReplayResult(self, name, dict(thresholds), rows, is_recorded and is_here)
 
     def print_notes(self, console: Console) -> None:
-        """Print what was recorded, whose times are predicted, and what is odd about it."""
+        """Print the origin of the trace and of the tables, and all warnings about them."""
         header, source = self.trace.header, self.profile.provenance
         identity = header.identity
         facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -81,17 +81,17 @@ class Session(NamedTuple):
             console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
 
 
-class Replayed(NamedTuple):
-    """What a replay gave."""
+class ReplayResult(NamedTuple):
+    """The result of a replay, by batch size, and what it was made from."""
 
-    session: Session
+    session: TraceSession
     policy: str
     thresholds: dict[str, float]
-    rows: list[Comparison]
-    is_prediction: bool  # of the recorded policy on its own device: it should agree with the times
+    rows: list[BatchSummary]
+    is_prediction: bool  # same policy and device as recorded: the times should agree
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the result as values that JSON can hold."""
         header, source = self.session.trace.header, self.session.profile.provenance
         return {
             "recorded": {
@@ -110,11 +110,11 @@ class Replayed(NamedTuple):
         }
 
     def print(self, console: Console) -> None:
-        """Print the comparison and how far it can be trusted."""
+        """Print the table, how much of it is assumed, and how far predictions are off."""
         self.session.print_notes(console)
         words = "".join(f", {name.upper()} {value:g}" for name, value in self.thresholds.items())
         console.print(f"[bold]replayed: policy {self.policy}{words}[/bold]", highlight=False)
-        print_comparisons(self.rows, console)
+        print_summaries(self.rows, console)
         lines = []
         for row in self.rows:
             batch = f"batch {row.batch_size or 'all'}"
@@ -134,16 +134,17 @@ class Replayed(NamedTuple):
 
 def open_session(
     path: Path, source: str, *, allow_foreign: bool, corrects: bool, seed: int
-) -> Session:
-    """Read a trace and the profile to judge it by.
+) -> TraceSession:
+    """Read a trace and the profile whose tables predict its times.
 
     Args:
-        source: path of a profile, or auto to search for one of the recording's device and pair.
-        allow_foreign: take a profile of another pair, or one whose grid ends far below the trace.
-        corrects: correct tables of the device of the recording by its times.
+        source: path of a profile, or "auto" to search for one of the trace's device and pair.
+        allow_foreign: accept a profile of another pair, or one whose grid ends far below the trace.
+        corrects: correct the tables by the recorded times, if both are of the same device.
+        seed: seed of the random draws in `Replay`.
 
     Raises:
-        TraceError: the trace cannot be read, or not be replayed by this profile.
+        TraceError: the trace cannot be read, or this profile cannot replay it.
         ProfileError: the profile cannot be read, or a search found none.
     """
     trace = read_trace(path)
@@ -154,11 +155,11 @@ def open_session(
         profile = load_profile(source)
     notes = _check_tables(profile, trace, allow_foreign)
     corrects &= _is_same_host(profile, header)
-    return Session(trace, profile, corrects, seed, notes)
+    return TraceSession(trace, profile, corrects, seed, notes)
 
 
 def _check_tables(profile: CostProfile, trace: Trace, allow_foreign: bool) -> list[str]:
-    """Decide whether the trace can be replayed by the profile; return notes for people.
+    """Check that the profile can replay the trace; return warnings for people.
 
     Raises:
         TraceError: the profile is of another pair, or its grid ends far below the trace.
@@ -193,7 +194,7 @@ def _check_tables(profile: CostProfile, trace: Trace, allow_foreign: bool) -> li
 
 
 def _is_same_host(profile: CostProfile, header: TraceHeader) -> bool:
-    """Return whether measured and predicted times are of the same device and settings."""
+    """Return whether profile and trace are of the same device and settings."""
     if tables_digest(profile) == header.tables:
         return True
     fields = ("device_name", "dtype", "quantization", "tp_size", "attention_backend")

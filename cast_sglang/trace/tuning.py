@@ -1,8 +1,9 @@
-"""Tuning: thresholds of policy `fixed` that would have served a trace best.
+"""Search the thresholds of policy `fixed` that would have served a trace fastest.
 
-The objective is speed as a share of that of policy `auto` at the same batch size, in the mean over
-steps, so that batch sizes of different speeds count alike. What the thresholds found lack is stated
-against `auto` and against the best fixed tree of each batch size, a choice in hindsight.
+The objective is the speed of `fixed` divided by that of policy `auto` at the same batch size, as a
+mean over steps, so that batch sizes of different speeds count alike. The result also states how
+much slower the thresholds are than `auto`, and than the best fixed tree of each batch size, which
+only a replay can know.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from cast_sglang.trace.replay import Replay, make_policy
 
 __all__ = ["Thresholds", "Tuned", "print_tuned", "sample_steps", "tune"]
 
-# Steps come in stretches, since the depth rule remembers the steps before.
+# Length of a run of consecutive steps. The depth rule averages over steps, so single steps will not
+# do.
 STRETCH = 50
-# By what the thresholds found are judged.
+# Policies that the thresholds found are compared with.
 YARDSTICKS = ("auto", "fixed tree")
-PRICES = (0.125, 32.0)
-AVERAGED = (1, 2, 4, 8, 16, 32, 64)
-# Share of the evaluations that search everywhere before the rest refines the best.
+PRICES = (0.125, 32.0)  # range of C1, C2 and C3
+AVERAGED = (1, 2, 4, 8, 16, 32, 64)  # values of R
+# Share of the evaluations that are drawn at random; the rest refines the best of them.
 RANDOM_SHARE = 0.4
+# Factors by which the refinement changes a price.
 FIRST_STRIDE, LAST_STRIDE = 2.0, 1.05
 
 
 class Thresholds(NamedTuple):
-    """What policy `fixed` decides by."""
+    """The thresholds of policy `fixed`."""
 
     c1: float
     c2: float
@@ -44,17 +47,17 @@ class Thresholds(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The best thresholds found, and by batch size the tokens per second of each policy."""
+    """The best thresholds found, and the tokens per second of each policy by batch size."""
 
     thresholds: Thresholds
-    recorded: Thresholds  # those of the recording's settings
-    steps: dict[int, int]
-    speeds: dict[str, dict[int, float]]  # tuned, recorded, and `YARDSTICKS`
-    trees: dict[int, str]  # the best fixed tree
+    recorded: Thresholds  # those of the recording server's settings
+    steps: dict[int, int]  # number of steps by batch size
+    speeds: dict[str, dict[int, float]]  # of "tuned", "recorded" and `YARDSTICKS`, by batch size
+    trees: dict[int, str]  # the best fixed tree by batch size
     evaluations: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold, regrets included."""
+        """Return the fields and all regrets as values that JSON can hold."""
         regrets = {
             against: {size: self.regret("tuned", against, size) for size in self.steps}
             for against in (*YARDSTICKS, "recorded")
@@ -63,7 +66,7 @@ class Tuned(NamedTuple):
         return {**self._asdict(), **thresholds, "regret": regrets}
 
     def regret(self, of: str, against: str, batch_size: int) -> float:
-        """Return the share of the other policy's speed that is missing."""
+        """Return by what share policy `of` is slower than policy `against`."""
         return 1.0 - self.speeds[of][batch_size] / self.speeds[against][batch_size]
 
 
@@ -81,9 +84,10 @@ def tune(
 
     Args:
         tables, correct: as for `Replay`.
-        evaluations: replays of the trace by thresholds, at least 2.
-        max_steps: of a longer trace, stretches from all over it are replayed.
-        progress: called with replays done and to be done.
+        evaluations: number of thresholds to try, at least 2.
+        max_steps: if the trace is longer, replay runs of steps from all over it.
+        seed: seed of the search and of the replays.
+        progress: called after each replay with the replays done and their total number.
 
     Raises:
         TraceError: as `Replay` does.
@@ -152,7 +156,7 @@ def tune(
 
 
 def sample_steps(steps: Sequence[TracedStep], max_steps: int) -> list[TracedStep]:
-    """Return about `max_steps` steps at most, in stretches from all over the trace."""
+    """Return about `max_steps` steps, in runs of `STRETCH` from all over the trace."""
     num_stretches = max(1, max_steps // STRETCH)
     if len(steps) <= num_stretches * STRETCH:
         return list(steps)
@@ -202,7 +206,7 @@ def _neighbours(thresholds: Thresholds, stride: float) -> list[Thresholds]:
 
 
 def _rounded(price: float) -> float:
-    """Return a price of three digits, as one would set it."""
+    """Return the price rounded to three digits."""
     return float(f"{price:.3g}")
 
 

@@ -83,7 +83,7 @@ def test_chances_of_siblings_sum_to_at_most_one(rows, topk, seed):
     probs = (probs / probs.sum(1, True))[:, :topk].sort(1, descending=True).values
     chances = cases.lines_at(cases.learned(seed % 7), seed % 5).chances(probs)
     assert (chances >= 0.0).all() and float(chances.sum(1).max()) <= 1.0 + 1e-5
-    # Without data the draft is taken at its word.
+    # Without data the draft probabilities are not corrected.
     untaught = Acceptance().lines(1, probs.device).chances(probs)
     torch.testing.assert_close(untaught, probs, rtol=1e-4, atol=1e-6)
 

@@ -42,7 +42,7 @@ def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size
         assert outcome.choice.num_rows == [step.num_draft_tokens] * batch_size
         accepted = sum(len(request.accepted) for request in step.requests) / batch_size
         assert outcome.accepted == pytest.approx(accepted)
-        assert outcome.assumed == 0.0
+        assert outcome.assumed_accepted == 0.0
         assert outcome.time_us == pytest.approx(step.predicted_us)
         assert outcome.reward == pytest.approx(recorded_reward(step, TOPK))
         if name in ("auto", "full-width"):
@@ -63,7 +63,7 @@ def test_plain_steps_are_replayed(tables):
     cheap = list(Replay(trace, tables, default_policy()))
     drawn = [o for s, o in zip(trace.steps, cheap, strict=True) if s.is_plain]
     assert not any(outcome.choice.is_plain for outcome in drawn)
-    assert all(outcome.assumed == pytest.approx(outcome.accepted) for outcome in drawn)
+    assert all(outcome.assumed_accepted == pytest.approx(outcome.accepted) for outcome in drawn)
 
 
 def accepted_by_brute_force(step, num_layers, num_nodes):
@@ -119,13 +119,13 @@ def test_other_trees_of_a_full_trace_need_no_assumption(full, tables, num_layers
     replay = Replay(full, tables, Shape(num_layers, num_rows))
     for step, outcome in zip(full.steps, replay, strict=True):
         assert outcome.accepted == accepted_by_brute_force(step, num_layers, num_rows - 1)
-        assert outcome.assumed == 0.0
+        assert outcome.assumed_accepted == 0.0
 
 
 def test_what_is_not_known_is_assumed_and_said(full, tables):
     narrow = Recorder(Shape(2, 4), tables, seed=3).run(200)
     outcomes = list(Replay(narrow, tables, make_policy("eagle", HEADER)))
-    assumed = sum(o.assumed for o in outcomes) / sum(o.accepted for o in outcomes)
+    assumed = sum(o.assumed_accepted for o in outcomes) / sum(o.accepted for o in outcomes)
     assert 0.1 < assumed < 0.9
     # What is assumed is about right: other text of the same kind, all of it known.
     known = Recorder(Shape(LAYERS, TOKENS), tables, seed=4).run(200)
@@ -141,7 +141,7 @@ def test_the_end_of_a_request_is_not_known(tables):
         cut = msgspec.structs.replace(request, accepted=[], follows=[], is_open=True)
         steps.append(msgspec.structs.replace(step, requests=[cut]))
     for outcome in Replay(trace._replace(steps=steps), tables, make_policy("eagle", HEADER)):
-        assert outcome.assumed == pytest.approx(outcome.accepted)
+        assert outcome.assumed_accepted == pytest.approx(outcome.accepted)
         assert 0.0 < outcome.accepted <= LAYERS
 
 
@@ -177,7 +177,7 @@ def test_times_of_the_recording_correct_the_tables(tables):
     assert sum(o.table_us for _, o in pairs) == pytest.approx(measured / 1.25, rel=0.05)
 
 
-def test_thresholds_take_the_draft_at_its_word(full, tables):
+def test_thresholds_use_the_draft_probabilities(full, tables):
     """Calibrated chances change what `auto` chooses, and nothing that `fixed` does."""
 
     def doubted(step):
@@ -202,11 +202,11 @@ def test_the_length_of_answers_is_part_of_the_recording(tables):
     policy = default_policy()
     policy.expect(12.0)
     trace = Recorder(policy, tables, 2).run(60)
-    told = [msgspec.structs.replace(step, answer_tokens=12.0) for step in trace.steps]
-    outcomes = list(Replay(trace._replace(steps=told), tables, default_policy()))
+    answered = [msgspec.structs.replace(step, answer_tokens=12.0) for step in trace.steps]
+    outcomes = list(Replay(trace._replace(steps=answered), tables, default_policy()))
     assert [outcome.price for outcome in outcomes] == [step.price for step in trace.steps]
-    untold = list(Replay(trace, tables, default_policy()))
-    assert untold[-1].price < outcomes[-1].price
+    unanswered = list(Replay(trace, tables, default_policy()))
+    assert unanswered[-1].price < outcomes[-1].price
 
 
 def test_a_trace_without_drafts_is_refused(tables):
@@ -216,7 +216,7 @@ def test_a_trace_without_drafts_is_refused(tables):
         Replay(trace._replace(steps=[plain]), tables, default_policy())
 
 
-def test_comparison(tables):
+def test_summaries(tables):
     trace = Recorder(default_policy(), tables).run(40)
     untimed = msgspec.structs.replace(trace.steps[0], measured_us=None)
     trace = trace._replace(steps=[untimed, *trace.steps[1:]])
