@@ -75,10 +75,10 @@ def test_replay_makes_the_choices_of_the_server(
     env = {"PYTHONPATH": str(FORCED_GRAPHS)} if has_graphs else {}
     with start_server(arm, "--cast-trace", str(path), name="decided", **env) as server:
         for batch in (1, 3, 1, 4, 2, 6):
-            generate(server, prompts[:batch], max_new_tokens=NUM_TOKENS)
+            generate(server, prompts[:batch], max_new_tokens=2 * NUM_TOKENS)
             prompts = prompts[batch:]
         # Requests that come, end and are sampled while others run.
-        lengths = [12, 60, 35, 90, 7, 48, 21, 75]
+        lengths = [12, 160, 35, 190, 7, 148, 21, 175, 40, 90]
         in_parallel(
             lambda n: generate(server, prompts[n], max_new_tokens=lengths[n], temperature=n % 2),
             range(len(lengths)),
@@ -86,7 +86,7 @@ def test_replay_makes_the_choices_of_the_server(
         )
         server.get("/server_info")  # also writes the last steps
     trace = read_trace(path)
-    assert len(trace.steps) > 150
+    assert len(trace.steps) > 200
     assert (trace.header.verify_graphs is not None) == has_graphs
     assert len({tuple(step.widths) for step in trace.steps}) > 5
     if has_graphs:
@@ -131,9 +131,10 @@ def test_full_trace(start_server, prompts, made_up_profile, tmp_path):
     check_consistent(trace)
     header = trace.header
     assert not any(request.tokens for step in trace.steps for request in step.requests)
-    for step in trace.steps:
-        assert step.widths == [header.topk] * (header.num_steps - 1)
-        assert step.mean_rows == header.num_draft_tokens
+    for step in trace.steps:  # the envelope, as far as the answers have room for it
+        assert step.widths == [header.topk] * (step.max_layers - 1)
+        assert step.mean_rows == min(step.max_rows, 1 + header.topk * (1 + sum(step.widths)))
+    assert sum(step.max_layers == header.num_steps for step in trace.steps) > len(trace.steps) / 2
     outcomes = list(Replay(trace, load_profile(made_up_profile), make_policy("auto", header)))
     # The policy would have verified less, for nearly as much.
     accepted = sum(len(r.accepted) for s in trace.steps for r in s.requests)
