@@ -101,7 +101,7 @@ class DraftTree:
         probs: [B, K] float32 in [0, 1], their probabilities.
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
         ops: `ops.ops_for` of the tensors' device.
-        lines: `ops.contract.CalibrationLines` to calibrate `probs` by; None to take them as given.
+        curve: `ops.contract.AcceptanceCurve` to calibrate `probs` by; None to take them as given.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
     """
@@ -112,7 +112,7 @@ class DraftTree:
         probs: torch.Tensor,
         max_layers: int,
         ops: TreeOps,
-        lines: Any = None,
+        curve: Any = None,
     ) -> None:
         if tokens.shape != probs.shape or tokens.dim() != 2:
             raise ValueError(
@@ -126,12 +126,12 @@ class DraftTree:
         self._kept: list[tuple[torch.Tensor, int]] = []
         self._ops = ops
         self._num_candidates = self.topk
-        if lines is None:
+        if curve is None:
             order = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
             self._scores = [probs]
             self._frontier = Frontier(probs, order, tokens, torch.zeros_like(order))
         else:
-            grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, lines)
+            grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, curve)
             self._scores, self._frontier = [grown.scores], grown.frontier
 
     @property
@@ -169,7 +169,7 @@ class DraftTree:
         width: int,
         tokens: torch.Tensor,
         probs: torch.Tensor,
-        lines: Any = None,
+        curve: Any = None,
     ) -> torch.Tensor:
         """Add the layer below the best `width` nodes of the newest layer.
 
@@ -178,7 +178,7 @@ class DraftTree:
             width: W, how many of its nodes were expanded; 1 <= W <= K.
             tokens: [B * W, K] int64, children of each expanded node, request-major.
             probs: [B * W, K] float32, the draft model's probabilities of those children.
-            lines: `ops.contract.CalibrationLines` to calibrate them by; None to take them as given.
+            curve: `ops.contract.AcceptanceCurve` to calibrate them by; None to take them as given.
 
         Returns:
             [B * W, K] float32, `probs` after calibration, which the new scores are made of.
@@ -194,7 +194,7 @@ class DraftTree:
                 f"children must be [{batch_size * width}, {self.topk}], got "
                 f"{tuple(tokens.shape)} and {tuple(probs.shape)}"
             )
-        grown = self._ops.grow_layer(kept.scores, probs, tokens, self._num_candidates, lines)
+        grown = self._ops.grow_layer(kept.scores, probs, tokens, self._num_candidates, curve)
         self._kept.append((kept.node_index, width))
         self._scores.append(grown.scores)
         self._tokens.append(tokens)

@@ -113,10 +113,10 @@ def ops_of_a_step(
 
     # Every call writes what nothing reads, so any layer stands for all.
     frontier = layers[-1].frontier.scores
-    lines = identity_lines(device)
+    curve = identity_curve(device)
     calls: dict[str, Callable[[], object]] = {
         "grow_layer": lambda: ops.grow_layer(frontier, probs, tokens, start),
-        "grow_layer, calibrated": lambda: ops.grow_layer(frontier, probs, tokens, start, lines),
+        "grow_layer, calibrated": lambda: ops.grow_layer(frontier, probs, tokens, start, curve),
         "rank_nodes": lambda: ops.rank_nodes(scores, num_tokens - 1),
         "select_nodes": lambda: ops.select_nodes(ranked.node_index, all_tokens, num_tokens),
         "build_tree": lambda: ops.build_tree(*built),
@@ -131,12 +131,12 @@ def ops_of_a_step(
     return calls | {f"{steps} layers": whole_step}
 
 
-def identity_lines(device: str) -> Any:
+def identity_curve(device: str) -> Any:
     """Return 16 pieces of the line g(p) = p."""
-    from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.ops.contract import AcceptanceCurve
 
     knots = torch.linspace(0, 1, 17, device=device)[1:-1]
-    return CalibrationLines(knots, torch.zeros(16, device=device), torch.ones(16, device=device))
+    return AcceptanceCurve(knots, torch.zeros(16, device=device), torch.ones(16, device=device))
 
 
 def repeat(call: Callable[[], object], times: int) -> None:

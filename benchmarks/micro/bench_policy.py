@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cast_sglang.costs.model import StepCosts
 from cast_sglang.ops import ops_for
-from cast_sglang.ops.contract import CalibrationLines
+from cast_sglang.ops.contract import AcceptanceCurve
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import FixedPolicy
@@ -101,8 +101,8 @@ class Decider:
         self._pass()
         self.policy.speculate(batch, self.costs)
         self._lap("speculate")
-        lines = self._lines(probs, 1)
-        tree = DraftTree(tokens, probs, self.options.steps, ops_for(device), lines)
+        curve = self._curve(probs, 1)
+        tree = DraftTree(tokens, probs, self.options.steps, ops_for(device), curve)
         self._lap("grow")
         widths: list[int] = []
         while tree.num_layers < tree.max_layers:
@@ -114,8 +114,8 @@ class Decider:
                 break
             tokens, probs = random_children(batch * width, topk, device)
             self._pass()
-            lines = self._lines(probs, tree.num_layers + 1)
-            grown = tree.grow(frontier, width, tokens, probs, lines)
+            curve = self._curve(probs, tree.num_layers + 1)
+            grown = tree.grow(frontier, width, tokens, probs, curve)
             self._lap("grow")
             self.policy.expanded(frontier.scores, grown)
             self._lap("expanded")
@@ -156,8 +156,8 @@ class Decider:
         self._laps[part] += now - self._began
         self._began = now
 
-    def _lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines | None:
-        return None if self.calibration is None else self.calibration.lines(probs, depth)
+    def _curve(self, probs: torch.Tensor, depth: int) -> AcceptanceCurve | None:
+        return None if self.calibration is None else self.calibration.curve_at(probs, depth)
 
 
 def random_children(rows: int, topk: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

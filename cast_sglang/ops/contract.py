@@ -16,7 +16,7 @@ __all__ = [
     "LEAST_LEFT",
     "MAX_CANDIDATES",
     "MAX_DRAFT_TOKENS",
-    "CalibrationLines",
+    "AcceptanceCurve",
     "GrownLayer",
     "check_build_tree",
     "check_grow_layer",
@@ -34,7 +34,7 @@ MAX_DRAFT_TOKENS = 1024
 LEAST_LEFT = 1e-6
 
 
-class CalibrationLines(NamedTuple):
+class AcceptanceCurve(NamedTuple):
     """A piecewise linear map of probabilities: g of `policy.acceptance` at one depth."""
 
     knots: torch.Tensor  # [P - 1] float32, ascending; where piece i ends and piece i + 1 begins
@@ -77,7 +77,7 @@ def check_grow_layer(
     probs: torch.Tensor,
     tokens: torch.Tensor,
     layer_start: int,
-    lines: CalibrationLines | None,
+    curve: AcceptanceCurve | None,
 ) -> None:
     """Raise ValueError unless these are arguments of `grow_layer`."""
     _check("parent_scores", parent_scores, torch.float32, 2)
@@ -93,16 +93,16 @@ def check_grow_layer(
     _check_range("W", width, 1, min(most, topk))
     _check_range("layer_start", layer_start, 0, 2**31 - 1 - width * topk)
     _check_range("width * topk", width * topk, 1, MAX_CANDIDATES)
-    if lines is None:
+    if curve is None:
         return
-    for name, part in zip(lines._fields, lines, strict=True):
+    for name, part in zip(curve._fields, curve, strict=True):
         if part.dim() != 1 or part.dtype != torch.float32:
             raise ValueError(f"{name} must be 1-d torch.float32, got {_describe(part)}")
-    pieces = len(lines.starts)
-    if pieces < 1 or len(lines.knots) != pieces - 1 or len(lines.slopes) != pieces:
+    pieces = len(curve.starts)
+    if pieces < 1 or len(curve.knots) != pieces - 1 or len(curve.slopes) != pieces:
         raise ValueError(
-            f"P starts need P slopes and P - 1 knots, got {pieces}, {len(lines.slopes)} and "
-            f"{len(lines.knots)}"
+            f"P starts need P slopes and P - 1 knots, got {pieces}, {len(curve.slopes)} and "
+            f"{len(curve.knots)}"
         )
 
 

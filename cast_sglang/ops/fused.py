@@ -13,7 +13,7 @@ import torch
 import triton
 
 from cast_sglang.ops import contract, kernels
-from cast_sglang.ops.contract import CalibrationLines, GrownLayer
+from cast_sglang.ops.contract import AcceptanceCurve, GrownLayer
 from cast_sglang.tree import Frontier, RankedNodes
 
 __all__ = [
@@ -35,19 +35,19 @@ def grow_layer(
     probs: torch.Tensor,
     tokens: torch.Tensor,
     layer_start: int,
-    lines: CalibrationLines | None = None,
+    curve: AcceptanceCurve | None = None,
 ) -> GrownLayer:
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
-    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
+    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, curve)
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size
     parent_scores, probs, tokens = _rows(parent_scores), probs.contiguous(), tokens.contiguous()
     scores = probs.new_empty(batch_size, width * topk)
     best_scores = probs.new_empty(batch_size, topk)
     best_index, best_tokens, best_parents = (tokens.new_empty(batch_size, topk) for _ in range(3))
-    grown_probs = probs if lines is None else torch.empty_like(probs)
-    # Without lines the kernel reads none of these, but it still needs valid pointers.
-    knots, starts, slopes = lines if lines is not None else (probs, probs, probs)
+    grown_probs = probs if curve is None else torch.empty_like(probs)
+    # Without a curve the kernel reads none of these, but it still needs valid pointers.
+    knots, starts, slopes = curve if curve is not None else (probs, probs, probs)
     num_children = _padded(width * topk)
     kernels.grow_layer_kernel[(batch_size,)](
         parent_scores,
@@ -57,7 +57,7 @@ def grow_layer(
         knots.contiguous(),
         starts.contiguous(),
         slopes.contiguous(),
-        0 if lines is None else len(knots),
+        0 if curve is None else len(knots),
         grown_probs,
         scores,
         best_scores,
@@ -68,8 +68,8 @@ def grow_layer(
         width,
         TOPK=topk,
         LEAST_LEFT=contract.LEAST_LEFT,
-        IS_CALIBRATED=lines is not None,
-        KNOTS=1 if lines is None else triton.next_power_of_2(max(1, len(knots))),
+        IS_CALIBRATED=curve is not None,
+        KNOTS=1 if curve is None else triton.next_power_of_2(max(1, len(knots))),
         CHILDREN=num_children,
         BEST=_padded(topk),
         num_warps=_num_warps(num_children, 128),

@@ -11,7 +11,7 @@ import torch
 
 from cast_sglang.ops import contract
 from cast_sglang.ops.compiled import compiled
-from cast_sglang.ops.contract import CalibrationLines, GrownLayer
+from cast_sglang.ops.contract import AcceptanceCurve, GrownLayer
 from cast_sglang.ops.reference import list_slots
 from cast_sglang.tree import Frontier, RankedNodes
 
@@ -32,19 +32,19 @@ def grow_layer(
     probs: torch.Tensor,
     tokens: torch.Tensor,
     layer_start: int,
-    lines: CalibrationLines | None = None,
+    curve: AcceptanceCurve | None = None,
 ) -> GrownLayer:
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
     # NumPy arrays, because creating and indexing them is much faster than with tensors.
     above, drafted, children = parent_scores.numpy(), probs.numpy(), tokens.numpy()
     knots = starts = slopes = _NO_LINES
-    if lines is not None:
-        knots, starts, slopes = (part.numpy() for part in lines)
+    if curve is not None:
+        knots, starts, slopes = (part.numpy() for part in curve)
     if not _is_layer(above, drafted, children) or len(starts) != len(slopes):
-        contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
+        contract.check_grow_layer(parent_scores, probs, tokens, layer_start, curve)
     batch_size, topk = len(above), drafted.shape[1]
     width, grown = len(drafted) // batch_size, drafted
-    if lines is not None:
+    if curve is not None:
         grown = np.empty_like(drafted)
         probs = torch.from_numpy(grown)
     scores = np.empty((batch_size, width * topk), np.float32)
@@ -161,7 +161,7 @@ def _grow_layer(
     best: np.ndarray,
     nodes: np.ndarray,
 ) -> None:
-    """Write the calibrated probabilities, where there are lines, the scores and the frontier."""
+    """Write the calibrated probabilities, where there is a curve, the scores and the frontier."""
     index, best_tokens, parents = nodes[0], nodes[1], nodes[2]
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size

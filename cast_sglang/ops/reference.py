@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from cast_sglang.ops import contract
-from cast_sglang.ops.contract import CalibrationLines, GrownLayer
+from cast_sglang.ops.contract import AcceptanceCurve, GrownLayer
 from cast_sglang.tree import Frontier, RankedNodes, proposer_of
 
 __all__ = [
@@ -31,13 +31,13 @@ def grow_layer(
     probs: torch.Tensor,
     tokens: torch.Tensor,
     layer_start: int,
-    lines: CalibrationLines | None = None,
+    curve: AcceptanceCurve | None = None,
 ) -> GrownLayer:
     """Score the children of a layer's expanded nodes and rank the best K of them.
 
     Definition: for b in range(B):
         for w in range(W), k in range(K): scores[b, w * K + k] = parent_scores[b, w] * c[k]
-            where p = probs[b * W + w], and c = p without `lines`, and with them
+            where p = probs[b * W + w], and c = p without `curve`, and with it
             c[k] = g(p[k] / (1 - sum of p[:k])) * (1 - sum of c[:k]), the argument of g at most 1
             g(x) = min(1, max(0, starts[i] + slopes[i] * x)), i = number of knots <= x
         best = the K largest of scores[b], descending; ties to the lower index
@@ -51,11 +51,11 @@ def grow_layer(
             1 <= W <= K.
         tokens: [B * W, K] int64, the children.
         layer_start: candidate number of the layer's first child.
-        lines: g at the children's depth, see `policy.acceptance`. The calibrated probabilities of
+        curve: g at the children's depth, see `policy.acceptance`. The calibrated probabilities of
             siblings never sum to more than 1. None for no calibration.
 
     Returns:
-        probs [B * W, K] float32, c of the given ones (unchanged without `lines`); scores
+        probs [B * W, K] float32, c of the given ones (unchanged without `curve`); scores
         [B, W * K] float32, never above the parent's; and the frontier, [B, K] each.
 
     Raises:
@@ -63,11 +63,11 @@ def grow_layer(
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), section 4.1, expansion phase.
     """
-    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, lines)
+    contract.check_grow_layer(parent_scores, probs, tokens, layer_start, curve)
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size
-    if lines is not None:
-        probs = lines.chances(probs)
+    if curve is not None:
+        probs = curve.chances(probs)
     scores = parent_scores[:, :width].unsqueeze(2) * probs.view(batch_size, width, topk)
     scores = scores.view(batch_size, width * topk)
     ranked = torch.sort(scores, dim=1, descending=True, stable=True)

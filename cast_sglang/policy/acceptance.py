@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cast_sglang.ops.compiled import compiled
-from cast_sglang.ops.contract import CalibrationLines
+from cast_sglang.ops.contract import AcceptanceCurve
 
 __all__ = ["Acceptance", "Reliability"]
 
@@ -80,9 +80,11 @@ class Acceptance:
         self._keep = 0.5 ** (1.0 / half_life)
         # Nodes, sum of x, accepted nodes; each node is split between the two knots around it.
         self._sums = np.zeros((3, *_SHAPE))
-        # Built on demand. The curves use all data; the lines may lack the latest updates.
+        # Built on demand. Those on a device may lack the latest updates.
         self._curves: np.ndarray | None = None
-        self._lines: dict[torch.device, list[CalibrationLines]] = {}  # of depth 1, 2 and so on
+        self._device_curves: dict[
+            torch.device, list[AcceptanceCurve]
+        ] = {}  # of depth 1, 2 and so on
         self._num_updates = self._age = 0
 
     def update(
@@ -101,11 +103,11 @@ class Acceptance:
         self._curves = None
         self._num_updates += 1
         self._age += 1
-        # Building the lines takes as long as a decision, and one update among many changes little.
+        # A copy to the device takes as long as a decision, and one update of many changes little.
         if self._age > min(self._num_updates, self._half_life) // REMAKE_SHARE:
-            self._forget_lines()
+            self._forget_device_curves()
 
-    def lines(self, depth: int, device: torch.device) -> CalibrationLines:
+    def curve_at(self, depth: int, device: torch.device) -> AcceptanceCurve:
         """Return g at one depth as linear pieces, for the op `grow_layer`.
 
         Args:
@@ -114,21 +116,21 @@ class Acceptance:
 
         Effects: no host sync; after a rebuild, one small copy to the device.
         """
-        lines = self._lines.get(device)
-        if lines is None:
+        curves = self._device_curves.get(device)
+        if curves is None:
             # One copy for all depths: inner knots in the first row, then starts, then slopes.
-            packed = torch.from_numpy(_pack_lines(self.curves()))
+            packed = torch.from_numpy(_pack_curves(self.curves()))
             knots, *rows = packed.to(device, non_blocking=True).unbind()
             starts, slopes = rows[: _SHAPE[0]], rows[_SHAPE[0] :]
-            lines = self._lines[device] = []
+            curves = self._device_curves[device] = []
             for each in range(1, _DEPTH_ENDS[-1] + 2):
                 bucket = bisect_left(_DEPTH_ENDS, each)
-                lines.append(CalibrationLines(knots[:-1], starts[bucket], slopes[bucket]))
-        return lines[min(depth, len(lines)) - 1]
+                curves.append(AcceptanceCurve(knots[:-1], starts[bucket], slopes[bucket]))
+        return curves[min(depth, len(curves)) - 1]
 
-    def _forget_lines(self) -> None:
+    def _forget_device_curves(self) -> None:
         self._age = 0
-        self._lines.clear()
+        self._device_curves.clear()
 
     def curves(self) -> np.ndarray:
         """Return [buckets, knots] float64, g at the knots for each bucket of depths."""
@@ -172,7 +174,7 @@ class Acceptance:
             raise ValueError("acceptance state: need 0 <= drafted, accepted <= nodes < inf")
         self._sums = sums
         self._curves = None
-        self._forget_lines()
+        self._forget_device_curves()
 
 
 @compiled("Tuple((i8, f8))(f8)")
@@ -218,7 +220,7 @@ def _add_nodes(
 
 
 @compiled("f4[:, :](f8[:, :])")
-def _pack_lines(curves: np.ndarray) -> np.ndarray:
+def _pack_curves(curves: np.ndarray) -> np.ndarray:
     """Return the linear pieces of g: a row of inner knots, then starts, then slopes."""
     num_buckets, num_pieces = _SHAPE[0], len(_WIDTHS)
     packed = np.zeros((1 + 2 * num_buckets, num_pieces), dtype=np.float32)

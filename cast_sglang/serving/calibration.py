@@ -20,7 +20,7 @@ from cast_sglang.serving.host_reads import HostReads, Read
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
     from cast_sglang.costs.schema import HostIdentity
-    from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.ops.contract import AcceptanceCurve
     from cast_sglang.serving.step import Drafted, Verified
     from cast_sglang.tree import Selection
 
@@ -109,7 +109,7 @@ class _Lesson(NamedTuple):
 
 
 class Calibration:
-    """Gives the layers of a tree an `Acceptance`'s lines and teaches it by the tree's outcome.
+    """Gives the layers of a tree an `Acceptance`'s curves and teaches it by the tree's outcome.
 
     Outcomes are learned when the next tree has been drafted: drafting has waited for them, so by
     then their copies are on the host. At first each of them is learned at once, later a part of
@@ -140,7 +140,7 @@ class Calibration:
         """Count `seconds` anew."""
         self.seconds = 0.0
 
-    def lines(self, probs: torch.Tensor, depth: int) -> CalibrationLines:
+    def curve_at(self, probs: torch.Tensor, depth: int) -> AcceptanceCurve:
         """Return what to calibrate a layer's candidates by, in the op that scores them.
 
         Args:
@@ -151,9 +151,9 @@ class Calibration:
         if depth == 1:
             self._probs.clear()
         self._probs.append(probs)
-        lines = self.acceptance.lines(depth, probs.device)
+        curve = self.acceptance.curve_at(depth, probs.device)
         self.seconds += time.perf_counter() - began
-        return lines
+        return curve
 
     def on_drafted(self, drafted: Drafted) -> None:
         """Keep the tree that the step verifies, and learn from the steps before when it is time."""

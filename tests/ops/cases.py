@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cast_sglang.ops.contract import CalibrationLines
+from cast_sglang.ops.contract import AcceptanceCurve
 from cast_sglang.policy.acceptance import Acceptance
 
 KINDS = ("random", "ties", "zeros", "ones", "denormal", "mixed")
@@ -60,9 +60,9 @@ def learned(seed: int) -> Acceptance:
     return acceptance
 
 
-def lines_at(acceptance: Acceptance, bucket: int) -> CalibrationLines:
-    """Return the lines by which `acceptance` calibrates nodes of a bucket of depths."""
-    return acceptance.lines((1, 2, 3, 5, 9)[bucket], torch.device("cpu"))
+def curve_at(acceptance: Acceptance, bucket: int) -> AcceptanceCurve:
+    """Return the curve by which `acceptance` calibrates nodes of a bucket of depths."""
+    return acceptance.curve_at((1, 2, 3, 5, 9)[bucket], torch.device("cpu"))
 
 
 class TreeCase(NamedTuple):

@@ -37,7 +37,7 @@ def arguments(function, rng, batch, n):
             rng.integers(1, 12, batch * n),
             *flags,
         ),
-        "_pack_lines": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
+        "_pack_curves": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
         "_isotonic": (
             floats(rng, batch * n, dtype=np.float64),
             0.1 + floats(rng, batch * n, dtype=np.float64),

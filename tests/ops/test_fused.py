@@ -121,30 +121,30 @@ def test_grow_layer(fused, is_calibrated):
     acceptance = cases.learned(3)
     for (batch, width, topk), kind, generator in kinds(LAYERS):
         case = cases.layer(generator, batch, width, topk, kind)
-        lines = cases.lines_at(acceptance, topk % 5) if is_calibrated else None
-        ours = run(fused.grow_layer, *case, lines)
-        assert_same(ours, reference.grow_layer(*case, lines), (batch, width, topk, kind))
+        curve = cases.curve_at(acceptance, topk % 5) if is_calibrated else None
+        ours = run(fused.grow_layer, *case, curve)
+        assert_same(ours, reference.grow_layer(*case, curve), (batch, width, topk, kind))
     assert launches(fused, "grow_layer") == len(LAYERS) >= 20
 
 
 @compares
 def test_calibration_with_one_line_needs_no_knots(fused):
-    from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.ops.contract import AcceptanceCurve
 
     case = cases.layer(torch.Generator().manual_seed(0), 2, 2, 3, "random")
     # Beyond 0 and 1 the line is clipped.
-    lines = CalibrationLines(torch.zeros(0), torch.tensor([-0.5]), torch.tensor([2.0]))
-    ours = run(fused.grow_layer, *case, lines)
-    assert_same(ours, reference.grow_layer(*case, lines), lines)
+    curve = AcceptanceCurve(torch.zeros(0), torch.tensor([-0.5]), torch.tensor([2.0]))
+    ours = run(fused.grow_layer, *case, curve)
+    assert_same(ours, reference.grow_layer(*case, curve), curve)
     assert ours.probs.min() == 0.0 and ours.probs.max() == 1.0
 
 
 @compares
 def test_a_probability_at_a_knot_belongs_to_the_piece_above(fused):
-    from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.ops.contract import AcceptanceCurve
 
     case = cases.layer(torch.Generator().manual_seed(0), 3, 3, 5, "ties")
-    steps = CalibrationLines(
+    steps = AcceptanceCurve(
         torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.zeros(4)
     )
     assert_same(run(fused.grow_layer, *case, steps), reference.grow_layer(*case, steps), steps)

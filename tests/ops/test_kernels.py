@@ -64,8 +64,8 @@ def generator():
 
 
 def grow_layer(fused, batch=2, width=10, topk=10, is_calibrated=True):
-    lines = cases.lines_at(cases.learned(0), 0) if is_calibrated else None
-    fused.grow_layer(*cases.layer(generator(), batch, width, topk, "random"), lines)
+    curve = cases.curve_at(cases.learned(0), 0) if is_calibrated else None
+    fused.grow_layer(*cases.layer(generator(), batch, width, topk, "random"), curve)
 
 
 def rank_nodes(fused, num_candidates=710, num_nodes=63):

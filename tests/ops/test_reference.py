@@ -34,18 +34,18 @@ def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
     width = data.draw(st.integers(1, topk))
     case = cases.layer(generator(seed), batch, width, topk, kind)
     acceptance = cases.learned(seed % 7)
-    lines = data.draw(st.sampled_from([None, *(cases.lines_at(acceptance, i) for i in range(5))]))
-    grown = reference.grow_layer(*case, lines)
+    curve = data.draw(st.sampled_from([None, *(cases.curve_at(acceptance, i) for i in range(5))]))
+    grown = reference.grow_layer(*case, curve)
     for b in range(batch):
         scores, tokens = [], []
         for w in range(width):
             drafted = left = np.float32(1.0)
             for k in range(topk):
                 p = case.probs[b * width + w, k].numpy()
-                if lines is not None:
+                if curve is not None:
                     x = min(p / max(drafted, np.float32(1e-6)), np.float32(1.0))
-                    piece = sum(float(knot) <= x for knot in lines.knots)
-                    line = float(lines.starts[piece]) + float(lines.slopes[piece]) * float(x)
+                    piece = sum(float(knot) <= x for knot in curve.knots)
+                    line = float(curve.starts[piece]) + float(curve.slopes[piece]) * float(x)
                     chance = np.float32(min(1.0, max(0.0, line))) * left
                     ours = grown.probs[b * width + w, k].numpy()
                     assert float(ours) == pytest.approx(float(chance), abs=2e-6)
@@ -68,11 +68,11 @@ def test_lines_are_the_curves_of_acceptance():
     probs = torch.rand(40, 3, generator=generator(1))
     probs[:3] = torch.tensor([0.0, 1.0, 1e-40])
     for bucket, depth in enumerate((1, 2, 3, 5, 9)):
-        lines = cases.lines_at(acceptance, bucket)
+        curve = cases.curve_at(acceptance, bucket)
         expected = np.interp(probs.numpy(), knots, acceptance.curves()[bucket])
-        np.testing.assert_allclose(lines.at(probs).numpy(), expected, rtol=1e-5, atol=1e-6)
-        assert torch.equal(lines.at(probs), acceptance.lines(depth, probs.device).at(probs))
-        assert not torch.equal(lines.at(probs), probs)
+        np.testing.assert_allclose(curve.at(probs).numpy(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(curve.at(probs), acceptance.curve_at(depth, probs.device).at(probs))
+        assert not torch.equal(curve.at(probs), probs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,10 +81,10 @@ def test_chances_of_siblings_sum_to_at_most_one(rows, topk, seed):
     draw = generator(seed)
     probs = torch.rand(rows, topk + 1, generator=draw) ** 3
     probs = (probs / probs.sum(1, True))[:, :topk].sort(1, descending=True).values
-    chances = cases.lines_at(cases.learned(seed % 7), seed % 5).chances(probs)
+    chances = cases.curve_at(cases.learned(seed % 7), seed % 5).chances(probs)
     assert (chances >= 0.0).all() and float(chances.sum(1).max()) <= 1.0 + 1e-5
     # Without data the draft probabilities are not corrected.
-    untaught = Acceptance().lines(1, probs.device).chances(probs)
+    untaught = Acceptance().curve_at(1, probs.device).chances(probs)
     torch.testing.assert_close(untaught, probs, rtol=1e-4, atol=1e-6)
 
 

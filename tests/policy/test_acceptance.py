@@ -28,7 +28,7 @@ def observe(acceptance: Acceptance, rng, truth, depth: int, updates: int, nodes:
 
 
 def calibrated(acceptance, shares, depth):
-    return acceptance.lines(depth, shares.device).at(shares)
+    return acceptance.curve_at(depth, shares.device).at(shares)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

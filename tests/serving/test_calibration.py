@@ -24,9 +24,9 @@ CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
 
 def grown_tree(calibration):
     tokens = torch.zeros((2, TOPK), dtype=torch.int64)
-    tree = DraftTree(tokens, ROOT_PROBS, 2, reference, calibration.lines(ROOT_PROBS, depth=1))
+    tree = DraftTree(tokens, ROOT_PROBS, 2, reference, calibration.curve_at(ROOT_PROBS, depth=1))
     frontier = tree.frontier()
-    tree.grow(frontier, 1, tokens, CHILD_PROBS, calibration.lines(CHILD_PROBS, depth=2))
+    tree.grow(frontier, 1, tokens, CHILD_PROBS, calibration.curve_at(CHILD_PROBS, depth=2))
     return tree
 
 
@@ -80,7 +80,7 @@ def test_probabilities_that_are_too_sure_are_lowered():
     calibration = Calibration()
     for _ in range(200):
         step(calibration, [[0, -1, -1], [4, -1, -1]])
-    chances = calibration.acceptance.lines(1, ROOT_PROBS.device).chances(ROOT_PROBS)
+    chances = calibration.acceptance.curve_at(1, ROOT_PROBS.device).chances(ROOT_PROBS)
     assert (chances.sum(dim=1) < 0.3 * ROOT_PROBS.sum(dim=1)).all()
     assert chances[0, 0] >= chances[0, 1]
 

@@ -126,7 +126,7 @@ def _step(
         tensor = torch.from_numpy(probs.reshape(-1, TOPK)).float()
         if acceptance is None:
             return tensor
-        return acceptance.lines(depth, tensor.device).chances(tensor)
+        return acceptance.curve_at(depth, tensor.device).chances(tensor)
 
     raw: list[np.ndarray] = []
     true: list[np.ndarray] = []

@@ -12,7 +12,7 @@ from cast_sglang.tree import DraftTree
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from cast_sglang.ops.contract import CalibrationLines
+    from cast_sglang.ops.contract import AcceptanceCurve
     from cast_sglang.policy.decider import Decider
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.drafting.base import Drafter
@@ -54,8 +54,8 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     spec_info = growth.forward_batch.spec_info
     probs = spec_info.topk_p
     tokens = model.to_target_vocab(spec_info.topk_index)
-    lines = _lines(calibration, probs, 1)
-    tree = DraftTree(tokens, probs, growth.max_layers, ops_for(model.device), lines)
+    curve = _curve(calibration, probs, 1)
+    tree = DraftTree(tokens, probs, growth.max_layers, ops_for(model.device), curve)
     if recorder is not None:
         recorder.on_layer(1, probs, tree.scores)
     layers = growth.drafter.layers(growth.forward_batch)
@@ -79,18 +79,18 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         # The time of growing the tree is part of the layer's: a layer that is not run saves both.
         with growth.clock.time("draft", width):
             probs, tokens = layers.run(frontier, width)
-            lines = _lines(calibration, probs, tree.num_layers + 1)
-            chances = tree.grow(frontier, width, tokens, probs, lines)
+            curve = _curve(calibration, probs, tree.num_layers + 1)
+            chances = tree.grow(frontier, width, tokens, probs, curve)
         if recorder is not None:
             recorder.on_layer(tree.num_layers, probs, chances)
         widths.append(width)
         read = reads.start(tree.frontier().scores, chances)
 
 
-def _lines(
+def _curve(
     calibration: Calibration | None, probs: torch.Tensor, depth: int
-) -> CalibrationLines | None:
-    return None if calibration is None else calibration.lines(probs, depth)
+) -> AcceptanceCurve | None:
+    return None if calibration is None else calibration.curve_at(probs, depth)
 
 
 def compile_ops(
@@ -120,8 +120,8 @@ def compile_ops(
 
     for narrow in range(1, topk + 1):
         tokens, probs = children(1)
-        lines = _lines(calibration, probs, 1)
-        tree = DraftTree(tokens, probs, max_layers, ops, lines)
+        curve = _curve(calibration, probs, 1)
+        tree = DraftTree(tokens, probs, max_layers, ops, curve)
         while True:
             ranked = tree.ranked(max_rows - 1)
             for size in verify_sizes:
@@ -131,5 +131,5 @@ def compile_ops(
                 break
             width = narrow if tree.num_layers == 1 else topk
             tokens, probs = children(width)
-            lines = _lines(calibration, probs, tree.num_layers + 1)
-            tree.grow(tree.frontier(), width, tokens, probs, lines)
+            curve = _curve(calibration, probs, tree.num_layers + 1)
+            tree.grow(tree.frontier(), width, tokens, probs, curve)
