@@ -186,9 +186,9 @@ def run_groups(
         missing = [cell for cell in cells if not is_measured(ledger.rows, cell, number, arms)]
         if not missing:
             continue
-        told = f"group {number} of {len(groups)}: " if len(groups) > 1 else ""
-        on_start = start_display(told, len(arms))
-        logs = args.out / "logs" / (f"group-{number}" if told else "")
+        prefix = f"group {number} of {len(groups)}: " if len(groups) > 1 else ""
+        on_start = start_display(prefix, len(arms))
+        logs = args.out / "logs" / (f"group-{number}" if prefix else "")
         flags = shlex.split(args.server_flags)
         with serving(arms, pair.target, logs, flags, on_start, start_at_once) as servers:
             profiles = ledger.provenance.get("profiles", {})
@@ -228,11 +228,11 @@ def is_measured(rows: Sequence[Row], cell: Cell, number: int, arms: Sequence[Arm
 
 def describe_prompts(ledger: Ledger, cell: Cell, results: Mapping[str, Result]) -> None:
     """State the mean prompt length of a cell, for predictions of what its steps take."""
-    told = ledger.provenance.get("prompt_tokens", [])
+    described = ledger.provenance.get("prompt_tokens", [])
     lengths = [a.num_prompt_tokens for result in results.values() for a in result.answers]
-    if lengths and all(cell_of(entry) != cell for entry in told):
+    if lengths and all(cell_of(entry) != cell for entry in described):
         entry = {**cell._asdict(), "mean": round(statistics.mean(lengths), 1)}
-        ledger.describe(prompt_tokens=[*told, entry])
+        ledger.describe(prompt_tokens=[*described, entry])
 
 
 def measure(

@@ -82,7 +82,7 @@ def warm_up(
 
     Args:
         num_tokens: per answer, of an arm that learns; of another no more than it needs.
-        on_failure: told of an arm that fails; None to raise.
+        on_failure: called for an arm that fails; None to raise.
     """
     for arm in list(arms):
         try:
@@ -111,7 +111,7 @@ def take_turns(
     """Run every arm once in each repeat; return the results by the arm's name.
 
     Args:
-        on_failure: told of an arm that fails, which then has no result; None to raise.
+        on_failure: called for an arm that fails, which then has no result; None to raise.
         cooldown: seconds of rest before each run.
     """
     results = {arm.name: Result() for arm in arms}

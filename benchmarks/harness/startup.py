@@ -29,7 +29,7 @@ def servers_at_once() -> int:
 
 
 def start_display(
-    told: str, total: int
+    prefix: str, total: int
 ) -> Callable[[Sequence[Arm]], contextlib.AbstractContextManager[None]]:
     """Return what shows, on stderr, servers while they start and how long it took."""
     num_up = 0
@@ -42,12 +42,14 @@ def start_display(
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         shown_live = console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=not shown_live) as bar:
-            bar.add_task(f"{told}{num_up} of {total} servers are up; starting {names}", total=None)
+            bar.add_task(
+                f"{prefix}{num_up} of {total} servers are up; starting {names}", total=None
+            )
             yield
         num_up += len(arms)
         seconds = time.monotonic() - start
         console.print(
-            f"{told}{num_up} of {total} servers are up: {names} after {seconds:.0f} s",
+            f"{prefix}{num_up} of {total} servers are up: {names} after {seconds:.0f} s",
             highlight=False,
             soft_wrap=True,
         )

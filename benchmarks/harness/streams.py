@@ -40,7 +40,7 @@ async def stream_batch(
 async def keep_running(
     requests: Sequence[T], at_once: int, answer: Callable[[T], Awaitable[list[Answer]]]
 ) -> tuple[list[Answer], float]:
-    """Keep so many requests running until all are answered: one that ends makes room for the next.
+    """Keep `at_once` requests running until all are answered; each that ends starts the next.
 
     Args:
         answer: sends a request and returns its answers.

@@ -6,7 +6,7 @@ calibration and learning. The last line is one JSON object. Beside it, a server'
 shows the share of real steps (`policy_share`).
 
 On a CPU a pass over the weights leaves nothing of a decision's code and data in the caches. --sweep
-reads so many megabytes wherever a step would run a pass.
+reads that many megabytes wherever a step would run a pass.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from benchmarks.studies import bench_calibration
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.report.profile_plot import plot_profiles
 
-# Of Okabe and Ito, and of Tol where these run out: told apart by the colour-blind too.
+# Of Okabe and Ito, and of Tol where these run out; colour-blind readers can tell them apart.
 COLORS = {
     "plain": ("0.35",),
     "adaptive": ("#e69f00",),

@@ -57,20 +57,20 @@ def in_short(run: Run) -> list[str]:
     """Say in a sentence for each task and temperature how fast each CAST policy was."""
     texts = []
     for task, temperature, rows in workloads(run.rows):
-        told = []
+        parts = []
         for arm in arms_in(rows):
             mine = rows_of(rows, arm)
             if kind_of(arm) != "cast" or base_of(arm, arms_in(rows)) is not None:
                 continue
             ranges = [_range([row[name] for row in mine]) for name in COMPARED]
             if all(ranges):
-                told.append(f"**{label_of(arm)}** {ranges[0]} ({ranges[1]})")
-        if told:
+                parts.append(f"**{label_of(arm)}** {ranges[0]} ({ranges[1]})")
+        if parts:
             sizes = [str(size) for size, _ in by_batch(rows)]
             where = f"batch {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
             texts.append(
                 f"{workload_title(task, temperature)}, {where}: speed-up over plain decoding (over "
-                f"the best static tree of each batch size): {'; '.join(told)}."
+                f"the best static tree of each batch size): {'; '.join(parts)}."
             )
     return texts
 
@@ -82,7 +82,7 @@ def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
         bounds: to show what the table allows beside each measured speed-up.
     """
 
-    def told(row: Row) -> list[str]:
+    def bound_cells(row: Row) -> list[str]:
         return [] if bounds is None else [shown(bounds.of(run, row), "x")]
 
     heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
@@ -91,7 +91,7 @@ def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
     for title, rows in titled(run):
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
-            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *told(row)))
+            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *bound_cells(row)))
             for batch, mine in by_batch(rows)
             for row in mine
         ]

@@ -133,7 +133,7 @@ def check_equality_tiny(settings: Settings, numbers: Numbers) -> None:
     """Compare greedy tokens with plain decoding's in float32: they must be the same."""
     from benchmarks.harness.pairs import tiny_pair
 
-    # Triton multiplies float32 in TF32 unless told otherwise.
+    # Triton multiplies float32 in TF32 by default.
     with environment({"TRITON_F32_DEFAULT": "ieee"}):
         compare_greedy(settings, numbers, tiny_pair(), "float32", settings.equality_arms)
     flips = {name: found["flips"] for name, found in numbers.items() if found["flips"]}

@@ -85,26 +85,26 @@ def test_a_window_never_holds_more_than_was_streamed(gains, seconds):
 
 def test_latencies_share_a_gap_among_the_tokens_it_brought():
     answer = Answer(sent=1.0, times=[1.2, 1.5, 1.6], counts=[1, 4, 5])
-    told = latencies([answer])
-    assert (told["ttft_p50_ms"], told["ttft_p99_ms"]) == (200.0, 200.0)
-    assert told["itl_p50_ms"] == pytest.approx(100.0)
+    latency = latencies([answer])
+    assert (latency["ttft_p50_ms"], latency["ttft_p99_ms"]) == (200.0, 200.0)
+    assert latency["itl_p50_ms"] == pytest.approx(100.0)
     slow = Answer(sent=0.0, times=[1.0, 2.0], counts=[1, 2])
-    told = latencies([answer] * 9 + [slow])
-    assert told["ttft_p50_ms"] == pytest.approx(200.0)
-    assert told["ttft_p99_ms"] > 900
-    assert 100 < told["itl_p99_ms"] < 1000
+    latency = latencies([answer] * 9 + [slow])
+    assert latency["ttft_p50_ms"] == pytest.approx(200.0)
+    assert latency["ttft_p99_ms"] > 900
+    assert 100 < latency["itl_p99_ms"] < 1000
     assert set(latencies([]).values()) == {None}
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.floats(0.001, 1.0))
 def test_gaps_add_up_to_the_time_in_which_tokens_came(gains, seconds):
     answer = steps(0.0, seconds, gains)
-    told = latencies([answer])["itl_p50_ms"]
+    latency = latencies([answer])["itl_p50_ms"]
     if sum(gains) == 0:
-        assert told is None
+        assert latency is None
     else:
         least = seconds / max(gains) * 1e3
-        assert least - 1e-2 <= told <= seconds * 1e3 + 1e-2
+        assert least - 1e-2 <= latency <= seconds * 1e3 + 1e-2
 
 
 SPEEDS = {"plain": 10.0, "a": 15.0, "b": 20.0, "cast": 30.0}

@@ -227,7 +227,7 @@ def test_where_drafting_does_not_pay_plain_decoding_takes_over(batch_size, draft
     plain_time = result.tokens.sum() * plain_units(step_costs)
     assert best_fixed(step_costs, text)[0] < 1.0 / plain_units(step_costs)
     assert result.is_plain[-1000:].mean() > 0.7
-    # The guarantee: so many target passes once, a hundredth of the time, and a last step's luck.
+    # The guarantee: a fixed number of target passes, 1 % of the time, and one last step's luck.
     most = MAX_LOSS / math.sqrt(batch_size) + 0.01 * plain_time + 4.0
     assert result.times.sum() - plain_time < most + luck(result, step_costs)
     assert result.rate(1000) >= 0.98 / plain_units(step_costs)

@@ -14,7 +14,7 @@ SIZES = tuple(range(2, MOST + 1))
 
 
 class Scripted(TreePolicy):
-    """A policy that answers as it was told, and writes down what it was asked."""
+    """A policy that gives preset answers and records its calls."""
 
     def __init__(self, drafts=True, widths=(2, 3), size=6, shares=None) -> None:
         self.drafts, self.widths, self.size, self.shares = drafts, widths, size, shares

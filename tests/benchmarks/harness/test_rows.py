@@ -98,8 +98,8 @@ def test_rows_without_plain_and_static_have_no_ratios():
 
 def test_the_summary_is_a_geometric_mean_over_batches():
     rows = rows_of(Cell(1, 0.0, "t"), cast=20.0) + rows_of(Cell(8, 0.0, "t"), cast=80.0)
-    [told] = [row for row in summarise(rows) if row["arm"] == "cast"]
-    assert (told["task"], told["vs_plain"], told["vs_best_static"]) == ("t", 4.0, 2.0)
+    [summary] = [row for row in summarise(rows) if row["arm"] == "cast"]
+    assert (summary["task"], summary["vs_plain"], summary["vs_best_static"]) == ("t", 4.0, 2.0)
     # Several tasks or temperatures also get a mean over all cells.
     rows += rows_of(Cell(1, 1.0, "u"), cast=10.0)
     summary = {
@@ -118,9 +118,9 @@ def test_the_summary_lies_between_the_cells(ratios):
         | {"vs_best_static": None}
         for batch, value in enumerate(ratios)
     ]
-    [told] = summarise(rows)
-    assert min(ratios) - 1e-3 <= told["vs_plain"] <= max(ratios) + 1e-3
-    assert told["vs_best_static"] is None
+    [summary] = summarise(rows)
+    assert min(ratios) - 1e-3 <= summary["vs_plain"] <= max(ratios) + 1e-3
+    assert summary["vs_best_static"] is None
 
 
 def test_counters_are_those_between_two_states():
@@ -136,15 +136,15 @@ def test_counters_are_those_between_two_states():
     moved |= {"timed_steps": 8, "predicted_us": 8000.0, "measured_us": 16000.0, "policy_us": 500.0}
     after = {name: before[name] + moved[name] for name in TOTALS} | {"mean_layers": 7.0}
     assert gained(before, after) == moved
-    told = step_means(moved)
-    assert told["plain_share"] == 0.1
-    assert (told["mean_layers"], told["mean_verify_rows"]) == (4.5, 6.0)
-    assert (told["mean_predicted_us"], told["predicted_to_measured"]) == (1000.0, 0.5)
-    assert (told["mean_policy_us"], told["policy_share"]) == (50.0, 0.025)
+    summary = step_means(moved)
+    assert summary["plain_share"] == 0.1
+    assert (summary["mean_layers"], summary["mean_verify_rows"]) == (4.5, 6.0)
+    assert (summary["mean_predicted_us"], summary["predicted_to_measured"]) == (1000.0, 0.5)
+    assert (summary["mean_policy_us"], summary["policy_share"]) == (50.0, 0.025)
     del moved["plain_steps"]
     assert step_means(moved)["plain_share"] is None, "not every version counts them"
     # 24 tokens a step of a predicted millisecond.
-    assert told["table_rate"] == pytest.approx(24_000)
+    assert summary["table_rate"] == pytest.approx(24_000)
     assert set(step_means(gained(before, before)).values()) == {None}
 
 

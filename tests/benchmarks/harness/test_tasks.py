@@ -72,7 +72,7 @@ def test_turns_survive_a_file(tmp_path_factory, all_turns):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "text"),
     [
         ("{", "no JSON"),
         ("[1]", "a list; expected one JSON object a line"),
@@ -90,16 +90,16 @@ def test_turns_survive_a_file(tmp_path_factory, all_turns):
         ('{"prompt": "x"}', "has 'prompt'; expected 'turns', as before"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path, line, told):
+def test_a_malformed_line_is_named(tmp_path, line, text):
     path = tmp_path / "x.jsonl"
     # A fine line first; all lines of a file have the same form, but for the last case.
     fine = {"conversations": [], "prompt": "x", "turns": ["x"]}
-    key = next((key for key in fine if key in line and "as before" not in told), "turns")
+    key = next((key for key in fine if key in line and "as before" not in text), "turns")
     path.write_text(f"{json.dumps({key: fine[key]})}\n\n{line}\n")
     with pytest.raises(PromptFileError) as error:
         read_items(path)
     assert str(error.value).startswith(f"{path}:3: ")
-    assert told in str(error.value)
+    assert text in str(error.value)
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -242,5 +242,5 @@ def test_a_context_without_room_is_refused():
 
 def test_a_model_without_a_chat_template_gets_a_plain_transcript(encoder, monkeypatch):
     monkeypatch.setattr(encoder._tokenizer, "chat_template", None)
-    told = text_of(encoder, encoder.transcript(["one", "two"], ["1"]))
-    assert told == "User: one\n\nAssistant: 1\n\nUser: two\n\nAssistant:"
+    text = text_of(encoder, encoder.transcript(["one", "two"], ["1"]))
+    assert text == "User: one\n\nAssistant: 1\n\nUser: two\n\nAssistant:"

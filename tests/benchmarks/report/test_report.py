@@ -72,10 +72,10 @@ addEventListener("load", () => {
   found.requests = performance.getEntriesByType("resource").map(entry => entry.name)
     .filter(name => !name.startsWith("data:"));
   found.isWide = document.documentElement.scrollWidth > innerWidth;
-  const told = document.createElement("pre");
-  told.id = "found";
-  told.textContent = JSON.stringify(found);
-  document.body.append(told);
+  const output = document.createElement("pre");
+  output.id = "found";
+  output.textContent = JSON.stringify(found);
+  document.body.append(output);
 });
 </script>"""
 
