@@ -97,8 +97,8 @@ class DraftTree:
     so a child never scores above its parent.
 
     Args:
-        tokens: [B, K] int64, the root's candidate tokens, most probable first.
-        probs: [B, K] float32 in [0, 1], their probabilities.
+        tokens: [B, K] int64, the root's candidate tokens.
+        probs: [B, K] float32 in [0, 1], their probabilities; with a curve, descending.
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
         ops: `ops.ops_for` of the tensors' device.
         curve: `ops.contract.AcceptanceCurve` to calibrate `probs` by; None to take them as given.
@@ -126,13 +126,9 @@ class DraftTree:
         self._kept: list[tuple[torch.Tensor, int]] = []
         self._ops = ops
         self._num_candidates = self.topk
-        if curve is None:
-            order = torch.arange(self.topk, device=tokens.device).expand_as(tokens)
-            self._scores = [probs]
-            self._frontier = Frontier(probs, order, tokens, torch.zeros_like(order))
-        else:
-            grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, curve)
-            self._scores, self._frontier = [grown.scores], grown.frontier
+        # The draft's probabilities are sorted, calibrated ones need not be.
+        grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, curve)
+        self._scores, self._frontier = [grown.scores], grown.frontier
 
     @property
     def num_layers(self) -> int:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import torch
 
-from cast_sglang.serving.launch.identity import published
+from cast_sglang.serving.launch.identity import without_local_paths
 from cast_sglang.trace.file import TraceWriter
 from cast_sglang.trace.records import (
     Continuation,
@@ -314,7 +314,7 @@ class TraceRecorder:
             if name not in _PATH_SETTINGS
         }
         return TraceHeader(
-            identity=published(recording.identity),
+            identity=without_local_paths(recording.identity),
             profile=None if profile is None else profile.provenance,
             tables="" if profile is None else tables_digest(profile),
             settings=settings,

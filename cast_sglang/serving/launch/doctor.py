@@ -79,20 +79,20 @@ def check_profile_fit(found: FoundProfile, command: str) -> list[Check]:
     checks = [Check("profile", WARN if differences else OK, fit, fix if differences else "")]
 
     how = "ESTIMATED, not measured" if source.estimated else f"measured in {source.seconds:.0f} s"
-    told = f"{how}, {source.date[:10]}; "
+    text = f"{how}, {source.date[:10]}; "
     if (heldout := source.heldout) is None:
-        told += "no held-out points, so its error is unknown"
+        text += "no held-out points, so its error is unknown"
     else:
-        told += (
+        text += (
             f"held-out error median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
             f"({heldout.points} points)"
         )
     trusted = heldout is not None and heldout.median_error <= MAX_MEDIAN_ERROR
     if trusted and not source.estimated:
-        checks.append(Check("profile error", OK, told))
+        checks.append(Check("profile error", OK, text))
     else:
         advice = "measure on an idle machine, without --quick or a short --budget-seconds"
-        checks.append(Check("profile error", WARN, told, f"{advice}: {command}"))
+        checks.append(Check("profile error", WARN, text, f"{advice}: {command}"))
     return checks
 
 
@@ -110,9 +110,9 @@ def _checks(server_argv: list[str], cast_profile: str | None) -> list[Check]:
     config = None
     try:
         config = CastConfig.load(_cast_flags(server_argv, cast_profile))
-        told = f"policy {config.policy}, C1={config.c1:g} C2={config.c2:g} C3={config.c3:g}"
-        told += f" R={config.r}, lookup {config.lookup}, profile {config.profile}"
-        checks.append(Check("settings", OK, told))
+        text = f"policy {config.policy}, C1={config.c1:g} C2={config.c2:g} C3={config.c3:g}"
+        text += f" R={config.r}, lookup {config.lookup}, profile {config.profile}"
+        checks.append(Check("settings", OK, text))
     except FAILURES as error:
         checks.append(Check("settings", FAIL, _one_line(error)))
 
@@ -213,7 +213,7 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
         name = "pair" if message.startswith(f"{DRAFT_FLAG} ") else "server flags"
         skipped = "not checked: what failed above comes first"
         return [Check(name, FAIL, message), Check("profile", SKIP, skipped)]
-    told = (
+    text = (
         f"steps {args.speculative_num_steps}, topk {args.speculative_eagle_topk}, "
         f"tokens {args.speculative_num_draft_tokens}; at most {args.max_running_requests} requests "
         f"at once; attention {identity.attention_backend}"
@@ -224,7 +224,7 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
         f"{identity.dtype}, tp {identity.tp_size}"
     )
     return [
-        Check("server flags", OK, told),
+        Check("server flags", OK, text),
         Check("pair", OK, pair),
         *_check_profile(config, identity, args, shlex.join([PACKAGE, "profile", *server_argv])),
     ]
@@ -258,15 +258,15 @@ def _check_profile(
     if config.profile == "none":
         return [Check("profile", OK, f"none, and policy {config.policy} needs none")]
     if config.profile == "estimate":
-        told = "costs will be estimated from the device's bandwidth and peak rate"
-        return [Check("profile", WARN, told, f"measure them: {command}")]
+        text = "costs will be estimated from the device's bandwidth and peak rate"
+        return [Check("profile", WARN, text, f"measure them: {command}")]
     try:
         found = find_profile(identity, config.profile, allow_foreign=config.allow_foreign_profile)
     except MissingProfileError as error:
         # What follows is a command, which the fix has.
-        told = _one_line(error).partition("; measure ")[0]
+        text = _one_line(error).partition("; measure ")[0]
         fix = "the server will measure a quick table at its start; for a full one run: "
-        return [Check("profile", WARN, told, fix + command)]
+        return [Check("profile", WARN, text, fix + command)]
     except ProfileError as error:
         return [Check("profile", FAIL, _one_line(error))]
     checks = check_profile_fit(found, command)
@@ -298,11 +298,11 @@ def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: st
         key = name if axis == "token_counts" else axis
         last = getattr(getattr(found.profile, table), axis)[-1]
         ends[key] = min(last, ends.get(key, last))
-    told = ", ".join(f"{key} at {last}" for key, last in ends.items())
+    text = ", ".join(f"{key} at {last}" for key, last in ends.items())
     return Check(
         "profile range",
         WARN,
-        f"the server may ask for {asked}; the profile ends with {told} and is extrapolated beyond",
+        f"the server may ask for {asked}; the profile ends with {text} and is extrapolated beyond",
         "lower the server's limits (--max-running-requests, --context-length), or measure it for "
         f"them: {command}",
     )

@@ -25,9 +25,9 @@ __all__ = [
     "host_identity",
     "is_draft_path",
     "is_eagle3_config",
-    "published",
     "read_config",
     "read_draft_config",
+    "without_local_paths",
 ]
 
 EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
@@ -119,7 +119,7 @@ def captures_decode(server_args: ServerArgs) -> bool:
     return is_cuda and graphs is not None and graphs.decode.backend != Backend.DISABLED
 
 
-def published(identity: HostIdentity) -> HostIdentity:
+def without_local_paths(identity: HostIdentity) -> HostIdentity:
     """Return the identity as a profile carries it: of local paths only the last two parts."""
 
     def short(model: ModelIdentity) -> ModelIdentity:

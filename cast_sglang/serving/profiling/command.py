@@ -17,7 +17,7 @@ from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import run_profile, summarize, write_profile
-from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.serving.launch.identity import host_identity, without_local_paths
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:
 def _measure(worker: CastWorker, meter: Meter, parameters: dict[str, Any]) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    identity = published(host_identity(resolving_view(worker.server_args)))
+    identity = without_local_paths(host_identity(resolving_view(worker.server_args)))
     output = parameters["output"] or str(user_profile_path(identity))
     quick = parameters["quick"]
     measured = run_profile(

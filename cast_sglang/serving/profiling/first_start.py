@@ -20,7 +20,7 @@ from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.meter import Sampling
 from cast_sglang.profiling.roofline import ModelSize, estimate_tables, measure_rates
 from cast_sglang.profiling.run import make_profile, run_profile
-from cast_sglang.serving.launch.identity import host_identity, published
+from cast_sglang.serving.launch.identity import host_identity, without_local_paths
 from cast_sglang.serving.profiling.engine_meter import EngineMeter
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 
@@ -48,7 +48,7 @@ def provide_profile(scheduler: Scheduler) -> None:
     Call it before the scheduler serves its first request.
     """
     worker: CastWorker = scheduler.draft_worker
-    identity = published(host_identity(resolving_view(worker.server_args)))
+    identity = without_local_paths(host_identity(resolving_view(worker.server_args)))
     profile = None
     if worker.config.profile == "auto":
         logger.info("CAST: no cost profile of this device and pair; measuring a quick one")
