@@ -119,15 +119,24 @@ def _tokens_required(
 
 
 def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
-    """Reserve what `_tokens_required` asked for, and never more than a row holds."""
-    global _reserve
-    needed = 0
-    if len(batch.reqs) == 1 and is_cast():
-        from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+    """Reserve what `_tokens_required` asked for.
 
-        kv = batch.reqs[0].kv
-        needed = kv.kv_committed_len + get_alloc_reserve_per_decode() - kv.kv_allocated_len
+    Raises:
+        IndexError: a request would write past the end of its row, into that of another request.
+    """
+    global _reserve
+    if not is_cast():
+        original(batch)
+        return
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    reserve, kv = get_alloc_reserve_per_decode(), batch.reqs[0].kv
+    needed = kv.kv_committed_len + reserve - kv.kv_allocated_len
     _reserve = PLAIN_RESERVE if _lacks_room(batch, batch.reqs, needed) else None
+    end = max(req.kv.kv_committed_len for req in batch.reqs) + (_reserve or reserve)
+    row = batch.req_to_token_pool.req_to_token.shape[1]
+    if end > row:
+        raise IndexError(f"a request reserves {end} slots, and its row of req_to_token has {row}")
     try:
         original(batch)
     finally:

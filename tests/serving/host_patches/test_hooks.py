@@ -5,17 +5,105 @@ from types import SimpleNamespace
 import pytest
 
 from cast_sglang.serving.host_patches import hooks
+from cast_sglang.serving.step_room import PLAIN_RESERVE
+
+RESERVE, ROW = 128, 512 + 128
 
 
 @pytest.fixture
 def algorithm(monkeypatch):
-    """Return a function that sets the algorithm that this process serves with."""
+    """Return a function that sets the algorithm of this process."""
+    from sglang.srt.mem_cache import allocation_sizing
 
-    def serve_with(name):
+    monkeypatch.setattr(allocation_sizing, "get_alloc_reserve_per_decode", lambda: RESERVE)
+
+    def choose(name):
         spec = SimpleNamespace(speculative_algorithm=name)
         monkeypatch.setattr(hooks, "get_spec", lambda: spec)
 
-    return serve_with
+    choose("CAST")
+    return choose
+
+
+def request(committed, allocated=0):
+    kv = SimpleNamespace(kv_committed_len=committed, kv_allocated_len=max(committed, allocated))
+    return SimpleNamespace(kv=kv)
+
+
+def batch_of(*requests, free=10_000, evictable=0):
+    return SimpleNamespace(
+        reqs=list(requests),
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free),
+        tree_cache=SimpleNamespace(evictable_size=lambda: evictable),
+        req_to_token_pool=SimpleNamespace(req_to_token=SimpleNamespace(shape=(9, ROW))),
+    )
+
+
+def prepared(batch):
+    """Prepare a batch; return what each request reserves meanwhile."""
+    seen = []
+    hooks._prepare_for_decode(
+        lambda b: seen.append(hooks._reserve_of_batch(lambda: RESERVE)), batch
+    )
+    assert hooks._reserve_of_batch(lambda: RESERVE) == RESERVE  # as before
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("CAST", RESERVE), ("EAGLE3", 36), (None, 36)], ids=str
+)
+def test_a_row_holds_what_a_step_reserves(algorithm, name, extra):
+    algorithm(name)
+    assert hooks._widen_rows(lambda: 36) == extra
+
+
+def test_prompts_are_admitted_as_plain_decoding_admits_them(algorithm):
+    for name, reserved in (("CAST", 0), ("EAGLE3", 7), (None, 7)):
+        algorithm(name)
+        assert hooks._reserve_no_context(lambda: 7) == reserved
+
+
+def test_requests_reserve_the_envelope(algorithm):
+    assert prepared(batch_of(request(300))) == RESERVE
+    assert prepared(batch_of(request(300), request(10), free=5)) == RESERVE  # SGLang retracts one
+
+
+@pytest.mark.parametrize(("free", "evictable"), [(0, 0), (100, 27), (127, 0)])
+def test_a_lone_request_is_decoded_with_what_there_is(algorithm, free, evictable):
+    batch = batch_of(request(300), free=free, evictable=evictable)
+    needed = hooks._tokens_required(lambda *args: RESERVE, batch, batch.reqs, 1)
+    assert needed == prepared(batch) == PLAIN_RESERVE
+    holds_more = batch_of(request(300, allocated=420), free=free, evictable=evictable)
+    enough = free + evictable >= 8
+    needed = hooks._tokens_required(lambda *args: 8, holds_more, holds_more.reqs, 1)
+    assert needed == (8 if enough else 0)
+
+
+def test_enough_is_enough(algorithm):
+    batch = batch_of(request(300), free=100, evictable=28)
+    assert hooks._tokens_required(lambda *args: RESERVE, batch, batch.reqs, 1) == RESERVE
+    assert prepared(batch) == RESERVE
+
+
+def test_no_request_writes_into_anothers_row(algorithm):
+    assert prepared(batch_of(request(10), request(ROW - RESERVE))) == RESERVE
+    with pytest.raises(IndexError, match=str(ROW)):
+        prepared(batch_of(request(10), request(ROW - RESERVE + 1)))
+
+
+def test_other_algorithms_prepare_as_ever(algorithm):
+    algorithm("EAGLE3")
+    assert prepared(batch_of(request(ROW), free=0)) == RESERVE
+
+
+def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
+    def original(manager, selector):
+        return [(selector, manager)]
+
+    for name, selected in (("CAST", "target"), ("EAGLE3", "all")):
+        algorithm(name)
+        assert hooks._select_runners(original, "manager") == [(selected, "manager")]
+        assert hooks._select_runners(original, "manager", "draft") == [("draft", "manager")]
 
 
 def test_what_is_hooked_is_there(monkeypatch):
@@ -43,19 +131,3 @@ def test_the_constructor_builds_our_draft_worker_and_no_other_does():
         assert eagle_worker_v2.EagleDraftWorker is SimpleNamespace
         raise RuntimeError
     assert eagle_worker_v2.EagleDraftWorker is original
-
-
-def test_prompts_are_admitted_as_plain_decoding_admits_them(algorithm):
-    for name, reserved in (("CAST", 0), ("EAGLE3", 7), (None, 7)):
-        algorithm(name)
-        assert hooks._reserve_no_context(lambda: 7) == reserved
-
-
-def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
-    def original(manager, selector):
-        return [(selector, manager)]
-
-    for name, selected in (("CAST", "target"), ("EAGLE3", "all")):
-        algorithm(name)
-        assert hooks._select_runners(original, "manager") == [(selected, "manager")]
-        assert hooks._select_runners(original, "manager", "draft") == [("draft", "manager")]
