@@ -57,13 +57,8 @@ class PassClock:
 
     @property
     def times_next(self) -> bool:
-        """Whether it is the next step's turn."""
+        """Whether it is the next step's turn; only a timed step tries another size."""
         return (self._num_steps + 1) % self._every == 0
-
-    @property
-    def is_timing(self) -> bool:
-        """Whether this step's passes are timed; only then it pays to try another size."""
-        return self._costs is not None
 
     def end_step(self) -> None:
         self._costs = None

@@ -20,10 +20,6 @@ class StepRoom(NamedTuple):
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
 
-    @property
-    def has_drafts(self) -> bool:
-        return self.max_layers > 0 and self.max_rows > 1
-
 
 class Envelope:
     """The largest tree that a step may grow and verify, and how much of it the requests can take.
