@@ -92,11 +92,8 @@ def _reset_residuals(original: Any, scheduler: Any, request: Any) -> Any:
         return original(scheduler, request)
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    residuals = getattr(scheduler.draft_worker, "residuals", None)
-    if residuals is not None:
-        residuals.reset()
-        scheduler.draft_worker.exploration.reset()
-    return SetInternalStateReqOutput(updated=residuals is not None)
+    costs = getattr(scheduler.draft_worker, "costs", None)
+    return SetInternalStateReqOutput(updated=costs is not None and costs.reset())
 
 
 def _add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

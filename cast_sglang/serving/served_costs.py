@@ -81,6 +81,14 @@ class ServedCosts:
             self.table = layer_costs(self.model.step_costs(batch_size, context))
             self.current = layer_costs(self.corrected.step_costs(batch_size, context))
 
+    def reset(self) -> bool:
+        """Forget all corrections and tries; return whether the tables are corrected at all."""
+        if self.residuals is None or self.exploration is None:
+            return False
+        self.residuals.reset()
+        self.exploration.reset()
+        return True
+
     def take_times(self, on_pass: Callable[[TimedPass], None] | None) -> None:
         """Record the passes that the device has finished since the last call.
 

@@ -109,3 +109,14 @@ def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):
     before = follower.corrected.step_costs(1, 128).unit_us
     follower.correct(REFRESH_EVERY, None)
     assert follower.corrected.step_costs(1, 128).unit_us > 1.5 * before
+
+
+def test_corrections_can_be_forgotten(make):
+    costs, clock, _ = make()
+    before = costs.corrected.step_costs(1, 128).unit_us
+    measure(clock, costs)
+    costs.correct(REFRESH_EVERY, None)
+    assert costs.reset()
+    assert costs.corrected.step_costs(1, 128).unit_us == before
+    assert not list(costs.residuals)
+    assert not make(residuals="off")[0].reset()
