@@ -208,5 +208,5 @@ class Continuation:
 
     def end(self) -> None:
         """Record that the text ends here; candidates below are then unknown."""
-        self.is_open = not self.is_closed
-        self.is_closed = True
+        if not self.is_closed:
+            self.is_open = self.is_closed = True

@@ -57,6 +57,8 @@ class TestContinuation:
         path.go_on([10])
         path.end()
         assert path.follows == [0] and path.is_open
+        path.end()  # as the recorder does in every step until the trace is written
+        assert path.is_open
         path.go_on([30])
         assert path.follows == [0]
 

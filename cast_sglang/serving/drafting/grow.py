@@ -57,7 +57,7 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     curve = _curve(calibration, probs, 1)
     tree = DraftTree(tokens, probs, growth.max_layers, ops_for(model.device), curve)
     if recorder is not None:
-        recorder.on_layer(1, probs, tree.scores)
+        recorder.on_layer(1, probs, probs if calibration is None else tree.scores)
     layers = growth.drafter.layers(growth.forward_batch)
     reads.begin_step()
     scores = tree.frontier().scores
