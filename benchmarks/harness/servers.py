@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Protocol, Self
 
 import httpx
 
@@ -44,6 +44,21 @@ def platform_environment() -> dict[str, str]:
     return {} if device_kind() == "cuda" else dict(CPU_PLATFORM)
 
 
+class Process(Protocol):
+    """What is used here of `subprocess.Popen`."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 class Server:
     """An SGLang server in a process group of its own; up inside `with`, gone after it.
 
@@ -70,7 +85,7 @@ class Server:
         self._flags = flags
         self._env = {**os.environ, **(env or {})}
         self._startup_seconds = startup_seconds
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     def __enter__(self) -> Self:
         self.launch()
@@ -90,14 +105,18 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "wb") as log:
-            self._process = subprocess.Popen(
-                server_command(*self._flags, "--host", "127.0.0.1", "--port", str(self.port)),
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            address = ("--host", "127.0.0.1", "--port", str(self.port))
+            self._process = self._start_process(server_command(*self._flags, *address), log)
+
+    def _start_process(self, command: Sequence[str], log: IO[bytes]) -> Process:
+        return subprocess.Popen(
+            command,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:

@@ -10,6 +10,7 @@ from benchmarks.harness.arms import parse_arm
 from benchmarks.harness.pairs import Pair, heldout_prompts, tiny_pair
 from benchmarks.harness.servers import CPU_PLATFORM, Server
 from tests.server.client import greedy_ids
+from tests.server.preloaded import PreloadedServer
 from tests.support.profiles import write_profile
 
 NUM_PROMPTS = 50
@@ -47,7 +48,9 @@ def start_server(
     ) -> Server:
         chosen = parse_arm(arm, pair.draft, str(profile))
         dtype = () if "--dtype" in flags else ("--dtype", "float32")
-        return Server(
+        # Where the environment changes what Python imports, the server imports it itself.
+        kind = Server if "PYTHONPATH" in env else PreloadedServer
+        return kind(
             name or chosen.name,
             ["--model-path", pair.target, *chosen.flags, *COMMON_FLAGS, *dtype, *flags],
             log_dir,
