@@ -80,6 +80,5 @@ def run(command: Sequence[str], env: Mapping[str, str], log_path: str) -> None:
     sys.argv = list(command)
     # SGLang asks for "spawn", whose processes import everything again.
     multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda method, force=False: None  # type: ignore[method-assign]
+    multiprocessing.set_start_method = lambda method, force=False: None  # type: ignore[assignment]
     main()
-
