@@ -8,7 +8,7 @@ from typing import Self
 from cast_sglang.costs.passes import PASSES, Pass
 from cast_sglang.costs.schema import CostTables
 
-__all__ = ["CONTEXT_BUCKET_TOKENS", "Limits", "exceeded", "longest_context"]
+__all__ = ["CONTEXT_BUCKET_TOKENS", "Limits", "exceeded"]
 
 CONTEXT_BUCKET_TOKENS = 64
 
@@ -40,8 +40,12 @@ class Limits:
 
     @property
     def longest_context(self) -> int:
-        """Return the most tokens that a request holds before a pass."""
-        return longest_context(self.max_context, self.max_verify_rows)
+        """Return the most tokens that a request holds before a pass, as they are tabulated."""
+        longest = max(self.max_context - self.max_verify_rows, 1)
+        if longest <= CONTEXT_BUCKET_TOKENS:
+            return longest
+        # Off a bucket's edge the cost model would round past the last grid point.
+        return longest - longest % CONTEXT_BUCKET_TOKENS
 
     @classmethod
     def of_tables(cls, tables: CostTables) -> Self:
@@ -53,13 +57,6 @@ class Limits:
             max_context=longest + tables.target.token_counts[-1],
             **{limit: table.token_counts[-1] for limit, table in every.items()},
         )
-
-
-def longest_context(max_context: int, max_verify_rows: int) -> int:
-    """Return the longest context before a pass that a profile measures."""
-    longest = max(max_context - max_verify_rows, 1)
-    # Off a bucket's edge the cost model would round past the last grid point.
-    return longest - longest % CONTEXT_BUCKET_TOKENS if longest > CONTEXT_BUCKET_TOKENS else longest
 
 
 def exceeded(tables: CostTables, limits: Limits) -> frozenset[str]:

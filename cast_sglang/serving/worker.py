@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
 
-    from cast_sglang.costs.correction import Residuals
     from cast_sglang.costs.profiles import FoundProfile
     from cast_sglang.serving.graphs.plan import GraphPlan
     from cast_sglang.serving.pass_clock import TimedPass
@@ -165,11 +164,6 @@ class CastWorker(EAGLEWorkerV2):
         return self.costs.model is None and self.config.policy != "eagle"
 
     @property
-    def residuals(self) -> Residuals | None:
-        """What serving measured against the profile; None without correction."""
-        return self.costs.residuals
-
-    @property
     def limits(self) -> Limits:
         """The largest shapes of one pass that this server may have to run."""
         return Limits(
@@ -205,7 +199,7 @@ class CastWorker(EAGLEWorkerV2):
         if (found := self.costs.profile) is not None:
             estimated = found.profile.provenance.estimated
             profile = {"path": str(found.path), "estimated": estimated}
-        residuals = [] if self.residuals is None else [row._asdict() for row in self.residuals]
+        residuals = [row._asdict() for row in self.costs.residuals or ()]
         policy, reliability = self.tools.decider.policy, []
         if self.tools.recorder is not None:
             self.costs.take_times(self._on_pass())
@@ -388,9 +382,9 @@ class CastWorker(EAGLEWorkerV2):
             measured_us = (now - self._last_done) * 1e6
         if step.predicted_us is not None and measured_us is not None:
             self.cast_stats.record_time(step.predicted_us, measured_us)
-            if self.residuals is not None and batch_size and step.expected_us is not None:
+            if self.costs.residuals is not None and batch_size and step.expected_us is not None:
                 ratio = measured_us / step.expected_us
-                self.residuals.record_step(batch_size, step.units is None, ratio)
+                self.costs.residuals.record_step(batch_size, step.units is None, ratio)
         if self.tools.recorder is not None:
             self.tools.recorder.on_step_timed(measured_us)
         self._last_done = now

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded, longest_context
+from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
 from cast_sglang.costs.passes import PASSES
 from tests.support.builders import make_profile, make_table
 
@@ -28,10 +28,10 @@ def test_draft_extend_runs_no_more_rows_than_verify_unless_it_is_said():
 
 @given(st.integers(1, 10**6), st.integers(1, 512))
 def test_the_longest_context_leaves_room_for_the_pass(max_context, rows):
-    longest = longest_context(max_context, rows)
+    longest = Limits(1, max_context, rows, 1).longest_context
     assert longest >= 1 and longest + rows <= max(max_context, rows + 1)
     assert longest <= CONTEXT_BUCKET_TOKENS or longest % CONTEXT_BUCKET_TOKENS == 0
-    assert longest_context(longest + rows, rows) == longest
+    assert Limits(1, longest + rows, rows, 1).longest_context == longest
 
 
 def test_tables_do_not_exceed_themselves():

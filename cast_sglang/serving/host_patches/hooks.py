@@ -95,12 +95,19 @@ def _reserve_no_context(original: Callable[[], int]) -> int:
     return 0 if is_cast() else original()
 
 
-def _lacks_room(batch: ScheduleBatch, requests: list[Req], num_tokens: int) -> bool:
+def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
     """Return whether a request that is alone cannot get the slots of a step with drafts."""
     if len(requests) != 1 or not is_cast():
         return False
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
     free = batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size()
-    return bool(free < num_tokens)
+    return bool(free < _slots_lacking(requests[0], get_alloc_reserve_per_decode()))
+
+
+def _slots_lacking(request: Req, reserve: int) -> int:
+    """Return the slots that a request still needs to have `reserve` beyond its tokens."""
+    return max(0, request.kv.kv_committed_len + reserve - request.kv.kv_allocated_len)
 
 
 def _tokens_required(
@@ -111,11 +118,9 @@ def _tokens_required(
     SGLang aborts a request for which the pool has no room when it runs alone. Plain decoding would
     serve it, so such a request is decoded with what there is.
     """
-    needed = original(batch, requests, page_size)
-    if _lacks_room(batch, requests, needed):
-        kv = requests[0].kv
-        return max(0, kv.kv_committed_len + PLAIN_RESERVE - kv.kv_allocated_len)
-    return needed
+    if _must_decode_plainly(batch, requests):
+        return _slots_lacking(requests[0], PLAIN_RESERVE)
+    return original(batch, requests, page_size)
 
 
 def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
@@ -130,10 +135,9 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
         return
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
-    reserve, kv = get_alloc_reserve_per_decode(), batch.reqs[0].kv
-    needed = kv.kv_committed_len + reserve - kv.kv_allocated_len
-    _reserve = PLAIN_RESERVE if _lacks_room(batch, batch.reqs, needed) else None
-    end = max(req.kv.kv_committed_len for req in batch.reqs) + (_reserve or reserve)
+    _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else None
+    end = max(req.kv.kv_committed_len for req in batch.reqs)
+    end += get_alloc_reserve_per_decode() if _reserve is None else _reserve
     row = batch.req_to_token_pool.req_to_token.shape[1]
     if end > row:
         raise IndexError(f"a request reserves {end} slots, and its row of req_to_token has {row}")
