@@ -70,7 +70,7 @@ def test_below_the_end_of_a_text_nothing_is_known(follows, unknown):
 def test_children_by_depth_are_those_of_all_requests():
     halved = [prob / 2 for prob in PROBS]
     recorded = RecordedTrees(step(request(), request(probs=halved, chances=PROBS)), TOPK)
-    # [parents, probabilities or chances, K]
+    # Parents, then their children's probabilities and chances.
     first, second, third = (recorded.children(depth) for depth in (1, 2, 3))
     assert first.shape == (2, 2, 2) and second.shape == (4, 2, 2) and third.shape == (2, 2, 2)
     np.testing.assert_allclose(second[:2, 0], [[0.5, 0.4], [0.7, 0.2]], rtol=1e-6)
