@@ -159,6 +159,14 @@ def test_a_curve_is_linear_in_pieces_and_stays_a_probability():
     assert low.at(torch.tensor([0.2, 0.7])).tolist() == pytest.approx([0.0, 0.2])
 
 
+def test_a_value_at_a_knot_belongs_to_the_piece_above():
+    steps = AcceptanceCurve(
+        torch.tensor([0.25, 0.5]), torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3)
+    )
+    at = torch.tensor([0.249, 0.25, 0.499, 0.5])
+    assert steps.at(at).tolist() == pytest.approx([0.1, 0.2, 0.2, 0.3])
+
+
 def test_chances_of_siblings_are_what_the_earlier_ones_leave():
     """By hand: the curve is asked for a child's share of what the draft has left."""
     probs = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.5]])
