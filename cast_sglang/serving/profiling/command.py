@@ -58,12 +58,16 @@ def profile_server(
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name in values:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _profile(
