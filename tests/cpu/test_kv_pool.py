@@ -42,11 +42,12 @@ def test_layers_are_counted_from_the_first_of_the_pool():
 
 
 def test_sglang_stores_into_the_same_rows():
-    pool, slots = make_pool(), torch.tensor([4, 7])
+    """It counts the layers of its own pool there, not those of the model."""
+    pool, slots = make_pool(start_layer=5, end_layer=7), torch.tensor([4, 7])
     k, v = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
     pool._store_kv_layer(2, slots, k, v)
-    assert torch.equal(pool.get_key_buffer(2)[slots], k)
-    assert torch.equal(pool.get_value_buffer(2)[slots], v)
+    assert torch.equal(pool.get_key_buffer(7)[slots], k)
+    assert torch.equal(pool.get_value_buffer(7)[slots], v)
 
 
 def test_pool_moves_slots_of_all_layers():

@@ -248,8 +248,7 @@ def test_results_reach_the_policy_and_the_counters(profiled, passes, monkeypatch
     assert policy.brought == [(2, 1.5, units)]
     state = profiled.cast_stats.snapshot()
     assert state["drafts_accepted"] == 3 and state["accept_lens"] == {"2": 1, "3": 1}
-    # A prefill lay before it, so its distance from the last step is not its time.
-    assert state["timed_steps"] == 0
+    assert state["timed_steps"] == 0  # there is no step before it
     profiled.forward_batch_generation(batch_of(request(), request()))
     clock.now = 1.25
     profiled.on_verify_complete_cpu([0, 0])
@@ -260,6 +259,15 @@ def test_results_reach_the_policy_and_the_counters(profiled, passes, monkeypatch
     profiled.forward_batch_generation(batch_of(request()))
     profiled.on_verify_complete_cpu([0])
     assert len(policy.brought) == 2
+
+
+def test_a_step_behind_a_prefill_is_not_timed(profiled, passes):
+    """Its distance from the step before is not its time."""
+    for is_prefill in (False, True, False, False):
+        profiled.forward_batch_generation(batch_of(request(), is_prefill=is_prefill))
+        if not is_prefill:
+            profiled.on_verify_complete_cpu([1])
+    assert profiled.cast_stats.snapshot()["timed_steps"] == 1
 
 
 def test_results_without_a_step_are_ignored(worker, passes):
