@@ -19,6 +19,7 @@ class Meter:
         self.log = log
 
     def limits(self):
+        self.log.append("limits")
         return LIMITS
 
     def verify(self, batch_size, context, rows):
@@ -64,13 +65,13 @@ def measure(run, monkeypatch, world_size=2):
 
 def test_the_other_ranks_repeat_every_call(monkeypatch):
     def run(meter):
-        assert meter.limits() is LIMITS  # known on every rank
+        assert meter.limits() is LIMITS
         return meter.verify(2, 16, 4) + meter.verify(1, 16, 3), meter.step_overhead(2)
 
     results, logs = measure(run, monkeypatch)
     assert results == [(11.0, None), None]
     calls = [("verify", 2, 16, 4), ("verify", 1, 16, 3), ("step_overhead", 2), "closed"]
-    assert logs == [calls, calls]
+    assert logs == [["limits", *calls], calls]  # limits are no pass
 
 
 def test_the_other_ranks_stop_where_measuring_fails(monkeypatch):
