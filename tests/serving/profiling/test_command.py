@@ -1,5 +1,6 @@
 """`cast-sglang profile`: the engine it starts, the file it leaves, and how it fails."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -85,15 +86,16 @@ def test_a_failed_call_is_one_error_and_leaves_no_engine(engine):
     assert engine.last.is_shut_down and engine.last.parameters["output"] is None
 
 
-@pytest.mark.parametrize("before", [None, "mine.json"])
-def test_the_users_own_settings_are_back_afterwards(engine, before, monkeypatch):
-    monkeypatch.setenv("CAST_PROFILE", "")
-    monkeypatch.delenv("CAST_PROFILE")
-    if before is not None:
-        monkeypatch.setenv("CAST_PROFILE", before)
-    engine.does = staticmethod(facts_of)
-    command.profile_server([], "p.json")
-    assert os.environ.get("CAST_PROFILE") == before and "CAST_POLICY" not in os.environ
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_engines_settings_end_with_it(engine, fails):
+    def call(parameters):
+        assert not fails
+        facts_of(parameters)
+
+    engine.does = staticmethod(call)
+    with pytest.raises(HostError) if fails else contextlib.nullcontext():
+        command.profile_server([], "p.json")
+    assert "CAST_PROFILE" not in os.environ and "CAST_POLICY" not in os.environ
 
 
 @pytest.mark.parametrize("is_named", [True, False])
