@@ -142,23 +142,3 @@ def test_prefill_with_cached_prefix(heads, kv_heads, prefixes, extends, dtype):
         for i in range(extend)
     ]
     check(pool, q, read, expected, dtype)
-
-
-def test_a_token_does_not_depend_on_the_rest_of_its_batch():
-    lens, width = torch.tensor([37, 190, 80]), 5
-    pool = Pool(3, 2, 16, torch.float32)
-    q = pool.randn(3 * width, 4, 16)
-    together = attend_batched(
-        q, pool.rows, reads.causal_read(pool.req_to_token, pool.requests, lens, width), 2, 0.25
-    )
-    alone = [
-        attend_batched(
-            q[b * width : (b + 1) * width],
-            pool.rows,
-            reads.causal_read(pool.req_to_token, pool.requests[b : b + 1], lens[b : b + 1], width),
-            2,
-            0.25,
-        )
-        for b in range(3)
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), atol=2e-6, rtol=0)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import torch
 
 from cast_sglang.cpu.attention import CastCpuAttnBackend
-from cast_sglang.cpu.reads import causal_read
 from cast_sglang.serving.row_packing import (
     can_pack_rows,
     find_packed_rows,
@@ -24,41 +23,6 @@ def test_packed_rows_are_the_first_of_each_request():
 
 def test_last_rows():
     assert last_rows(torch.tensor([1, 3, 2]), WIDTH).tolist() == [0, 5, 7]
-
-
-def test_attention_of_packed_rows_is_that_of_all_rows():
-    """Each row sees what it would see among all of its request's rows."""
-    generator = torch.Generator().manual_seed(0)
-    heads, kv_heads, head_dim, num_slots = 4, 2, 8, 40
-    backend = CastCpuAttnBackend.__new__(CastCpuAttnBackend)
-    cache = torch.randn(num_slots, 2 * kv_heads * head_dim, generator=generator)
-    backend.pool = SimpleNamespace(layer_rows=lambda layer: cache)
-    seq_lens = torch.tensor([7, 4, 5])
-    table = torch.randperm(num_slots, generator=generator)[: 3 * 10].view(3, 10).int()
-    backend.read = causal_read(table, torch.arange(3), seq_lens, WIDTH)
-    layer = SimpleNamespace(
-        layer_id=0,
-        tp_q_head_num=heads,
-        tp_k_head_num=kv_heads,
-        head_dim=head_dim,
-        scaling=0.3,
-        sliding_window_size=-1,
-        logit_cap=0,
-        is_cross_attention=False,
-        attn_type=None,
-    )
-    from sglang.srt.layers.radix_attention import AttentionType
-
-    layer.attn_type = AttentionType.DECODER
-    queries = torch.randn(3 * WIDTH, heads * head_dim, generator=generator)
-
-    def attend(q):
-        return backend.forward_decode(q, None, None, layer, None, save_kv_cache=False)
-
-    expected = attend(queries)
-    packed_rows = find_packed_rows(torch.tensor([3, 1, 2]), WIDTH)
-    backend.packed_rows = packed_rows
-    torch.testing.assert_close(attend(queries[packed_rows]), expected[packed_rows])
 
 
 def test_a_draft_of_other_layers_runs_them_whole():

@@ -1,12 +1,14 @@
-"""A draft model without weights, and trees grown with it."""
+"""A draft model without weights, a drafter without a model, and trees grown with them."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from cast_sglang.ops import reference
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
+from cast_sglang.serving.drafting.base import Drafter
 from cast_sglang.serving.drafting.grow import Growth, grow_tree
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
@@ -105,6 +107,35 @@ class Widths(TreePolicy):
 
     def rerank(self, scores, costs):
         return 2
+
+
+class OnePass(Drafter):
+    """Proposes all layers in one pass: the whole of a new drafter."""
+
+    def __init__(self, batch, log):
+        generator = torch.Generator().manual_seed(0)
+        self.probs = torch.rand(STEPS, batch, TOPK, generator=generator).sort(-1, True).values
+        self.log = log
+
+    def layers(self, forward_batch):
+        self.depth = 1
+        self.log.append("layers")
+        return self
+
+    def layer_costs(self, costs):
+        return costs._replace(
+            overhead=costs.overhead + float(costs.draft[0]),
+            draft=np.full_like(costs.draft, 1e-3),
+        )
+
+    def prepare(self, frontier):
+        self.log.append("prepare")
+
+    def run(self, frontier, width):
+        self.log.append(f"run {width}")
+        probs = self.probs[self.depth].repeat_interleave(width, dim=0)
+        self.depth += 1
+        return probs, torch.zeros(probs.shape, dtype=torch.int64)
 
 
 def forward_batch(batch, seed):

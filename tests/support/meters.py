@@ -1,4 +1,4 @@
-"""Devices whose true costs are known, for the profiler."""
+"""Meters without an engine, of devices whose true costs are known."""
 
 import math
 import random
@@ -72,3 +72,26 @@ class StaircaseMeter:
         """Return the time of a pass; `calls` holds it already."""
         noise = abs(self._rng.gauss(0, self._noise)) + (self._rng.random() < 0.02) * 5
         return true_us(*point) / 1e6 * (1 + noise)
+
+
+class FlatMeter:
+    """A small device whose passes take the same time whatever their shape."""
+
+    seconds = 1e-3
+
+    def limits(self):
+        return Limits(max_batch_size=2, max_context=130, max_verify_rows=2, max_width=2)
+
+    def verify(self, batch_size, context, rows):
+        return self.seconds
+
+    draft = draft_extend = verify
+
+    def step_overhead(self, batch_size):
+        return None
+
+
+class BrokenMeter(FlatMeter):
+    """A device whose clock stands still."""
+
+    seconds = 0.0

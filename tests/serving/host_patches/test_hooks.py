@@ -6,6 +6,7 @@ import pytest
 
 from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.step_room import PLAIN_RESERVE
+from tests.support.hooks import collect_hooks, hooked
 
 RESERVE, ROW = 128, 512 + 128
 
@@ -107,20 +108,11 @@ def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
 
 
 def test_what_is_hooked_is_there(monkeypatch):
-    import importlib
-
-    targets = []
-    registry = SimpleNamespace(register=lambda target, hook, kind: targets.append(target))
-    monkeypatch.setattr(hooks, "HookRegistry", registry)
+    hooks_by_target = collect_hooks(monkeypatch, hooks)
     hooks.register_hooks()
-    assert len(targets) == len(set(targets)) >= 9
-    for target in targets:
-        parts = target.split(".")
-        end = next(i for i, part in enumerate(parts) if part[0].isupper() or i == len(parts) - 1)
-        found = importlib.import_module(".".join(parts[:end]))
-        for name in parts[end:]:
-            found = getattr(found, name)
-        assert callable(found), target
+    assert len(hooks_by_target) >= 9
+    for target in hooks_by_target:
+        assert callable(hooked(target)), target
 
 
 def test_the_constructor_builds_our_draft_worker_and_no_other_does():

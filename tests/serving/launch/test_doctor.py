@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import msgspec
 import pytest
-from rich.console import Console
 
 from benchmarks.harness.pairs import ROOT, tiny_pair
 from benchmarks.harness.servers import CPU_PLATFORM
 from cast_sglang.costs.profiles import FoundProfile
 from cast_sglang.costs.schema import Heldout
-from cast_sglang.serving.launch.diagnosis import Check, Diagnosis
+from cast_sglang.serving.launch.diagnosis import Check
 from cast_sglang.serving.launch.doctor import check_profile_fit, examine
 from tests.support.builders import make_profile
 from tests.support.profiles import write_profile
@@ -234,20 +233,3 @@ def test_trust_in_a_profile(changes, status, says):
     fit, error = check_profile_fit(found, "COMMAND")
     assert fit.status == "ok" and error.status == status and says in error.found
     assert ("COMMAND" in error.fix) == (status == "warn")
-
-
-def test_report_for_people(capsys):
-    checks = [
-        Check("device", "ok", "a [bold] name"),
-        Check("profile", "warn", "none found", "run " + "x" * 300),
-        Check("pair", "fail", "does not fit"),
-    ]
-    Diagnosis(checks).print(Console())
-    assert capsys.readouterr().out.splitlines() == [
-        "ok    device   a [bold] name",
-        "warn  profile  none found",
-        " " * 15 + "-> run " + "x" * 300,
-        "fail  pair     does not fit",
-        "1 failed, 1 to look at",
-    ]
-    assert Diagnosis(checks).exit_code == 1 and Diagnosis(checks[:2]).exit_code == 0

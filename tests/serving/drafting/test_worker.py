@@ -1,0 +1,293 @@
+"""The draft worker's own part of a step, around SGLang's passes; whole steps: `tests/server`."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+from cast_sglang.costs.graph_sizes import GraphSizes
+from cast_sglang.serving.drafting import worker as module
+from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.eagle import EagleDrafter
+from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
+from cast_sglang.serving.graphs.passes import PassGraphs
+from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.pass_clock import PassClock
+from cast_sglang.serving.step_room import StepRoom
+from tests.support.drafts import HIDDEN, STEPS, TOPK, FakeModel, Widths, decider_of, forward_batch
+
+ROWS, CONTEXT, SLOTS = 12, 40, 9
+
+
+def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
+    """Return a worker without SGLang's part."""
+    worker = CastDraftWorker.__new__(CastDraftWorker)
+    worker.device, worker.topk, worker.speculative_num_steps = "cpu", TOPK, STEPS
+    worker.speculative_num_draft_tokens = worker.max_draft_tokens = ROWS
+    worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker._extend_graphs = None
+    worker._last_layer = worker.draft_extend_attn_backend = None
+    worker.tree_mask_mode = worker.target_worker = None
+    worker.draft_runner = SimpleNamespace(attn_backend=SimpleNamespace(packed_rows=None))
+    table = torch.arange(1000, 1000 + SLOTS * CONTEXT).view(SLOTS, CONTEXT).int()
+    worker.req_to_token_pool = SimpleNamespace(req_to_token=table)
+    worker.model = FakeModel()
+    worker.drafter = EagleDrafter(worker.model, STEPS)
+    worker.tools = StepTools(
+        decider=decider,
+        calibration=None,
+        reads=HostReads("cpu"),
+        clock=PassClock("cpu"),
+        recorder=None,
+        backlog=Backlog(SLOTS, 4),
+        is_ragged=is_ragged,
+        graph_plan=None,
+        verify_sizes=(2, 5, ROWS),
+        room=StepRoom(STEPS, max_rows),
+    )
+    return worker
+
+
+def batch_of(slots, seq_lens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = len(slots)
+    return SimpleNamespace(
+        reqs=[object()] * size,
+        req_pool_indices=torch.tensor(slots),
+        req_pool_indices_cpu=torch.tensor(slots),
+        seq_lens=torch.tensor(seq_lens),
+        seq_lens_cpu=torch.tensor(seq_lens),
+        seq_lens_sum=sum(seq_lens),
+        spec_info=EagleDraftInput(
+            topk_p=torch.rand(size, TOPK, generator=generator),
+            topk_index=torch.randint(50, (size, TOPK), generator=generator),
+            hidden_states=torch.rand(size, HIDDEN, generator=generator),
+        ),
+    )
+
+
+def result_of(num_requests, width, accept_lens):
+    """Return what verify hands to draft extend; states and tokens tell the rows."""
+    rows = torch.arange(num_requests * width)
+    return GenerationBatchResult(
+        logits_output=LogitsProcessorOutput(None, rows.float().unsqueeze(1).repeat(1, HIDDEN)),
+        next_token_ids=rows,
+        accept_lens=torch.tensor(accept_lens, dtype=torch.int32),
+        accept_index=torch.zeros(num_requests, width, dtype=torch.int32),
+        next_draft_input=EagleDraftInput(),
+        speculative_num_draft_tokens=width,
+    )
+
+
+@pytest.fixture
+def extended(monkeypatch):
+    """Stand in for SGLang's draft extend; collect what it is given, and propose sevens."""
+    calls = []
+
+    def extend(self, batch, result, **kwargs):
+        seen = SimpleNamespace(
+            batch=batch,
+            result=result,
+            width=self.speculative_num_draft_tokens,
+            graph=self.cuda_graph_runner_for_draft_extend,
+            packed_rows=self.draft_runner.attn_backend.packed_rows,
+        )
+        calls.append(seen)
+        size = len(batch.seq_lens)
+        result.next_draft_input.topk_p = torch.full((size, TOPK), 7.0)
+        result.next_draft_input.topk_index = torch.full((size, TOPK), 7)
+        result.next_draft_input.hidden_states = torch.full((size, HIDDEN), 7.0)
+
+    monkeypatch.setattr(EagleDraftWorker, "_draft_extend_for_decode", extend)
+    return calls
+
+
+def test_a_plain_step_is_kept_until_the_draft_catches_up(extended):
+    worker, batch = make_worker(), batch_of([3, 5], [10, 20])
+    before = batch.spec_info
+    for step in range(2):
+        result = result_of(2, 1, [1, 1])
+        result.next_token_ids += 100 * step
+        with worker.plain_step(before):
+            worker._draft_extend_for_decode(batch, result)
+        assert worker.last_extend_rows == 0
+        # What the scheduler keeps has the shape of the next roots' children.
+        assert torch.equal(result.next_draft_input.topk_p, before.topk_p)
+        assert torch.equal(result.next_draft_input.hidden_states, before.hidden_states)
+        batch.seq_lens, batch.seq_lens_cpu = batch.seq_lens + 1, batch.seq_lens_cpu + 1
+    assert extended == [] and worker.tools.backlog.num_missing(np.array([3, 5])) == 2
+    worker.catch_up(batch)
+    [seen] = extended
+    assert seen.width == 2 and seen.result.next_token_ids.tolist() == [0, 100, 1, 101]
+    assert seen.batch.seq_lens.tolist() == [10, 20] and seen.batch.seq_lens_sum == 30
+    table = worker.req_to_token_pool.req_to_token
+    assert seen.batch.out_cache_loc.tolist() == [*table[3, 10:12], *table[5, 20:22]]
+    assert (batch.spec_info.topk_index == 7).all()
+    # The batch itself stays where it is, and nothing is left to do.
+    assert batch.seq_lens.tolist() == [12, 22]
+    worker.catch_up(batch)
+    assert len(extended) == 1
+
+
+def test_only_a_request_that_lacks_rows_gets_new_children(extended):
+    worker = make_worker()
+    alone = batch_of([5], [20])
+    for _ in range(2):
+        with worker.plain_step(alone.spec_info):
+            worker._draft_extend_for_decode(alone, result_of(1, 1, [1]))
+    batch = batch_of([3, 5], [10, 22])
+    before = batch.spec_info.topk_p.clone()
+    worker.catch_up(batch)
+    [seen] = extended
+    # One that lacks nothing writes behind its end, where the next step writes anyway.
+    assert seen.batch.seq_lens.tolist() == [10, 20]
+    assert seen.result.accept_lens.tolist() == [1, 2]
+    assert torch.equal(batch.spec_info.topk_p[0], before[0])
+    assert batch.spec_info.topk_p[1].tolist() == [7.0] * TOPK
+
+
+def test_without_lengths_on_the_host_none_are_made_up(extended):
+    worker, batch = make_worker(), batch_of([3], [10])
+    with worker.plain_step(batch.spec_info):
+        worker._draft_extend_for_decode(batch, result_of(1, 1, [1]))
+    batch.seq_lens_cpu = batch.seq_lens_sum = None
+    worker.catch_up(batch)
+    assert extended[0].batch.seq_lens_cpu is None and extended[0].batch.seq_lens.tolist() == [9]
+
+
+def test_draft_extend_runs_the_columns_that_were_accepted(extended):
+    worker, batch = make_worker(), batch_of([3, 5], [10, 20])
+    batch.out_cache_loc = torch.arange(10)
+    result = result_of(2, 5, [1, 3])
+    worker._draft_extend_for_decode(batch, result)
+    [seen] = extended
+    assert seen.width == worker.last_extend_rows == 3
+    assert seen.result.next_token_ids.tolist() == [0, 1, 2, 5, 6, 7]
+    assert seen.batch.out_cache_loc.tolist() == [0, 1, 2, 5, 6, 7]
+    assert seen.packed_rows is None
+    # The scheduler still reads all that verify has found.
+    assert len(result.next_token_ids) == 10 and worker.speculative_num_draft_tokens == ROWS
+
+
+def test_rows_that_hold_nothing_are_not_run_where_they_can_be_left_out(extended):
+    worker, batch = make_worker(is_ragged=True), batch_of([3, 5], [10, 20])
+    batch.out_cache_loc = torch.arange(10)
+    worker.draft_runner.forward = None
+    worker._draft_extend_for_decode(batch, result_of(2, 5, [1, 3]))
+    [seen] = extended
+    assert seen.packed_rows.tolist() == [0, 3, 4, 5]
+    assert worker.last_extend_rows == 2.0 and worker.draft_runner.attn_backend.packed_rows is None
+
+
+@pytest.mark.parametrize(("accepted", "width", "graph"), [(3, 4, "four"), (5, 5, None)])
+def test_captured_draft_extend_takes_the_next_size_that_was_verified(
+    extended, accepted, width, graph
+):
+    worker, batch = make_worker(), batch_of([3, 5], [10, 20])
+    worker._extend_graphs = PassGraphs("draft_extend", GraphSizes({2: (2, 4, 8)}))
+    worker._extend_graphs._runners = {2: "two", 4: "four", 8: "eight"}
+    worker.draft_extend_attn_backend = SimpleNamespace(num_draft_tokens=ROWS)
+    batch.out_cache_loc = torch.arange(2 * 6)
+    worker._draft_extend_for_decode(batch, result_of(2, 6, [1, accepted]))
+    [seen] = extended
+    assert (seen.width, seen.graph) == (width, graph) and worker.last_extend_rows == width
+    assert worker.cuda_graph_runner_for_draft_extend is None
+
+
+def test_the_servers_width_is_back_after_an_error():
+    worker = make_worker()
+    with pytest.raises(RuntimeError), worker._width(3, 2):
+        assert worker.speculative_num_draft_tokens == 3
+        raise RuntimeError
+    assert worker.speculative_num_draft_tokens == ROWS
+    with pytest.raises(RuntimeError), worker.plain_step("input"):
+        assert worker._plain_input == "input"
+        raise RuntimeError
+    assert worker._plain_input is None
+
+
+class Verifies(Widths):
+    """A policy of given widths, depth and rows."""
+
+    def __init__(self, widths, num_layers, num_rows):
+        super().__init__(widths)
+        self.num_layers, self.num_rows = num_layers, num_rows
+
+    def depth(self, num_layers, costs):
+        return self.num_layers
+
+    def rerank(self, scores, costs):
+        return self.num_rows
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Stand in for SGLang's preparation of a step and for its tree builder; collect its input."""
+    calls = []
+
+    def build(batch, draft_input, parents, index, tokens, probs, **sizes):
+        calls.append(SimpleNamespace(parents=parents, index=index, tokens=tokens, **sizes))
+        links = torch.tensor([[1, -1], [1, -1]])
+        # The second request has siblings, the first one has none.
+        siblings = torch.tensor([[-1, -1], [-1, 2]])[: len(tokens)]
+        return SimpleNamespace(
+            retrieve_next_token=links[: len(tokens)], retrieve_next_sibling=siblings
+        )
+
+    monkeypatch.setattr(module, "build_eagle_verify_input", build)
+    monkeypatch.setattr(
+        module,
+        "prepare_for_draft",
+        lambda draft_input, pool, batch, *args: (forward_batch(len(batch.reqs), 1), None, None),
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_rows", "longest"), [(4, 8, 4), (2, 8, 2), (4, 3, 2), (1, 2, 1)]
+)
+def test_a_step_verifies_what_was_decided(built, num_layers, num_rows, longest):
+    policy = Verifies([3, 1, 2], num_layers, num_rows)
+    worker, batch = make_worker(decider_of(policy)), batch_of([3, 5], [10, 20])
+    num_rows = min(num_rows, 1 + TOPK * (1 + sum([3, 1, 2][: num_layers - 1])))
+    verify_input = worker.draft(batch)
+    [seen] = built
+    assert seen.num_draft_tokens == num_rows and seen.tokens.shape == (2, num_rows - 1)
+    # The tree builder is told of the whole tree, and of the longest path that can be accepted.
+    assert seen.num_steps == 4 and verify_input.spec_steps == longest
+    # Layers that do not stay have no node among those that are verified.
+    num_candidates = TOPK * (1 + sum([3, 1, 2][: num_layers - 1]))
+    assert (seen.index < num_candidates).all()
+    shape = worker.last_shape
+    assert shape == ((3, 1, 2)[: num_layers - 1], num_rows, None)
+    assert not verify_input.is_path and verify_input.num_rows is None
+
+
+def test_no_more_is_verified_than_there_is_room_for(built):
+    worker = make_worker(decider_of(Verifies([3, 3], 3, 12)), max_rows=5)
+    worker.draft(batch_of([3, 5], [10, 20]))
+    assert built[0].num_draft_tokens == 5
+
+
+def test_a_lone_path_is_known_as_one(built):
+    worker = make_worker(decider_of(Verifies([1], 2, 3), batch=1))
+    assert worker.draft(batch_of([3], [10])).is_path
+
+
+def test_a_request_that_wants_no_drafts_has_only_its_root(built):
+    worker = make_worker(decider_of(Verifies([2], 2, 4)))
+    worker.tools.weights = np.array([0.0, 1.0])
+    verify_input = worker.draft(batch_of([3, 5], [10, 20]))
+    assert verify_input.retrieve_next_token.tolist() == [[-1, -1], [1, -1]]
+
+
+def test_what_the_draft_lacks_is_made_up_for_before_a_tree_grows(built, extended):
+    worker, batch = make_worker(decider_of(Verifies([2], 2, 4))), batch_of([3, 5], [10, 20])
+    with worker.plain_step(batch.spec_info):
+        worker._draft_extend_for_decode(batch, result_of(2, 1, [1, 1]))
+    worker.draft(batch)
+    assert len(extended) == 1 and (batch.spec_info.topk_index == 7).all()

@@ -1,0 +1,150 @@
+"""`cast-sglang profile`: the engine it starts, the file it leaves, and how it fails."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cast_sglang.costs.profiles import load_profile, user_profile_path
+from cast_sglang.costs.schema import ModelIdentity
+from cast_sglang.errors import HostError, ProfileError
+from cast_sglang.profiling.journal import journal_path
+from cast_sglang.serving.profiling import command
+from tests.support.builders import make_identity
+from tests.support.meters import BrokenMeter, FlatMeter
+
+
+class Engine:
+    """SGLang's engine; each test says what its call does."""
+
+    def __init__(self, server_args):
+        self.server_args, self.is_shut_down = server_args, False
+        self.settings = {name: os.environ[name] for name in ("CAST_PROFILE", "CAST_POLICY")}
+        Engine.last = self
+
+    def collective_rpc(self, method, **parameters):
+        self.method, self.parameters = method, parameters
+        self.does(parameters)
+
+    def shutdown(self):
+        self.is_shut_down = True
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    from sglang.srt import plugins, server_args
+    from sglang.srt.entrypoints import engine
+
+    monkeypatch.setattr(engine, "Engine", Engine)
+    monkeypatch.setattr(plugins, "load_plugins", lambda: None)
+    monkeypatch.setattr(server_args, "prepare_server_args", list)
+    return Engine
+
+
+@pytest.fixture
+def identity(monkeypatch, tmp_path):
+    """The host that is measured, with a target in a local directory and a cache of its own."""
+    from sglang.srt.arg_groups import overrides
+
+    target = ModelIdentity(name="/home/me/models/target", config_hash="a" * 64, architectures=["L"])
+    identity = make_identity(target=target)
+    monkeypatch.setattr(overrides, "resolving_view", lambda args: args)
+    monkeypatch.setattr(command, "host_identity", lambda args: identity)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return identity
+
+
+def facts_of(parameters):
+    Path(parameters["facts"]).write_text(json.dumps({"seconds": 1.5}))
+
+
+def test_an_engine_of_the_widest_trees_is_started_without_a_profile(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine.does = staticmethod(facts_of)
+    argv = ["--model-path", "T", "--speculative-draft-model-path", "D"]
+    facts = command.profile_server(argv, "p.json", quick=True, budget_seconds=9.0, command="C")
+    assert facts == {"seconds": 1.5}
+    assert engine.last.server_args == [*argv, "--speculative-algorithm", "CAST"]
+    assert engine.last.settings == {"CAST_PROFILE": "none", "CAST_POLICY": "eagle"}
+    assert engine.last.method == command.RPC_METHOD and engine.last.is_shut_down
+    # The engine's processes may run in another directory.
+    assert engine.last.parameters["output"] == str(tmp_path / "p.json")
+    assert engine.last.parameters["quick"] is True
+    assert engine.last.parameters["budget_seconds"] == 9.0
+
+
+def test_a_failed_call_is_one_error_and_leaves_no_engine(engine):
+    def fail(parameters):
+        raise AssertionError("the time budget ended")
+
+    engine.does = staticmethod(fail)
+    with pytest.raises(HostError, match="profiling failed: the time budget ended"):
+        command.profile_server([], None)
+    assert engine.last.is_shut_down and engine.last.parameters["output"] is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_engines_settings_end_with_it(engine, fails):
+    def call(parameters):
+        assert not fails
+        facts_of(parameters)
+
+    engine.does = staticmethod(call)
+    with pytest.raises(HostError) if fails else contextlib.nullcontext():
+        command.profile_server([], "p.json")
+    assert "CAST_PROFILE" not in os.environ and "CAST_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_measured_profile_is_saved_with_what_it_was_measured_on(identity, tmp_path, is_named):
+    named, facts = tmp_path / "named.json", tmp_path / "facts.json"
+    parameters = {
+        "output": str(named) if is_named else None,
+        "facts": str(facts),
+        "quick": True,
+        "budget_seconds": None,
+        "command": "cast-sglang profile --quick",
+    }
+    worker = SimpleNamespace(server_args=SimpleNamespace())
+    command._measure(worker, FlatMeter(), parameters)
+    short = identity.target.name.removeprefix("/home/me/")
+    path = named if is_named else next((tmp_path / "cache").rglob("*.json"))
+    profile = load_profile(path)
+    assert json.loads(facts.read_text())["output"] == str(path)
+    provenance = profile.provenance
+    assert provenance.command == "cast-sglang profile --quick" and not provenance.estimated
+    # A profile may be published, so it does not tell where a model lies.
+    assert provenance.target.name == short == "models/target"
+    assert profile.target.time_us[0][0][0] == pytest.approx(1000.0)
+    assert not journal_path(path).exists()
+    if not is_named:
+        assert path.name.startswith("nvidia-h200__target__draft__tp1")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, ""),
+        (ProfileError("the time budget\n  ended"), "the time budget ended"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_call_answers_with_one_line(monkeypatch, error, message):
+    def measure(scheduler, run):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(command, "measure_on_all_ranks", measure)
+    answer = command.handle_rpc(SimpleNamespace(draft_worker=None), {})
+    assert (answer.success, answer.message) == (error is None, message)
+
+
+def test_a_failed_measurement_leaves_no_profile(identity, tmp_path):
+    parameters = {"output": str(tmp_path / "p.json"), "quick": True, "budget_seconds": None}
+    worker = SimpleNamespace(server_args=SimpleNamespace())
+    with pytest.raises(ProfileError):
+        command._measure(worker, BrokenMeter(), parameters)
+    assert not (tmp_path / "p.json").exists() and not user_profile_path(identity).exists()

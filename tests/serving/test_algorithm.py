@@ -1,0 +1,172 @@
+"""CAST among SGLang's algorithms: what it says of itself, and what a launch goes through."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+from sglang.srt.speculative import spec_registry
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from benchmarks.harness.pairs import tiny_pair
+from cast_sglang.errors import ConfigError, HostError
+from cast_sglang.serving import algorithm as module
+from cast_sglang.serving.algorithm import CastAlgorithm
+from tests.support.builders import make_identity
+
+
+@pytest.fixture
+def cast(monkeypatch):
+    """CAST as SGLang finds it by the name that a user gives."""
+    monkeypatch.setattr(spec_registry, "_REGISTRY", {})
+    module.register()
+    return SpeculativeAlgorithm.from_string("cast")
+
+
+def server_args(**given):
+    graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
+    values = dict(
+        speculative_num_steps=None,
+        speculative_eagle_topk=None,
+        speculative_num_draft_tokens=None,
+        attention_backend="triton",
+        prefill_attention_backend=None,
+        decode_attention_backend=None,
+        speculative_draft_attention_backend=None,
+        max_running_requests=None,
+        enable_mixed_chunk=True,
+        disable_overlap_schedule=False,
+        device="cpu",
+        cuda_graph_config=graphs,
+    )
+    return SimpleNamespace(**{**values, **given})
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Leave out what reads models and profiles; collect its order."""
+    log = []
+    monkeypatch.setattr(module, "check_pair", lambda args: log.append("pair"))
+
+    def find(config, args):
+        log.append("profile")
+
+    monkeypatch.setattr(module, "find_server_profile", find)
+    monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
+    return log
+
+
+def test_the_name_is_registered_with_worker_and_checks(cast):
+    from cast_sglang.serving.worker import CastWorker
+
+    assert isinstance(cast, CastAlgorithm) and cast.name == "CAST"
+    assert cast.create_worker(SimpleNamespace(disable_overlap_schedule=False)) is CastWorker
+    no_draft = SimpleNamespace(speculative_draft_model_path=None)
+    with pytest.raises(HostError, match="needs --speculative-draft-model-path"):
+        cast.validate_server_args(no_draft)
+
+
+def test_it_behaves_as_eagle_wherever_sglang_asks(cast):
+    """SGLang branches by these, so a new one that EAGLE answers otherwise is one to look at."""
+    questions = {
+        name
+        for name in vars(SpeculativeAlgorithm)
+        if name.startswith(("is_", "supports_", "has_", "need", "carries_")) and name != "is_eagle3"
+    }
+    assert len(questions) > 10
+
+    def answers(of):
+        return {name: getattr(of, name)() for name in questions}
+
+    # CAST has no mixed chunks: a launch turns them off.
+    wanted = {**answers(SpeculativeAlgorithm.EAGLE), "supports_mixed_chunk": False}
+    assert answers(cast) == wanted
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_eagle3"),
+    [("LlamaForCausalLMEagle3", True), ("LlamaForCausalLMEagle", False)],
+)
+def test_the_draft_says_which_eagle_it_is(cast, architecture, is_eagle3, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    shutil.copy(Path(tiny_pair().draft) / "config.json", path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [architecture]}))
+    spec = SimpleNamespace(
+        speculative_draft_model_path=str(tmp_path), speculative_draft_model_revision=None
+    )
+    monkeypatch.setattr(module, "get_spec", lambda: spec)
+    monkeypatch.setattr(module, "get_model", lambda: SimpleNamespace(trust_remote_code=False))
+    assert cast.is_eagle() and cast.is_eagle3() == is_eagle3
+
+
+def test_what_is_not_given_gets_a_default(cast, checked):
+    args = server_args()
+    cast.handle_server_args(args)
+    envelope = (args.speculative_num_steps, args.speculative_eagle_topk)
+    assert (*envelope, args.speculative_num_draft_tokens) == (8, 8, 32)
+    assert args.max_running_requests == 48
+    assert not args.enable_mixed_chunk and args.disable_overlap_schedule
+    assert checked == ["pair", "profile"]
+
+
+def test_what_is_given_stays(cast, checked):
+    given = dict(
+        speculative_num_steps=3,
+        speculative_eagle_topk=4,
+        speculative_num_draft_tokens=7,
+        max_running_requests=5,
+    )
+    args = server_args(**given)
+    cast.handle_server_args(args)
+    assert {name: getattr(args, name) for name in given} == given
+
+
+@pytest.mark.parametrize("graphs", ["all", "off"])
+def test_a_gpu_server_overlaps_and_captures_what_it_can(cast, checked, graphs, monkeypatch):
+    monkeypatch.setenv("CAST_GRAPHS", graphs)
+    args = server_args(device="cuda")
+    cast.handle_server_args(args)
+    assert not args.disable_overlap_schedule
+    captures = args.cuda_graph_config.decode.backend == Backend.FULL
+    assert captures == (graphs == "all")
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "error", "says"),
+    [
+        ({"speculative_eagle_topk": 1}, {}, HostError, "--speculative-eagle-topk 1"),
+        (
+            {"speculative_num_draft_tokens": 16},
+            {"CAST_VERIFY_SIZES": "2,17"},
+            HostError,
+            "--cast-verify-sizes 2,17: each size must be in 2..16",
+        ),
+        ({}, {"CAST_PROFILE": "none"}, ConfigError, "profile=none"),
+    ],
+)
+def test_what_is_wrong_is_found_before_a_model_is_read(
+    cast, checked, given, settings, error, says, monkeypatch
+):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=says):
+        cast.handle_server_args(server_args(**given))
+    assert checked == []
+
+
+def test_a_bad_calibration_file_stops_the_launch(cast, checked, tmp_path, monkeypatch):
+    path = tmp_path / "learned.json"
+    path.write_text("{")
+    monkeypatch.setenv("CAST_CALIBRATION_FILE", str(path))
+    with pytest.raises(ConfigError, match=f"--cast-calibration-file {path}"):
+        cast.handle_server_args(server_args())
+
+
+def test_what_a_step_hands_on_has_a_place_in_the_schedulers_memory(cast):
+    pool = SimpleNamespace(req_to_token=torch.zeros(5, 8, dtype=torch.int32))
+    relay = cast.create_future_map(torch.device("cpu"), pool, needs_cpu_seq_lens=False)
+    assert relay.spec_algo is cast and relay.needs_cpu_seq_lens is False
+    assert len(relay.output_tokens_buf) == 5
