@@ -136,7 +136,7 @@ class AutoPolicy(TreePolicy):
         self._max_layers = max_layers
         self._extends_by_accepted = extends_by_accepted
         self._buckets: dict[int, _Bucket] = {}
-        self._lookahead = Lookahead(max_layers)
+        self._lookahead: Lookahead | None = None
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
         self._price = 1.0  # of the step that runs
@@ -172,7 +172,9 @@ class AutoPolicy(TreePolicy):
         view, ranked = self._read(costs), self._weighed(scores)
         if self._layers == 1:
             self._price = self.price(scores.shape[0])
-            self._lookahead.begin_tree()
+            if self._lookahead is None:
+                self._lookahead = Lookahead(self._max_layers, scores.shape[1], self._sizes[-1] - 1)
+            self._lookahead.begin_tree(scores.shape[0])
             self._root_children = scores
             if not self._lookahead.has_learned:
                 self._lookahead.add(0, None, scores)

@@ -34,6 +34,7 @@ from tests.support.simulator import (
     Result,
     Text,
     best_fixed,
+    fixed_rate,
     drafted,
     facts,
     make_decider,
@@ -179,11 +180,22 @@ class Served(NamedTuple):
     result: Result  # times as they are on average, without noise and plateaus
     fixed: float  # rate of the best fixed tree of hindsight
     plain: float  # rate of plain decoding
+    shape: tuple[int, int, int]
+    truth: StepCosts
+    text: Text
 
     def rate(self, first: int = 0, last: int | None = None) -> float:
-        """Return the rate of these steps, relative to that of the best fixed tree."""
+        """Return the rate of these steps, relative to that of the best fixed tree on them."""
         tokens, times = self.result.tokens[first:last], self.result.times[first:last]
-        return float(tokens.sum() / times.sum()) / self.fixed
+        fixed = fixed_rate(self.truth, self.text, self.shape, first, last)
+        return float(tokens.sum() / times.sum()) / fixed
+
+
+def make_residuals():
+    return Residuals(LIMITS, TABLE_ERROR)
+
+
+EVERY = REFRESH_EVERY
 
 
 def serve(
@@ -196,7 +208,7 @@ def serve(
     on_step: Callable[[int], None] | None = None,
 ) -> Served:
     """Serve as a server does: by corrected tables, by measured times."""
-    residuals = Residuals(LIMITS, TABLE_ERROR)
+    residuals = make_residuals()
     corrected = CorrectedCosts(machine.tables, residuals)
     decider = make_decider(policy, exploration=Exploration(residuals))
     table, truth = machine.table(batch_size), machine.truth(batch_size)
@@ -205,7 +217,7 @@ def serve(
         if on_step is not None:
             on_step(step)
         text.advance()
-        if step % REFRESH_EVERY == 0:
+        if step % EVERY == 0:
             residuals.refresh()
         costs = corrected.step_costs(batch_size, CONTEXT)
         price = decider.price(batch_size) or math.nan
@@ -227,4 +239,5 @@ def serve(
             decider.end_step(batch_size, tree.accepted, units)
         rows.append((tree.tokens, step_units(truth, *shape), price, is_plain))
     result = Result(*(np.array(column) for column in zip(*rows, strict=True)))
-    return Served(result, best_fixed(truth, text)[0], 1.0 / plain_units(truth))
+    fixed, shape = best_fixed(truth, text)
+    return Served(result, fixed, 1.0 / plain_units(truth), shape, truth, text)

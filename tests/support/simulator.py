@@ -49,9 +49,11 @@ class Text:
         noise = self.rng.normal(size=self.states[-1].shape)
         self.states.append(0.9 * self.states[-1] + math.sqrt(1 - 0.9**2) * noise)
 
-    def all_at_once(self, batch_size: int, most: int = 2500) -> "Text":
-        """Return these requests at all their steps, as one batch of whole batches."""
-        states = np.stack(self.states)[:, :batch_size]
+    def all_at_once(
+        self, batch_size: int, most: int = 2500, first: int = 0, last: int | None = None
+    ) -> "Text":
+        """Return these requests at all these steps, as one batch of whole batches."""
+        states = np.stack(self.states[1:])[first:last, :batch_size]
         states = states[:: max(1, states.size // most)]
         ease = np.broadcast_to(np.ravel(self.ease), states.shape).reshape(-1, 1)
         text = Text(1, 0, ease)
@@ -285,6 +287,27 @@ def best_fixed(costs: StepCosts, text: Text) -> tuple[float, tuple[int, int, int
                 rate = (1.0 + gains[size - 2]) / time
                 best = max(best, (float(rate), (steps, topk, size)))
     return best
+
+
+def fixed_rate(
+    costs: StepCosts,
+    text: Text,
+    shape: tuple[int, int, int],
+    first: int = 0,
+    last: int | None = None,
+) -> float:
+    """Return the rate of a fixed tree, (steps, topk, tokens), on some steps of a text."""
+    steps, topk, size = shape
+    tokens = 0.0
+    requests = text.all_at_once(len(text.states[0]), first=first, last=last)
+    repeats = -(-2000 // len(requests.states[0]))
+    for _ in range(repeats):
+        layers = full_trees(requests, topk)[:steps]
+        scores, true = (np.concatenate(part, 1) for part in zip(*layers, strict=True))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : size - 1]
+        tokens += 1.0 + float(np.take_along_axis(true, order, axis=1).sum(axis=1).mean())
+    time = step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
+    return tokens / repeats / time
 
 
 def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
