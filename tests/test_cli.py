@@ -4,7 +4,6 @@ import json
 import sys
 import types
 
-import msgspec
 import pytest
 
 from cast_sglang import __version__
@@ -47,29 +46,10 @@ def test_show(paths, capsys):
     assert "ESTIMATED" not in out and "picture" not in out
 
 
-def test_show_summarises(paths, capsys):
-    assert main(["show", str(paths[0]), "--no-plot"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("      4"))
-    # Batch 4 at context 1024: (1 + 0.02 * 4 + 0.4096) ms, 8 rows (1 + 0.02 * 32 + 0.4096) ms.
-    assert line.split() == ["4", "1.49", "1.38x", "0.10x", "0.14x"]
-
-
-def test_show_an_estimate(tmp_path, capsys):
-    profile = make_profile(make_identity(device_name="[H200]"))
-    provenance = msgspec.structs.replace(profile.provenance, estimated=True)
-    path = tmp_path / "estimate.json"
-    save_profile(make_profile(provenance=provenance), path)
-    assert main(["show", str(path), "--no-plot"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("ESTIMATED") and "[H200]" in out
-
-
-def test_compare(paths, capsys):
+def test_two_profiles_are_compared(paths, capsys):
     assert main(["show", str(paths[0]), str(paths[1]), "--no-plot"]) == 0
     out = capsys.readouterr().out
     assert "B200" in out and "second / first" in out
-    target = out.split("target: one verify pass")[1].split("draft: one layer")[0]
-    assert target.count("0.50") >= 16  # the second target is twice as fast everywhere
 
 
 @pytest.mark.parametrize(("name", "magic"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])

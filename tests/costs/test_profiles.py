@@ -19,7 +19,7 @@ from cast_sglang.costs.profiles import (
     save_profile,
     user_profile_path,
 )
-from cast_sglang.costs.schema import CostTables, Heldout, ModelIdentity, validate_profile
+from cast_sglang.costs.schema import ModelIdentity, validate_profile
 from cast_sglang.errors import ProfileError
 from tests.support.builders import make_identity, make_profile, make_table
 
@@ -162,37 +162,13 @@ def test_impossible_times(saved, value):
 
 
 @pytest.mark.parametrize(
-    ("axis", "values"),
-    [
-        ("token_counts", [2, 1, 4, 8]),
-        ("token_counts", [1, 2, 2, 8]),
-        ("token_counts", [2, 3, 4, 8]),
-        ("token_counts", [0, 1, 4, 8]),
-        ("token_counts", [1, 2, 4]),
-        ("token_counts", [1, 2, 4, 8.5]),
-        ("token_counts", [1, 2, 4, 10**12]),
-        ("token_counts", []),
-        ("batch_sizes", [4, 1]),
-        ("contexts", [-128, 1024]),
-        ("contexts", [128, 10**30]),
-    ],
-)
-def test_bad_axes(saved, axis, values):
-    rewrite(saved, lambda content: content["target"].update({axis: values}))
-    fails_with_one_line(saved, "target" if values != [128, 10**30] else "")
-
-
-@pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda c: c["draft"]["time_us"].pop(), "draft.time_us"),
+        (lambda c: c["target"].update(token_counts=[2, 1, 4, 8]), "target.token_counts"),
+        (lambda c: c["target"].update(token_counts=[1, 2, 4, 8.5]), "target.token_counts"),
+        (lambda c: c["target"].update(contexts=[128, 10**30]), ""),
         (lambda c: c["draft"]["time_us"][0].pop(), "draft.time_us"),
-        (lambda c: c["draft"]["spread_us"][0][0].append(1.0), "draft.spread_us"),
-        (lambda c: c["draft"]["samples"][0][0].__setitem__(0, -1), "draft.samples"),
-        (lambda c: c["draft"]["samples"][0][0].__setitem__(0, 0), "never measured"),
         (lambda c: c["draft"]["time_us"][0][0].__setitem__(0, "1"), "draft.time_us"),
-        (lambda c: c.update(step_overhead_us=[1.0]), "step_overhead_us"),
-        (lambda c: c.update(step_overhead_us=[1.0, -1.0]), "step_overhead_us"),
         (lambda c: c.update(extra=1), "extra"),
         (lambda c: c["target"].update(extra=1), "extra"),
         (lambda c: c.pop("target"), "target"),
@@ -200,9 +176,6 @@ def test_bad_axes(saved, axis, values):
         (lambda c: c.update(schema_version=0), "schema_version 0 is unknown; this release reads 1"),
         (lambda c: c.update(schema_version=2), "schema_version 2 is unknown; this release reads 1"),
         (lambda c: c.update(schema_version="1"), "schema_version"),
-        (lambda c: c["provenance"].update(tp_size=0), "tp_size"),
-        (lambda c: c["provenance"].update(seconds=-1), "seconds"),
-        (lambda c: c["provenance"]["target"].update(config_hash="zz"), "config_hash"),
     ],
 )
 def test_bad_content_is_named(saved, change, expected):
@@ -226,16 +199,6 @@ def test_too_large(tmp_path):
     with open(path, "wb") as file:
         file.truncate(profiles.MAX_FILE_BYTES + 1)
     fails_with_one_line(path, "64 MiB")
-
-
-def test_estimated_tables_need_no_samples():
-    table = make_table()
-    bare = msgspec.structs.replace(table, samples=[[[0] * 4] * 2] * 2)
-    measured = make_profile(target=bare)
-    with pytest.raises(ProfileError, match="never measured"):
-        validate_profile(measured)
-    provenance = msgspec.structs.replace(measured.provenance, estimated=True)
-    validate_profile(msgspec.structs.replace(measured, provenance=provenance))
 
 
 # Identity
@@ -375,13 +338,3 @@ def test_default_directories(tmp_path, monkeypatch):
     save_profile(make_profile(here), user_profile_path(here))
     assert find_profile(here).path.is_relative_to(tmp_path)
     assert REPOSITORY / "profiles" in profiles.profile_directories()
-
-
-@pytest.mark.parametrize(("median_error", "expected"), [(None, 0.0), (0.015, 0.015), (3.0, 0.5)])
-def test_the_error_to_expect_of_a_table(median_error, expected):
-    profile = make_profile()
-    heldout = median_error and Heldout(points=9, median_error=median_error, p95_error=4.0)
-    provenance = msgspec.structs.replace(profile.provenance, heldout=heldout)
-    assert make_profile(provenance=provenance).table_error == expected
-    bare = {name: getattr(profile, name) for name in CostTables.__struct_fields__}
-    assert CostTables(**bare).table_error == 0.0

@@ -1,6 +1,5 @@
 """The page of a trace: valid, complete, and nothing lies over anything else."""
 
-import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -10,13 +9,9 @@ import pytest
 
 from cast_sglang.errors import TraceError
 from cast_sglang.report.trace_page import parse_numbers, write_gallery
-from cast_sglang.report.tree_svg import tree_svg
-from cast_sglang.trace.records import unpacked
 from cast_sglang.trace.replay import make_policy
-from tests.support.simulator import LAYERS, TOPK
+from tests.support.simulator import TOPK
 from tests.support.traces import Recorder, default_policy, make_header, make_tables
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -66,52 +61,6 @@ def test_page_holds_every_node_and_needs_no_other_file(trace, tmp_path):
     }  # fmt: skip
     for path in page.parent.glob("*.svg"):
         ElementTree.parse(path)
-
-
-def boxes(svg):
-    """Return x, y, width, height of the boxes of a drawing, and the size of the drawing."""
-    root = ElementTree.fromstring(svg)
-    found = [
-        tuple(float(rect.get(key)) for key in ("x", "y", "width", "height"))
-        for rect in root.iter(f"{SVG}rect")
-        if rect.get("x") is not None
-    ]
-    return found, float(root.get("width")), float(root.get("height"))
-
-
-def test_nothing_overlaps_in_the_largest_tree(full):
-    for step in full.steps:
-        found, width, height = boxes(tree_svg(step, step.requests[0], TOPK, LAYERS))
-        assert len(found) >= 1 + TOPK * LAYERS
-        for (x, y, w, h), (x2, y2, w2, h2) in itertools.combinations(found, 2):
-            assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
-        assert all(0 <= x and x + w <= width and y + h <= height for x, y, w, h in found)
-
-
-def test_states_are_drawn(trace):
-    for step in trace.steps[:10]:
-        request = step.requests[0]
-        svg = tree_svg(step, request, TOPK, LAYERS, text=lambda candidate: f"<t{candidate}>")
-        root = ElementTree.fromstring(svg)
-        titles = {
-            int(group.get("data-candidate")): group.find(f"{SVG}title").text.split("\n")
-            for group in root.iter(f"{SVG}g")
-            if group.get("class") == "node"
-        }
-        for name, members in (
-            ("verified", unpacked(request.verified, "int32").tolist()),
-            ("expanded", unpacked(request.expanded, "int32").tolist()),
-            ("accepted", request.accepted),
-        ):
-            assert {node for node, words in titles.items() if name in words} == set(members)
-        assert "'<t0>'" in titles[0]
-        stopped = "end of the envelope" if len(step.widths) + 1 == LAYERS else "depth, C2"
-        assert stopped in svg
-
-
-def test_a_cut_after_growth_is_marked(full):
-    step = msgspec.structs.replace(full.steps[0], num_layers=3)
-    assert "cut here: depth" in tree_svg(step, step.requests[0], TOPK, LAYERS)
 
 
 def test_plain_steps_and_prices_missing(full, tmp_path):

@@ -4,16 +4,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from cast_sglang.costs.profiles import save_profile
-from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
+from cast_sglang.errors import TraceError
 from cast_sglang.trace.candidates import recorded_reward
 from cast_sglang.trace.records import packed, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
-from cast_sglang.trace.session import open_session
-from cast_sglang.trace.summary import compare
 from cast_sglang.tree import parents_of
 from tests.support.simulator import LAYERS, TOKENS, TOPK
-from tests.support.traces import Recorder, default_policy, make_header, make_tables, write
+from tests.support.traces import Recorder, default_policy, make_header, make_tables
 
 HEADER = make_header(None)
 
@@ -214,88 +211,3 @@ def test_a_trace_without_drafts_is_refused(tables):
     plain = msgspec.structs.replace(trace.steps[0], num_layers=0, widths=[])
     with pytest.raises(TraceError, match="no step drafted"):
         Replay(trace._replace(steps=[plain]), tables, default_policy())
-
-
-def test_summaries(tables):
-    trace = Recorder(default_policy(), tables).run(40)
-    untimed = msgspec.structs.replace(trace.steps[0], measured_us=None)
-    trace = trace._replace(steps=[untimed, *trace.steps[1:]])
-    outcomes = list(Replay(trace, tables, default_policy()))
-    [row] = compare(trace, outcomes)
-    assert (row.batch_size, row.steps) == (2, 39)
-    assert row.recorded.accept_length == pytest.approx(row.replayed.accept_length)
-    # Measured times are 1.25 times the predicted ones.
-    assert row.error == pytest.approx(0.25)
-    assert row.table_error == pytest.approx(0.25)
-    tokens = sum(2 + len(r.accepted) - 1 for s in trace.steps[1:] for r in s.requests)
-    time = sum(s.measured_us for s in trace.steps[1:])
-    assert row.recorded.tokens_per_second == pytest.approx(tokens / time * 1e6)
-    with pytest.raises(TraceError, match="no step was measured"):
-        compare(trace._replace(steps=[untimed]), outcomes[:1])
-
-
-class TestSession:
-    @pytest.fixture
-    def files(self, tables, tmp_path):
-        trace = Recorder(default_policy(), tables).run(30)
-        save_profile(tables, tmp_path / "p.json")
-        return write(trace, tmp_path / "t.jsonl"), tmp_path / "p.json"
-
-    def open(self, files, **changes):
-        options = {"allow_foreign": False, "corrects": True, "seed": 0, **changes}
-        return open_session(files[0], str(files[1]), **options)
-
-    def test_the_recorded_policy_is_a_prediction(self, files):
-        result = self.open(files).replay(None, {})
-        assert result.policy == "auto" and result.is_prediction
-        assert not self.open(files).replay("eagle", {}).is_prediction
-
-    def test_another_device_is_told(self, files, tables, tmp_path, capsys):
-        from rich.console import Console
-
-        provenance = msgspec.structs.replace(tables.provenance, device_name="B200")
-        target = msgspec.structs.replace(tables.target, contexts=[128, 2048])
-        save_profile(
-            msgspec.structs.replace(tables, provenance=provenance, target=target),
-            tmp_path / "b200.json",
-        )
-        session = self.open((files[0], tmp_path / "b200.json"))
-        assert not session.corrects
-        result = session.replay(None, {})
-        assert not result.is_prediction
-        result.print(Console())
-        assert "All predicted times are those of B200" in capsys.readouterr().out
-
-    def test_another_pair_needs_a_word(self, files, tables, tmp_path):
-        other = msgspec.structs.replace(tables.provenance.draft, config_hash="c" * 64)
-        provenance = msgspec.structs.replace(tables.provenance, draft=other)
-        profile = msgspec.structs.replace(
-            tables, provenance=provenance, step_overhead_us=[1.0, 1.0, 1.0]
-        )
-        save_profile(profile, tmp_path / "other.json")
-        with pytest.raises(TraceError, match="draft model is .* --allow-foreign"):
-            self.open((files[0], tmp_path / "other.json"))
-        assert self.open((files[0], tmp_path / "other.json"), allow_foreign=True).notes
-
-    def test_a_grid_that_is_too_small_is_refused(self, files, tables, tmp_path):
-        from tests.support.builders import make_table
-
-        small = msgspec.structs.replace(tables, target=make_table(token_counts=(1, 2, 4)))
-        save_profile(msgspec.structs.replace(small, step_overhead_us=None), tmp_path / "s.json")
-        with pytest.raises(TraceError, match="target.token_counts ends at 4.*goes to 32"):
-            self.open((files[0], tmp_path / "s.json"))
-
-    def test_thresholds(self, files):
-        session = self.open(files)
-        high = session.replay("fixed", {"c1": 20.0, "c2": 20.0, "c3": 20.0})
-        low = session.replay("fixed", {"c1": 0.5, "c2": 0.5, "c3": 0.5})
-        assert high.rows[0].replayed.rows < low.rows[0].replayed.rows
-        with pytest.raises(ConfigError, match="--c1: policy auto has no thresholds"):
-            session.replay("auto", {"c1": 1.0})
-        with pytest.raises(ConfigError, match="c2=-1.0: must be"):
-            session.replay("fixed", {"c2": -1.0})
-
-    def test_no_profile_of_this_host(self, files, monkeypatch, tmp_path):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        with pytest.raises(MissingProfileError):
-            self.open((files[0], "auto"))
