@@ -32,17 +32,16 @@ class Lookahead:
 
     Args:
         max_layers: the most layers of a tree.
-        topk: K, children of a node.
         max_nodes: the most nodes that are verified of a tree.
     """
 
-    def __init__(self, max_layers: int, topk: int, max_nodes: int) -> None:
+    def __init__(self, max_layers: int, max_nodes: int) -> None:
         # By depth of the parents, 0 for roots: sums of the parents' weights, and of their
         # children's probabilities times these; the means are moved towards those of the depth
-        # above, as if one node had had them.
+        # above, as if one node had had them. The first children tell how many there are.
         self._weights = np.zeros(max_layers + 1)
-        self._sums = np.zeros((max_layers + 1, topk))
-        self._means = np.zeros((max_layers + 1, topk))
+        self._sums = np.zeros((max_layers + 1, 0))
+        self._means = self._sums.copy()
         self._max_nodes = max_nodes
         # [B, max_nodes] the best candidates of each request's tree so far, descending.
         self._best = np.zeros((0, max_nodes), np.float32)
@@ -76,6 +75,9 @@ class Lookahead:
         """
         for depth, scores, children in self._seen:
             probs = children.numpy(force=True)
+            if not self.has_learned:
+                self._sums = np.zeros((len(self._weights), probs.shape[1]))
+                self._means = self._sums.copy()
             self._weights[depth] *= _KEEP
             self._sums[depth] *= _KEEP
             if scores is None:
@@ -91,7 +93,7 @@ class Lookahead:
         self._seen.clear()
 
     def begin_tree(self, batch_size: int) -> None:
-        """Drop the candidates of the last tree."""
+        """Drop the candidates of the last tree; the next has this many requests."""
         if len(self._best) != batch_size:
             self._best = np.zeros((batch_size, self._max_nodes), np.float32)
         else:
@@ -106,6 +108,7 @@ class Lookahead:
         growth: np.ndarray,
         price: float,
         max_layers: int,
+        shares_out: bool = False,
     ) -> tuple[int, float]:
         """Add a layer to the tree; return how many of its nodes to expand, and the gain of that.
 
@@ -113,7 +116,8 @@ class Lookahead:
             cut(tree and children of the best k nodes of each request) - price * growth[k]
         and the gain is that maximum less cut(tree), where
             cut(nodes) = max over n of token * (sum of the n best scores) - price * verify[n]
-        with the sum of each request's n best, in the mean over requests. If the gain is not
+        with the sum of each request's n best, in the mean over requests, or with the nodes of all
+        requests ranked together where one budget of rows is shared out. If the gain is not
         positive, it is the most that 2 or 3 layers of one width gain, each of the best k children
         of the one above.
 
@@ -125,11 +129,11 @@ class Lookahead:
             growth: [>= K] float32, time of one more layer of 1.. nodes.
             price: accepted tokens asked per unit of time.
             max_layers: how many more layers the tree may get.
+            shares_out: one budget of verified rows is shared out among the requests.
         """
         ahead = min(MAX_AHEAD, max_layers, len(self._means) - depth)
-        width, gain = _best_width(
-            self._means[depth:], self._best, scores, token, verify, growth, price, ahead
-        )
+        cut = token, verify, growth, price, ahead, shares_out
+        width, gain = _best_width(self._means[depth:], self._best, scores, *cut)
         return int(width), float(gain)
 
 
@@ -158,15 +162,26 @@ def _insert(best: np.ndarray, score: float) -> bool:
     return True
 
 
-@compiled("f8(f4[:, :], f8, f4[:], f8)")
-def _best_cut(best: np.ndarray, token: float, verify: np.ndarray, price: float) -> float:
+@compiled("f8(f4[:, :], f8, f4[:], f8, b1)")
+def _best_cut(
+    best: np.ndarray, token: float, verify: np.ndarray, price: float, shares_out: bool
+) -> float:
     """Return what the best number of rows brings beyond the price of verifying them.
 
     Args:
         best: [B, n] float32, the best candidates of each request, descending.
-        token, verify, price: as of `Lookahead.best_width`.
+        token, verify, price, shares_out: as of `Lookahead.best_width`.
     """
     most, utility = -price * verify[0], 0.0
+    if shares_out:
+        ranked = np.sort(best.copy().ravel())
+        for place in range(len(ranked)):
+            utility += ranked[-1 - place] / len(best)
+            nodes = (place + 1) / len(best)
+            low = min(int(nodes), len(verify) - 2)
+            time = verify[low] + min(nodes - low, 1.0) * (verify[low + 1] - verify[low])
+            most = max(most, token * utility - price * time)
+        return most
     for node in range(min(best.shape[1], len(verify) - 1)):
         for request in range(len(best)):
             utility += best[request, node] / len(best)
@@ -174,7 +189,7 @@ def _best_cut(best: np.ndarray, token: float, verify: np.ndarray, price: float) 
     return most
 
 
-@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f8, f4[:], f4[:], f8, i8)")
+@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f8, f4[:], f4[:], f8, i8, b1)")
 def _best_width(
     children: np.ndarray,
     tree: np.ndarray,
@@ -184,6 +199,7 @@ def _best_width(
     growth: np.ndarray,
     price: float,
     ahead: int,
+    shares_out: bool,
 ) -> tuple[int, float]:
     """Do the work of `Lookahead.best_width`, which adds the layer to the tree.
 
@@ -196,24 +212,23 @@ def _best_width(
         for k in range(topk):
             if not _insert(tree[request], scores[request, k]):
                 break
-    stands = _best_cut(tree, token, verify, price)
+    stands = _best_cut(tree, token, verify, price, shares_out)
     grown, width, most = tree.copy(), 0, -np.inf
     for k in range(topk):
         for request in range(batch_size):
             for child in range(children.shape[1]):
-                below = np.float32(scores[request, k] * children[0, child])
-                if not _insert(grown[request], below):
+                if not _insert(grown[request], np.float32(scores[request, k] * children[0, child])):
                     break
-        gain = _best_cut(grown, token, verify, price) - stands - price * growth[k]
+        gain = _best_cut(grown, token, verify, price, shares_out) - stands - price * growth[k]
         if gain > most:
             width, most = k + 1, gain
     if most > 0.0 or ahead < 2:
         return width, most
 
     # Layers of this width, each of the best children of the one above.
-    grown, layer = tree.copy(), scores[:, :width].copy()
+    grown, layer, below = tree.copy(), scores[:, :width].copy(), scores[:, :width].copy()
     for further in range(ahead):
-        below = np.zeros((batch_size, width), np.float32)
+        below[:] = 0.0
         for request in range(batch_size):
             for node in range(width):
                 for child in range(children.shape[1]):
@@ -221,8 +236,9 @@ def _best_width(
                     kept = _insert(below[request], score)
                     if not _insert(grown[request], score) and not kept:
                         break
-        layer = below
+        layer[:] = below
         if further:
             time = (1 + further) * growth[width - 1]
-            most = max(most, _best_cut(grown, token, verify, price) - stands - price * time)
+            gain = _best_cut(grown, token, verify, price, shares_out) - stands - price * time
+            most = max(most, gain)
     return width, most

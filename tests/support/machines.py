@@ -34,9 +34,9 @@ from tests.support.simulator import (
     Result,
     Text,
     best_fixed,
-    fixed_rate,
     drafted,
     facts,
+    fixed_rate,
     make_decider,
 )
 
@@ -191,13 +191,6 @@ class Served(NamedTuple):
         return float(tokens.sum() / times.sum()) / fixed
 
 
-def make_residuals():
-    return Residuals(LIMITS, TABLE_ERROR)
-
-
-EVERY = REFRESH_EVERY
-
-
 def serve(
     policy: TreePolicy,
     machine: Machine,
@@ -208,7 +201,7 @@ def serve(
     on_step: Callable[[int], None] | None = None,
 ) -> Served:
     """Serve as a server does: by corrected tables, by measured times."""
-    residuals = make_residuals()
+    residuals = Residuals(LIMITS, TABLE_ERROR)
     corrected = CorrectedCosts(machine.tables, residuals)
     decider = make_decider(policy, exploration=Exploration(residuals))
     table, truth = machine.table(batch_size), machine.truth(batch_size)
@@ -217,7 +210,7 @@ def serve(
         if on_step is not None:
             on_step(step)
         text.advance()
-        if step % EVERY == 0:
+        if step % REFRESH_EVERY == 0:
             residuals.refresh()
         costs = corrected.step_costs(batch_size, CONTEXT)
         price = decider.price(batch_size) or math.nan
