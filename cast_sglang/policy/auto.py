@@ -136,11 +136,12 @@ class AutoPolicy(TreePolicy):
         self._max_layers = max_layers
         self._extends_by_accepted = extends_by_accepted
         self._buckets: dict[int, _Bucket] = {}
-        self._lookahead = Lookahead(max_layers)
+        self._lookahead = Lookahead(max_layers, verify_sizes[-1] - 1)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
         self._price = 1.0  # of the step that runs
         self._deepen = False
+        self._shares_out = False  # the last tree was cut by `share_out`
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
@@ -172,7 +173,7 @@ class AutoPolicy(TreePolicy):
         view, ranked = self._read(costs), self._weighed(scores)
         if self._layers == 1:
             self._price = self.price(scores.shape[0])
-            self._lookahead.begin_tree()
+            self._lookahead.begin_tree(scores.shape[0])
             self._root_children = scores
             if not self._lookahead.has_learned:
                 self._lookahead.add(0, None, scores)
@@ -181,7 +182,14 @@ class AutoPolicy(TreePolicy):
         token = 1.0 - self._price * view.token
         room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
-            self._layers, ranked, token, view.sized, view.growth, self._price, room
+            self._layers,
+            ranked,
+            token,
+            view.sized,
+            view.growth,
+            self._price,
+            room,
+            self._shares_out,
         )
         self._deepen = gain > 0.0 and room > 0
         return width
@@ -212,6 +220,7 @@ class AutoPolicy(TreePolicy):
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those that are worth their time."""
+        self._shares_out = True
         ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
         num_rows = split_budget(ranked, *self._terms(costs, len(ranked)))
         self._close_step()

@@ -25,7 +25,7 @@ def arguments(function, rng, batch, n):
     buckets, knots = acceptance._SHAPE
     sums = np.sort(floats(rng, 3, buckets, knots, dtype=np.float64), axis=0)[::-1].copy()
     flags = rng.random((2, batch * n)) < 0.5
-    children = floats(rng, lookahead._LAST + 1, dtype=np.float64)
+    children = floats(rng, 4, n, dtype=np.float64)
     rows, extend = np.sort(floats(rng, n + 1)), np.sort(floats(rng, 1 + n // 3))
     cut = rows, extend, int(rng.integers(0, 4)), bool(flags[0, 0])
     return {
@@ -43,32 +43,30 @@ def arguments(function, rng, batch, n):
             0.1 + floats(rng, batch * n, dtype=np.float64),
         ),
         "_fit": (sums, 8.0),
-        "_place": (float(rng.random()),),
-        "_count_children": (
-            floats(rng, batch, n),
-            floats(rng, batch * n, 4),
-            7,
-            1,
-            floats(rng, 2, dtype=np.float64),
-            np.tile(children, (2, 1)),
-        ),
         "_fill_means": (
             floats(rng, 3, n, dtype=np.float64),
             np.array([0.0, 2.0, 0.5]),
             floats(rng, 3, n, dtype=np.float64),
         ),
-        "_best_cut": (np.stack((children, children / 2)), 0.9, np.sort(floats(rng, n + 2)), 2.0),
+        "_insert": (best_scores(rng, 1, n)[0], np.float32(rng.random())),
+        "_best_cut": (
+            best_scores(rng, batch, n),
+            0.9,
+            np.sort(floats(rng, n + 2)),
+            2.0,
+            bool(flags[0, 0]),
+        ),
         "_best_width": (
-            np.tile(children / 9, (batch, 1)),
-            np.stack((children, children / 2)),
+            children,
+            best_scores(rng, batch, n + 3),
             best_scores(rng, batch, n),
             0.9,
             np.sort(floats(rng, n + 2)),
             floats(rng, n + 2),
             2.0,
-            batch,
+            1 + batch % 3,
+            bool(flags[0, 0]),
         ),
-        "_expand": (children, 0.3, float(rng.random()), np.stack((children, children))),
         "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
         "_verify_time": (*cut, float(n * rng.random()), float(rng.random())),
         "best_verify_size": (

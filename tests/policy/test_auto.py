@@ -40,7 +40,7 @@ def test_growth_pays_by_what_the_children_promise():
     cheap, dear = costs(draft=[0.05] * 4), costs(draft=[0.6] * 4)
     for children, expected in (([0.9, 0.05], True), ([0.2, 0.1], False)):
         policy = priced(AutoPolicy((2, 8), 8), 2.0)
-        policy.expanded(torch.tensor([[0.9]]), torch.tensor([children]))
+        policy.expanded(torch.tensor([[0.9]]), torch.tensor([[*children, 0.0, 0.0]]))
         policy.rerank(scores, cheap)
         assert bool(grow(policy, scores, dear)) is False
         policy.rerank(scores, dear)
@@ -51,7 +51,7 @@ def test_width_weighs_the_further_node_against_its_time():
     scores = torch.tensor([[0.5, 0.4, 0.05]])
     for node, width in ((0.001, 2), (0.2, 1)):
         policy = priced(AutoPolicy((5,), 8), 2.0)
-        policy.expanded(torch.tensor([[0.5]]), torch.tensor([[0.9, 0.1]]))
+        policy.expanded(torch.tensor([[0.5]]), torch.tensor([[0.9, 0.1, 0.0]]))
         policy.rerank(torch.tensor([[0.5, 0.4, 0.12, 0.1]]), costs())
         assert grow(policy, scores, costs(draft=[0.05, 0.05 + node, 0.05 + 2 * node])) == width
 

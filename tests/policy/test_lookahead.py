@@ -1,7 +1,5 @@
 """What further layers promise: the definition written out, and what is learned and forgotten."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -11,14 +9,12 @@ from hypothesis import strategies as st
 from cast_sglang.policy.lookahead import Lookahead
 
 
-def best_cut(nodes: dict[float, float], token, verify, price) -> float:
-    """cut(nodes) of some scores and how many nodes per request have them."""
-    most, count, utility = -price * verify[0], 0.0, 0.0
-    for score in sorted(nodes, reverse=True):
-        part = min(nodes[score], len(verify) - 1 - count)
-        count, utility = count + part, utility + part * score
-        time = np.interp(count, range(len(verify)), verify)
-        most = max(most, token * utility - price * time)
+def best_cut(nodes: list[list[float]], token, verify, price) -> float:
+    """cut(nodes) of the scores of each request's candidates."""
+    most = -price * verify[0]
+    for count in range(1, len(verify)):
+        best = [sum(sorted(scores, reverse=True)[:count]) for scores in nodes]
+        most = max(most, token * sum(best) / len(nodes) - price * verify[count])
     return most
 
 
@@ -31,47 +27,54 @@ def best_cut(nodes: dict[float, float], token, verify, price) -> float:
     seed=st.integers(0, 2**31),
 )
 def test_lookahead_is_its_definition(batch, topk, layers, price, seed):
-    """On scores that lie on the grid, so that nothing is rounded."""
     rng = np.random.default_rng(seed)
-
-    def on_grid(*shape):
-        return np.exp2(-rng.integers(0, 24, shape) / 8).astype(np.float32)
-
-    vectors, weights = on_grid(2, 3), on_grid(2, 1)
-    lookahead = Lookahead(3)
+    children, weights = -np.sort(-rng.random((2, 3))), rng.random((2, 1))
+    lookahead = Lookahead(3, 5)
     assert not lookahead.has_learned
-    lookahead.add(1, torch.from_numpy(weights), torch.from_numpy(vectors))
+    lookahead.add(1, torch.tensor(weights).float(), torch.tensor(children).float())
     lookahead.learn()
+    mean = weights[:, 0] @ children / weights.sum()
     verify = (1 + rng.random(6).cumsum() ** rng.choice([0.5, 1, 2])).astype(np.float32)
     growth, token = rng.random(topk).astype(np.float32), 0.9
-    lookahead.begin_tree()
-    tree: Counter[float] = Counter()
+    lookahead.begin_tree(batch)
+    tree: list[list[float]] = [[] for _ in range(batch)]
     for _ in range(layers):
-        scores = -np.sort(-on_grid(batch, topk), axis=1)
+        scores = -np.sort(-rng.random((batch, topk)), axis=1).astype(np.float32)
         width, gain = lookahead.best_width(1, scores, token, verify, growth, price, 1)
-        for score in scores.ravel():
-            tree[round(float(score), 6)] += 1 / batch
-        grown, gains = tree.copy(), []
+        tree = [known + row.tolist() for known, row in zip(tree, scores, strict=True)]
+        grown, gains = [list(known) for known in tree], []
         for k in range(topk):
-            for score in scores[:, k]:
-                for vector, weight in zip(vectors, weights[:, 0] / weights.sum(), strict=True):
-                    for prob in vector:
-                        grown[round(float(score * prob), 6)] += weight / batch
+            for known, score in zip(grown, scores[:, k], strict=True):
+                known.extend((score * mean).tolist())
             cuts = [best_cut(nodes, token, verify, price) for nodes in (grown, tree)]
             gains.append(cuts[0] - cuts[1] - price * growth[k])
         assert gain == pytest.approx(max(gains), abs=1e-4)
         assert gains[width - 1] == pytest.approx(gain, abs=1e-4)
 
 
+def test_requests_are_cut_alike():
+    """A request that drafts badly pays for the rows of one that drafts well."""
+    lookahead, growth = Lookahead(3, 8), np.full(1, 0.05, np.float32)
+    lookahead.add(0, None, torch.tensor([[0.9]]))
+    lookahead.learn()
+    verify, gains = (1.0 + 0.2 * np.arange(9)).astype(np.float32), []
+    for bad in (0.9, 0.1):
+        lookahead.begin_tree(2)
+        scores = np.array([[0.9], [bad]], np.float32)
+        gains.append(lookahead.best_width(1, scores, 1.0, verify, growth, 2.0, 1)[1])
+    assert gains[0] == pytest.approx(0.81 - 2.0 * 0.25, abs=1e-3)
+    assert gains[1] == pytest.approx((0.81 + 0.09) / 2 - 2.0 * 0.25, abs=1e-3)
+
+
 def test_several_layers_may_pay_where_one_does_not():
     """The first row of a tile pays for all of it."""
-    lookahead, growth = Lookahead(4), np.full(1, 0.05, np.float32)
+    lookahead, growth = Lookahead(4, 8), np.full(1, 0.05, np.float32)
     lookahead.add(0, None, torch.tensor([[0.9]]))
     lookahead.learn()
     verify = np.array([1.0, 1.0, 2.0, 2.0, 2.0], np.float32)
     gains = []
     for max_layers in (1, 2, 3):
-        lookahead.begin_tree()
+        lookahead.begin_tree(1)
         scores = np.full((1, 1), 0.9, np.float32)
         gains.append(lookahead.best_width(1, scores, 1.0, verify, growth, 1.2, max_layers)[1])
     assert gains[0] == pytest.approx(-0.06)  # the child is not worth the tile
@@ -80,24 +83,25 @@ def test_several_layers_may_pay_where_one_does_not():
 
 
 def test_drafts_that_get_worse_with_depth_are_told_apart():
-    lookahead, growth = Lookahead(4), np.zeros(1, np.float32)
+    lookahead, growth = Lookahead(4, 8), np.zeros(1, np.float32)
     roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
     for depth, prob in ((0, 0.9), (1, 0.3)):
         for _ in range(200):
             lookahead.add(depth, None, torch.tensor([[prob]]))
             lookahead.learn()
     for depth, prob in ((0, 0.9), (1, 0.3), (2, 0.3)):  # what is not known is as above
-        lookahead.begin_tree()
+        lookahead.begin_tree(1)
         gain = lookahead.best_width(depth, roots, 1.0, free, growth, 1.0, 1)[1]
         assert gain == pytest.approx(prob, abs=0.02)
 
 
 def test_lookahead_forgets():
-    lookahead, growth = Lookahead(3), np.zeros(1, np.float32)
+    lookahead, growth = Lookahead(3, 8), np.zeros(1, np.float32)
     for prob, steps in ((0.9, 200), (0.1, 200)):
         for _ in range(steps):
             lookahead.add(0, None, torch.tensor([[prob]]))
             lookahead.learn()
     roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
+    lookahead.begin_tree(1)
     gain = lookahead.best_width(0, roots, 1.0, free, growth, 1.0, 1)[1]
     assert gain == pytest.approx(0.1, abs=0.02)

@@ -8,7 +8,7 @@ real drafts. Costs are any `StepCosts`.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ import torch
 from cast_sglang.costs.model import StepCosts, plain_units, step_units
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import Acceptance
-from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
+from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.policy.full_width import best_choice
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.tree import DraftTree
@@ -49,11 +49,14 @@ class Text:
         noise = self.rng.normal(size=self.states[-1].shape)
         self.states.append(0.9 * self.states[-1] + math.sqrt(1 - 0.9**2) * noise)
 
-    def all_at_once(self, batch_size: int, most: int = 2500) -> "Text":
-        """Return these requests at all their steps, as one batch of whole batches."""
-        states = np.stack(self.states)[:, :batch_size]
+    def all_at_once(
+        self, batch_size: int, most: int = 2500, first: int = 0, last: int | None = None
+    ) -> "Text":
+        """Return these requests at all these steps, as one batch of whole batches."""
+        states = np.stack(self.states[1:])[first:last, :batch_size]
         states = states[:: max(1, states.size // most)]
-        text = Text(1, 0, self.ease)
+        ease = np.broadcast_to(np.ravel(self.ease), states.shape).reshape(-1, 1)
+        text = Text(1, 0, ease)
         text.states = [states.ravel()]
         return text
 
@@ -80,7 +83,7 @@ class Result(NamedTuple):
 def run(
     policy: TreePolicy,
     text: Text,
-    costs: StepCosts | Callable[[int], StepCosts],
+    costs: StepCosts,
     batch_size: int,
     steps: int,
     acceptance: Acceptance | None = None,
@@ -92,32 +95,64 @@ def run(
     Args:
         joint: share one budget of nodes out among the requests, which may then differ in rows.
     """
+    decider = make_decider(policy, joint=joint)
     rows = []
     for step in range(steps):
         if on_step is not None:
             on_step(step)
         text.advance()
-        auto = policy if isinstance(policy, AutoPolicy) else None
-        price = auto.price(batch_size) if auto else math.nan
-        if auto and not auto.speculate(batch_size, costs):
+        price = decider.price(batch_size) or math.nan
+        if not decider.begin_step(facts(batch_size, costs)).drafts:
             rows.append((1.0, plain_units(costs), price, True))
             continue
-        tokens, accepted, time = _step(policy, text, costs, batch_size, acceptance, joint)
-        if auto:
-            auto.observe(batch_size, accepted, time)
-        rows.append((tokens, time, price, False))
+        tree = drafted(decider, text, batch_size, acceptance)
+        time = step_units(costs, tree.widths, tree.mean_rows, tree.extend_rows)
+        decider.end_step(batch_size, tree.accepted, time)
+        rows.append((tree.tokens, time, price, False))
     return Result(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
-def _step(
-    policy: TreePolicy,
-    text: Text,
-    costs: StepCosts,
-    batch_size: int,
-    acceptance: Acceptance | None,
-    joint: bool,
-) -> tuple[float, float, float]:
-    """Return expected tokens, sampled accepted drafts and time of one step."""
+def make_decider(policy: TreePolicy, joint: bool = False, **kwargs: Any) -> Decider:
+    """Return a decider of the simulated server."""
+    return Decider(
+        policy,
+        verify_sizes=SIZES,
+        max_missing=0,
+        topk=TOPK,
+        is_ragged=joint,
+        shares_out=joint,
+        **kwargs,
+    )
+
+
+def facts(batch_size: int, costs: StepCosts) -> StepFacts:
+    """Return what a step of the simulated server is decided by."""
+    return StepFacts(
+        batch_size=batch_size,
+        costs=costs,
+        weights=None,
+        answer_tokens=None,
+        missing_rows=0,
+        max_layers=LAYERS,
+        max_rows=TOKENS,
+        is_timed=True,
+    )
+
+
+class Drafted(NamedTuple):
+    """A tree that was drafted and verified."""
+
+    tokens: float  # expected per request, given the tree
+    accepted: float  # drafts per request, drawn
+    widths: list[int]
+    mean_rows: float
+    extend_rows: int
+
+
+def drafted(
+    decider: Decider, text: Text, batch_size: int, acceptance: Acceptance | None
+) -> Drafted:
+    """Draft and verify the tree that the decider chooses, by the text's probabilities."""
 
     def layer(nodes: int, depth: int) -> torch.Tensor:
         probs = text.children(nodes)
@@ -136,18 +171,16 @@ def _step(
     widths: list[int] = []
     while tree.num_layers < tree.max_layers:
         frontier = tree.frontier()
-        width = policy.breadth(frontier.scores, costs)
-        if not policy.deepen():
+        width = decider.width(frontier.scores)
+        if width is None:
             break
         probs = layer(width, tree.num_layers + 1)
-        if isinstance(policy, AutoPolicy):
-            policy.expanded(frontier.scores, probs)
+        decider.expanded(frontier.scores, probs)
         tokens = torch.zeros(probs.shape, dtype=torch.int64)
         tree.grow(frontier, width, tokens, probs)
         widths.append(width)
     ranked = tree.ranked(TOKENS - 1)
-    num_rows = policy.share_out(ranked.scores, costs) if joint else None
-    size = policy.rerank(ranked.scores, costs) if num_rows is None else int(num_rows.max())
+    size, num_rows = decider.rows(ranked.scores)
     mean_rows = size if num_rows is None else float(num_rows.mean())
     selection = tree.select(ranked, size, None if num_rows is None else torch.from_numpy(num_rows))
     index, parents = selection.top_scores_index.numpy(), selection.parent_list.numpy()
@@ -184,7 +217,7 @@ def _step(
         seen = verify_outcomes(parents, index, accept_index, verified, widths, TOPK)
         acceptance.update(*(part.ravel() for part in seen))
     rows = min(tree.num_layers, size - 1) + 1
-    return expected, float(lens.mean()) - 1.0, step_units(costs, widths, mean_rows, rows)
+    return Drafted(expected, float(lens.mean()) - 1.0, widths, mean_rows, rows)
 
 
 def make_costs(
@@ -254,6 +287,27 @@ def best_fixed(costs: StepCosts, text: Text) -> tuple[float, tuple[int, int, int
                 rate = (1.0 + gains[size - 2]) / time
                 best = max(best, (float(rate), (steps, topk, size)))
     return best
+
+
+def fixed_rate(
+    costs: StepCosts,
+    text: Text,
+    shape: tuple[int, int, int],
+    first: int = 0,
+    last: int | None = None,
+) -> float:
+    """Return the rate of a fixed tree, (steps, topk, tokens), on some steps of a text."""
+    steps, topk, size = shape
+    tokens = 0.0
+    requests = text.all_at_once(len(text.states[0]), first=first, last=last)
+    repeats = -(-2000 // len(requests.states[0]))
+    for _ in range(repeats):
+        layers = full_trees(requests, topk)[:steps]
+        scores, true = (np.concatenate(part, 1) for part in zip(*layers, strict=True))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : size - 1]
+        tokens += 1.0 + float(np.take_along_axis(true, order, axis=1).sum(axis=1).mean())
+    time = step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
+    return tokens / repeats / time
 
 
 def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
