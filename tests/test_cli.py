@@ -130,9 +130,11 @@ def test_profile_failure(profiled, monkeypatch, capsys):
         ["show"],
         ["show", "a", "--unknown"],
         ["show", "a", "--plot", "p.png", "--no-plot"],
-        ["profile"],
-        ["profile", "--output", "x", "--budget-seconds", "0"],
-        ["profile", "--output", "x", "--budget-seconds", "nan"],
+        pytest.param(["profile"], marks=pytest.mark.slow),  # these three import SGLang
+        pytest.param(["profile", "--output", "x", "--budget-seconds", "0"], marks=pytest.mark.slow),
+        pytest.param(
+            ["profile", "--output", "x", "--budget-seconds", "nan"], marks=pytest.mark.slow
+        ),
         ["replay"],
         ["replay", "t", "--policy", "best"],
         ["replay", "t", "--unknown"],

@@ -26,6 +26,7 @@ def test_replaced_functions_exist_and_take_the_same_arguments(target):
     assert list(inspect.signature(install.REPLACED[target]).parameters) == wanted
 
 
+@pytest.mark.slow
 def test_platform_is_installed_in_a_model_process():
     script = (
         "import sglang.srt.model_executor.model_runner\n"

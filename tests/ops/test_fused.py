@@ -235,6 +235,7 @@ def test_misuse_is_refused_before_a_launch(fused):
     assert sum(launches(fused, op) for op in ("grow_layer", "rank_nodes")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU or IS_INTERPRETED, reason="the tests above run in this process")
 def test_in_the_interpreter():
     done = subprocess.run(

@@ -22,6 +22,8 @@ from tiny_pair.target_model import Target  # noqa: E402
 from tiny_pair.train_draft import self_fed_steps  # noqa: E402
 from tiny_pair.windows import WindowSampler  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SMALL = Shape(
     vocab_size=64,
     hidden_size=32,

@@ -106,6 +106,7 @@ def reports(tmp_path_factory) -> dict[str, Report]:
     return found
 
 
+@pytest.mark.slow
 def test_machine_and_settings_without_a_model(reports):
     code, checks = reports["no model"]
     assert code == 0
@@ -116,6 +117,7 @@ def test_machine_and_settings_without_a_model(reports):
         assert checks[name].status == "skip" and "not checked" in checks[name].found
 
 
+@pytest.mark.slow
 def test_a_launch_within_its_profile(reports):
     report = reports["covered"]
     assert report.code == 0
@@ -128,18 +130,21 @@ def test_a_launch_within_its_profile(reports):
     assert "ESTIMATED" in report.checks["profile error"].found
 
 
+@pytest.mark.slow
 def test_a_launch_beyond_its_profile(reports):
     beyond = reports["beyond"].checks["profile range"]
     assert beyond.status == "warn" and "batch_sizes at 16" in beyond.found
     assert "cast-sglang profile --model-path" in beyond.fix
 
 
+@pytest.mark.slow
 def test_a_profile_of_another_machine(reports):
     report = reports["foreign"]
     assert report.code == 1 and report.statuses("pair", "profile") == ["ok", "fail"]
     assert "measured elsewhere" in report.checks["profile"].found
 
 
+@pytest.mark.slow
 def test_no_profile_found(reports):
     report = reports["none found"]
     assert report.code == 0 and report.statuses("pair", "profile") == ["ok", "warn"]
@@ -147,6 +152,7 @@ def test_no_profile_found(reports):
     assert "quick table" in fix and "cast-sglang profile --model-path" in fix
 
 
+@pytest.mark.slow
 def test_no_profile_needed(reports):
     assert reports["no profile wanted"].checks["profile"].status == "ok"
 
@@ -164,6 +170,7 @@ def test_no_profile_needed(reports):
         ("bad flag", "settings", "--cast-c2"),
     ],
 )
+@pytest.mark.slow
 def test_what_fails(reports, name, check, says):
     report = reports[name]
     assert report.code == 1
@@ -172,6 +179,7 @@ def test_what_fails(reports, name, check, says):
     assert report.checks["profile"].status == "skip"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
 def test_a_machine_without_a_gpu():
     env = {key: value for key, value in os.environ.items() if key != "SGLANG_PLATFORM"}
