@@ -37,8 +37,8 @@ def test_every_setting_is_compared_with_the_base(swept):
         row = rows[f"EAGLE-3 {shape}"]
         assert (row["layers"], row["rows"]) == (shape.num_steps, shape.num_draft_tokens)
     lengths = [rows[f"EAGLE-3 {n}-1-{n + 1}"]["accept_length"] for n in range(1, 9)]
-    # Of nodes that the trace does not hold it is assumed what became of them.
-    assert all(longer > shorter - 0.01 for shorter, longer in pairwise(lengths))
+    # Nodes that the trace does not hold are drawn, for each length anew.
+    assert all(longer > shorter - 0.05 for shorter, longer in pairwise(lengths))
     picture = (directory / "sweep.svg").read_text()
     assert "times its base value" in picture or "<svg" in picture
     assert content["provenance"]["command"].startswith("python -m benchmarks.studies.bench_sweep")
