@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "tree": "",
     "config": "",
     "ops": "tree",
-    "costs": "config",
+    "costs": "ops config",
     "policy": "costs ops tree config",
     "profiling": "costs",
     "trace": "policy costs ops tree config",

@@ -1,22 +1,31 @@
 """Correction: serving times its passes and scales the cost tables by what it finds.
 
-A table is measured once; then clocks, neighbours and drivers change. Each timed pass of a served
-step gives one ratio, measured to predicted time. `Residuals` keeps the ratios by pass, bucket of
-batch sizes and bucket of token counts, and their median scales the table there.
+A table is measured once; then clocks, neighbours and drivers change, and passes that follow each
+other take other times than passes of one kind. Each timed pass gives one ratio, measured to
+predicted time. `Residuals` takes its logarithm for a sum of parts:
 
-The median of a few noisy passes is less exact than the table it corrects, and a policy chooses the
-size that noise makes look cheap. So all buckets of a pass and batch size share one factor, which is
-the speed of the device now; a bucket departs from it only as far as its own noise does not explain.
+    the speed of the moment, the same for all passes, which comes and goes within seconds
+    how far off the pass is everywhere
+    at batch sizes of this octave
+    around this number of tokens
+    at this very number
 
-A policy never chooses a bucket that the table makes look dear, so serving alone would never find
-out that it is cheap. So `Residuals` counts a bucket that was not measured as cheap as the table's
-own error allows beside those that were. Where that makes it the best choice it is run, and its time
-becomes known. Rarely, a step also tries another bucket than its policy chose (`exploration.py`).
+Each part has a variance, what is not known of it. A surprise is shared out among the parts by their
+variances (a Kalman filter that keeps no covariances). So the speed of the moment ends in no table,
+what holds for a whole table is learned from any of its entries, and an entry departs from it as far
+as its own measurements say. What was not measured for long becomes uncertain again.
+
+What whole steps take beyond their passes is learned beside it: a part of every step, and a part of
+every layer.
+
+Source: Kalman, "A new approach to linear filtering and prediction problems" (Journal of Basic
+Engineering 82, 1960).
 """
+
+from __future__ import annotations
 
 import bisect
 import math
-from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,24 +33,36 @@ import numpy as np
 
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
 from cast_sglang.costs.model import MAX_CACHED_STEPS, CostModel, StepCosts
-from cast_sglang.costs.noise import MIN_SAMPLES, WINDOW, median_and_spread, median_error, shrink
 from cast_sglang.costs.passes import NAMES
-from cast_sglang.costs.plain_ratio import PlainRatio
+from cast_sglang.ops.compiled import compiled
 
 __all__ = ["CorrectedCosts", "Residual", "Residuals"]
 
-# A full window takes one pass in STRIDE, so that it spans many seconds: the median over one slow
-# moment would make the bucket in use look dearer than its neighbours. An empty window takes all
-# passes, and the fuller it gets the fewer, so that rare buckets are known soon.
-STRIDE = 8
-# Steps between two corrections of the costs; each takes some hundred microseconds.
-REFRESH_EVERY = 64
+# Standard deviations of the parts before anything is measured, as logarithms. On three machines
+# passes took 1.2 to 1.8 times what their tables said, and single sizes up to twice that. Half or
+# twice these values change the speed on the simulated machines by less than 0.5 %.
+DEVIATIONS = {"pass": 0.35, "octave": 0.2, "bucket": 0.1, "size": 0.1}
+# By how much the speed of the moment changes from one pass to the next: it follows within some
+# ten passes, and a plateau of seconds has hundreds.
+DRIFT = 0.02
+# Noise of one pass until its own is known.
+NOISE = 0.15
+# A surprise counts up to this many standard deviations: more comes from a broken measurement.
+MAX_SURPRISE = 3.0
+# Steps after which a part that was not measured is as uncertain as at first.
+HORIZON = 2048
+# The same of the time outside of passes, in target passes: of a step and of a layer, and the noise
+# of a whole step relative to its time.
+REST_DEVIATIONS = (0.2, 0.02)
+STEP_NOISE = 0.15
+
+# Steps between two corrections of the costs; one takes about as long as a decision.
+REFRESH_EVERY = 16
 # A scale beyond this comes from a broken measurement, not from drift.
 MAX_SCALE = 4.0
-# A scale that moved by less than this factor since it was last applied keeps its old value.
-DEADBAND = 0.02
-# The server reports a bucket that is off by more than this factor over a full window.
+# The server reports a bucket that is off by more than this factor after as many passes.
 REPORT_BEYOND = 1.25
+REPORT_AFTER = 32
 
 
 class Residual(NamedTuple):
@@ -50,46 +71,53 @@ class Residual(NamedTuple):
     operation: str  # of `passes.NAMES`
     batch_sizes: tuple[int, int]  # first and last of the bucket
     tokens: tuple[int, int]  # rows or nodes per request, first and last of the bucket
-    ratio: float  # median of measured / predicted
-    samples: int  # in the window
+    ratio: float  # measured / predicted, without the speed of the moment
+    samples: int  # passes
 
 
 class Residuals:
-    """Median ratios of measured to predicted time, by pass and bucket.
+    """How far the times of passes are off the table, by pass and size.
 
     Batch sizes fall into octaves (1, 2, 3-4, 5-8, ...), token counts into half octaves (1, 2, 3,
-    4, 5-6, 7-8, 9-12, ...). Finer buckets would take long to learn, coarser ones would blur the
-    steps of a table.
+    4, 5-6, 7-8, 9-12, ...), in which each count has a part of its own.
 
     Args:
-        limits: the largest batch, and the most rows per request, which end the last buckets.
-        table_error: relative error of the table's times, in [0, 1).
+        limits: the largest batch, and the most rows per request.
+
+    Attributes:
+        version: increases when the scales change.
     """
 
-    def __init__(self, limits: Limits, table_error: float = 0.0) -> None:
-        self._table_error = table_error
+    def __init__(self, limits: Limits) -> None:
         self._batch_edges = _edges(limits.max_batch_size, halves=False)
         self._token_edges = _edges(limits.max_verify_rows, halves=True)
-        shape = (len(NAMES), len(self._batch_edges), len(self._token_edges))
-        self._shape = shape
-        self.version = 0  # increases when the scales change
+        self._num_sizes = limits.max_verify_rows
+        octaves = len(NAMES) * len(self._batch_edges)
+        counts = (len(NAMES), octaves, octaves * len(self._token_edges), octaves * self._num_sizes)
+        # The parts of each kind lie one after the other in the arrays of parts.
+        self._starts = np.cumsum((0, *counts))
+        self._prior = np.repeat(np.square(list(DEVIATIONS.values())), counts)
+        self.version = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget all measurements, so that the tables hold unscaled."""
-        self._windows: dict[tuple[int, int, int], deque[float]] = {}
-        self._recorded: Counter[tuple[int, int, int]] = Counter()
-        self._ratios = np.ones(self._shape)
-        self._spreads = np.zeros(self._shape)  # standard deviations of the logarithms
-        self._samples = np.zeros(self._shape, dtype=np.int64)
-        self._known_samples = self._samples.copy()  # as of the last refresh, equal on all ranks
-        self._scales = np.ones(self._shape)
-        self._plain_ratio = PlainRatio(len(self._batch_edges))
-        self._last_steps: list[tuple[int, bool, float]] = []  # since the last refresh
+        self._means = np.zeros(self._starts[-1])
+        self._variances = self._prior.copy()
+        # The speed of the moment, its variance, and the variance of the noise.
+        self._moment = np.array([0.0, DRIFT**2, NOISE**2])
+        num_octaves = len(self._batch_edges)
+        # Time outside of passes by octave: of a step and of each layer, and its covariance.
+        self._rest = np.zeros((num_octaves, 2))
+        prior = np.diag(np.square(REST_DEVIATIONS))
+        self._rest_covariances = np.tile(prior, (num_octaves, 1, 1))
+        self._samples = np.zeros(self._starts[3] - self._starts[2], dtype=np.int64)
+        self._known = self._means.copy(), self._rest.copy()  # as of the last refresh
+        self._places: dict[tuple[str, int, int], np.ndarray] = {}
         self.version += 1
 
     def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
-        """Add the ratio of one timed pass to its bucket.
+        """Learn from one timed pass.
 
         Args:
             operation: of `passes.NAMES`.
@@ -97,103 +125,107 @@ class Residuals:
         """
         if not 0.0 < ratio < math.inf:
             return
-        batch, token = self.batch_bucket(batch_size), self.token_bucket(num_tokens)
-        key = (NAMES.index(operation), batch, token)
-        window = self._windows.get(key)
-        if window is None:
-            window = self._windows[key] = deque(maxlen=WINDOW)
-        self._recorded[key] += 1
-        if self._recorded[key] % min(2 ** (len(window) * 4 // WINDOW), STRIDE):
+        places = self._places_of(operation, batch_size, num_tokens)
+        self._samples[places[2] - self._starts[2]] += 1
+        _share_out_surprise(self._means, self._variances, places, self._moment, math.log(ratio))
+
+    def record_step(
+        self, batch_size: int, num_layers: int, measured: float, expected: float
+    ) -> None:
+        """Learn from a whole step what it takes beyond its passes.
+
+        Args:
+            num_layers: of the step's tree; 0 for a plain step.
+            measured: time of the step, in units of the table.
+            expected: the same by the costs in use; both ignored unless positive and finite.
+        """
+        if not (0.0 < measured < math.inf and 0.0 < expected < math.inf):
             return
-        window.append(math.log(ratio))
-        median, self._spreads[key] = median_and_spread(window)
-        self._ratios[key] = math.exp(median)
-        self._samples[key] = len(window)
-
-    def record_step(self, batch_size: int, is_plain: bool, ratio: float) -> None:
-        """Add the ratio of one whole step; arguments as of `PlainRatio.record`."""
-        self._last_steps.append((self.batch_bucket(batch_size), is_plain, ratio))
-
-    def plain_ratio(self, batch_size: int) -> float:
-        """Return measured over predicted time of plain steps, over that of steps with a tree."""
-        return self._plain_ratio.of(self.batch_bucket(batch_size))
+        octave, seen = self.batch_bucket(batch_size), np.array([1.0, num_layers])
+        rest, covariance = self._rest[octave], self._rest_covariances[octave]
+        # What is known of the rest is part of the expected time.
+        passes = expected - float(self._known[1][octave] @ seen)
+        surprise = measured / math.exp(self._moment[0]) - passes - float(rest @ seen)
+        covariance += np.diag(np.square(REST_DEVIATIONS)) / HORIZON
+        gain = covariance @ seen
+        # As long as the passes are not known, nor is what is left of the step.
+        unknown = self._variances[: len(NAMES)].max() + self._moment[1]
+        variance = float(gain @ seen) + (STEP_NOISE**2 + unknown) * expected**2
+        most = MAX_SURPRISE * math.sqrt(variance)
+        rest += gain / variance * min(max(surprise, -most), most)
+        covariance -= np.outer(gain, gain) / variance
 
     def state(self) -> tuple[np.ndarray, ...]:
-        """Return what was recorded, for the other ranks of a tensor-parallel group."""
-        self._take_steps()
-        return self._ratios, self._spreads, self._samples, self._plain_ratio.state()
+        """Return what was learned, for the other ranks of a tensor-parallel group."""
+        return self._means, self._rest
 
-    def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> bool:
-        """Apply what this rank, or rank 0, recorded; return whether a scale changed.
+    def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> None:
+        """Apply what this rank, or rank 0, learned.
 
         Args:
             state: of rank 0, so that all ranks scale alike; None for this rank's own.
         """
-        self._take_steps()
-        plain = None
-        if state is not None:
-            self._ratios, self._spreads, self._samples, plain = (array.copy() for array in state)
-        self._known_samples = self._samples.copy()
-        ratios = _shrink_to_common(self._ratios, self._spreads, self._samples)
-        filled = _fill_unmeasured(ratios, self._samples, self._table_error)
-        scales = np.clip(filled, 1 / MAX_SCALE, MAX_SCALE)
-        moved = np.abs(np.log(scales / self._scales)) > DEADBAND
-        if not self._plain_ratio.refresh(plain) and not moved.any():
-            return False
-        self._scales = np.where(moved, scales, self._scales)
+        means, rest = self.state() if state is None else state
+        self._known = means.copy(), rest.copy()
+        self._variances += self._prior * (REFRESH_EVERY / HORIZON)
+        np.minimum(self._variances, self._prior, out=self._variances)
         self.version += 1
-        return True
-
-    def _take_steps(self) -> None:
-        for step in self._last_steps:
-            self._plain_ratio.record(*step)
-        self._last_steps.clear()
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
-        row = self._scales[NAMES.index(operation), self.batch_bucket(batch_size)]
-        counts = np.arange(1, num_counts + 1)
-        index = np.searchsorted(self._token_edges, counts)
-        return row[np.minimum(index, len(row) - 1)].astype(np.float32)
+        means = self._known[0]
+        counts = range(1, num_counts + 1)
+        places = np.stack([self._places_of(operation, batch_size, count) for count in counts])
+        limit = math.log(MAX_SCALE)
+        return np.exp(means[places].sum(axis=1).clip(-limit, limit)).astype(np.float32)
 
-    def samples(self, operation: str, batch_size: int) -> np.ndarray:
-        """Return [T] int64, how many samples each bucket of token counts had at the last refresh.
-
-        The numbers are equal on all ranks of a tensor-parallel group.
-        """
-        return self._known_samples[NAMES.index(operation), self.batch_bucket(batch_size)]
+    def rest(self, batch_size: int) -> tuple[float, float]:
+        """Return the time of a step beyond the table, and that of each layer, in its units."""
+        step, layer = self._known[1][self.batch_bucket(batch_size)]
+        return float(step), float(layer)
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""
-        for index in zip(*np.nonzero(self._samples), strict=True):
-            which, batch, token = (int(i) for i in index)
-            yield Residual(
-                NAMES[which],
-                _span(self._batch_edges, batch),
-                _span(self._token_edges, token),
-                float(self._ratios[index]),
-                int(self._samples[index]),
-            )
+        shape = len(NAMES), len(self._batch_edges), len(self._token_edges)
+        for index in np.flatnonzero(self._samples).tolist():
+            which, batch, token = (int(part) for part in np.unravel_index(index, shape))
+            batch_sizes, tokens = _span(self._batch_edges, batch), _span(self._token_edges, token)
+            counts = range(tokens[0], tokens[1] + 1)
+            logs = [
+                self._means[self._places_of(NAMES[which], batch_sizes[1], count)].sum()
+                for count in counts
+            ]
+            ratio = math.exp(sum(logs) / len(logs))
+            yield Residual(NAMES[which], batch_sizes, tokens, ratio, int(self._samples[index]))
 
     def suspects(self) -> list[Residual]:
-        """Return the buckets that are off by more than a quarter in a full window, worst first."""
+        """Return the buckets that are off by more than a quarter, worst first."""
         beyond = math.log(REPORT_BEYOND)
-        found = [r for r in self if r.samples == WINDOW and abs(math.log(r.ratio)) > beyond]
+        found = [r for r in self if r.samples >= REPORT_AFTER and abs(math.log(r.ratio)) > beyond]
         return sorted(found, key=lambda residual: -abs(math.log(residual.ratio)))
-
-    def token_bucket(self, num_tokens: int) -> int:
-        """Return the index of the bucket that holds a number of rows or nodes per request."""
-        token = bisect.bisect_left(self._token_edges, num_tokens)
-        return min(token, len(self._token_edges) - 1)
 
     def batch_bucket(self, batch_size: int) -> int:
         """Return the index of the bucket that holds a batch size."""
         batch = bisect.bisect_left(self._batch_edges, batch_size)
         return min(batch, len(self._batch_edges) - 1)
 
+    def _places_of(self, operation: str, batch_size: int, num_tokens: int) -> np.ndarray:
+        """Return the indices of the four parts of a pass."""
+        key = operation, self.batch_bucket(batch_size), num_tokens
+        places = self._places.get(key)
+        if places is None:
+            which, octave = NAMES.index(operation), key[1]
+            token = bisect.bisect_left(self._token_edges, num_tokens)
+            token = min(token, len(self._token_edges) - 1)
+            size = min(max(num_tokens, 1), self._num_sizes) - 1
+            row = which * len(self._batch_edges) + octave
+            parts = which, row, row * len(self._token_edges) + token, row * self._num_sizes + size
+            places = self._places[key] = self._starts[:4] + np.array(parts)
+        return places
+
 
 class CorrectedCosts:
-    """Costs of a step as `CostModel` gives them, scaled by what serving measured."""
+    """Costs of a step as `CostModel` gives them, corrected by what serving measured."""
 
     def __init__(self, model: CostModel, residuals: Residuals) -> None:
         self._model = model
@@ -204,8 +236,8 @@ class CorrectedCosts:
     def step_costs(self, batch_size: int, context: float) -> StepCosts:
         """Return the costs of a step; arguments and errors as in `CostModel.step_costs`.
 
-        The unit is the corrected S_T(B)[c][1]. So a table that is off by one factor throughout
-        gives the same trees as the right one.
+        The unit is the corrected time of verifying one row. What scales all passes alike, of which
+        one can hardly tell for how long it holds, so moves no price.
         """
         if self._residuals.version != self._version or len(self._cache) >= MAX_CACHED_STEPS:
             self._version = self._residuals.version
@@ -222,61 +254,51 @@ class CorrectedCosts:
         for name in NAMES:
             costs = getattr(raw, name)
             scaled[name] = costs * self._residuals.scales(name, batch_size, len(costs))
-        unit = float(self._residuals.scales("verify", batch_size, 1)[0])
-        overhead = raw.overhead / unit
-        plain = (1.0 + overhead) * self._residuals.plain_ratio(batch_size)
+        step, layer = self._residuals.rest(batch_size)
+        plain = max(raw.plain_overhead + step, 0.0)
+        # The draft's first layer comes out of draft extend; every further one is a pass of its own.
+        layer = max(layer, -0.5 * float(scaled["draft"].min()))
+        scaled["draft"] = scaled["draft"] + np.float32(layer)
+        unit = scaled["verify"][0]
         return StepCosts(
-            **{name: costs / np.float32(unit) for name, costs in scaled.items()},
-            unit_us=raw.unit_us * unit,
-            overhead=overhead,
-            plain_overhead=plain - 1.0,
+            **{name: costs / unit for name, costs in scaled.items()},
+            unit_us=raw.unit_us * float(unit),
+            overhead=max(raw.overhead + step + layer, 0.0) / float(unit),
+            plain_overhead=plain / float(unit),
         )
 
 
-def _shrink_to_common(ratios: np.ndarray, spreads: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Move each bucket towards the common ratio of its pass and batch size, by its own noise.
-
-    Definition: log out = common + shrink(log ratio - common, error)
-        common = median of the log ratios, each weighted by its number of samples
-        error = standard error of the bucket's median, by max(own spread, median spread)
+@compiled("void(f8[:], f8[:], i8[:], f8[:], f8)")
+def _share_out_surprise(
+    means: np.ndarray,
+    variances: np.ndarray,
+    places: np.ndarray,
+    moment: np.ndarray,
+    log_ratio: float,
+) -> None:
+    """Move the parts of one pass, and the speed of the moment, towards what was measured.
 
     Args:
-        ratios, spreads, samples: [passes, batch buckets, token buckets].
+        means, variances: [parts] float64.
+        places: [4] int64, the parts of this pass.
+        moment: [3] float64, the speed of the moment, its variance, and the variance of the noise.
+        log_ratio: of measured to predicted time.
     """
-    shrunk = ratios.copy()
-    for row in np.ndindex(ratios.shape[:2]):
-        known = samples[row] >= MIN_SAMPLES
-        if not known.any():
-            continue
-        logs, counts = np.log(ratios[row][known]), samples[row][known]
-        order = np.argsort(logs)
-        middle = np.searchsorted(np.cumsum(counts[order]), counts.sum() / 2)
-        common = logs[order][middle]
-        spread = np.maximum(spreads[row][known], np.median(spreads[row][known]))
-        error = median_error(spread, counts)
-        shrunk[row][known] = np.exp(common + shrink(logs - common, error))
-    return shrunk
-
-
-def _fill_unmeasured(ratios: np.ndarray, samples: np.ndarray, table_error: float) -> np.ndarray:
-    """Give each bucket with too few samples the ratio of the nearest one of the same batch sizes.
-
-    Tables are wrong over regions, where a kernel changed or another process shares a cache. Each
-    entry also has an error of its own, which counts in favour of the bucket, so that it is tried;
-    not so in that of one token, as `Exploration.explore_plain` tries a lone root.
-    """
-    known = samples >= MIN_SAMPLES
-    filled = np.ones_like(ratios)
-    index = np.arange(ratios.shape[2])
-    for row in np.ndindex(ratios.shape[:2]):
-        if known[row].any():
-            measured = index[known[row]]
-            nearest = np.abs(index[:, None] - measured).argmin(axis=1)
-            filled[row] = ratios[row][measured[nearest]]
-            is_favoured = ~known[row]
-            is_favoured[0] = False
-            filled[row][is_favoured] *= 1.0 - table_error
-    return filled
+    moment[1] += DRIFT**2
+    expected, known = moment[0], moment[1]
+    for place in places:
+        expected += means[place]
+        known += variances[place]
+    total = known + moment[2]
+    most = MAX_SURPRISE * math.sqrt(total)
+    surprise = min(max(log_ratio - expected, -most), most)
+    moment[0] += moment[1] * surprise / total
+    moment[1] -= moment[1] * moment[1] / total
+    for place in places:
+        means[place] += variances[place] * surprise / total
+        variances[place] -= variances[place] * variances[place] / total
+    # The noise is what the parts do not explain, over some hundred passes.
+    moment[2] += 0.01 * (max(surprise * surprise - known, 1e-4) - moment[2])
 
 
 def _edges(limit: int, *, halves: bool) -> list[int]:

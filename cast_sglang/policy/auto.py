@@ -48,6 +48,9 @@ LOST_STEPS = 1.0
 MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
+# The first step that decodes plainly although it would draft; by then passes have been timed. The
+# next ones are at twice the step, so that they cost less and less.
+FIRST_PLAIN = 64
 # Target passes that a try may lose; it starts once they are saved.
 MIN_PROBE = 0.25
 
@@ -67,6 +70,7 @@ class _Bucket:
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
+    num_steps: int = 0
 
     def worth(self, loss: float) -> float:
         """Return the worth of a token of the mean step, relative to a token of a plain step."""
@@ -266,6 +270,9 @@ class AutoPolicy(TreePolicy):
         up, the policy drafts again for a step or some, and stays with it if that gains time. So by
         the costs, speculation never loses more than the account held, whatever is accepted. A try
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms.
+
+        What a plain step takes is known from plain steps best, so a server that always drafts
+        decodes plainly in its steps 64, 128, 256 and so on of each octave.
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
@@ -278,11 +285,8 @@ class AutoPolicy(TreePolicy):
             bucket.account += PROBE_SHARE * bucket.plain_units
         else:
             bucket.account -= catch_up
-        return not bucket.is_plain
-
-    def plain_loss(self, batch_size: int) -> float:
-        bucket = self._bucket(batch_size)
-        return 1.0 - 1.0 / (bucket.rate(self._loss) * bucket.plain_units)
+        bucket.num_steps += 1
+        return not (bucket.is_plain or _is_turn_of_plain(bucket.num_steps))
 
     def _bucket(self, batch_size: int) -> _Bucket:
         octave = (batch_size - 1).bit_length()
@@ -303,6 +307,11 @@ class AutoPolicy(TreePolicy):
         if self._view is None or self._view.costs is not costs:
             self._view = _view(costs, self._num_nodes, self._extends_by_accepted)
         return self._view
+
+
+def _is_turn_of_plain(step: int) -> bool:
+    """Return whether a step that would draft decodes plainly, to see what that takes."""
+    return step >= FIRST_PLAIN and step & (step - 1) == 0
 
 
 def _view(costs: Costs, num_nodes: np.ndarray, extends_by_accepted: bool) -> _View:

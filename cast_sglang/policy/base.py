@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -53,13 +52,6 @@ class TreePolicy(ABC):
             catch_up: cost of the draft model's pass over earlier plain steps, before it drafts.
         """
         return True
-
-    def plain_loss(self, batch_size: int) -> float:
-        """Return by what share of its time a plain step is slower; call it after `speculate`.
-
-        inf if the policy never decodes plainly.
-        """
-        return math.inf
 
     def weigh(self, weights: np.ndarray | None) -> None:
         """Set how much the tokens of each request count in this step.

@@ -1,8 +1,7 @@
 """Decider: what one step does. The server and replay both ask it, so that they decide alike.
 
 A policy chooses by scores and costs. What surrounds a policy is here: whether the draft catches up
-first, which sizes have a captured graph, how far the requests may still go, and when another size
-is tried to find out what it costs.
+first, which sizes have a captured graph, and how far the requests may still go.
 
 The order of calls in a step:
 
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,7 +26,6 @@ from cast_sglang.policy.auto import AutoPolicy
 if TYPE_CHECKING:
     import torch
 
-    from cast_sglang.costs.exploration import Exploration
     from cast_sglang.costs.graph_sizes import GraphSizes
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.policy.base import TreePolicy
@@ -50,7 +47,6 @@ class StepFacts(NamedTuple):
     missing_rows: int  # the most rows that the draft of any request has not seen
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
-    is_timed: bool  # its passes are timed, so that another size may be tried
 
 
 class Plan(NamedTuple):
@@ -72,10 +68,8 @@ class Decider:
 
     Args:
         policy: chooses trees; has no other owner.
-        verify_sizes: ascending sizes that verify may have, root included.
         max_missing: rows that are kept for a draft that stays behind.
         topk: K, nodes that a layer may have.
-        exploration: tries other sizes; None where none are tried.
         verify_graphs: sizes of verify that have a graph; None where passes run without.
         width_graphs: widths of a draft layer that have a graph; None where layers run without.
         is_ragged: requests of unequal numbers of rows run in one pass.
@@ -89,19 +83,16 @@ class Decider:
         self,
         policy: TreePolicy,
         *,
-        verify_sizes: tuple[int, ...],
         max_missing: int,
         topk: int,
-        exploration: Exploration | None = None,
         verify_graphs: GraphSizes | None = None,
         width_graphs: GraphSizes | None = None,
         is_ragged: bool = False,
         shares_out: bool = False,
     ) -> None:
-        self.policy, self.exploration = policy, exploration
+        self.policy = policy
         self.verify_graphs, self.width_graphs = verify_graphs, width_graphs
         self.seconds = 0.0
-        self._verify_sizes, self._widths = verify_sizes, range(1, topk + 1)
         self._max_missing, self._topk = max_missing, topk
         self._is_ragged, self._shares_out = is_ragged, shares_out
         self._facts: StepFacts | None = None
@@ -125,9 +116,6 @@ class Decider:
         if costs is not None:
             catch_up = extend_units(costs, facts.missing_rows)
             drafts = drafts and policy.speculate(batch_size, costs, catch_up)
-            if drafts and self.exploration is not None and facts.is_timed:
-                loss = policy.plain_loss(batch_size)
-                drafts = not self.exploration.explore_plain(batch_size, loss)
             is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0
@@ -147,13 +135,6 @@ class Decider:
         width = self.policy.breadth(scores, facts.costs)
         grows = self.policy.deepen()
         if grows:
-            # In the first layer alone: what a width takes does not depend on the layer.
-            tries = self._num_layers == 1 and facts.is_timed and self.exploration is not None
-            if tries and facts.costs is not None:
-                assert self.exploration is not None
-                width = self.exploration.explore(
-                    "draft", facts.batch_size, width, self._widths, facts.costs.draft
-                )
             if self.width_graphs is not None:
                 width = self.width_graphs.fit(facts.batch_size, width, self._topk) or width
             self._num_layers += 1
@@ -188,11 +169,6 @@ class Decider:
             size = min(self.policy.rerank(scores, costs), most)
         else:
             size = math.ceil(num_rows.mean())
-        if self.exploration is not None and costs is not None and facts.is_timed:
-            sizes = self._verify_sizes[: bisect_right(self._verify_sizes, most)] or (size,)
-            tried = self.exploration.explore("verify", len(scores), size, sizes, costs.verify)
-            if tried != size:
-                size, num_rows = tried, None
         if num_rows is None and self.verify_graphs is not None:
             size = self.verify_graphs.fit(len(scores), size, most) or size
         if num_rows is None and self._is_ragged and facts.weights is not None:

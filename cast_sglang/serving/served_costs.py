@@ -10,7 +10,6 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.model import CostModel, StepCosts
 from cast_sglang.costs.profiles import profile_command
 
@@ -20,8 +19,12 @@ if TYPE_CHECKING:
     from cast_sglang.costs.profiles import FoundProfile
     from cast_sglang.serving.pass_clock import PassClock, TimedPass
     from cast_sglang.serving.stats import StepStats
+    from cast_sglang.serving.step import PendingStep
 
 __all__ = ["ServedCosts"]
+
+# Steps between two exports of the corrections, which take some hundred microseconds.
+EXPORT_EVERY = 64
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,6 @@ class ServedCosts:
         model: the tables as measured; None before `use`.
         corrected: the tables as corrected; None before `use`.
         residuals: what was measured against the tables; None before `use`, and without correction.
-        exploration: tries sizes that lack samples; None where `residuals` is.
         table: costs of the running requests as measured; None before `look_up`.
         current: the same as corrected.
     """
@@ -48,7 +50,6 @@ class ServedCosts:
         self.model: CostModel | None = None
         self.corrected: CorrectedCosts | None = None
         self.residuals: Residuals | None = None
-        self.exploration: Exploration | None = None
         self.table: StepCosts | None = None
         self.current: StepCosts | None = None
         self._config, self._clock, self._stats = config, clock, stats
@@ -62,11 +63,10 @@ class ServedCosts:
         """
         self.profile = found
         self.model = CostModel(found.profile, limits, lookup=self._config.lookup)
-        residuals = Residuals(limits, found.profile.table_error)
+        residuals = Residuals(limits)
         self.corrected = CorrectedCosts(self.model, residuals)
-        explores = self._config.policy != "eagle" and not self._config.trace_full
-        if self._config.residuals == "on" and explores:
-            self.residuals, self.exploration = residuals, Exploration(residuals)
+        if self._config.residuals == "on":
+            self.residuals = residuals
 
     def look_up(
         self, batch_size: int, context: float, layer_costs: Callable[[StepCosts], StepCosts]
@@ -82,11 +82,10 @@ class ServedCosts:
             self.current = layer_costs(self.corrected.step_costs(batch_size, context))
 
     def reset(self) -> bool:
-        """Forget all corrections and tries; return whether the tables are corrected at all."""
-        if self.residuals is None or self.exploration is None:
+        """Forget all corrections; return whether the tables are corrected at all."""
+        if self.residuals is None:
             return False
         self.residuals.reset()
-        self.exploration.reset()
         return True
 
     def take_times(self, on_pass: Callable[[TimedPass], None] | None) -> None:
@@ -102,25 +101,28 @@ class ServedCosts:
                 ratio = timed.measured_us / timed.predicted_us
                 self.residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
 
-    def correct(self, step: int, on_pass: Callable[[TimedPass], None] | None) -> None:
+    def take_step(self, batch_size: int, step: PendingStep, measured_us: float) -> None:
+        """Record how long a whole step took."""
+        if self.residuals is not None and step.expected_us is not None:
+            measured, expected = measured_us / step.unit_us, step.expected_us / step.unit_us
+            self.residuals.record_step(batch_size, step.num_layers, measured, expected)
+
+    def correct(self, step: int) -> None:
         """Apply what the last steps measured to the costs of the next ones, now and then.
 
         Args:
             step: number of the step that begins.
-            on_pass: as for `take_times`.
         """
-        is_due = step % REFRESH_EVERY == 0
-        if is_due or on_pass is not None:
-            self.take_times(on_pass)
-        if self.residuals is None or not is_due:
+        if self.residuals is None or step % REFRESH_EVERY:
             return
         state = None
         if get_parallel().tp_size > 1:
             # Every rank must choose the same trees, so every rank takes rank 0's times.
             state = get_tp_group().broadcast_object(self.residuals.state(), src=0)
         self.residuals.refresh(state)
-        self._stats.record_residuals(self.residuals)
-        self._report(self.residuals.suspects())
+        if step % EXPORT_EVERY == 0:
+            self._stats.record_residuals(self.residuals)
+            self._report(self.residuals.suspects())
 
     def _report(self, suspects: list[Residual]) -> None:
         """Log once that the profile is off, and again when it was right in between."""

@@ -62,6 +62,8 @@ class PendingStep(NamedTuple):
     predicted_us: float | None  # by the tables as measured; None without a profile
     units: float | None  # its time by the corrected costs; None for a plain step
     expected_us: float | None  # by the corrected costs; None without a profile
+    num_layers: int  # of its tree; 0 for a plain step
+    unit_us: float  # of the table; 0 without a profile
     follows_decode: bool  # no prefill since the step before, so their distance is a step's time
     max_tokens: int  # that it may have brought a request
 
@@ -75,7 +77,6 @@ class StepReport(NamedTuple):
     weights: np.ndarray | None  # [B], what a token of each request is worth; None for 1 each
     predicted_us: float | None  # by the tables as measured; None without a profile
     expected_us: float | None  # by the corrected tables, catching up included
-    is_timed: bool  # its passes were timed
     room: StepRoom  # that its requests left
     policy_us: float  # host time of the decisions about the tree
     price: float | None  # None for a policy without one

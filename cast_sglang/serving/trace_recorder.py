@@ -207,7 +207,6 @@ class TraceRecorder:
             requests=requests,
             predicted_us=report.predicted_us,
             expected_us=report.expected_us,
-            is_timed=report.is_timed,
             max_layers=report.room.max_layers,
             max_rows=report.room.max_rows,
             policy_us=report.policy_us,

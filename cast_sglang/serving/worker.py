@@ -104,7 +104,7 @@ class CastWorker(EAGLEWorkerV2):
         first, sizes = target_runner.decode_cuda_graph_runner, self._verify_sizes
         plan = plan_graphs(first, self.limits, self.config, sizes, self.costs.model)
         self.tools = self._draft_worker.tools = self._make_tools(plan)
-        self._decide_by_profile()
+        self._record_profile()
         super().init_cuda_graphs()
         if plan is not None:
             self.verify_graphs = capture_verify(target_runner, plan.verify)
@@ -121,7 +121,6 @@ class CastWorker(EAGLEWorkerV2):
         backlog = Backlog(num_slots, self.max_draft_tokens)
         decider = Decider(
             self._build_policy(is_ragged),
-            verify_sizes=self._verify_sizes,
             max_missing=backlog.capacity,
             topk=self.topk,
             verify_graphs=None if plan is None else plan.verify,
@@ -178,10 +177,9 @@ class CastWorker(EAGLEWorkerV2):
     def use_profile(self, found: FoundProfile) -> None:
         """Decide by this profile's tables from the next step on."""
         self.costs.use(found, self.limits)
-        self._decide_by_profile()
+        self._record_profile()
 
-    def _decide_by_profile(self) -> None:
-        self.tools.decider.exploration = self.costs.exploration
+    def _record_profile(self) -> None:
         if self.tools.recorder is not None and self.costs.profile is not None:
             self.tools.recorder.use_profile(self.costs.profile.profile)
 
@@ -231,7 +229,7 @@ class CastWorker(EAGLEWorkerV2):
             tools.recorder.begin_step(batch)
         if self.calibration is not None:
             self.calibration.begin_step()
-        self.costs.correct(self._num_steps, self._on_pass())
+        self.costs.correct(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
         are_new = self.answers.note(batch.reqs)
         if are_new or is_due:
@@ -239,7 +237,6 @@ class CastWorker(EAGLEWorkerV2):
             costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
         pending = [step.max_tokens for step in self._pending]
         tools.room = self._envelope.room(batch.reqs, pending, are_new)
-        is_timed = costs.table is not None and self.clock.times_next
         plan = decider.begin_step(
             StepFacts(
                 batch_size=batch_size,
@@ -249,7 +246,6 @@ class CastWorker(EAGLEWorkerV2):
                 missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
                 max_layers=tools.room.max_layers,
                 max_rows=tools.room.max_rows,
-                is_timed=is_timed,
             )
         )
         # The decider counts its own time until the step has run.
@@ -268,11 +264,13 @@ class CastWorker(EAGLEWorkerV2):
         tree_seconds = decider.seconds
         if self.calibration is not None:
             tree_seconds += self.calibration.seconds
-        predicted_us, units, expected_us = None, None, None
+        num_layers = len(shape.widths) + plan.drafts
+        predicted_us, units, expected_us, unit_us = None, None, None, 0.0
         if costs.table is not None and costs.current is not None:
             passes = shape.widths, shape.mean_rows, draft.last_extend_rows
             predicted_us = step_units(costs.table, *passes) * costs.table.unit_us
             units = step_units(costs.current, *passes)
+            unit_us = costs.table.unit_us
             expected_us = (units + plan.catch_up) * costs.current.unit_us
             units = units if plan.drafts else None
         if tools.recorder is not None:
@@ -283,7 +281,6 @@ class CastWorker(EAGLEWorkerV2):
                 weights=tools.weights,
                 predicted_us=predicted_us,
                 expected_us=expected_us,
-                is_timed=is_timed,
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
@@ -293,12 +290,22 @@ class CastWorker(EAGLEWorkerV2):
             self._drop_full_recorder()
         follows = not self._prefill_since_step
         max_tokens = min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1
-        self._pending.append(PendingStep(predicted_us, units, expected_us, follows, max_tokens))
+        self._pending.append(
+            PendingStep(
+                predicted_us=predicted_us,
+                units=units,
+                expected_us=expected_us,
+                num_layers=num_layers,
+                unit_us=unit_us,
+                follows_decode=follows,
+                max_tokens=max_tokens,
+            )
+        )
         self._prefill_since_step = False
         policy_seconds += tree_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
             batch_size=batch_size,
-            num_layers=len(shape.widths) + plan.drafts,
+            num_layers=num_layers,
             num_draft_nodes=self.topk * (plan.drafts + sum(shape.widths)),
             num_verify_rows=shape.mean_rows,
             policy_us=(policy_seconds + self._observing) * 1e6,
@@ -382,11 +389,12 @@ class CastWorker(EAGLEWorkerV2):
             measured_us = (now - self._last_done) * 1e6
         if step.predicted_us is not None and measured_us is not None:
             self.cast_stats.record_time(step.predicted_us, measured_us)
-            if self.costs.residuals is not None and batch_size and step.expected_us is not None:
-                ratio = measured_us / step.expected_us
-                self.costs.residuals.record_step(batch_size, step.units is None, ratio)
         if self.tools.recorder is not None:
             self.tools.recorder.on_step_timed(measured_us)
+        # In this order, which replay repeats.
+        self.costs.take_times(self._on_pass())
+        if measured_us is not None and batch_size:
+            self.costs.take_step(batch_size, step, measured_us)
         self._last_done = now
         self._observing += time.perf_counter() - now
         if self.config.log_interval and self._num_steps % self.config.log_interval == 0:

@@ -128,7 +128,6 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     price: float | None = None
     answer_tokens: float | None = None  # mean length of the answers that had ended
     expected_us: float | None = None  # by the corrected tables, with catching up after plain steps
-    is_timed: bool = False  # its passes were timed, so the server could try another size
     max_layers: int | None = None  # limit by the room in the requests; None for the envelope
     max_rows: int | None = None  # the same for rows per request
     passes: list[TracedPass] = []  # passes whose times became known during the step

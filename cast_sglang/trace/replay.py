@@ -15,7 +15,6 @@ recorded candidates is known. Two things are not known, and replay assumes them:
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ import torch
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
-from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, StepCosts, pass_us, step_units
@@ -35,17 +33,12 @@ from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, Plan, StepFacts
-from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
 from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHeader, tables_digest
 from cast_sglang.trace.reward import TreeReward
 from cast_sglang.tree import DraftTree
 
 __all__ = ["ReplayedStep", "Replay", "make_policy"]
-
-# Number of steps over which the time outside of the passes is averaged. It is small, so that the
-# average follows a machine whose speed changes within seconds.
-REST_WINDOW = 16
 
 
 class ReplayedStep(NamedTuple):
@@ -136,23 +129,14 @@ class Replay:
         lookup = lookup or str(header.settings.get("lookup", LOOKUPS[0]))
         self._model = CostModel(tables, limits, lookup=lookup, warns=False)
         self.extrapolated = self._model.extrapolated
-        self._residuals = Residuals(limits, tables.table_error)
+        self._residuals = Residuals(limits)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
-        # A server that corrects its tables also tries other sizes now and then (`Exploration`).
-        explores = (
-            correct
-            and header.settings.get("residuals") == "on"
-            and not header.is_full
-            and not isinstance(policy, EaglePolicy)
-        )
-        self._decides_by_corrected = explores
+        self._decides_by_corrected = correct and header.settings.get("residuals") == "on"
         self._extend_graphs = _graph_sizes(header.extend_graphs)
         self._decider = Decider(
             policy,
-            verify_sizes=tuple(header.verify_sizes),
             max_missing=header.num_draft_tokens,
             topk=header.topk,
-            exploration=Exploration(self._residuals) if explores else None,
             verify_graphs=_graph_sizes(header.verify_graphs),
             width_graphs=_graph_sizes(header.width_graphs),
             is_ragged=header.is_ragged,
@@ -166,8 +150,6 @@ class Replay:
         self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
         self._was_plain = False  # the step before, as recorded
-        # Time of steps outside of their passes, in us, by octave of batch size and kind of step.
-        self._rest: dict[tuple[int, bool], deque[float]] = {}
 
     def __iter__(self) -> Iterator[ReplayedStep]:
         """Yield the replayed steps in order."""
@@ -199,13 +181,12 @@ class Replay:
             missing_rows=max(self._missing.get(request.request, 0) for request in step.requests),
             max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
-            is_timed=step.is_timed,
         )
         plan = self._decider.begin_step(facts)
         price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
         if not plan.drafts:
             self._defer(step, plan)
-            times = self._times((), 1.0, 0.0, plan.catch_up, raw, corrected, batch_size)
+            times = self._times((), 1.0, 0.0, plan.catch_up, raw, corrected)
             return ReplayedStep(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
@@ -237,9 +218,7 @@ class Replay:
         mean_rows = float(num_rows.mean())
         units = step_units(costs, widths, mean_rows, extend_rows)
         self._decider.end_step(batch_size, float(accepted.mean()), units)
-        times = self._times(
-            widths, mean_rows, extend_rows, plan.catch_up, raw, corrected, batch_size
-        )
+        times = self._times(widths, mean_rows, extend_rows, plan.catch_up, raw, corrected)
         return ReplayedStep(
             choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
             accepted=float(accepted.mean()),
@@ -258,15 +237,12 @@ class Replay:
         catch_up: float,
         raw: StepCosts,
         corrected: StepCosts,
-        batch_size: int,
     ) -> tuple[float, float]:
         """Return a step's time in us by the corrected and by the uncorrected tables."""
         time_us, table_us = (
             (step_units(costs, widths, num_rows, extend_rows) + catch_up) * costs.unit_us
             for costs in (corrected, raw)
         )
-        if rest := self._rest.get(((batch_size - 1).bit_length(), num_rows == 1.0)):
-            time_us += sum(rest) / len(rest) - raw.overhead * raw.unit_us
         return time_us, table_us
 
     def _defer(self, step: TracedStep, plan: Plan) -> None:
@@ -332,28 +308,26 @@ class Replay:
             return
         raw = self._model.step_costs(step.batch_size, step.context)
         corrected = self._corrected.step_costs(step.batch_size, step.context)
-        expected_us = 0.0
+        # In the server's order.
         for timed in step.passes:
             predicted_us = timed.predicted_us
             if not self._is_same:
                 predicted_us = pass_us(raw, timed.operation, timed.num_tokens)
             ratio = timed.measured_us / predicted_us
             self._residuals.record(timed.operation, timed.batch_size, timed.num_tokens, ratio)
-            expected_us += pass_us(corrected, timed.operation, timed.num_tokens)
-        if step.measured_us is not None and step.passes:
-            key = ((step.batch_size - 1).bit_length(), step.is_plain)
-            rest = self._rest.setdefault(key, deque(maxlen=REST_WINDOW))
-            rest.append(step.measured_us - expected_us)
         if step.measured_us is None:
             return
         if step.expected_us is not None and self._is_same:
-            ratio = step.measured_us / step.expected_us
-        elif step.passes and (step.is_plain or not self._was_plain):
+            expected_us = step.expected_us
+        elif step.is_plain or not self._was_plain:
             # Older traces lack the cost of catching up, so a step after plain steps is not used.
-            ratio = step.measured_us / (expected_us + corrected.overhead * corrected.unit_us)
+            rows = step.mean_rows, step.extend_rows
+            expected_us = step_units(corrected, step.widths, *rows) * corrected.unit_us
         else:
             return
-        self._residuals.record_step(step.batch_size, step.is_plain, ratio)
+        num_layers = 0 if step.is_plain else len(step.widths) + 1
+        measured, expected = step.measured_us / raw.unit_us, expected_us / raw.unit_us
+        self._residuals.record_step(step.batch_size, num_layers, measured, expected)
 
 
 def _graph_sizes(tiers: dict[int, list[int]] | None) -> GraphSizes | None:

@@ -155,9 +155,7 @@ def forward_batch(batch, seed):
 
 def decider_of(policy, max_layers=STEPS, batch=2, width_graphs=None):
     """Return what decides as the policy does, in a step without costs."""
-    decider = Decider(
-        policy, verify_sizes=(2, 5, 12), max_missing=8, topk=TOPK, width_graphs=width_graphs
-    )
+    decider = Decider(policy, max_missing=8, topk=TOPK, width_graphs=width_graphs)
     decider.begin_step(
         StepFacts(
             batch_size=batch,
@@ -167,7 +165,6 @@ def decider_of(policy, max_layers=STEPS, batch=2, width_graphs=None):
             missing_rows=0,
             max_layers=max_layers,
             max_rows=12,
-            is_timed=False,
         )
     )
     return decider

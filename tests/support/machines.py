@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
-from cast_sglang.costs.exploration import Exploration
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, StepCosts, pass_us, plain_units, step_units
 from cast_sglang.costs.passes import NAMES
@@ -49,7 +48,6 @@ SIZE_SHARE = 0.15  # of the sizes that are off by themselves
 PLATEAU_SECONDS = 3.0  # mean length
 PLATEAU_SPREAD = 0.12  # of the logarithm of the speed
 NOISE = 0.15
-TABLE_ERROR = 0.04  # that the table states of itself
 LIMITS = Limits(32, 1024, TOKENS, TOPK, None, LAYERS + 1)
 PLAIN = Drafted(1.0, 0.0, [], 1.0, 0)
 UNTABLED = 0.05  # of a target pass: a step's time outside of its passes that the table lacks
@@ -201,9 +199,9 @@ def serve(
     on_step: Callable[[int], None] | None = None,
 ) -> Served:
     """Serve as a server does: by corrected tables, by measured times."""
-    residuals = Residuals(LIMITS, TABLE_ERROR)
+    residuals = Residuals(LIMITS)
     corrected = CorrectedCosts(machine.tables, residuals)
-    decider = make_decider(policy, exploration=Exploration(residuals))
+    decider = make_decider(policy)
     table, truth = machine.table(batch_size), machine.truth(batch_size)
     rows = []
     for step in range(steps):
@@ -227,7 +225,9 @@ def serve(
             residuals.record(operation, batch_size, round(count), ratio)
         shape = tree.widths, tree.mean_rows, tree.extend_rows
         units = step_units(costs, *shape)
-        residuals.record_step(batch_size, is_plain, took / (units * costs.unit_us))
+        num_layers = 0 if is_plain else len(tree.widths) + 1
+        scale = costs.unit_us / table.unit_us
+        residuals.record_step(batch_size, num_layers, took / table.unit_us, units * scale)
         if not is_plain:
             decider.end_step(batch_size, tree.accepted, units)
         rows.append((tree.tokens, step_units(truth, *shape), price, is_plain))

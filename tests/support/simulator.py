@@ -116,7 +116,6 @@ def make_decider(policy: TreePolicy, joint: bool = False, **kwargs: Any) -> Deci
     """Return a decider of the simulated server."""
     return Decider(
         policy,
-        verify_sizes=SIZES,
         max_missing=0,
         topk=TOPK,
         is_ragged=joint,
@@ -135,7 +134,6 @@ def facts(batch_size: int, costs: StepCosts) -> StepFacts:
         missing_rows=0,
         max_layers=LAYERS,
         max_rows=TOKENS,
-        is_timed=True,
     )
 
 
