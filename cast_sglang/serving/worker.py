@@ -288,8 +288,6 @@ class CastWorker(EAGLEWorkerV2):
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()
-        follows = not self._prefill_since_step
-        max_tokens = min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1
         self._pending.append(
             PendingStep(
                 predicted_us=predicted_us,
@@ -297,8 +295,8 @@ class CastWorker(EAGLEWorkerV2):
                 expected_us=expected_us,
                 num_layers=num_layers,
                 unit_us=unit_us,
-                follows_decode=follows,
-                max_tokens=max_tokens,
+                follows_decode=not self._prefill_since_step,
+                max_tokens=min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1,
             )
         )
         self._prefill_since_step = False

@@ -129,22 +129,24 @@ def test_plain_decoding_is_compared_by_answers():
             drafts.append(policy.speculate(8, step_costs))
             if drafts[-1]:
                 policy.observe(8, 3.0, 3.6)
-        assert all(drafts) is stays
+        assert (sum(drafts) >= 400 - len(TURNS)) is stays
         assert stays or sum(drafts[-100:]) < 20
 
 
 # --- Plain decoding as a candidate ---
 
+# Steps that decode plainly to see what that takes.
+TURNS = [64, 128, 256, 512, 1024]
+
 
 def test_a_passing_dip_does_not_stop_speculation():
     policy, step_costs = AutoPolicy(SIZES, LAYERS), make_costs("memory", 1)
-    for dip in range(50):
-        for _ in range(20):
-            assert policy.speculate(1, step_costs)
-            policy.observe(1, 2.0, 1.5)
-        for _ in range(10):
-            assert policy.speculate(1, step_costs), dip
-            policy.observe(1, 0.0, 1.5)
+    plain = []
+    for step in range(1, 1501):
+        if not policy.speculate(1, step_costs):
+            plain.append(step)
+        policy.observe(1, 2.0 if (step - 1) % 30 < 20 else 0.0, 1.5)
+    assert plain == TURNS
 
 
 def test_a_plain_step_takes_its_row_and_what_it_takes_beyond():
@@ -157,7 +159,7 @@ def test_a_plain_step_takes_its_row_and_what_it_takes_beyond():
             if decisions[-1]:
                 policy.observe(8, 0.5, 2.0)  # 1.5 tokens in 2 passes: 0.75 of 1 / (1 + overhead)
         assert decisions[-1] is stays
-        assert all(decisions) is stays
+        assert (sum(decisions) >= 200 - len(TURNS)) is stays
 
 
 def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
@@ -181,10 +183,10 @@ def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
 def test_each_batch_size_decides_for_itself():
     policy = AutoPolicy(SIZES, LAYERS)
     small, large = make_costs("compute", 1), make_costs("compute", 32)
-    for _ in range(200):
+    for step in range(1, 201):
         if policy.speculate(32, large):
             policy.observe(32, 0.1, 2.0)
-        assert policy.speculate(1, small)
+        assert policy.speculate(1, small) or step in TURNS
         policy.observe(1, 2.0, 1.5)
     assert policy.price(1) == pytest.approx(2.0, rel=0.05)
     state = json.loads(json.dumps(policy.state()))

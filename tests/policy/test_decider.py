@@ -25,9 +25,6 @@ class Scripted(TreePolicy):
         self.asked.append(("speculate", batch_size, catch_up))
         return self.drafts
 
-    def plain_loss(self, batch_size):
-        return 0.1
-
     def expect(self, answer_tokens):
         self.asked.append(("expect", answer_tokens))
 
@@ -52,24 +49,8 @@ class Scripted(TreePolicy):
         self.asked.append(("observe", batch_size, accepted_mean, time_units))
 
 
-class Tries:
-    """An exploration that tries one size of each pass, and notes what it might have tried."""
-
-    def __init__(self, draft=None, verify=None, plain=False) -> None:
-        self.tried = {"draft": draft, "verify": verify}
-        self.plain, self.asked = plain, []
-
-    def explore(self, operation, batch_size, chosen, sizes, costs):
-        self.asked.append((operation, chosen, tuple(sizes)))
-        return self.tried[operation] or chosen
-
-    def explore_plain(self, batch_size, loss):
-        self.asked.append(("plain", loss))
-        return self.plain
-
-
 def decider(policy: TreePolicy, **changes) -> Decider:
-    return Decider(policy, **{"verify_sizes": SIZES, "max_missing": MOST, "topk": TOPK, **changes})
+    return Decider(policy, **{"max_missing": MOST, "topk": TOPK, **changes})
 
 
 def facts(**changes) -> StepFacts:
@@ -81,7 +62,6 @@ def facts(**changes) -> StepFacts:
         "missing_rows": 0,
         "max_layers": 5,
         "max_rows": MOST,
-        "is_timed": True,
     }
     return StepFacts(**{**values, **changes})
 
@@ -123,12 +103,10 @@ def test_nothing_is_drafted_where_nobody_can_take_it(room):
     assert not decider(Scripted()).begin_step(facts(costs=None, **room)).drafts
 
 
-def test_a_policy_without_costs_drafts_and_tries_nothing():
-    tries = Tries(draft=1, verify=2, plain=True)
-    made = decider(Scripted(), exploration=tries)
+def test_a_policy_without_costs_drafts():
+    made = decider(Scripted(drafts=False))
     assert made.begin_step(facts(costs=None)) == (True, 0.0)
     assert grown(made) == [2, 3] and made.rows(scores(11)) == (6, None)
-    assert not tries.asked
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
@@ -148,27 +126,6 @@ def test_the_draft_catches_up_before_it_drafts_and_while_it_is_cheap():
     assert stays.begin_step(facts(missing_rows=MOST)) == (False, 0.0)
     cheap = facts(missing_rows=MOST, costs=costs(extend=[value / 20 for value in extend]))
     assert stays.begin_step(cheap) == (False, pytest.approx(1.6 / 20))
-
-
-def test_other_sizes_are_tried_in_timed_steps_alone():
-    tries = Tries(draft=4, verify=9)
-    made = decider(Scripted(), exploration=tries)
-    made.begin_step(facts())
-    assert grown(made) == [4, 3]  # in the first layer alone
-    assert made.rows(scores(9)) == (9, None)
-    assert tries.asked == [
-        ("plain", 0.1),
-        ("draft", 2, (1, 2, 3, 4)),
-        ("verify", 6, tuple(range(2, 11))),
-    ]
-    tries.asked.clear()
-    made.begin_step(facts(is_timed=False))
-    assert grown(made) == [2, 3] and made.rows(scores(9)) == (6, None)
-    assert not tries.asked
-
-
-def test_a_plain_step_is_tried_too():
-    assert not decider(Scripted(), exploration=Tries(plain=True)).begin_step(facts()).drafts
 
 
 def test_sizes_with_a_graph_run():
@@ -206,6 +163,6 @@ def test_who_wants_no_drafts_has_its_root_alone():
 
 
 def test_a_small_tree_is_verified_as_it_is():
-    made = decider(Scripted(size=12), verify_sizes=(8, 12), exploration=Tries())
+    made = decider(Scripted(size=12))
     made.begin_step(facts())
     assert made.rows(scores(4)) == (5, None)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from cast_sglang.config import CastConfig
-from cast_sglang.costs.correction import REFRESH_EVERY, WINDOW
+from cast_sglang.costs.correction import REFRESH_EVERY, REPORT_AFTER
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import FoundProfile
 from cast_sglang.serving import served_costs as module
 from cast_sglang.serving.pass_clock import TimedPass
-from cast_sglang.serving.served_costs import ServedCosts
+from cast_sglang.serving.served_costs import EXPORT_EVERY, ServedCosts
+from cast_sglang.serving.step import PendingStep
 from tests.support.builders import make_profile
 
 LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=8, max_width=4)
@@ -43,7 +44,7 @@ def make(monkeypatch):
     return make
 
 
-def measure(clock, costs, count=64 * WINDOW):
+def measure(clock, costs, count=4 * REPORT_AFTER):
     clock.passes += [SLOW] * count
     costs.take_times(None)
 
@@ -53,17 +54,15 @@ def test_before_there_is_a_profile():
     clock.passes.append(SLOW)
     costs = ServedCosts(CastConfig(), clock, None)
     seen = []
-    costs.correct(REFRESH_EVERY, seen.append)
+    costs.take_times(seen.append)
+    costs.correct(REFRESH_EVERY)
     assert seen == [SLOW] and costs.model is costs.corrected is costs.residuals is None
 
 
-@pytest.mark.parametrize(
-    "settings", [{"residuals": "off"}, {"policy": "eagle"}, {"trace_full": True, "trace": "t"}]
-)
-def test_tables_that_are_not_corrected(make, settings):
-    costs, clock, exported = make(**settings)
+def test_tables_that_are_not_corrected(make):
+    costs, clock, exported = make(residuals="off")
     measure(clock, costs)
-    costs.correct(REFRESH_EVERY, None)
+    costs.correct(REFRESH_EVERY)
     assert costs.residuals is None and exported == []
     assert costs.corrected.step_costs(1, 128).unit_us == costs.model.step_costs(1, 128).unit_us
 
@@ -72,21 +71,31 @@ def test_what_was_timed_corrects_the_tables_now_and_then(make):
     costs, clock, exported = make()
     measure(clock, costs)
     before = costs.corrected.step_costs(1, 128).unit_us
-    costs.correct(REFRESH_EVERY - 1, None)
+    costs.correct(REFRESH_EVERY - 1)
     assert costs.corrected.step_costs(1, 128).unit_us == before and exported == []
-    costs.correct(REFRESH_EVERY, None)
-    assert costs.corrected.step_costs(1, 128).unit_us == pytest.approx(2 * before, rel=0.1)
+    costs.correct(EXPORT_EVERY)
+    assert costs.corrected.step_costs(1, 128).unit_us > 1.5 * before
     assert exported == [costs.residuals]
 
 
-def test_passes_are_handed_on_at_once(make):
-    costs, clock, _ = make()
-    seen = []
-    clock.passes.append(SLOW)
-    costs.correct(1, None)
-    assert clock.passes == [SLOW]  # they can wait
-    costs.correct(1, seen.append)
-    assert seen == [SLOW] and clock.passes == []
+def test_a_whole_step_tells_what_it_takes_beyond_its_passes(make):
+    costs, _, _ = make()
+    before = costs.corrected.step_costs(1, 128)
+    step = PendingStep(
+        predicted_us=1000.0,
+        units=1.0,
+        expected_us=1000.0,
+        num_layers=0,
+        unit_us=1000.0,
+        follows_decode=True,
+        max_tokens=1,
+    )
+    for _ in range(200):
+        costs.take_step(1, step, 1100.0)
+    costs.take_step(1, step._replace(expected_us=None), 9000.0)
+    costs.correct(REFRESH_EVERY)
+    after = costs.corrected.step_costs(1, 128)
+    assert after.plain_overhead - before.plain_overhead == pytest.approx(0.1, abs=0.02)
 
 
 def test_a_wrong_profile_is_reported_once(make, caplog):
@@ -94,7 +103,7 @@ def test_a_wrong_profile_is_reported_once(make, caplog):
     measure(clock, costs)
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
-            costs.correct(step * REFRESH_EVERY, None)
+            costs.correct(step * EXPORT_EVERY)
     [record] = caplog.records
     assert "some.json is off: verify" in record.getMessage()
 
@@ -107,7 +116,7 @@ def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):
     monkeypatch.setattr(module, "get_tp_group", lambda: group)
     follower, _, _ = make(tp_size=2)
     before = follower.corrected.step_costs(1, 128).unit_us
-    follower.correct(REFRESH_EVERY, None)
+    follower.correct(REFRESH_EVERY)
     assert follower.corrected.step_costs(1, 128).unit_us > 1.5 * before
 
 
@@ -115,7 +124,7 @@ def test_corrections_can_be_forgotten(make):
     costs, clock, _ = make()
     before = costs.corrected.step_costs(1, 128).unit_us
     measure(clock, costs)
-    costs.correct(REFRESH_EVERY, None)
+    costs.correct(REFRESH_EVERY)
     assert costs.reset()
     assert costs.corrected.step_costs(1, 128).unit_us == before
     assert not list(costs.residuals)

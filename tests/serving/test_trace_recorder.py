@@ -71,7 +71,7 @@ def verified(num_rows, new_tokens, accepted=()):
 
 def report(number, shape, **changes):
     facts = {"extend_rows": 1.0, "weights": None, "predicted_us": 50.0, "policy_us": 7.0}
-    facts |= {"expected_us": 55.0, "is_timed": False, "room": StepRoom(3, 8)}
+    facts |= {"expected_us": 55.0, "room": StepRoom(3, 8)}
     return StepReport(number, shape, **facts | changes, price=None, answer_tokens=None)
 
 
@@ -109,7 +109,7 @@ def test_a_tree_and_what_became_of_it(path):
     [step] = trace.steps
     assert (step.step, step.widths, step.num_layers, step.num_draft_tokens) == (1, [1], 2, 4)
     assert (step.predicted_us, step.measured_us, step.policy_us) == (50.0, 60.0, 7.0)
-    assert (step.expected_us, step.is_timed, step.max_layers, step.max_rows) == (55.0, False, 3, 8)
+    assert (step.expected_us, step.max_layers, step.max_rows) == (55.0, 3, 8)
     assert trace.header.verify_graphs == {4: [2, 4]} and trace.header.width_graphs is None
     assert [timed.measured_us for timed in step.passes] == [45.0]
     [request] = step.requests
