@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from cast_sglang.costs.correction import REFRESH_EVERY, Residuals
+from cast_sglang.costs.correction import HORIZON, REFRESH_EVERY, Residuals
 from tests.support.passes import LIMITS, noisy, scale
 
 
@@ -68,3 +68,14 @@ def test_a_single_disturbed_step_does_little():
     device.residuals.refresh()
     assert device.residuals.rest(4)[0] == pytest.approx(step, abs=0.05)
     assert device.residuals.rest(4)[1] == pytest.approx(layer, abs=0.01)
+
+
+def test_after_many_steps_of_equal_layers_another_step_counts_no_more_than_at_first():
+    residuals, fresh = Residuals(LIMITS), Residuals(LIMITS)
+    for _ in range(4 * HORIZON):
+        residuals.record_step(4, 4, 1.5, 1.5)
+    for each in (residuals, fresh):
+        each.record_step(4, 0, 1.3, 1.0)
+        each.refresh()
+    assert 0.0 < residuals.rest(4)[0] < 0.5 * fresh.rest(4)[0]
+    assert abs(residuals.rest(4)[1]) < 0.005
