@@ -83,6 +83,12 @@ def test_a_size_that_was_not_measured_follows_its_bucket_then_its_octave_then_it
     assert scale(residuals, 8, operation="draft") == 1.0
 
 
+def test_the_last_size_of_an_octave_is_not_the_first_of_the_next():
+    residuals = Residuals(LIMITS)
+    record(residuals, 2.0, tokens=32)
+    assert len(set(residuals.scales("verify", 8, 32).tolist())) == 1
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.parametrize("settled", [0, 200])
 def test_a_size_that_departs_is_known_after_twenty_passes(settled, factor):

@@ -79,3 +79,12 @@ def test_after_many_steps_of_equal_layers_another_step_counts_no_more_than_at_fi
         each.refresh()
     assert 0.0 < residuals.rest(4)[0] < 0.5 * fresh.rest(4)[0]
     assert abs(residuals.rest(4)[1]) < 0.005
+
+
+def test_what_is_learned_between_two_refreshes_is_not_learned_twice():
+    residuals = Residuals(LIMITS)
+    for _ in range(500):
+        residuals.record_step(4, 3, 1.3, 1.0)
+    residuals.refresh()
+    step, layer = residuals.rest(4)
+    assert step + 3 * layer == pytest.approx(0.3, abs=0.03)
