@@ -146,7 +146,10 @@ class Residuals:
         # What is known of the rest is part of the expected time.
         passes = expected - float(self._known[1][octave] @ seen)
         surprise = measured / math.exp(self._moment[0]) - passes - float(rest @ seen)
-        covariance += np.diag(np.square(REST_DEVIATIONS)) / HORIZON
+        prior = np.square(REST_DEVIATIONS)
+        covariance += np.diag(prior) / HORIZON
+        # What steps of equal layers cannot tell apart is no less certain than at first.
+        covariance *= min(1.0, float((prior / covariance.diagonal()).min()))
         gain = covariance @ seen
         # As long as the passes are not known, nor is what is left of the step.
         unknown = self._variances[: len(NAMES)].max() + self._moment[1]

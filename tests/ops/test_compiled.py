@@ -6,6 +6,7 @@ import numba
 import numpy as np
 import pytest
 
+from cast_sglang.costs import correction
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy import acceptance, lookahead, verify_size
 
@@ -75,13 +76,20 @@ def arguments(function, rng, batch, n):
             *cut,
             2.0,
         ),
+        "_share_out_surprise": (
+            floats(rng, n + 3, dtype=np.float64),
+            0.1 * floats(rng, n + 3, dtype=np.float64),
+            rng.permutation(n + 3)[:4],
+            np.array([0.1, 0.001, 0.02]),
+            float(3.0 * rng.normal()),
+        ),
         "split_budget": (best_scores(rng, batch, n), *cut, 2.0),
     }[function.__name__]
 
 
 LOOPS = [
     loop
-    for module in (acceptance, verify_size, lookahead)
+    for module in (acceptance, verify_size, lookahead, correction)
     for loop in vars(module).values()
     if hasattr(loop, "py_func")
 ]
