@@ -111,6 +111,8 @@ def test_recorded_replayed_and_shown(
     last = trace.steps[-1].requests[0].request  # the one at temperature 1
     greedy = [step for step in trace.steps if step.requests[0].request != last]
     for step in greedy:
+        if step.is_plain:
+            continue
         # At temperature 0 the target's own probabilities are 1 on what it takes, and 0 elsewhere.
         accepted = sum(len(r.accepted) for r in step.requests) / step.batch_size
         assert recorded_reward(step, trace.header.topk).expected == pytest.approx(accepted)
