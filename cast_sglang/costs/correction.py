@@ -55,6 +55,8 @@ HORIZON = 2048
 # of a whole step relative to its time.
 REST_DEVIATIONS = (0.2, 0.02)
 STEP_NOISE = 0.15
+# Target passes by which a step may seem shorter than its passes.
+MAX_OVERLAP = 0.5
 
 # Steps between two corrections of the costs; one takes about as long as a decision.
 REFRESH_EVERY = 16
@@ -157,6 +159,8 @@ class Residuals:
         most = MAX_SURPRISE * math.sqrt(variance)
         rest += gain / variance * min(max(surprise, -most), most)
         covariance -= np.outer(gain, gain) / variance
+        # A layer takes no less than its passes. A step may, where passes overlap.
+        np.maximum(rest, (-MAX_OVERLAP, 0.0), out=rest)
 
     def state(self) -> tuple[np.ndarray, ...]:
         """Return what was learned, for the other ranks of a tensor-parallel group."""
@@ -258,16 +262,14 @@ class CorrectedCosts:
             costs = getattr(raw, name)
             scaled[name] = costs * self._residuals.scales(name, batch_size, len(costs))
         step, layer = self._residuals.rest(batch_size)
-        plain = max(raw.plain_overhead + step, 0.0)
         # The draft's first layer comes out of draft extend; every further one is a pass of its own.
-        layer = max(layer, -0.5 * float(scaled["draft"].min()))
         scaled["draft"] = scaled["draft"] + np.float32(layer)
         unit = scaled["verify"][0]
         return StepCosts(
             **{name: costs / unit for name, costs in scaled.items()},
             unit_us=raw.unit_us * float(unit),
-            overhead=max(raw.overhead + step + layer, 0.0) / float(unit),
-            plain_overhead=plain / float(unit),
+            overhead=(raw.overhead + step + layer) / float(unit),
+            plain_overhead=(raw.plain_overhead + step) / float(unit),
         )
 
 

@@ -69,7 +69,8 @@ class Lookahead:
         """Move the means towards the children that were added.
 
         Children weigh as much as the score of their parent: what hangs below a node that is hardly
-        ever reached does not matter.
+        ever reached does not matter. Those of a root stand for the children of its own children, so
+        they weigh as much as the best of them.
 
         Effects: two small copies to the host for each layer whose nodes are on a device.
         """
@@ -80,12 +81,11 @@ class Lookahead:
                 self._means = self._sums.copy()
             self._weights[depth] *= _KEEP
             self._sums[depth] *= _KEEP
+            requests = len(probs) if scores is None else len(scores)
             if scores is None:
-                self._weights[depth] += 1.0
-                self._sums[depth] += probs.mean(axis=0)
-                continue
-            requests = len(scores)
-            weights = scores.numpy(force=True)[:, : len(probs) // requests].ravel()
+                weights = probs[:, 0] / max(float(probs[:, 0].mean()), 1e-9)
+            else:
+                weights = scores.numpy(force=True)[:, : len(probs) // requests].ravel()
             self._weights[depth] += weights.sum() / requests
             self._sums[depth] += weights @ probs / requests
         if self._seen:

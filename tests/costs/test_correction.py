@@ -235,8 +235,9 @@ def test_ranks_that_share_a_state_agree():
         for layers in (0, 3) * 20:
             rank.record_step(4, layers, ratio * (1.0 + 0.1 * layers), 1.0)
     assert scale(first, 8) != scale(second, 8)
+    state = tuple(part.copy() for part in first.state())
     for rank in (first, second):
-        rank.refresh(first.state())
+        rank.refresh(state)
     for name in NAMES:
         scales = first.scales(name, 4, 32)
         assert scales.tolist() == second.scales(name, 4, 32).tolist()
