@@ -65,7 +65,8 @@ class ServedCosts:
         self.model = CostModel(found.profile, limits, lookup=self._config.lookup)
         residuals = Residuals(limits)
         self.corrected = CorrectedCosts(self.model, residuals)
-        if self._config.residuals == "on":
+        chooses = self._config.policy != "eagle" and not self._config.trace_full
+        if self._config.residuals == "on" and chooses:
             self.residuals = residuals
 
     def look_up(

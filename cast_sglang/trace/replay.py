@@ -33,6 +33,7 @@ from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, Plan, StepFacts
+from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
 from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHeader, tables_digest
 from cast_sglang.trace.reward import TreeReward
@@ -131,7 +132,12 @@ class Replay:
         self.extrapolated = self._model.extrapolated
         self._residuals = Residuals(limits)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
-        self._decides_by_corrected = correct and header.settings.get("residuals") == "on"
+        self._decides_by_corrected = (
+            correct
+            and header.settings.get("residuals") == "on"
+            and not header.is_full
+            and not isinstance(policy, EaglePolicy)
+        )
         self._extend_graphs = _graph_sizes(header.extend_graphs)
         self._decider = Decider(
             policy,

@@ -59,8 +59,11 @@ def test_before_there_is_a_profile():
     assert seen == [SLOW] and costs.model is costs.corrected is costs.residuals is None
 
 
-def test_tables_that_are_not_corrected(make):
-    costs, clock, exported = make(residuals="off")
+@pytest.mark.parametrize(
+    "settings", [{"residuals": "off"}, {"policy": "eagle"}, {"trace_full": True, "trace": "t"}]
+)
+def test_tables_that_are_not_corrected(make, settings):
+    costs, clock, exported = make(**settings)
     measure(clock, costs)
     costs.correct(REFRESH_EVERY)
     assert costs.residuals is None and exported == []
