@@ -8,7 +8,7 @@ real drafts. Costs are any `StepCosts`.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,16 +112,9 @@ def run(
     return Result(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
-def make_decider(policy: TreePolicy, joint: bool = False, **kwargs: Any) -> Decider:
+def make_decider(policy: TreePolicy, joint: bool = False) -> Decider:
     """Return a decider of the simulated server."""
-    return Decider(
-        policy,
-        max_missing=0,
-        topk=TOPK,
-        is_ragged=joint,
-        shares_out=joint,
-        **kwargs,
-    )
+    return Decider(policy, max_missing=0, topk=TOPK, is_ragged=joint, shares_out=joint)
 
 
 def facts(batch_size: int, costs: StepCosts) -> StepFacts:
@@ -277,14 +270,24 @@ def best_fixed(costs: StepCosts, text: Text) -> tuple[float, tuple[int, int, int
     for topk in (1, 2, 3, 4, 6, 8):
         layers = full_trees(requests, topk)
         for steps in range(1, LAYERS + 1):
-            scores, true = (np.concatenate(part, 1) for part in zip(*layers[:steps], strict=True))
-            order = np.argsort(-scores, axis=1, kind="stable")[:, : TOKENS - 1]
-            gains = np.take_along_axis(true, order, axis=1).mean(axis=0).cumsum()
-            for size in range(2, min(TOKENS, scores.shape[1] + 1) + 1):
-                time = step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
-                rate = (1.0 + gains[size - 2]) / time
-                best = max(best, (float(rate), (steps, topk, size)))
+            gains = gains_of(layers[:steps])
+            for size in range(2, len(gains) + 2):
+                shape = steps, topk, size
+                best = max(best, (float(1.0 + gains[size - 2]) / fixed_units(costs, shape), shape))
     return best
+
+
+def gains_of(layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Return the accepted drafts to expect of the 1.. best nodes of full trees."""
+    scores, true = (np.concatenate(part, 1) for part in zip(*layers, strict=True))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : TOKENS - 1]
+    return np.take_along_axis(true, order, axis=1).mean(axis=0).cumsum()
+
+
+def fixed_units(costs: StepCosts, shape: tuple[int, int, int]) -> float:
+    """Return the time of a step with a fixed tree, (steps, topk, tokens)."""
+    steps, topk, size = shape
+    return step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
 
 
 def fixed_rate(
@@ -300,12 +303,8 @@ def fixed_rate(
     requests = text.all_at_once(len(text.states[0]), first=first, last=last)
     repeats = -(-2000 // len(requests.states[0]))
     for _ in range(repeats):
-        layers = full_trees(requests, topk)[:steps]
-        scores, true = (np.concatenate(part, 1) for part in zip(*layers, strict=True))
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : size - 1]
-        tokens += 1.0 + float(np.take_along_axis(true, order, axis=1).sum(axis=1).mean())
-    time = step_units(costs, [topk] * (steps - 1), size, min(steps, size - 1) + 1)
-    return tokens / repeats / time
+        tokens += 1.0 + float(gains_of(full_trees(requests, topk)[:steps])[size - 2])
+    return tokens / repeats / fixed_units(costs, shape)
 
 
 def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
