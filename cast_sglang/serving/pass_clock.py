@@ -55,11 +55,6 @@ class PassClock:
         self._batch_size = batch_size
         self._costs = None if self._num_steps % self._every else costs
 
-    @property
-    def times_next(self) -> bool:
-        """Whether it is the next step's turn; only a timed step tries another size."""
-        return (self._num_steps + 1) % self._every == 0
-
     def end_step(self) -> None:
         self._costs = None
 
