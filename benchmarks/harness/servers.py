@@ -6,6 +6,7 @@ The one home of launching: the demo, the benchmarks and the tests use it.
 import contextlib
 import functools
 import os
+import random
 import re
 import signal
 import socket
@@ -241,6 +242,13 @@ def exit_on_sigterm() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing has now and the system gives to nobody who asks for any port.
+
+    A port that the system chooses would be one that it may give away again before the server, whose
+    imports take a while, listens on it. SGLang itself draws from 22000 on.
+    """
+    for port in random.sample(range(10_000, 22_000), k=100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError("none of 100 ports of 127.0.0.1 between 10000 and 22000 is free")
