@@ -23,6 +23,7 @@ from cast_sglang.errors import ConfigError
 
 __all__ = [
     "LOOKUPS",
+    "PENDING",
     "POLICIES",
     "REPLAYED_POLICIES",
     "CastConfig",
@@ -35,6 +36,7 @@ POLICIES = ("auto", "fixed", "eagle")
 # Policies that `cast-sglang replay` accepts.
 REPLAYED_POLICIES = (*POLICIES, "full-width")
 LOOKUPS = ("linear", "nearest")
+PENDING = "pending"  # `profile` of the engine that measures one; not for users
 GRAPHS = ("all", "passes", "off")
 MAX_VERIFY_ROWS = 4096
 
@@ -144,9 +146,10 @@ class CastConfig:
         choices=("on", "off"),
     )
     calibration_file: str = _knob(
-        "none",
+        "auto",
         "text",
-        "file that keeps what calibration learned for the next start, or none",
+        "file that keeps what serving learned for the next start; auto for one of this device and "
+        "pair in the user's cache, or none",
     )
     joint_budget: str = _knob(
         "off",

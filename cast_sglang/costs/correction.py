@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -166,17 +166,57 @@ class Residuals:
         # A layer takes no less than its passes. A step may, where passes overlap.
         np.maximum(rest, (-MAX_OVERLAP, 0.0), out=rest)
 
-    def state(self) -> tuple[np.ndarray, ...]:
+    def values(self) -> tuple[np.ndarray, ...]:
         """Return what was learned, for the other ranks of a tensor-parallel group."""
         return self._means, self._rest
 
-    def refresh(self, state: tuple[np.ndarray, ...] | None = None) -> None:
+    def state(self) -> dict[str, Any]:
+        """Return what was learned, but for the speed of the moment, as JSON can hold it."""
+        parts = zip(DEVIATIONS, self._tables(), strict=True)
+        state: dict[str, Any] = {name: np.round(table, 4).tolist() for name, table in parts}
+        return {**state, "rest": np.round(self._rest, 4).tolist()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Start from what `state()` returned, also of a server with another largest batch or tree.
+
+        What was learned counts as a first guess, as uncertain as the tables are at first: passes
+        may take other times by now.
+
+        Raises:
+            ValueError: `state` is not valid; nothing is changed then.
+        """
+        loaded = []
+        for name, table in zip((*DEVIATIONS, "rest"), [*self._tables(), self._rest], strict=True):
+            try:
+                values = np.array(state[name], dtype=np.float64)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"corrections: {name} is missing or is no table") from error
+            if values.ndim != table.ndim or not np.isfinite(values).all():
+                raise ValueError(f"corrections: {name} must be a table of finite numbers")
+            loaded.append(values)
+        self.reset()
+        for table, values in zip([*self._tables(), self._rest], loaded, strict=True):
+            both = tuple(slice(min(sizes)) for sizes in zip(table.shape, values.shape, strict=True))
+            table[both] = values[both]
+        np.maximum(self._rest, (-MAX_OVERLAP, 0.0), out=self._rest)
+        self._known = self._means.copy(), self._rest.copy()
+
+    def _tables(self) -> list[np.ndarray]:
+        """Return the parts of each kind: [passes], [.., octaves], [.., .., buckets or sizes]."""
+        passes, octaves = len(NAMES), len(self._batch_edges)
+        shapes = ((passes,), (passes, octaves), (passes, octaves, -1), (passes, octaves, -1))
+        return [
+            self._means[start:end].reshape(shape)
+            for start, end, shape in zip(self._starts, self._starts[1:], shapes, strict=False)
+        ]
+
+    def refresh(self, values: tuple[np.ndarray, ...] | None = None) -> None:
         """Apply what this rank, or rank 0, learned.
 
         Args:
-            state: of rank 0, so that all ranks scale alike; None for this rank's own.
+            values: of rank 0, so that all ranks scale alike; None for this rank's own.
         """
-        means, rest = self.state() if state is None else state
+        means, rest = self.values() if values is None else values
         self._known = means.copy(), rest.copy()
         self._variances += self._prior * (REFRESH_EVERY / HORIZON)
         np.minimum(self._variances, self._prior, out=self._variances)

@@ -103,8 +103,9 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
     try:
         validate_profile(profile)
         fields = msgspec.to_builtins(profile)
-        if profile.plain is None:
-            del fields["plain"]
+        for name in ("plain", "serving"):
+            if fields[name] is None:
+                del fields[name]
         # What a person looks for first comes first.
         head = {name: fields[name] for name in ("schema_version", "provenance")}
         write_atomically(path, _readable(msgspec.json.encode({**head, **fields})))

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ __all__ = [
     "HostIdentity",
     "ModelIdentity",
     "Provenance",
+    "ServingRecord",
     "validate_profile",
 ]
 
@@ -98,6 +100,19 @@ class Provenance(HostIdentity, frozen=True, kw_only=True):
     heldout: Heldout | None = None
 
 
+class ServingRecord(_Record, frozen=True, kw_only=True):
+    """What a short real run of the pair showed right after the tables were measured.
+
+    The errors are those of whole steps, predicted by the tables as they are, against measured.
+    """
+
+    steps: int
+    median_ratio: float  # measured over predicted
+    median_error: float
+    p95_error: float
+    learned: dict[str, Any] = {}  # what a server starts from, see `serving/learned.py`
+
+
 class CostTables(_Record, frozen=True, kw_only=True):
     """The tables S_T and S_D, and the other costs of a step."""
 
@@ -123,6 +138,7 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
 
     provenance: Provenance
     schema_version: int = SCHEMA_VERSION
+    serving: ServingRecord | None = None
 
     @property
     def table_error(self) -> float:
@@ -148,6 +164,11 @@ def validate_profile(profile: CostProfile) -> None:
         if len(overhead) != len(profile.target.batch_sizes):
             raise ProfileError("step_overhead_us must have one value per target.batch_sizes")
         _require_range("step_overhead_us", overhead, 0.0, MAX_TIME_US)
+    if (serving := profile.serving) is not None:
+        _require_range("serving.steps", [serving.steps], 1, MAX_SAMPLES)
+        _require_range("serving.median_ratio", [serving.median_ratio], math.ulp(0.0), MAX_TIME_US)
+        errors = [serving.median_error, serving.p95_error]
+        _require_range("serving", errors, 0.0, MAX_TIME_US)
     _validate_provenance(profile.provenance)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -160,15 +161,46 @@ class AutoPolicy(TreePolicy):
         self._loss = LOST_STEPS / answer_tokens
 
     def state(self) -> list[dict[str, Any]]:
-        """Return price and mode of each octave of batch sizes, as JSON can hold it."""
+        """Return what is known of each octave of batch sizes, as JSON can hold it."""
         return [
             {
                 "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
                 "price": bucket.price(self._loss),
                 "is_plain": bucket.is_plain,
+                "tokens": bucket.tokens / bucket.steps,  # of a step with a tree, per request
+                "units": bucket.time / bucket.steps,
+                "account": bucket.account,
             }
             for octave, bucket in sorted(self._buckets.items())
         ]
+
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Start from the prices that another object's `state()` returned.
+
+        They weigh as much as some steps, as does any first price.
+
+        Raises:
+            ValueError: `state` is not valid; nothing is changed then.
+        """
+        buckets = {}
+        if not isinstance(state, Sequence):
+            raise ValueError(f"prices: {state!r:.80} is no list")
+        for row in state:
+            try:
+                octave = (int(row["batch_sizes"][1]) - 1).bit_length()
+                tokens, units, account = (
+                    float(row[name]) for name in ("tokens", "units", "account")
+                )
+                is_plain = bool(row["is_plain"])
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ValueError(f"prices: a row is damaged: {row!r:.80}") from error
+            if not (1.0 <= tokens < 1e6 and 0.0 < units < 1e6 and math.isfinite(account)):
+                raise ValueError(f"prices: a row is out of range: {row!r:.80}")
+            bucket = _Bucket(START_WEIGHT * tokens, START_WEIGHT * units, START_WEIGHT)
+            bucket.max_account = MAX_LOSS / math.sqrt(2**octave)
+            bucket.account, bucket.is_plain = min(account, bucket.max_account), is_plain
+            buckets[octave] = bucket
+        self._buckets = buckets
 
     def weigh(self, weights: np.ndarray | None) -> None:
         self._weights = None if weights is None else weights[:, None].astype(np.float32)

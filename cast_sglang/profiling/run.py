@@ -33,6 +33,7 @@ from cast_sglang.costs.schema import (
     Heldout,
     HostIdentity,
     Provenance,
+    ServingRecord,
 )
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
@@ -122,13 +123,19 @@ def choose_references(grid: Grid) -> list[Point]:
     return [Point("verify", 1, context, 1), Point("verify", batch_size, context, rows)]
 
 
-def summarize(measured: Measured, output: str | Path) -> dict[str, str | int | float | None]:
+def summarize(
+    measured: Measured, output: str | Path, serving: ServingRecord | None = None
+) -> dict[str, str | int | float | None]:
     """Return the facts of a run, for the last line of `cast-sglang profile`."""
     heldout = measured.heldout
     return {
         "output": str(output),
         "seconds": round(measured.seconds, 1),
         "points": measured.num_points,
+        "serving_steps": serving.steps if serving else 0,
+        "serving_median_ratio": serving.median_ratio if serving else None,
+        "serving_median_error": serving.median_error if serving else None,
+        "serving_p95_error": serving.p95_error if serving else None,
         "heldout_points": heldout.points if heldout else 0,
         "heldout_median_error": heldout.median_error if heldout else None,
         "heldout_p95_error": heldout.p95_error if heldout else None,

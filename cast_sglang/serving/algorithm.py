@@ -11,7 +11,6 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from cast_sglang.config import CastConfig
-from cast_sglang.serving.calibration import CalibrationFile
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_flags,
@@ -23,6 +22,7 @@ from cast_sglang.serving.launch.arguments import (
     verify_sizes,
 )
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
+from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:
     from sglang.srt.managers.overlap_utils import FutureMap
@@ -106,7 +106,7 @@ class CastAlgorithm(CustomSpecAlgo):
             limit_graphs(config, server_args)
 
         found = find_server_profile(config, server_args)
-        file = CalibrationFile.of(config, host_identity(server_args))
+        file = LearnedFile.of(config, host_identity(server_args))
         if file is not None:
             file.load()  # so that a bad file stops the launch
         logger.info(

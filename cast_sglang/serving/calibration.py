@@ -2,90 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cast_sglang.costs.profiles import write_atomically
-from cast_sglang.errors import ConfigError
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.serving.host_reads import HostReads, Read
 
 if TYPE_CHECKING:
-    from cast_sglang.config import CastConfig
-    from cast_sglang.costs.schema import HostIdentity
     from cast_sglang.ops.contract import AcceptanceCurve
     from cast_sglang.serving.step import Drafted, Verified
     from cast_sglang.tree import Selection
 
-__all__ = ["Calibration", "CalibrationFile"]
+__all__ = ["Calibration"]
 
-# Steps with drafts between two writes of the file, each a fraction of a millisecond.
-SAVE_EVERY = 1024
 # Once many outcomes are known, only one step in TEACH_EVERY teaches, and LEARN_AT_ONCE of them are
 # learned together: between two passes of a model the code has left the caches, and most of the time
 # goes into fetching it.
 TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
 _MANY = 128
-
-logger = logging.getLogger(__name__)
-
-
-class CalibrationFile:
-    """Where a server keeps what it learned about a pair, from one start to the next.
-
-    Args:
-        path: the file; made when there is something to keep.
-        identity: of the server; another pair's file is refused.
-    """
-
-    def __init__(self, path: Path, identity: HostIdentity) -> None:
-        self._path = path
-        self._pair = [identity.target.config_hash, identity.draft.config_hash]
-
-    @classmethod
-    def of(cls, config: CastConfig, identity: HostIdentity) -> CalibrationFile | None:
-        """Return the configured file, None for none."""
-        if config.calibration == "off" or config.calibration_file == "none":
-            return None
-        return cls(Path(config.calibration_file).expanduser(), identity)
-
-    def load(self) -> Acceptance:
-        """Return what was learned before; nothing yet where there is no file.
-
-        Raises:
-            ConfigError: names the flag, the file and what is wrong with it.
-        """
-        acceptance = Acceptance()
-        try:
-            content = json.loads(self._path.read_bytes())
-            if not isinstance(content, dict) or content.get("pair") != self._pair:
-                raise ValueError("learned with another pair; name a file of its own for each")
-            acceptance.load_state(content.get("acceptance", {}))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"--cast-calibration-file {self._path}: {reason}") from error
-        return acceptance
-
-    def save(self, acceptance: Acceptance) -> None:
-        """Write what was learned; a server that cannot write logs that and serves."""
-        content = {"pair": self._pair, "acceptance": acceptance.state()}
-        try:
-            # After a power cut the older file would do.
-            write_atomically(self._path, json.dumps(content).encode(), sync=False)
-        except OSError as error:
-            logger.warning(
-                "CAST: --cast-calibration-file %s: cannot be written: %s", self._path, error
-            )
 
 
 class _Lesson(NamedTuple):
@@ -119,16 +58,9 @@ class Calibration:
         seconds: host time spent since `begin_step`.
     """
 
-    def __init__(
-        self,
-        file: CalibrationFile | None = None,
-        saves: bool = True,
-        reads: HostReads | None = None,
-    ) -> None:
-        """Start from what the file holds; `saves` is for one of several ranks."""
-        self.acceptance = Acceptance() if file is None else file.load()
+    def __init__(self, reads: HostReads | None = None) -> None:
+        self.acceptance = Acceptance()
         self.seconds = 0.0
-        self._file = file if saves else None
         self._reads = HostReads("cpu") if reads is None else reads
         self._num_learned = self._num_drafted = 0
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
@@ -198,7 +130,5 @@ class Calibration:
             parts = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
             self.acceptance.update(*(part.ravel() for part in parts))
             self._num_learned += 1
-            if self._file is not None and self._num_learned % SAVE_EVERY == 0:
-                self._file.save(self.acceptance)
         self._lessons.clear()
         self._read = None

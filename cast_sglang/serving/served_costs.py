@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
@@ -89,6 +89,15 @@ class ServedCosts:
         self.residuals.reset()
         return True
 
+    def state(self) -> dict[str, Any]:
+        """Return the profile in use and what is corrected of it, as JSON can hold it."""
+        profile = None
+        if self.profile is not None:
+            estimated = self.profile.profile.provenance.estimated
+            profile = {"path": str(self.profile.path), "estimated": estimated}
+        residuals = [row._asdict() for row in self.residuals or ()]
+        return {"profile": profile, "residuals": residuals}
+
     def take_times(self, on_pass: Callable[[TimedPass], None] | None) -> None:
         """Record the passes that the device has finished since the last call.
 
@@ -116,11 +125,11 @@ class ServedCosts:
         """
         if self.residuals is None or step % REFRESH_EVERY:
             return
-        state = None
+        values = None
         if get_parallel().tp_size > 1:
             # Every rank must choose the same trees, so every rank takes rank 0's times.
-            state = get_tp_group().broadcast_object(self.residuals.state(), src=0)
-        self.residuals.refresh(state)
+            values = get_tp_group().broadcast_object(self.residuals.values(), src=0)
+        self.residuals.refresh(values)
         if step % EXPORT_EVERY == 0:
             self._stats.record_residuals(self.residuals)
             self._report(self.residuals.suspects())

@@ -12,7 +12,7 @@ import datetime
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -108,6 +108,7 @@ class TraceRecorder:
 
     def __init__(self, recording: Recording, profile: CostProfile | None = None) -> None:
         self._recording, self._profile = recording, profile
+        self._learned: dict[str, Any] = {}
         self._writer: TraceWriter | None = None  # made with the first step, which has a profile
         self._has_tokens = recording.config.trace_tokens
         self._open: deque[_OpenStep] = deque()
@@ -125,9 +126,13 @@ class TraceRecorder:
         """Whether the file takes no more, so that no further step need be recorded."""
         return self._writer is not None and not self._writer.is_open
 
-    def use_profile(self, profile: CostProfile) -> None:
-        """Name this profile in the header; without effect once a step has been written."""
-        self._profile = profile
+    def use_profile(self, profile: CostProfile, learned: Mapping[str, Any]) -> None:
+        """Name this profile in the header; without effect once a step has been written.
+
+        Args:
+            learned: what the server starts from, for the header's field of that name.
+        """
+        self._profile, self._learned = profile, dict(learned)
 
     def begin_step(self, batch: ScheduleBatch) -> None:
         """Number the requests of the step, and read how long they are."""
@@ -316,6 +321,7 @@ class TraceRecorder:
             identity=without_local_paths(recording.identity),
             profile=None if profile is None else profile.provenance,
             tables="" if profile is None else tables_digest(profile),
+            learned=self._learned,
             settings=settings,
             num_steps=recording.max_layers,
             topk=limits.max_width,

@@ -19,14 +19,14 @@ from sglang.srt.runtime_context import get_observability, get_parallel, get_sche
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
-from cast_sglang.config import CastConfig
+from cast_sglang.config import PENDING, CastConfig
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import step_units
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, StepFacts
-from cast_sglang.serving.calibration import Calibration, CalibrationFile
+from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
@@ -36,6 +36,7 @@ from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_grap
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
+from cast_sglang.serving.learned import SAVE_EVERY, Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
 from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
@@ -84,10 +85,7 @@ class CastWorker(EAGLEWorkerV2):
         self.verify_graphs: PassGraphs | None = None
         self.calibration = None
         if self.config.policy == "auto" and self.config.calibration == "on":
-            identity = host_identity(resolving_view(server_args))
-            file = CalibrationFile.of(self.config, identity)
-            saves = get_parallel().tp_rank == 0
-            self.calibration = Calibration(file, saves, self.reads)
+            self.calibration = Calibration(self.reads)
         self.answers = AnswerLengths()
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
@@ -104,7 +102,7 @@ class CastWorker(EAGLEWorkerV2):
         first, sizes = target_runner.decode_cuda_graph_runner, self._verify_sizes
         plan = plan_graphs(first, self.limits, self.config, sizes, self.costs.model)
         self.tools = self._draft_worker.tools = self._make_tools(plan)
-        self._record_profile()
+        self._go_on()
         super().init_cuda_graphs()
         if plan is not None:
             self.verify_graphs = capture_verify(target_runner, plan.verify)
@@ -160,7 +158,8 @@ class CastWorker(EAGLEWorkerV2):
     @property
     def lacks_profile(self) -> bool:
         """Whether a profile is still to be made before the first request."""
-        return self.costs.model is None and self.config.policy != "eagle"
+        config = self.config
+        return self.costs.model is None and config.policy != "eagle" and config.profile != PENDING
 
     @property
     def limits(self) -> Limits:
@@ -175,13 +174,19 @@ class CastWorker(EAGLEWorkerV2):
         )
 
     def use_profile(self, found: FoundProfile) -> None:
-        """Decide by this profile's tables from the next step on."""
+        """Decide by this profile's tables from the next step on, and by what was learned of it."""
         self.costs.use(found, self.limits)
-        self._record_profile()
+        self.tools.decider.policy = self._build_policy(self.tools.is_ragged)
+        self.answers, self._num_steps = AnswerLengths(), 0
+        self._go_on()
 
-    def _record_profile(self) -> None:
+    def _go_on(self) -> None:
+        """Start from what an earlier server, or the profile's short run, has learned."""
+        file = LearnedFile.of(self.config, host_identity(resolving_view(self.server_args)))
+        self.learned = Learned(file, self.tools.decider.policy, self.calibration, self.costs)
+        start = self.learned.start()
         if self.tools.recorder is not None and self.costs.profile is not None:
-            self.tools.recorder.use_profile(self.costs.profile.profile)
+            self.tools.recorder.use_profile(self.costs.profile.profile, start)
 
     def _build_policy(self, is_ragged: bool) -> TreePolicy:
         config = self.config
@@ -193,11 +198,6 @@ class CastWorker(EAGLEWorkerV2):
 
     def cast_state(self) -> dict[str, Any]:
         """Return what an operator wants to see of this process, as JSON."""
-        profile = None
-        if (found := self.costs.profile) is not None:
-            estimated = found.profile.provenance.estimated
-            profile = {"path": str(found.path), "estimated": estimated}
-        residuals = [row._asdict() for row in self.costs.residuals or ()]
         policy, reliability = self.tools.decider.policy, []
         if self.tools.recorder is not None:
             self.costs.take_times(self._on_pass())
@@ -207,8 +207,7 @@ class CastWorker(EAGLEWorkerV2):
             reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
         return {
             **self.cast_stats.snapshot(),
-            "profile": profile,
-            "residuals": residuals,
+            **self.costs.state(),
             "prices": policy.state() if isinstance(policy, AutoPolicy) else [],
             "reliability": reliability,
         }
@@ -230,6 +229,8 @@ class CastWorker(EAGLEWorkerV2):
         if self.calibration is not None:
             self.calibration.begin_step()
         self.costs.correct(self._num_steps)
+        if self._num_steps % SAVE_EVERY == 0:
+            self.learned.save()
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
         are_new = self.answers.note(batch.reqs)
         if are_new or is_due:

@@ -11,7 +11,7 @@ verified or not, whether the target would have accepted it, so a replay can judg
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -68,6 +68,9 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     verify_graphs: dict[int, list[int]] | None = None
     width_graphs: dict[int, list[int]] | None = None
     extend_graphs: dict[int, list[int]] | None = None
+    # Prices and corrections that the server started from, as `AutoPolicy` and `Residuals` keep
+    # them; empty where it had learned nothing before.
+    learned: dict[str, Any] = {}
 
     @property
     def policy(self) -> str:

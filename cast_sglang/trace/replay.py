@@ -132,6 +132,13 @@ class Replay:
         self.extrapolated = self._model.extrapolated
         self._residuals = Residuals(limits)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None
+        try:
+            if self._is_same and isinstance(policy, AutoPolicy):
+                policy.load_state(header.learned.get("prices", ()))
+            if correct and "corrections" in header.learned:
+                self._residuals.load_state(header.learned["corrections"])
+        except ValueError as error:
+            raise TraceError(f"trace {trace.path}: header: {error}") from error
         self._decides_by_corrected = (
             correct
             and header.settings.get("residuals") == "on"

@@ -19,7 +19,7 @@ from tests.support.passes import LIMITS, noisy, scale, serve
 def told(ratio=1.0, rest=(0.0, 0.0)):
     """Return residuals that know this ratio of all passes, and this rest of all steps."""
     residuals = Residuals(LIMITS)
-    means, rests = (part.copy() for part in residuals.state())
+    means, rests = (part.copy() for part in residuals.values())
     means[: len(NAMES)] = math.log(ratio)
     rests[:] = rest
     residuals.refresh((means, rests))

@@ -1,5 +1,7 @@
 """What serving learns of pass times, on devices whose true times are known."""
 
+import dataclasses
+import json
 import math
 import random
 
@@ -235,9 +237,9 @@ def test_ranks_that_share_a_state_agree():
         for layers in (0, 3) * 20:
             rank.record_step(4, layers, ratio * (1.0 + 0.1 * layers), 1.0)
     assert scale(first, 8) != scale(second, 8)
-    state = tuple(part.copy() for part in first.state())
+    values = tuple(part.copy() for part in first.values())
     for rank in (first, second):
-        rank.refresh(state)
+        rank.refresh(values)
     for name in NAMES:
         scales = first.scales(name, 4, 32)
         assert scales.tolist() == second.scales(name, 4, 32).tolist()
@@ -284,3 +286,50 @@ def test_a_bucket_that_is_far_off_is_a_suspect_after_enough_passes():
     assert worst.tokens == other.tokens == (7, 8) and worst.batch_sizes == (3, 4)
     assert worst.ratio == pytest.approx(0.4, rel=0.2)
     assert other.ratio == pytest.approx(1.6, rel=0.2)
+
+
+def test_what_was_learned_is_kept_but_for_the_speed_of_the_moment():
+    learned, kept = Residuals(LIMITS), Residuals(LIMITS)
+    record(learned, 1.7)
+    for layers in (0, 3) * 40:
+        learned.record_step(4, layers, 1.7 + 0.3 * layers, 1.0)
+    learned.refresh()
+    kept.load_state(json.loads(json.dumps(learned.state())))
+    for name in NAMES:
+        assert np.allclose(kept.scales(name, 4, 32), learned.scales(name, 4, 32), rtol=1e-3)
+    assert np.allclose(kept.rest(4), learned.rest(4), atol=1e-3)
+    assert learned.rest(4) != (0.0, 0.0)
+    assert not list(kept)  # no pass of this server
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(4, 8), (64, 64), (1, 1)])
+def test_a_server_of_other_limits_takes_what_it_has_in_common(batch, rows):
+    learned = Residuals(LIMITS)
+    record(learned, 1.7)
+    learned.refresh()
+    other = Residuals(dataclasses.replace(LIMITS, max_batch_size=batch, max_verify_rows=rows))
+    other.load_state(learned.state())
+    for name in NAMES:
+        common = min(rows, LIMITS.max_verify_rows)
+        expected = learned.scales(name, 1, common)
+        assert np.allclose(other.scales(name, 1, rows)[:common], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("octave"),
+        lambda state: state.update(rest="none"),
+        lambda state: state.update({"pass": [float("nan")] * 3}),
+        lambda state: state.update(size=[0.0]),
+        lambda state: state.update(bucket=[[1.0], [1.0, 2.0]]),
+    ],
+)
+def test_a_damaged_state_changes_nothing(damage):
+    residuals, damaged = Residuals(LIMITS), Residuals(LIMITS).state()
+    record(residuals, 1.7)
+    before = residuals.state()
+    damage(damaged)
+    with pytest.raises(ValueError, match="corrections: "):
+        residuals.load_state(damaged)
+    assert residuals.state() == before

@@ -59,6 +59,8 @@ def start_server(
                 **CPU_PLATFORM,
                 "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
                 "CAST_ALLOW_FOREIGN_PROFILE": "1",
+                # What one server learned must not reach another.
+                "CAST_CALIBRATION_FILE": "none",
                 **env,
             },
         )

@@ -1,20 +1,14 @@
 """Feedback from verify into the scores: the right nodes count, with the right probabilities."""
 
-import json
-
-import msgspec
 import numpy as np
 import pytest
 import torch
 
-from cast_sglang.config import CastConfig
-from cast_sglang.errors import ConfigError
 from cast_sglang.ops import reference
 from cast_sglang.serving import calibration as module
-from cast_sglang.serving.calibration import Calibration, CalibrationFile
+from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.step import Drafted, Verified
 from cast_sglang.tree import DraftTree
-from tests.support.builders import make_identity
 
 TOPK = 2
 # Two requests. The root's children 0 and 1; node 0 of each request is expanded into 2 and 3.
@@ -120,69 +114,3 @@ def test_an_outcome_without_a_tree_is_ignored():
     calibration.on_verified(verified([[0], [1]]))
     step(calibration, [[0, 1, 3], [4, 6, -1]])
     assert observed(calibration) == {}
-
-
-def test_what_was_learned_outlives_the_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_EVERY", 2)
-    file = CalibrationFile(tmp_path / "new" / "pair.json", make_identity())
-    first = Calibration(file)
-    for _ in range(3):  # the last outcome is not learned yet
-        step(first, [[0, 1, 3], [4, 6, -1]])
-    second = Calibration(file)
-    np.testing.assert_array_equal(second.acceptance.curves(), first.acceptance.curves())
-    bystander = Calibration(file, saves=False)
-    for _ in range(5):
-        step(bystander, [[0, -1, -1], [4, -1, -1]])
-    np.testing.assert_array_equal(Calibration(file).acceptance.curves(), first.acceptance.curves())
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "Expecting value"),
-        ("[1]", "another pair"),
-        ('{"pair": ["x", "y"]}', "another pair"),
-        ('{"pair": PAIR}', "not an acceptance state"),
-        ('{"pair": PAIR, "acceptance": {"format": 1}}', "not an acceptance state"),
-        ('{"pair": PAIR, "acceptance": {"format": 2}}', "table is missing"),
-        ("[" * 100_000, "recursion"),
-    ],
-)
-def test_a_bad_file_stops_the_launch(tmp_path, content, reason):
-    identity = make_identity()
-    pair = json.dumps([identity.target.config_hash, identity.draft.config_hash])
-    path = tmp_path / "pair.json"
-    path.write_text(content.replace("PAIR", pair))
-    with pytest.raises(ConfigError, match=reason) as caught:
-        CalibrationFile(path, identity).load()
-    assert f"--cast-calibration-file {path}" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_another_pairs_file_is_refused(tmp_path):
-    identity = make_identity()
-    other = msgspec.structs.replace(
-        identity, draft=msgspec.structs.replace(identity.draft, config_hash="c" * 64)
-    )
-    file = CalibrationFile(tmp_path / "pair.json", identity)
-    file.save(Calibration().acceptance)
-    file.load()
-    with pytest.raises(ConfigError, match="another pair"):
-        CalibrationFile(tmp_path / "pair.json", other).load()
-
-
-def test_a_server_that_cannot_write_goes_on(tmp_path, caplog):
-    (tmp_path / "file").write_text("in the way")
-    CalibrationFile(tmp_path / "file" / "pair.json", make_identity()).save(Calibration().acceptance)
-    assert "--cast-calibration-file" in caplog.text
-
-
-def test_the_file_is_optional():
-    identity = make_identity()
-    assert CalibrationFile.of(CastConfig(), identity) is None
-    named = CastConfig(calibration_file="a.json")
-    assert CalibrationFile.of(named, identity) is not None
-    assert (
-        CalibrationFile.of(CastConfig(calibration="off", calibration_file="a.json"), identity)
-        is None
-    )

@@ -114,7 +114,7 @@ def test_a_wrong_profile_is_reported_once(make, caplog):
 def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):
     leader, clock, _ = make()
     measure(clock, leader)
-    state = leader.residuals.state()
+    state = leader.residuals.values()
     group = SimpleNamespace(broadcast_object=lambda own, src: state)
     monkeypatch.setattr(module, "get_tp_group", lambda: group)
     follower, _, _ = make(tp_size=2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cast_sglang.config import CastConfig
+from cast_sglang.config import PENDING, CastConfig
 from cast_sglang.costs.profiles import FoundProfile, find_profile
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import HostError, MissingProfileError
@@ -61,7 +61,7 @@ def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundPro
     Raises:
         ProfileError: the named profile is bad or does not fit.
     """
-    if config.profile in ("none", "estimate"):
+    if config.profile in ("none", "estimate", PENDING):
         return None
     try:
         found = find_profile(

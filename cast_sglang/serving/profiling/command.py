@@ -11,19 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cast_sglang.costs.profiles import user_profile_path
+from cast_sglang.config import PENDING
+from cast_sglang.costs.profiles import FoundProfile, save_profile, user_profile_path
 from cast_sglang.errors import HostError
 from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
-from cast_sglang.profiling.run import run_profile, summarize, write_profile
+from cast_sglang.profiling.run import Measured, run_profile, summarize, write_profile
 from cast_sglang.serving.launch.identity import host_identity, without_local_paths
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
+from cast_sglang.serving.profiling.short_run import complete_profile
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
-    from cast_sglang.serving.worker import CastWorker
+    from cast_sglang.costs.schema import HostIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,9 @@ def profile_server(
     Raises:
         CastError: CAST refuses the flags, or the measurement failed.
     """
-    # Measuring needs no profile, and the widest trees run every shape at start-up. The engine's
-    # processes read both settings from their environment.
-    with _environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
+    # The engine's processes read settings from their environment. The user's file of what serving
+    # learned is left alone.
+    with _environment(CAST_PROFILE=PENDING, CAST_CALIBRATION_FILE="none"):
         return _profile(server_argv, output, quick, budget_seconds, command)
 
 
@@ -105,21 +107,43 @@ def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:
 
     error = ""
     try:
-        worker = scheduler.draft_worker
-        measure_on_all_ranks(scheduler, lambda meter: _measure(worker, meter, parameters))
+        _measure_and_serve(scheduler, parameters)
     except Exception as caught:
         logger.exception("profiling failed")
         error = " ".join(str(caught).split()) or type(caught).__name__
     return RpcReqOutput(success=not error, message=error)
 
 
-def _measure(worker: CastWorker, meter: Meter, parameters: dict[str, Any]) -> None:
+def _measure_and_serve(scheduler: Scheduler, parameters: dict[str, Any]) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    identity = without_local_paths(host_identity(resolving_view(worker.server_args)))
+    group = scheduler.tp_group
+    server_args = resolving_view(scheduler.draft_worker.server_args)
+    identity = without_local_paths(host_identity(server_args))
     output = parameters["output"] or str(user_profile_path(identity))
+
+    measured = measure_on_all_ranks(
+        scheduler, lambda meter: _measure(meter, identity, output, parameters)
+    )
+    profile = None
+    if measured is not None:
+        # Saved before and after the short run, so that nothing is measured twice.
+        profile = write_profile(measured, identity, output, parameters["command"])
+    if group.world_size > 1:
+        profile = group.broadcast_object(profile, src=0)
+    assert profile is not None
+    found = complete_profile(scheduler, FoundProfile(profile, Path(output), []))
+    if measured is not None:
+        save_profile(found.profile, output)
+        facts = summarize(measured, output, found.profile.serving)
+        Path(parameters["facts"]).write_text(json.dumps(facts))
+
+
+def _measure(
+    meter: Meter, identity: HostIdentity, output: str, parameters: dict[str, Any]
+) -> Measured:
     quick = parameters["quick"]
-    measured = run_profile(
+    return run_profile(
         meter,
         grid=default_grid(meter.limits(), quick=quick),
         sampling=Sampling.quick() if quick else Sampling(),
@@ -128,5 +152,3 @@ def _measure(worker: CastWorker, meter: Meter, parameters: dict[str, Any]) -> No
         host=repr(identity),
         progress=True,
     )
-    write_profile(measured, identity, output, parameters["command"])
-    Path(parameters["facts"]).write_text(json.dumps(summarize(measured, output)))

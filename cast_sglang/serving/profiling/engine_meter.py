@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cast_sglang.costs.limits import Limits
+from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.profiling.batches import Rows, SmallTree
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.tree import Frontier
@@ -114,10 +115,14 @@ class EngineMeter:
 
             return run
 
+        # Synthetic outcomes teach nothing; learning takes its time all the same.
+        learner = None if worker.calibration is None else Calibration(worker.reads)
         with contextlib.ExitStack() as stack:
             for owner, name, value in (
                 (worker.tools.decider, "policy", SmallTree()),
                 (worker, "cast_stats", StepStats()),
+                (worker, "calibration", learner),
+                (worker.tools, "calibration", learner),
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)

@@ -23,6 +23,7 @@ from cast_sglang.profiling.run import make_profile, run_profile
 from cast_sglang.serving.launch.identity import host_identity, without_local_paths
 from cast_sglang.serving.profiling.engine_meter import EngineMeter
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
+from cast_sglang.serving.profiling.short_run import complete_profile
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -60,7 +61,13 @@ def provide_profile(scheduler: Scheduler) -> None:
         encoded = scheduler.tp_group.broadcast_object(encoded, src=0)
     profile = msgspec.json.decode(encoded, type=CostProfile)
     path = user_profile_path(identity)
-    worker.use_profile(FoundProfile(profile, path, []))
+    found = FoundProfile(profile, path, [])
+    if worker.config.profile == "estimate":
+        worker.use_profile(found)
+    else:
+        found = complete_profile(scheduler, found)
+        if scheduler.tp_group.rank_in_group == 0 and not profile.provenance.estimated:
+            _save(found)
     advice = f"for better tables run: {profile_command(identity)}"
     if profile.provenance.estimated:
         logger.warning("CAST: cost tables are ESTIMATED from the device's roofline; %s", advice)
@@ -81,12 +88,15 @@ def _measured(meter: Any, identity: HostIdentity) -> CostProfile | None:
         logger.warning("CAST: measuring failed: %s", error)
         return None
     profile = make_profile(measured, identity, command="--cast-profile auto")
-    path = user_profile_path(identity)
+    _save(FoundProfile(profile, user_profile_path(identity), []))
+    return profile
+
+
+def _save(found: FoundProfile) -> None:
     try:
-        save_profile(profile, path)
+        save_profile(found.profile, found.path)
     except ProfileError as error:
         logger.warning("CAST: the next start will measure again: %s", error)
-    return profile
 
 
 def _estimated(worker: CastWorker, identity: HostIdentity) -> CostProfile:
