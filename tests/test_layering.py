@@ -39,6 +39,7 @@ SERVING_FLOORS = (
     "algorithm profiling",
     "worker",
     "drafting",
+    "learned",
     "graphs served_costs",
     "host_patches trace_recorder calibration",
     "weight_updates",

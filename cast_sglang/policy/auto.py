@@ -17,9 +17,9 @@ Source: Dinkelbach, "On nonlinear fractional programming" (Management Science 13
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
+from cast_sglang.policy.turns import PLAIN, Tree, Turns
 from cast_sglang.policy.verify_size import best_verify_size, split_budget
 
 __all__ = ["AutoPolicy"]
@@ -49,10 +50,6 @@ LOST_STEPS = 1.0
 MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
-# The first step that decodes plainly although it would draft. The next ones are at twice the step,
-# so that they cost less and less. Two more, at 16 and 32, would cost 1 % of the first 100 steps
-# where drafting doubles the speed.
-FIRST_PLAIN = 64
 # Target passes that a try may lose; it starts once they are saved.
 MIN_PROBE = 0.25
 
@@ -72,7 +69,7 @@ class _Bucket:
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
-    num_steps: int = 0
+    turns: Turns = field(default_factory=Turns)
 
     def worth(self, loss: float) -> float:
         """Return the worth of a token of the mean step, relative to a token of a plain step."""
@@ -147,6 +144,7 @@ class AutoPolicy(TreePolicy):
         self._layers = 1  # of the tree that grows
         self._price = 1.0  # of the step that runs
         self._deepen = False
+        self._turn: Tree | None = None  # of the step that runs; None for the policy's own
         self._shares_out = False  # the last tree was cut by `share_out`
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
@@ -229,6 +227,9 @@ class AutoPolicy(TreePolicy):
             self._shares_out,
         )
         self._deepen = gain > 0.0 and room > 0
+        if self._turn is not None:
+            self._deepen = self._layers < min(self._turn.num_steps, self._max_layers)
+            width = min(self._turn.topk, scores.shape[1])
         return width
 
     def deepen(self) -> bool:
@@ -249,6 +250,10 @@ class AutoPolicy(TreePolicy):
         if num_sizes == 0:  # the tree ended below the smallest size
             self._close_step()
             return scores.shape[1] + 1
+        if self._turn is not None:
+            size = bisect_left(self._sizes, self._turn.num_draft_tokens, hi=num_sizes - 1)
+            self._close_step()
+            return self._sizes[size]
         ranked = self._weighed(scores)
         sizes = self._num_nodes[:num_sizes]
         best = best_verify_size(ranked, sizes, *self._terms(costs, len(ranked)))
@@ -258,6 +263,8 @@ class AutoPolicy(TreePolicy):
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those that are worth their time."""
         self._shares_out = True
+        if self._turn is not None:
+            return None
         ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
         num_rows = split_budget(ranked, *self._terms(costs, len(ranked)))
         self._close_step()
@@ -304,8 +311,7 @@ class AutoPolicy(TreePolicy):
         the costs, speculation never loses more than the account held, whatever is accepted. A try
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms.
 
-        What a plain step takes is known from plain steps best, so a server that always drafts
-        decodes plainly in its steps 64, 128, 256 and so on of each octave.
+        Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
@@ -318,8 +324,8 @@ class AutoPolicy(TreePolicy):
             bucket.account += PROBE_SHARE * bucket.plain_units
         else:
             bucket.account -= catch_up
-        bucket.num_steps += 1
-        return not (bucket.is_plain or _is_turn_of_plain(bucket.num_steps))
+        self._turn = None if bucket.is_plain else bucket.turns.next()
+        return not (bucket.is_plain or self._turn is PLAIN)
 
     def _bucket(self, batch_size: int) -> _Bucket:
         octave = (batch_size - 1).bit_length()
@@ -340,11 +346,6 @@ class AutoPolicy(TreePolicy):
         if self._view is None or self._view.costs is not costs:
             self._view = _view(costs, self._num_nodes, self._extends_by_accepted)
         return self._view
-
-
-def _is_turn_of_plain(step: int) -> bool:
-    """Return whether a step that would draft decodes plainly, to see what that takes."""
-    return step >= FIRST_PLAIN and step & (step - 1) == 0
 
 
 def _view(costs: Costs, num_nodes: np.ndarray, extends_by_accepted: bool) -> _View:

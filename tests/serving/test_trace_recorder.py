@@ -96,14 +96,15 @@ def run_plain(recorder, number, token):
 
 def test_a_tree_and_what_became_of_it(path):
     recorder, profile = make(path, trace_tokens=True), make_profile()
-    recorder.use_profile(profile)
+    learned = {"prices": [], "corrections": {"pass": [0.1]}}
+    recorder.use_profile(profile, learned)
     # Row 1 is candidate 0, token 1; its child 2, token 3, is row 3.
     run_tree(recorder, 1, new_tokens=[1, 3, 5], accepted=[1, 3])
     recorder.on_step_timed(60.0)
     recorder.on_pass_timed(TimedPass("verify", 1, 4, 40.0, 45.0))
     recorder.flush()
     trace = read_trace(path)
-    assert trace.header.tables == tables_digest(profile)
+    assert trace.header.tables == tables_digest(profile) and trace.header.learned == learned
     assert (trace.header.num_steps, trace.header.topk) == (3, TOPK)
     assert (trace.header.num_draft_tokens, trace.header.max_context) == (8, 960)
     [step] = trace.steps

@@ -58,8 +58,12 @@ def make_worker(num_rows=5, num_slots=90):
             parallel_layout=None,
         ),
         tools=SimpleNamespace(
-            backlog=Backlog(num_rows, 4), decider=SimpleNamespace(policy="the server's")
+            backlog=Backlog(num_rows, 4),
+            decider=SimpleNamespace(policy="the server's"),
+            calibration="the server's",
         ),
+        calibration="the server's",
+        reads=None,
         cast_stats="the server's",
         discarded=0,
     )

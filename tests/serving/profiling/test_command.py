@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from cast_sglang.costs.profiles import load_profile, user_profile_path
-from cast_sglang.costs.schema import ModelIdentity
+from cast_sglang.costs.schema import ModelIdentity, ServingRecord
 from cast_sglang.errors import HostError, ProfileError
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.serving.profiling import command
@@ -17,12 +18,16 @@ from tests.support.builders import make_identity
 from tests.support.meters import BrokenMeter, FlatMeter
 
 
+SETTINGS = ("CAST_PROFILE", "CAST_CALIBRATION_FILE")
+RECORD = ServingRecord(steps=9, median_ratio=1.5, median_error=0.3, p95_error=0.4)
+
+
 class Engine:
     """SGLang's engine; each test says what its call does."""
 
     def __init__(self, server_args):
         self.server_args, self.is_shut_down = server_args, False
-        self.settings = {name: os.environ[name] for name in ("CAST_PROFILE", "CAST_POLICY")}
+        self.settings = {name: os.environ[name] for name in SETTINGS}
         Engine.last = self
 
     def collective_rpc(self, method, **parameters):
@@ -57,18 +62,36 @@ def identity(monkeypatch, tmp_path):
     return identity
 
 
+@pytest.fixture
+def scheduler_of(monkeypatch):
+    """Return a function that makes the scheduler of an engine that this meter measures."""
+
+    def complete(scheduler, found):
+        assert load_profile(found.path) == found.profile  # so that a failure loses no measurement
+        return found._replace(profile=msgspec.structs.replace(found.profile, serving=RECORD))
+
+    monkeypatch.setattr(command, "complete_profile", complete)
+
+    def make(meter):
+        monkeypatch.setattr(command, "measure_on_all_ranks", lambda scheduler, run: run(meter))
+        worker = SimpleNamespace(server_args=SimpleNamespace())
+        return SimpleNamespace(draft_worker=worker, tp_group=SimpleNamespace(world_size=1))
+
+    return make
+
+
 def facts_of(parameters):
     Path(parameters["facts"]).write_text(json.dumps({"seconds": 1.5}))
 
 
-def test_an_engine_of_the_widest_trees_is_started_without_a_profile(engine, tmp_path, monkeypatch):
+def test_an_engine_is_started_that_waits_for_its_profile(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine.does = staticmethod(facts_of)
     argv = ["--model-path", "T", "--speculative-draft-model-path", "D"]
     facts = command.profile_server(argv, "p.json", quick=True, budget_seconds=9.0, command="C")
     assert facts == {"seconds": 1.5}
     assert engine.last.server_args == [*argv, "--speculative-algorithm", "CAST"]
-    assert engine.last.settings == {"CAST_PROFILE": "none", "CAST_POLICY": "eagle"}
+    assert engine.last.settings == {"CAST_PROFILE": "pending", "CAST_CALIBRATION_FILE": "none"}
     assert engine.last.method == command.RPC_METHOD and engine.last.is_shut_down
     # The engine's processes may run in another directory.
     assert engine.last.parameters["output"] == str(tmp_path / "p.json")
@@ -95,11 +118,13 @@ def test_the_engines_settings_end_with_it(engine, fails):
     engine.does = staticmethod(call)
     with pytest.raises(HostError) if fails else contextlib.nullcontext():
         command.profile_server([], "p.json")
-    assert "CAST_PROFILE" not in os.environ and "CAST_POLICY" not in os.environ
+    assert not any(name in os.environ for name in SETTINGS)
 
 
 @pytest.mark.parametrize("is_named", [True, False])
-def test_a_measured_profile_is_saved_with_what_it_was_measured_on(identity, tmp_path, is_named):
+def test_a_measured_profile_is_saved_with_what_it_was_measured_on(
+    identity, scheduler_of, tmp_path, is_named
+):
     named, facts = tmp_path / "named.json", tmp_path / "facts.json"
     parameters = {
         "output": str(named) if is_named else None,
@@ -108,12 +133,13 @@ def test_a_measured_profile_is_saved_with_what_it_was_measured_on(identity, tmp_
         "budget_seconds": None,
         "command": "cast-sglang profile --quick",
     }
-    worker = SimpleNamespace(server_args=SimpleNamespace())
-    command._measure(worker, FlatMeter(), parameters)
+    command._measure_and_serve(scheduler_of(FlatMeter()), parameters)
     short = identity.target.name.removeprefix("/home/me/")
     path = named if is_named else next((tmp_path / "cache").rglob("*.json"))
     profile = load_profile(path)
-    assert json.loads(facts.read_text())["output"] == str(path)
+    told = json.loads(facts.read_text())
+    assert (told["output"], told["serving_steps"]) == (str(path), 9)
+    assert profile.serving == RECORD
     provenance = profile.provenance
     assert provenance.command == "cast-sglang profile --quick" and not provenance.estimated
     # A profile may be published, so it does not tell where a model lies.
@@ -133,18 +159,17 @@ def test_a_measured_profile_is_saved_with_what_it_was_measured_on(identity, tmp_
     ],
 )
 def test_a_call_answers_with_one_line(monkeypatch, error, message):
-    def measure(scheduler, run):
+    def measure(scheduler, parameters):
         if error is not None:
             raise error
 
-    monkeypatch.setattr(command, "measure_on_all_ranks", measure)
+    monkeypatch.setattr(command, "_measure_and_serve", measure)
     answer = command.handle_rpc(SimpleNamespace(draft_worker=None), {})
     assert (answer.success, answer.message) == (error is None, message)
 
 
-def test_a_failed_measurement_leaves_no_profile(identity, tmp_path):
+def test_a_failed_measurement_leaves_no_profile(identity, scheduler_of, tmp_path):
     parameters = {"output": str(tmp_path / "p.json"), "quick": True, "budget_seconds": None}
-    worker = SimpleNamespace(server_args=SimpleNamespace())
     with pytest.raises(ProfileError):
-        command._measure(worker, BrokenMeter(), parameters)
+        command._measure_and_serve(scheduler_of(BrokenMeter()), parameters)
     assert not (tmp_path / "p.json").exists() and not user_profile_path(identity).exists()

@@ -184,6 +184,8 @@ def test_overhead_is_what_a_step_takes_beside_its_passes(worker, clock, monkeypa
     def step(worker, batch):
         policies.append(worker.tools.decider.policy)
         assert worker.cast_stats != "the server's"
+        # Synthetic outcomes teach the server nothing.
+        assert worker.calibration is worker.tools.calibration != "the server's"
         draft = worker.draft_worker
         clock.now += 0.125
         draft.model.forward_layer("batch", path_slots="slots")
@@ -202,6 +204,7 @@ def test_overhead_is_what_a_step_takes_beside_its_passes(worker, clock, monkeypa
     assert [type(policy) for policy in policies] == [SmallTree]
     # The server's own are back, and the step's result is expected by nobody.
     assert worker.tools.decider.policy == worker.cast_stats == "the server's"
+    assert worker.calibration == worker.tools.calibration == "the server's"
     assert worker.discarded == 1
     wrapped = (worker, "verify"), (draft, "_draft_extend_for_decode")
     wrapped += (draft.model, "forward_layer"), (draft.drafter.graphs, "run")

@@ -10,11 +10,15 @@ import torch
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import find_profile, user_profile_path
+from cast_sglang.costs.schema import ServingRecord
 from cast_sglang.profiling.roofline import DeviceRates
 from cast_sglang.serving.profiling import first_start
 from cast_sglang.serving.profiling.first_start import provide_profile
 from tests.support.builders import make_identity, make_profile
 from tests.support.meters import BrokenMeter, FlatMeter
+
+
+RECORD = ServingRecord(steps=9, median_ratio=1.5, median_error=0.3, p95_error=0.4)
 
 
 class Runner:
@@ -82,8 +86,17 @@ def start(monkeypatch, profile="auto", meter=None, group=None):
     def measure(scheduler, run):
         return run(meter) if scheduler.tp_group.rank_in_group == 0 else None
 
+    def complete(scheduler, found):
+        scheduler.completed = True
+        profile = msgspec.structs.replace(found.profile, serving=RECORD)
+        found = found._replace(profile=profile)
+        scheduler.draft_worker.use_profile(found)
+        return found
+
     monkeypatch.setattr(first_start, "measure_on_all_ranks", measure)
+    monkeypatch.setattr(first_start, "complete_profile", complete)
     provide_profile(scheduler)
+    assert hasattr(scheduler, "completed") == (profile == "auto")
     [found] = scheduler.draft_worker.used
     return found, scheduler.tp_group
 
@@ -95,7 +108,7 @@ def test_a_measured_profile_is_found_by_the_next_start(monkeypatch, host, caplog
     assert found.profile.target.time_us[0][0][0] == pytest.approx(1000.0)
     again = find_profile(host)
     assert again.path == found.path and again.warnings == []
-    assert again.profile.target == found.profile.target
+    assert again.profile.target == found.profile.target and again.profile.serving == RECORD
     assert "for better tables run: cast-sglang profile" in caplog.text
 
 
@@ -136,7 +149,8 @@ def test_tables_survive_the_way_to_the_other_ranks(monkeypatch):
     profile = make_profile()
     monkeypatch.setattr(first_start, "_measured", lambda meter, identity: profile)
     found, group = start(monkeypatch, group=Group(0, 2))
-    assert found.profile == profile and msgspec.json.decode(group.sent)["step_overhead_us"]
+    assert found.profile == msgspec.structs.replace(profile, serving=RECORD)
+    assert msgspec.json.decode(group.sent)["step_overhead_us"]
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

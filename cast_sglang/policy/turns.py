@@ -1,0 +1,58 @@
+"""Turns: now and then a step runs a tree that does not seem best, so that its time is known.
+
+Serving corrects the costs of what it runs. Where a table is wrong about a tree that is never run,
+nobody would find out: a coarse table hides the stairs of a machine, and then a tree of a few nodes
+less may take half the time. So plain decoding and the trees that SGLang serves by default take
+turns with the policy's own, in rounds that become rare. What they take is measured as of any other
+step, and from then on the policy knows at what time it could have them.
+
+A round has `TIMES` turns of each tree and one of plain decoding, every other step. Rounds begin at
+step 16, 32, 64 and so on, later every `LONGEST` steps. So of n steps at most
+7 * (log2(n / 16) + 1) + 7 * n / 1024 are turns, and each loses what its tree is worse.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["FIXED_TREES", "PLAIN", "Tree", "Turns"]
+
+
+class Tree(NamedTuple):
+    """The shape of a tree, as SGLang's flags name it."""
+
+    num_steps: int  # layers
+    topk: int  # nodes expanded in each layer but the last
+    num_draft_tokens: int  # rows verified per request, root included
+
+
+PLAIN = Tree(0, 0, 1)
+# What SGLang chooses for the architectures it knows where no shape is given: a chain for models
+# whose layers are large, a tree for the others.
+FIXED_TREES = (Tree(3, 1, 4), Tree(5, 4, 8))
+# One pass varies by 15 %, so three tell its time within a tenth.
+TIMES = 3
+# By then the policy has found its own tree.
+FIRST = 16
+# A machine that changes is measured anew at least this often, for 0.1 % of the time where a turn
+# loses 15 %.
+LONGEST = 1024
+
+
+class Turns:
+    """Counts the steps with drafts of one octave of batch sizes, and says whose turn each is."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._round = FIRST  # step at which the round began or begins
+        self._order = (PLAIN, *FIXED_TREES * TIMES)
+
+    def next(self) -> Tree | None:
+        """Count a step and return the tree whose turn it is; None for the policy's own."""
+        self._step += 1
+        place, is_between = divmod(self._step - self._round, 2)
+        if place >= len(self._order):
+            self._round += min(self._round, LONGEST)
+        elif place >= 0 and not is_between:
+            return self._order[place]
+        return None
