@@ -136,7 +136,7 @@ def test_plain_decoding_is_compared_by_answers():
 # --- Plain decoding as a candidate ---
 
 # Steps that decode plainly to see what that takes.
-TURNS = [64, 128, 256, 512, 1024]
+TURNS = [16, 32, 64, 128, 256, 512, 1024]
 
 
 def test_a_passing_dip_does_not_stop_speculation():
@@ -197,3 +197,55 @@ def test_each_batch_size_decides_for_itself():
 
 def test_sizes_are_those_of_the_simulator():
     assert SIZES == tuple(range(2, TOKENS + 1)) and TOPK == 8
+
+
+# --- Turns of other trees ---
+
+
+def grown(policy, batch_size=4, step_costs=None, topk=TOPK):
+    """Grow a tree whose draft is always sure; return layers, widths and rows."""
+    step_costs = make_costs("memory", batch_size) if step_costs is None else step_costs
+    drafts = policy.speculate(batch_size, step_costs)
+    if not drafts:
+        return (0, (), 1)
+    scores = torch.full((batch_size, topk), 0.9)
+    widths, num_nodes = [], topk
+    while True:
+        width = policy.breadth(scores, step_costs)
+        if not policy.deepen():
+            break
+        widths.append(width)
+        num_nodes += width * topk
+        policy.expanded(scores, torch.full((batch_size * width, topk), 0.5))
+    return len(widths) + 1, tuple(widths), policy.rerank(scores.repeat(1, num_nodes // topk), step_costs)
+
+
+def test_other_trees_get_their_turn():
+    policy = AutoPolicy(SIZES, LAYERS)
+    seen = [grown(policy) for _ in range(2 * FIRST)]
+    assert seen[FIRST - 1] == (0, (), 1)
+    assert seen[FIRST + 1] == seen[FIRST + 5] == (3, (1, 1), 4)
+    assert seen[FIRST + 3] == seen[FIRST + 7] == (5, (4, 4, 4, 4), 8)
+    own = seen[FIRST]
+    assert own not in ((3, (1, 1), 4), (5, (4, 4, 4, 4), 8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "topk", "expected"),
+    [
+        ((2, 3), 2, 2, (2, (1,), 3)),  # no room for more
+        ((2, 6, 8), 8, 8, (3, (1, 1), 6)),  # the next size that is allowed
+        ((2,), 1, 8, (1, (), 2)),
+    ],
+)
+def test_a_turn_stays_within_the_envelope(sizes, layers, topk, expected):
+    policy = AutoPolicy(sizes, layers)
+    seen = [grown(policy, topk=topk) for _ in range(2 * FIRST)]
+    assert seen[FIRST + 1] == expected
+
+
+def test_what_a_table_hides_is_found_by_a_turn():
+    """Few rows take half of what the table says, and many take what it says."""
+    machine = CoarseMachine(stair=32, seed=0)
+    run = serve(AutoPolicy(SIZES, LAYERS, True), machine, Text(8, 3, 2.0), 8, 400, Acceptance())
+    assert run.rate(100) > 0.97
