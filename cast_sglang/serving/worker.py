@@ -228,7 +228,7 @@ class CastWorker(EAGLEWorkerV2):
         if tools.recorder is not None:
             tools.recorder.begin_step(batch)
         if self.calibration is not None:
-            self.calibration.begin_step()
+            self.calibration.begin_step(batch.sampling_info.top_ks)
         self.costs.correct(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
         are_new = self.answers.note(batch.reqs)
