@@ -362,7 +362,7 @@ def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
     Every layer that is grown has full width; its candidates are known before it is paid for.
     """
     requests = text.all_at_once()
-    true = [torch.from_numpy(part) for _, part in full_trees(requests)]
+    true = [torch.from_numpy(part).float() for _, part in full_trees(requests)]
     steps = [
         [layer[i : i + batch_size] for layer in true] for i in range(0, len(true[0]), batch_size)
     ]
