@@ -38,7 +38,7 @@ def grow_layer(
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
     # NumPy arrays, because creating and indexing them is much faster than with tensors.
     above, drafted, children = parent_scores.numpy(), probs.numpy(), tokens.numpy()
-    lines = _NO_KNOTS, _NO_LINES, _NO_LINES, _NO_KINDS
+    lines: tuple[np.ndarray, ...] = _NO_KNOTS, _NO_LINES, _NO_LINES, _NO_KINDS
     if curve is not None:
         lines = tuple([part.numpy() for part in curve])
     if not _is_layer(above, drafted, children, *lines):

@@ -92,8 +92,8 @@ class Acceptance:
         self._sums = np.zeros((3, *_SHAPE))
         # Built on demand from the sums.
         self._curves: np.ndarray | None = None
-        # Of depth 1, 2 and so on: knots, starts and slopes.
-        self._device_curves: dict[torch.device, list[tuple[torch.Tensor, ...]]] = {}
+        # Of depth 1, 2 and so on.
+        self._device_curves: dict[torch.device, list[AcceptanceCurve]] = {}
 
     def update(self, nodes: VerifiedNodes, kinds: np.ndarray) -> None:
         """Learn from the nodes of one verify pass.
@@ -124,9 +124,12 @@ class Acceptance:
             # By bucket of depths, [kinds, pieces] each.
             starts, slopes = packed[1:].view(2, _SHAPE[1], _SHAPE[0], -1)
             buckets = [bisect_left(_DEPTH_ENDS, each) for each in range(1, _DEPTH_ENDS[-1] + 2)]
-            curves = [(packed[0, :-1], starts[bucket], slopes[bucket]) for bucket in buckets]
+            curves = [
+                AcceptanceCurve(packed[0, :-1], starts[bucket], slopes[bucket], kinds)
+                for bucket in buckets
+            ]
             self._device_curves[kinds.device] = curves
-        return AcceptanceCurve(*curves[min(depth, len(curves)) - 1], kinds)
+        return curves[min(depth, len(curves)) - 1]._replace(kinds=kinds)
 
     def _forget_curves(self) -> None:
         self._curves = None

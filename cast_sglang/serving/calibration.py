@@ -215,9 +215,9 @@ class Calibration:
             return
         arrays = iter([tensor.numpy() for tensor in self._read.wait()])
         for lesson in self._lessons:
-            *outcome, kinds = islice(arrays, 5)
-            nodes = verify_outcomes(*outcome, lesson.widths, lesson.topk)
-            self.acceptance.update(nodes, kinds)
+            parents, nodes, accepted, probs, kinds = islice(arrays, 5)
+            outcome = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
+            self.acceptance.update(outcome, kinds)
             self._num_learned += 1
             if self._file is not None and self._num_learned % SAVE_EVERY == 0:
                 self._file.save(self.acceptance)

@@ -92,7 +92,6 @@ def test_compiled_is_the_function_itself(loop, batch, n):
     given = arguments(loop.py_func, np.random.default_rng(n), batch, n)
     compiled_given, plain_given = copy.deepcopy(given), copy.deepcopy(given)
     result, expected = loop(*compiled_given), loop.py_func(*plain_given)
-    parts = [result] if not isinstance(expected, tuple) else result
     if not isinstance(expected, tuple):
         result, expected = (result,), (expected,)
     for ours, theirs in zip(result, expected, strict=True):
