@@ -113,7 +113,7 @@ def ops_of_a_step(
 
     # Every call writes what nothing reads, so any layer stands for all.
     frontier = layers[-1].frontier.scores
-    curve = identity_curve(device)
+    curve = identity_curve(batch, device)
     calls: dict[str, Callable[[], object]] = {
         "grow_layer": lambda: ops.grow_layer(frontier, probs, tokens, start),
         "grow_layer, calibrated": lambda: ops.grow_layer(frontier, probs, tokens, start, curve),
@@ -131,12 +131,13 @@ def ops_of_a_step(
     return calls | {f"{steps} layers": whole_step}
 
 
-def identity_curve(device: str) -> Any:
-    """Return 16 pieces of the line g(p) = p."""
+def identity_curve(batch: int, device: str) -> Any:
+    """Return 16 pieces of the line g(p) = p, for two kinds of requests in turn."""
     from cast_sglang.ops.contract import AcceptanceCurve
 
     knots = torch.linspace(0, 1, 17, device=device)[1:-1]
-    return AcceptanceCurve(knots, torch.zeros(16, device=device), torch.ones(16, device=device))
+    lines = torch.zeros(2, 16, device=device), torch.ones(2, 16, device=device)
+    return AcceptanceCurve(knots, *lines, torch.arange(batch, device=device) % 2)
 
 
 def repeat(call: Callable[[], object], times: int) -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.fixed import FixedPolicy
 from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.step import Drafted, Verified
 from cast_sglang.tree import DraftTree
 
 # What a step spends its time on; `learn` is calibration's part of it.
@@ -98,7 +100,10 @@ class Decider:
         topk, device = self.options.topk, self.options.device
         self._laps = dict.fromkeys(PARTS, 0.0)
         tokens, probs = random_children(batch, topk, device)
+        top_ks = torch.ones(batch, device=device)
         self._pass()
+        if self.calibration is not None:
+            self.calibration.begin_step(top_ks)
         self.policy.speculate(batch, self.costs)
         self._lap("speculate")
         curve = self._curve(probs, 1)
@@ -135,13 +140,15 @@ class Decider:
         )
         self._began = time.perf_counter()
         if self.calibration is not None:
-            self.calibration.selected(selection, tuple(widths), topk)
+            self.calibration.on_drafted(Drafted(tree, tree.num_layers, tuple(widths), selection))
             self._lap("learn")
             # Each request takes its first node.
             roots = num_draft_tokens * torch.arange(batch, device=device)
             accepted = torch.stack((roots, roots + 1), dim=1)
             self._pass()
-            self.calibration.verified(accepted)
+            found: dict[str, Any] = dict.fromkeys(Verified._fields)
+            found |= {"num_draft_tokens": num_draft_tokens, "accept_index": accepted}
+            self.calibration.on_verified(Verified(**found))
         self.policy.observe(batch, 1.0, 1.5)
         self._lap("learn")
         return self._laps

@@ -103,6 +103,7 @@ class Residuals:
         # The parts of each kind lie one after the other in the arrays of parts.
         self._starts = np.cumsum((0, *counts))
         self._prior = np.repeat(np.square(list(DEVIATIONS.values())), counts)
+        self._places: dict[tuple[str, int, int], np.ndarray] = {}
         self.version = 0
         self.reset()
 
@@ -119,7 +120,6 @@ class Residuals:
         self._rest_covariances = np.tile(prior, (num_octaves, 1, 1))
         self._samples = np.zeros(self._starts[3] - self._starts[2], dtype=np.int64)
         self._known = self._means.copy(), self._rest.copy()  # as of the last refresh
-        self._places: dict[tuple[str, int, int], np.ndarray] = {}
         self.version += 1
 
     def record(self, operation: str, batch_size: int, num_tokens: int, ratio: float) -> None:
@@ -224,11 +224,9 @@ class Residuals:
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
-        means = self._known[0]
-        counts = range(1, num_counts + 1)
-        places = np.stack([self._places_of(operation, batch_size, count) for count in counts])
+        parts = self._parts(operation, batch_size, np.arange(1, num_counts + 1))
         limit = math.log(MAX_SCALE)
-        return np.exp(means[places].sum(axis=1).clip(-limit, limit)).astype(np.float32)
+        return np.exp(self._known[0][parts].sum(axis=0).clip(-limit, limit)).astype(np.float32)
 
     def rest(self, batch_size: int) -> tuple[float, float]:
         """Return the time of a step beyond the table, and that of each layer, in its units."""
@@ -241,12 +239,8 @@ class Residuals:
         for index in np.flatnonzero(self._samples).tolist():
             which, batch, token = (int(part) for part in np.unravel_index(index, shape))
             batch_sizes, tokens = _span(self._batch_edges, batch), _span(self._token_edges, token)
-            counts = range(tokens[0], tokens[1] + 1)
-            logs = [
-                self._means[self._places_of(NAMES[which], batch_sizes[1], count)].sum()
-                for count in counts
-            ]
-            ratio = math.exp(sum(logs) / len(logs))
+            parts = self._parts(NAMES[which], batch_sizes[1], np.arange(tokens[0], tokens[1] + 1))
+            ratio = math.exp(self._means[parts].sum(axis=0).mean())
             yield Residual(NAMES[which], batch_sizes, tokens, ratio, int(self._samples[index]))
 
     def suspects(self) -> list[Residual]:
@@ -265,14 +259,18 @@ class Residuals:
         key = operation, self.batch_bucket(batch_size), num_tokens
         places = self._places.get(key)
         if places is None:
-            which, octave = NAMES.index(operation), key[1]
-            token = bisect.bisect_left(self._token_edges, num_tokens)
-            token = min(token, len(self._token_edges) - 1)
-            size = min(max(num_tokens, 1), self._num_sizes) - 1
-            row = which * len(self._batch_edges) + octave
-            parts = which, row, row * len(self._token_edges) + token, row * self._num_sizes + size
-            places = self._places[key] = self._starts[:4] + np.array(parts)
+            places = self._parts(operation, batch_size, np.array([num_tokens]))[:, 0]
+            self._places[key] = places
         return places
+
+    def _parts(self, operation: str, batch_size: int, counts: np.ndarray) -> np.ndarray:
+        """Return [4, n], the indices of the parts of passes over these [n] numbers of tokens."""
+        which, octave = NAMES.index(operation), self.batch_bucket(batch_size)
+        tokens = np.searchsorted(self._token_edges, counts).clip(max=len(self._token_edges) - 1)
+        sizes = counts.clip(1, self._num_sizes) - 1
+        row = which * len(self._batch_edges) + octave
+        parts = which, row, row * len(self._token_edges) + tokens, row * self._num_sizes + sizes
+        return self._starts[:4, None] + np.stack(np.broadcast_arrays(*parts))
 
 
 class CorrectedCosts:

@@ -127,11 +127,6 @@ class CostTables(_Record, frozen=True, kw_only=True):
         table: CostTable = getattr(self, kind.table)
         return table
 
-    @property
-    def table_error(self) -> float:
-        """Return the relative error to expect of an entry, below 1; 0 where it is not known."""
-        return 0.0
-
 
 class CostProfile(CostTables, frozen=True, kw_only=True):
     """The tables of one host and pair, with their provenance."""
@@ -139,11 +134,6 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
     provenance: Provenance
     schema_version: int = SCHEMA_VERSION
     serving: ServingRecord | None = None
-
-    @property
-    def table_error(self) -> float:
-        heldout = self.provenance.heldout
-        return 0.0 if heldout is None else min(heldout.median_error, 0.5)
 
 
 def validate_profile(profile: CostProfile) -> None:

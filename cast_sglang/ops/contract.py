@@ -35,30 +35,41 @@ LEAST_LEFT = 1e-6
 
 
 class AcceptanceCurve(NamedTuple):
-    """A piecewise linear map of probabilities: g of `policy.acceptance` at one depth."""
+    """Piecewise linear maps of probabilities: g of `policy.acceptance` at one depth.
+
+    There is one map for each of C kinds of requests.
+    """
 
     knots: torch.Tensor  # [P - 1] float32, ascending; where piece i ends and piece i + 1 begins
-    starts: torch.Tensor  # [P] float32, value of each piece's line at probability 0
-    slopes: torch.Tensor  # [P] float32, >= 0
+    starts: torch.Tensor  # [C, P] float32, value of each piece's line at probability 0
+    slopes: torch.Tensor  # [C, P] float32, >= 0
+    kinds: torch.Tensor  # [B] int64 in 0..C - 1, the kind of each request
 
-    def at(self, shares: torch.Tensor) -> torch.Tensor:
-        """Return g of each value: starts[i] + slopes[i] * x in piece i, kept within 0..1."""
+    def at(self, shares: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        """Return g of each value: starts[i] + slopes[i] * x in piece i, kept within 0..1.
+
+        Args:
+            shares: [n] float32.
+            kinds: [n] int64, whose map to take for each.
+        """
         piece = torch.bucketize(shares, self.knots, right=True)
         # Product and sum are rounded separately, which gives the same bits on every device.
-        return (self.starts[piece] + self.slopes[piece] * shares).clamp_(0.0, 1.0)
+        line = self.starts[kinds, piece], self.slopes[kinds, piece]
+        return (line[0] + line[1] * shares).clamp_(0.0, 1.0)
 
     def chances(self, probs: torch.Tensor) -> torch.Tensor:
         """Return the chances of siblings, as `reference.grow_layer` defines them.
 
         Args:
-            probs: [n, K] float32, the draft's probabilities of each node's children, in the order
-                in which it proposed them.
+            probs: [B * W, K] float32, request-major, the draft's probabilities of each node's
+                children, in the order in which it proposed them.
         """
+        kinds = self.kinds.repeat_interleave(len(probs) // len(self.kinds))
         chances = torch.empty_like(probs)
         drafted = left = torch.ones_like(probs[:, 0])
         for child in range(probs.shape[1]):
             prob = probs[:, child]
-            hazard = self.at((prob / drafted.clamp(min=LEAST_LEFT)).clamp_(max=1.0))
+            hazard = self.at((prob / drafted.clamp(min=LEAST_LEFT)).clamp_(max=1.0), kinds)
             chances[:, child] = chance = hazard * left
             drafted, left = drafted - prob, left - chance
         return chances
@@ -95,15 +106,18 @@ def check_grow_layer(
     _check_range("width * topk", width * topk, 1, MAX_CANDIDATES)
     if curve is None:
         return
-    for name, part in zip(curve._fields, curve, strict=True):
-        if part.dim() != 1 or part.dtype != torch.float32:
-            raise ValueError(f"{name} must be 1-d torch.float32, got {_describe(part)}")
-    pieces = len(curve.starts)
-    if pieces < 1 or len(curve.knots) != pieces - 1 or len(curve.slopes) != pieces:
+    _check("starts", curve.starts, torch.float32, 2)
+    _check("slopes", curve.slopes, torch.float32, 2)
+    starts, slopes, knots, kinds = curve.starts, curve.slopes, curve.knots, curve.kinds
+    if slopes.shape != starts.shape or knots.shape != (starts.shape[1] - 1,):
         raise ValueError(
-            f"P starts need P slopes and P - 1 knots, got {pieces}, {len(curve.slopes)} and "
-            f"{len(curve.knots)}"
+            f"starts [C, P] need slopes [C, P] and knots [P - 1], got {tuple(starts.shape)}, "
+            f"{tuple(slopes.shape)} and {tuple(knots.shape)}"
         )
+    if knots.dtype != torch.float32:
+        raise ValueError(f"knots must be torch.float32, got {_describe(knots)}")
+    if kinds.dtype != torch.int64 or kinds.shape != (batch_size,):
+        raise ValueError(f"kinds must be [{batch_size}] torch.int64, got {_describe(kinds)}")
 
 
 def check_rank_nodes(scores: torch.Tensor, num_nodes: int) -> None:

@@ -47,7 +47,7 @@ def grow_layer(
     best_index, best_tokens, best_parents = (tokens.new_empty(batch_size, topk) for _ in range(3))
     grown_probs = probs if curve is None else torch.empty_like(probs)
     # Without a curve the kernel reads none of these, but it still needs valid pointers.
-    knots, starts, slopes = curve if curve is not None else (probs, probs, probs)
+    knots, starts, slopes, kinds = curve if curve is not None else (probs, probs, probs, tokens)
     num_children = _padded(width * topk)
     kernels.grow_layer_kernel[(batch_size,)](
         parent_scores,
@@ -57,6 +57,7 @@ def grow_layer(
         knots.contiguous(),
         starts.contiguous(),
         slopes.contiguous(),
+        kinds.contiguous(),
         0 if curve is None else len(knots),
         grown_probs,
         scores,

@@ -47,6 +47,7 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     knots_ptr,
     starts_ptr,
     slopes_ptr,
+    kinds_ptr,
     num_knots,
     grown_probs_ptr,
     scores_ptr,
@@ -71,6 +72,7 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
     probs = tl.load(probs_ptr + first + child, mask=is_child, other=0.0)
     if IS_CALIBRATED:
         siblings = probs_ptr + first + child // TOPK * TOPK
+        line = tl.load(kinds_ptr + request) * (num_knots + 1)  # the first of the request's kind
         drafted = tl.full([CHILDREN], 1.0, tl.float32)
         left = tl.full([CHILDREN], 1.0, tl.float32)
         # A child's chance depends on its earlier siblings, so each lane repeats their computation.
@@ -81,7 +83,7 @@ def grow_layer_kernel(  # type: ignore[no-untyped-def]
             for knot in tl.static_range(KNOTS):
                 end = tl.load(knots_ptr + knot, mask=knot < num_knots, other=float("inf"))
                 piece += (end <= share).to(tl.int32)
-            hazard = tl.load(starts_ptr + piece) + tl.load(slopes_ptr + piece) * share
+            hazard = tl.load(starts_ptr + line + piece) + tl.load(slopes_ptr + line + piece) * share
             chance = tl.minimum(tl.maximum(hazard, 0.0), 1.0) * left
             probs = tl.where(child % TOPK == k, chance, probs)
             drafted -= prob

@@ -23,7 +23,8 @@ __all__ = [
     "select_nodes",
 ]
 
-_NO_LINES = np.empty(0, np.float32)
+_NO_KNOTS, _NO_LINES = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+_NO_KINDS = np.empty(0, np.int64)
 _ZERO, _ONE, _LEAST_LEFT = np.float32(0.0), np.float32(1.0), np.float32(contract.LEAST_LEFT)
 
 
@@ -37,10 +38,10 @@ def grow_layer(
     """Score the children of a layer's expanded nodes and rank the best K; see `reference`."""
     # NumPy arrays, because creating and indexing them is much faster than with tensors.
     above, drafted, children = parent_scores.numpy(), probs.numpy(), tokens.numpy()
-    knots = starts = slopes = _NO_LINES
+    lines: tuple[np.ndarray, ...] = _NO_KNOTS, _NO_LINES, _NO_LINES, _NO_KINDS
     if curve is not None:
-        knots, starts, slopes = (part.numpy() for part in curve)
-    if not _is_layer(above, drafted, children) or len(starts) != len(slopes):
+        lines = tuple([part.numpy() for part in curve])
+    if not _is_layer(above, drafted, children, *lines):
         contract.check_grow_layer(parent_scores, probs, tokens, layer_start, curve)
     batch_size, topk = len(above), drafted.shape[1]
     width, grown = len(drafted) // batch_size, drafted
@@ -50,14 +51,20 @@ def grow_layer(
     scores = np.empty((batch_size, width * topk), np.float32)
     best = np.empty((batch_size, topk), np.float32)
     nodes = np.empty((3, batch_size, topk), np.int64)  # numbers, tokens, parents
-    _grow_layer(
-        above, drafted, children, layer_start, knots, starts, slopes, grown, scores, best, nodes
-    )
+    _grow_layer(above, drafted, children, layer_start, *lines, grown, scores, best, nodes)
     frontier = Frontier(torch.from_numpy(best), *torch.from_numpy(nodes).unbind())
     return GrownLayer(probs, torch.from_numpy(scores), frontier)
 
 
-def _is_layer(above: np.ndarray, drafted: np.ndarray, children: np.ndarray) -> bool:
+def _is_layer(
+    above: np.ndarray,
+    drafted: np.ndarray,
+    children: np.ndarray,
+    knots: np.ndarray,
+    starts: np.ndarray,
+    slopes: np.ndarray,
+    kinds: np.ndarray,
+) -> bool:
     """Return True only if `contract.check_grow_layer` would pass; ten times faster than that."""
     return (
         above.ndim == drafted.ndim == 2
@@ -67,6 +74,8 @@ def _is_layer(above: np.ndarray, drafted: np.ndarray, children: np.ndarray) -> b
         and 0 < len(drafted) <= above.size
         and len(drafted) % len(above) == 0
         and len(drafted) // len(above) <= drafted.shape[1] <= 64
+        and starts.shape == slopes.shape
+        and (len(starts) == 0 or len(kinds) == len(above) and len(knots) == starts.shape[1] - 1)
     )
 
 
@@ -145,8 +154,8 @@ def _rank(scores: np.ndarray, best: np.ndarray, index: np.ndarray) -> None:
 
 
 @compiled(
-    "void(f4[:, :], f4[:, :], i8[:, :], i8, f4[:], f4[:], f4[:], f4[:, :], f4[:, :], f4[:, :], "
-    "i8[:, :, :])"
+    "void(f4[:, :], f4[:, :], i8[:, :], i8, f4[:], f4[:, :], f4[:, :], i8[:], f4[:, :], "
+    "f4[:, :], f4[:, :], i8[:, :, :])"
 )
 def _grow_layer(
     parent_scores: np.ndarray,
@@ -156,6 +165,7 @@ def _grow_layer(
     knots: np.ndarray,
     starts: np.ndarray,
     slopes: np.ndarray,
+    kinds: np.ndarray,
     grown: np.ndarray,
     scores: np.ndarray,
     best: np.ndarray,
@@ -166,6 +176,7 @@ def _grow_layer(
     batch_size, topk = len(parent_scores), probs.shape[1]
     width = len(probs) // batch_size
     for request in range(batch_size):
+        kind = kinds[request] if len(starts) else 0
         for row in range(width):
             node = request * width + row
             drafted = left = _ONE
@@ -175,7 +186,8 @@ def _grow_layer(
                     share, piece = min(prob / max(drafted, _LEAST_LEFT), _ONE), 0
                     while piece < len(knots) and knots[piece] <= share:
                         piece += 1
-                    chance = min(max(starts[piece] + slopes[piece] * share, _ZERO), _ONE) * left
+                    hazard = starts[kind, piece] + slopes[kind, piece] * share
+                    chance = min(max(hazard, _ZERO), _ONE) * left
                     grown[node, child] = chance
                     drafted, left = drafted - prob, left - chance
                 scores[request, row * topk + child] = parent_scores[request, row] * chance

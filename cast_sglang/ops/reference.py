@@ -1,7 +1,7 @@
 """The ops in plain torch: their definition, and what tests compare `fused` and `loops` with.
 
 Shape letters are those of `tree.py`: B requests, K `topk`, W expanded nodes, M candidates, N
-`num_draft_tokens`, root included; P pieces of a calibration curve.
+`num_draft_tokens`, root included; C kinds of requests, P pieces of a calibration curve.
 
 Effects of all ops: they write only to the output arguments of `build_tree` and `list_slots`. There
 is no host sync unless stated, and output shapes depend only on input shapes, so the ops are safe
@@ -39,7 +39,8 @@ def grow_layer(
         for w in range(W), k in range(K): scores[b, w * K + k] = parent_scores[b, w] * c[k]
             where p = probs[b * W + w], and c = p without `curve`, and with it
             c[k] = g(p[k] / (1 - sum of p[:k])) * (1 - sum of c[:k]), the argument of g at most 1
-            g(x) = min(1, max(0, starts[i] + slopes[i] * x)), i = number of knots <= x
+            g(x) = min(1, max(0, starts[m, i] + slopes[m, i] * x))
+                m = kinds[b], i = number of knots <= x
         best = the K largest of scores[b], descending; ties to the lower index
         frontier.scores[b] = scores[b, best]; frontier.tokens[b] = tokens of b at best
         frontier.node_index[b] = layer_start + best; frontier.parents[b] = best // K
@@ -51,8 +52,8 @@ def grow_layer(
             1 <= W <= K.
         tokens: [B * W, K] int64, the children.
         layer_start: candidate number of the layer's first child.
-        curve: g at the children's depth, see `policy.acceptance`. The calibrated probabilities of
-            siblings never sum to more than 1. None for no calibration.
+        curve: g at the children's depth for each kind of request, see `policy.acceptance`. The
+            calibrated probabilities of siblings never sum to more than 1. None for no calibration.
 
     Returns:
         probs [B * W, K] float32, c of the given ones (unchanged without `curve`); scores

@@ -4,12 +4,16 @@ A node's score is the product of draft probabilities along its path. A draft mod
 more so the deeper it drafts on its own output, so the raw product overestimates the chance that the
 whole path is accepted. From the nodes of every verify pass this module learns
 
-    g(x, depth) = P(node accepted | its parent accepted, none of its earlier siblings accepted)
+    g(x, depth, kind) = P(node accepted | its parent accepted, no earlier sibling accepted)
 
 where x is the draft's probability under the same condition, p / (1 - sum of p of those siblings).
 At most one of a node's children is accepted. A map of p itself would ignore this, and the chances
 of siblings could sum to more than 1. Instead, a node's chance given its parent is g(x) times
 (1 - sum of the chances of its earlier siblings).
+
+The kind of a request is how its target chooses: greedily, or by sampling. The chances differ up to
+twofold: of first children with x from 0.1 to 0.3 the target of the tiny pair accepts 0.42 greedily,
+and 0.21 sampling at temperature 1. So each kind has its own curves, and a batch may mix the kinds.
 
 The calibrated score of a node is its parent's score times its chance, so it never exceeds the
 parent's.
@@ -26,8 +30,13 @@ import torch
 
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import AcceptanceCurve
+from cast_sglang.policy.outcomes import VerifiedNodes
 
-__all__ = ["Acceptance", "Reliability"]
+__all__ = ["GREEDY", "KINDS", "SAMPLED", "Acceptance", "Reliability"]
+
+# How the target chooses the tokens of a request.
+KINDS = ("greedy", "sampled")
+GREEDY, SAMPLED = range(len(KINDS))
 
 # Knots of g, evenly spaced in arcsin(sqrt(x)), the transform that makes the variance of an observed
 # share independent of its size. They are dense near 0 and 1, where most drafts are.
@@ -35,20 +44,20 @@ _KNOTS = np.sin(np.linspace(0.0, np.pi / 2, 17)) ** 2
 _WIDTHS = np.diff(_KNOTS)
 # Last depth of each bucket: 1, 2, 3-4, 5-8, 9 and deeper. The root's children are at depth 1.
 _DEPTH_ENDS = (1, 2, 4, 8)
-_SHAPE = (len(_DEPTH_ENDS) + 1, len(_KNOTS))
-_FORMAT = 2
+_SHAPE = (len(KINDS), len(_DEPTH_ENDS) + 1, len(_KNOTS))
+# Of `state`; the earlier ones did not tell kinds of requests apart.
+_FORMAT = 3
 
 # Small, so that g adapts fast to an underconfident draft, whose trees stay small and yield little
 # data. An overconfident draft is corrected soon in any case, since many of its nodes are verified.
 PRIOR_WEIGHT = 2.0
 HALF_LIFE = 256
-# The curve on the device is rebuilt once this fraction of the updates that count is missing in it.
-REMAKE_SHARE = 8
 
 
 class Reliability(NamedTuple):
     """Predicted and observed acceptance near one knot of g; weighted sums over nodes."""
 
+    kind: str  # of `KINDS`
     first_depth: int
     num_nodes: float  # observed nodes; recent ones count more
     drafted: float  # accepted nodes predicted by the draft's probabilities
@@ -57,7 +66,7 @@ class Reliability(NamedTuple):
 
 
 class Acceptance:
-    """Online estimate of g, linear in x between knots, one curve for each bucket of depths.
+    """Online estimate of g, linear in x between knots, by kind of request and bucket of depths.
 
     At each knot the estimate is a prior h(x) plus the mean of (accepted - h(x)), shrunk towards 0
     as if `prior_weight` further nodes had agreed with h. For the root's children h(x) = x; for
@@ -65,8 +74,8 @@ class Acceptance:
     first layers also correct deeper ones that have no data yet: otherwise an underconfident draft
     would never get to grow those. Isotonic regression then makes the curve non-decreasing in x.
 
-    The weight of a node halves every `half_life` updates. Nothing is random, so processes that see
-    the same passes hold the same curves.
+    The weight of a node halves every `half_life` updates with requests of its kind. Nothing is
+    random, so processes that see the same passes hold the same curves.
 
     Args:
         prior_weight: weight of the prior at each knot, in nodes, > 0.
@@ -80,73 +89,67 @@ class Acceptance:
         self._keep = 0.5 ** (1.0 / half_life)
         # Nodes, sum of x, accepted nodes; each node is split between the two knots around it.
         self._sums = np.zeros((3, *_SHAPE))
-        # Built on demand. Those on a device may lack the latest updates.
+        # Built on demand from the sums.
         self._curves: np.ndarray | None = None
-        self._device_curves: dict[
-            torch.device, list[AcceptanceCurve]
-        ] = {}  # of depth 1, 2 and so on
-        self._num_updates = self._age = 0
+        # Of depth 1, 2 and so on.
+        self._device_curves: dict[torch.device, list[AcceptanceCurve]] = {}
 
-    def update(
-        self,
-        shares: np.ndarray,
-        depths: np.ndarray,
-        is_tried: np.ndarray,
-        accepted: np.ndarray,
-    ) -> None:
-        """Learn from the nodes of one verify pass; arguments as in `VerifiedNodes`, [n] each.
+    def update(self, nodes: VerifiedNodes, kinds: np.ndarray) -> None:
+        """Learn from the nodes of one verify pass.
 
         Only nodes with `is_tried` count. The target never judged the others: nodes below a rejected
         node, and siblings after an accepted one (they are censored).
-        """
-        _add_nodes(self._sums, self._keep, shares.astype(np.float64), depths, is_tried, accepted)
-        self._curves = None
-        self._num_updates += 1
-        self._age += 1
-        # A copy to the device takes as long as a decision, and one update of many changes little.
-        if self._age > min(self._num_updates, self._half_life) // REMAKE_SHARE:
-            self._forget_device_curves()
 
-    def curve_at(self, depth: int, device: torch.device) -> AcceptanceCurve:
+        Args:
+            kinds: [B] int64, the kind of each request.
+        """
+        _add_nodes(self._sums, self._keep, *nodes, kinds)
+        self._forget_curves()
+
+    def curve_at(self, depth: int, kinds: torch.Tensor) -> AcceptanceCurve:
         """Return g at one depth as linear pieces, for the op `grow_layer`.
 
         Args:
             depth: of the nodes, 1 for the root's children.
-            device: device of the returned tensors.
+            kinds: [B] int64, the kind of each request; on the device of the returned tensors.
 
-        Effects: no host sync; after a rebuild, one small copy to the device.
+        Effects: no host sync; after an update, one small copy to the device.
         """
-        curves = self._device_curves.get(device)
+        curves = self._device_curves.get(kinds.device)
         if curves is None:
             # One copy for all depths: inner knots in the first row, then starts, then slopes.
             packed = torch.from_numpy(_pack_curves(self.curves()))
-            knots, *rows = packed.to(device, non_blocking=True).unbind()
-            starts, slopes = rows[: _SHAPE[0]], rows[_SHAPE[0] :]
-            curves = self._device_curves[device] = []
-            for each in range(1, _DEPTH_ENDS[-1] + 2):
-                bucket = bisect_left(_DEPTH_ENDS, each)
-                curves.append(AcceptanceCurve(knots[:-1], starts[bucket], slopes[bucket]))
-        return curves[min(depth, len(curves)) - 1]
+            packed = packed.to(kinds.device, non_blocking=True)
+            # By bucket of depths, [kinds, pieces] each.
+            starts, slopes = packed[1:].view(2, _SHAPE[1], _SHAPE[0], -1)
+            buckets = [bisect_left(_DEPTH_ENDS, each) for each in range(1, _DEPTH_ENDS[-1] + 2)]
+            curves = [
+                AcceptanceCurve(packed[0, :-1], starts[bucket], slopes[bucket], kinds)
+                for bucket in buckets
+            ]
+            self._device_curves[kinds.device] = curves
+        return curves[min(depth, len(curves)) - 1]._replace(kinds=kinds)
 
-    def _forget_device_curves(self) -> None:
-        self._age = 0
+    def _forget_curves(self) -> None:
+        self._curves = None
         self._device_curves.clear()
 
     def curves(self) -> np.ndarray:
-        """Return [buckets, knots] float64, g at the knots for each bucket of depths."""
+        """Return [kinds, buckets, knots] float64, g at the knots for each bucket of depths."""
         if self._curves is None:
             self._curves = _fit(self._sums, self._prior_weight)
         return self._curves
 
     def reliability(self) -> list[Reliability]:
         """Return predicted and observed acceptance at each knot that has data, for plots."""
-        rows = []
-        for bucket, first_depth in enumerate((1, *(int(end) + 1 for end in _DEPTH_ENDS))):
-            curve = self.curves()[bucket]
-            for count, drafted, accepted in self._sums[:, bucket].T.tolist():
+        rows, first_depths = [], (1, *(end + 1 for end in _DEPTH_ENDS))
+        for (kind, bucket), _ in np.ndenumerate(self._sums[0, :, :, 0]):
+            curve = self.curves()[kind, bucket]
+            for count, drafted, accepted in self._sums[:, kind, bucket].T.tolist():
                 if count > 0.0:
                     calibrated = count * float(np.interp(drafted / count, _KNOTS, curve))
-                    rows.append(Reliability(first_depth, count, drafted, calibrated, accepted))
+                    sums = count, drafted, calibrated, accepted
+                    rows.append(Reliability(KINDS[kind], first_depths[bucket], *sums))
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -173,8 +176,7 @@ class Acceptance:
         if not (np.isfinite(sums).all() and (sums >= 0).all() and (sums[1:] <= most).all()):
             raise ValueError("acceptance state: need 0 <= drafted, accepted <= nodes < inf")
         self._sums = sums
-        self._curves = None
-        self._forget_device_curves()
+        self._forget_curves()
 
 
 @compiled("Tuple((i8, f8))(f8)")
@@ -193,7 +195,7 @@ def _piece(p: float) -> tuple[int, float]:
     return low, (p - _KNOTS[low]) / _WIDTHS[low]
 
 
-@compiled("void(f8[:, :, :], f8, f8[:], i8[:], b1[:], b1[:])")
+@compiled("void(f8[:, :, :, :], f8, f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])")
 def _add_nodes(
     sums: np.ndarray,
     keep: float,
@@ -201,36 +203,51 @@ def _add_nodes(
     depths: np.ndarray,
     is_tried: np.ndarray,
     accepted: np.ndarray,
+    kinds: np.ndarray,
 ) -> None:
-    """Scale `sums`, [3, buckets, knots], by `keep`; add each node to the two knots around it."""
-    sums *= keep
-    for node in range(len(shares)):
-        if not is_tried[node] or not np.isfinite(shares[node]):
-            continue
-        p = min(max(float(shares[node]), 0.0), 1.0)
-        left, right_share = _piece(p)
-        bucket = 0
-        while bucket < len(_DEPTH_ENDS) and depths[node] > _DEPTH_ENDS[bucket]:
-            bucket += 1
-        for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
-            sums[0, bucket, knot] += share
-            sums[1, bucket, knot] += share * p
-            if accepted[node]:
-                sums[2, bucket, knot] += share
+    """Scale the sums of the kinds that occur by `keep`; add each node to the two knots around it.
+
+    Args:
+        sums: [3, kinds, buckets, knots].
+    """
+    for kind in range(sums.shape[1]):
+        if (kinds == kind).any():
+            sums[:, kind] *= keep
+    for request in range(len(shares)):
+        kind = kinds[request]
+        for node in range(shares.shape[1]):
+            if not is_tried[request, node] or not np.isfinite(shares[request, node]):
+                continue
+            p = min(max(shares[request, node], 0.0), 1.0)
+            left, right_share = _piece(p)
+            bucket = 0
+            while bucket < len(_DEPTH_ENDS) and depths[request, node] > _DEPTH_ENDS[bucket]:
+                bucket += 1
+            for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
+                sums[0, kind, bucket, knot] += share
+                sums[1, kind, bucket, knot] += share * p
+                if accepted[request, node]:
+                    sums[2, kind, bucket, knot] += share
 
 
-@compiled("f4[:, :](f8[:, :])")
+@compiled("f4[:, :](f8[:, :, :])")
 def _pack_curves(curves: np.ndarray) -> np.ndarray:
-    """Return the linear pieces of g: a row of inner knots, then starts, then slopes."""
-    num_buckets, num_pieces = _SHAPE[0], len(_WIDTHS)
-    packed = np.zeros((1 + 2 * num_buckets, num_pieces), dtype=np.float32)
-    for piece in range(num_pieces):
+    """Return the linear pieces of g: a row of inner knots, then starts, then slopes.
+
+    Starts and slopes have a row for each bucket and kind; the kinds of a bucket lie side by side.
+    """
+    num_kinds, num_buckets, num_knots = curves.shape
+    rows = num_kinds * num_buckets
+    packed = np.zeros((1 + 2 * rows, num_knots - 1), dtype=np.float32)
+    for piece in range(num_knots - 1):
         if piece:
             packed[0, piece - 1] = _KNOTS[piece]
         for bucket in range(num_buckets):
-            slope = (curves[bucket, piece + 1] - curves[bucket, piece]) / _WIDTHS[piece]
-            packed[1 + bucket, piece] = curves[bucket, piece] - slope * _KNOTS[piece]
-            packed[1 + num_buckets + bucket, piece] = slope
+            for kind in range(num_kinds):
+                low, row = curves[kind, bucket, piece], 1 + bucket * num_kinds + kind
+                slope = (curves[kind, bucket, piece + 1] - low) / _WIDTHS[piece]
+                packed[row, piece] = low - slope * _KNOTS[piece]
+                packed[row + rows, piece] = slope
     return packed
 
 
@@ -263,20 +280,23 @@ def _isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return result
 
 
-@compiled("f8[:, :](f8[:, :, :], f8)")
+@compiled("f8[:, :, :](f8[:, :, :, :], f8)")
 def _fit(sums: np.ndarray, prior_weight: float) -> np.ndarray:
-    """Return g at the knots, [buckets, knots], from `sums`, [3, buckets, knots]."""
-    curves, prior = np.empty(_SHAPE), _KNOTS
-    values, weights = np.empty(_SHAPE[1]), np.empty(_SHAPE[1])
-    for bucket in range(_SHAPE[0]):
-        for knot in range(_SHAPE[1]):
-            count, drafted, accepted = sums[:, bucket, knot]
-            shift = 0.0
-            if count > 0.0:
-                left, share = _piece(drafted / count)
-                expected = count * (prior[left] + share * (prior[left + 1] - prior[left]))
-                shift = (accepted - expected) / (count + prior_weight)
-            values[knot] = min(max(prior[knot] + shift, 0.0), 1.0)
-            weights[knot] = count + prior_weight
-        prior = curves[bucket] = _isotonic(values, weights)
+    """Return g at the knots, [kinds, buckets, knots], from `sums`, [3, kinds, buckets, knots]."""
+    num_kinds, num_buckets, num_knots = sums.shape[1:]
+    curves = np.empty((num_kinds, num_buckets, num_knots))
+    values, weights = np.empty(num_knots), np.empty(num_knots)
+    for kind in range(num_kinds):
+        prior = _KNOTS
+        for bucket in range(num_buckets):
+            for knot in range(num_knots):
+                count, drafted, accepted = sums[:, kind, bucket, knot]
+                shift = 0.0
+                if count > 0.0:
+                    left, share = _piece(drafted / count)
+                    expected = count * (prior[left] + share * (prior[left + 1] - prior[left]))
+                    shift = (accepted - expected) / (count + prior_weight)
+                values[knot] = min(max(prior[knot] + shift, 0.0), 1.0)
+                weights[knot] = count + prior_weight
+            prior = curves[kind, bucket] = _isotonic(values, weights)
     return curves

@@ -28,8 +28,8 @@ import torch
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
+from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
 from cast_sglang.policy.turns import PLAIN, Tree, Turns
-from cast_sglang.policy.verify_size import best_verify_size, split_budget
 
 __all__ = ["AutoPolicy"]
 
@@ -89,8 +89,6 @@ class _View(NamedTuple):
 
     costs: Costs
     growth: np.ndarray  # [K], one more layer of 1.. nodes, with what it adds to draft extend
-    extend: np.ndarray  # [E], draft extend of 1.. rows
-    rows: np.ndarray  # [N], verifying 1.. rows
     sized: np.ndarray  # [N], verifying the smallest allowed size that holds 1.. rows
     token: float  # what a further accepted token adds to draft extend
 
@@ -135,14 +133,12 @@ class AutoPolicy(TreePolicy):
         self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
     ) -> None:
         self._sizes = verify_sizes
-        self._num_nodes = np.asarray(verify_sizes) - 1
         self._max_layers = max_layers
         self._extends_by_accepted = extends_by_accepted
         self._buckets: dict[int, _Bucket] = {}
         self._lookahead = Lookahead(max_layers, verify_sizes[-1] - 1)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
-        self._price = 1.0  # of the step that runs
         self._deepen = False
         self._turn: Tree | None = None  # of the step that runs; None for the policy's own
         self._shares_out = False  # the last tree was cut by `share_out`
@@ -205,24 +201,20 @@ class AutoPolicy(TreePolicy):
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and decide whether expanding it pays at all."""
-        view, ranked = self._read(costs), self._weighed(scores)
+        view = self._read(costs)
         if self._layers == 1:
-            self._price = self.price(scores.shape[0])
             self._lookahead.begin_tree(scores.shape[0])
             self._root_children = scores
             if not self._lookahead.has_learned:
                 self._lookahead.add(0, None, scores)
                 self._lookahead.learn()
-        # Each accepted token adds a row to draft extend, where accepted rows are what it runs.
-        token = 1.0 - self._price * view.token
         room = self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
             self._layers,
-            ranked,
-            token,
-            view.sized,
+            self._worth(scores, view),
+            view.costs.verify if self._shares_out else view.sized,
             view.growth,
-            self._price,
+            self.price(len(scores)),
             room,
             self._shares_out,
         )
@@ -246,41 +238,37 @@ class AutoPolicy(TreePolicy):
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the allowed size whose nodes bring most beyond the price of their time."""
-        num_sizes = bisect_right(self._sizes, scores.shape[1] + 1)
-        if num_sizes == 0:  # the tree ended below the smallest size
-            self._close_step()
-            return scores.shape[1] + 1
-        if self._turn is not None:
-            size = bisect_left(self._sizes, self._turn.num_draft_tokens, hi=num_sizes - 1)
-            self._close_step()
-            return self._sizes[size]
-        ranked = self._weighed(scores)
-        sizes = self._num_nodes[:num_sizes]
-        best = best_verify_size(ranked, sizes, *self._terms(costs, len(ranked)))
+        view = self._read(costs)
+        worth, price = self._worth(scores, view), self.price(len(scores))
+        size = select_size(worth, view.sized, self._sizes, price)
         self._close_step()
-        return self._sizes[best]
+        if self._turn is not None and size is not None:
+            allowed = self._sizes[: bisect_right(self._sizes, scores.shape[1] + 1)]
+            return allowed[bisect_left(allowed, self._turn.num_draft_tokens, hi=len(allowed) - 1)]
+        # None where the tree ended below the smallest size.
+        return scores.shape[1] + 1 if size is None else size.num_draft_tokens
 
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those that are worth their time."""
         self._shares_out = True
         if self._turn is not None:
             return None
-        ranked = self._weighed(scores[:, : self._sizes[-1] - 1])
-        num_rows = split_budget(ranked, *self._terms(costs, len(ranked)))
+        view, batch_size = self._read(costs), len(scores)
+        worth = self._worth(scores[:, : self._sizes[-1] - 1], view)
+        count, _ = select_count(*pooled(worth, view.costs.verify), self.price(batch_size))
+        # Stable, so that a parent comes before a child of the same score.
+        chosen = np.argsort(-worth.ravel(), kind="stable")[:count]
         self._close_step()
-        return num_rows
+        return 1 + np.bincount(chosen // worth.shape[1], minlength=batch_size)
 
-    def _terms(
-        self, costs: Costs | None, batch_size: int
-    ) -> tuple[np.ndarray, np.ndarray, int, bool, float]:
-        """Return the last five arguments of `best_verify_size` and `split_budget`."""
-        view, price = self._read(costs), self.price(batch_size)
-        return view.rows, view.extend, self._layers, self._extends_by_accepted, price
+    def _worth(self, scores: torch.Tensor, view: _View) -> np.ndarray:
+        """Return [B, n] float32, what nodes of these scores are worth, in tokens.
 
-    def _weighed(self, scores: torch.Tensor) -> np.ndarray:
-        """Return [B, n] float32, scores times the weights of their requests."""
-        ranked = scores.numpy(force=True)
-        return ranked if self._weights is None else ranked * self._weights
+        Each accepted token adds a row to draft extend, where accepted rows are what it runs.
+        """
+        token = np.float32(1.0 - self.price(len(scores)) * view.token)
+        worth: np.ndarray = scores.numpy(force=True) * token
+        return worth if self._weights is None else worth * self._weights
 
     def _close_step(self) -> None:
         """Learn from the children seen in this step and get ready for the next tree."""
@@ -344,19 +332,17 @@ class AutoPolicy(TreePolicy):
         assert costs is not None
         # `CostModel` returns the same object until the batch size or the context changes.
         if self._view is None or self._view.costs is not costs:
-            self._view = _view(costs, self._num_nodes, self._extends_by_accepted)
+            self._view = _view(costs, self._sizes, self._extends_by_accepted)
         return self._view
 
 
-def _view(costs: Costs, num_nodes: np.ndarray, extends_by_accepted: bool) -> _View:
+def _view(costs: Costs, sizes: tuple[int, ...], extends_by_accepted: bool) -> _View:
     extend = costs.draft_extend
     row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
     row_of_layer, row_of_token = (0.0, row) if extends_by_accepted else (row, 0.0)
     return _View(
         costs,
         growth=costs.draft + np.float32(row_of_layer),
-        extend=extend,
-        rows=costs.verify,
-        sized=costs.verify[num_nodes[np.searchsorted(num_nodes, np.arange(num_nodes[-1] + 1))]],
+        sized=size_costs(costs.verify, sizes),
         token=row_of_token,
     )

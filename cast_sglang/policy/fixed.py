@@ -20,31 +20,9 @@ from typing import NamedTuple
 import torch
 
 from cast_sglang.policy.base import Costs, TreePolicy
+from cast_sglang.policy.select_count import select_count, select_size, size_costs
 
-__all__ = ["EaglePolicy", "FixedPolicy", "select_count"]
-
-
-def select_count(utility: torch.Tensor, cost: torch.Tensor, price: float) -> torch.Tensor:
-    """Choose how many of the best nodes are worth their cost.
-
-    Definition: out = the smallest k in 1..K that maximises utility[k - 1] - price * cost[k - 1]
-
-    The paper extends k while the marginal utility per marginal cost since the last kept point,
-    (u_k - u_k0) / (c_k - c_k0), exceeds `price`. If costs increase strictly, this is the same rule,
-    u_k - C c_k > u_k0 - C c_k0. The form used here also holds if measured costs are flat or fall.
-
-    Args:
-        utility: [..., K] float32, expected accepted tokens of the best k nodes, k = 1..K.
-        cost: [K] float32, normalised time of k nodes.
-        price: accepted tokens asked per unit of cost, >= 0.
-
-    Returns:
-        [...] int64 counts in 1..K.
-
-    Effects: pure; no host sync.
-    Source: CAST, Algorithm 1.
-    """
-    return torch.argmax(torch.add(utility, cost, alpha=-price), dim=-1) + 1
+__all__ = ["EaglePolicy", "FixedPolicy"]
 
 
 class EaglePolicy(TreePolicy):
@@ -75,8 +53,8 @@ class FixedPolicy(TreePolicy):
     """The paper's CAST with hand-set thresholds.
 
     A price of 0 switches its rule off, because scores are never negative: C1 = 0 keeps every node
-    of a layer, C2 = 0 grows every layer, and C3 = 0 verifies the largest size, except for nodes
-    that add nothing to the sum in float32. With all three at 0 the tree is EAGLE's.
+    of a layer, C2 = 0 grows every layer, and C3 = 0 verifies the largest size, except for nodes of
+    score 0. With all three at 0 the tree is EAGLE's.
 
     Args:
         c1, c2, c3: prices of breadth, deepen and rerank, >= 0.
@@ -84,7 +62,7 @@ class FixedPolicy(TreePolicy):
         verify_sizes: ascending values allowed for N, each >= 2: the sizes for which the target has
             a captured graph (any size, on a device that runs without graphs).
 
-    Effects: `breadth` and `rerank` each copy K or N numbers to the host, where the tree is grown.
+    Effects: `breadth` and `rerank` copy the scores to the host if they are elsewhere.
     """
 
     def __init__(
@@ -94,17 +72,13 @@ class FixedPolicy(TreePolicy):
         self._gain_ratios: deque[float] = deque([1.0], maxlen=r)
         self._layer: _Layer | None = None
         self._sizes = verify_sizes
-        sizes = torch.tensor(verify_sizes, dtype=torch.int64)
-        # N - 1 drafts have their utility at index N - 2; N rows have their cost at index N - 1.
-        self._utility_index, self._cost_index = sizes - 2, sizes - 1
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Breadth pruning (BP): the width whose utility, less its price, is largest."""
         assert costs is not None
-        utility = scores.mean(dim=0).cumsum(dim=0).cpu()
-        cost = torch.from_numpy(costs.draft[: scores.shape[1]])
-        width = int(select_count(utility, cost, self.c1))
-        layer = _Layer(float(utility[width - 1]), float(cost[width - 1]))
+        cost = costs.draft
+        width, value = select_count(scores.numpy(force=True), cost, self.c1)
+        layer = _Layer(value + self.c1 * float(cost[width - 1]), float(cost[width - 1]))
         if self._layer is not None:
             self._gain_ratios.append(layer.utility / max(self._layer.utility, 1e-12))
         self._layer = layer
@@ -120,9 +94,7 @@ class FixedPolicy(TreePolicy):
         """Dynamic reranking (DR): the allowed size whose utility, less its price, is largest."""
         assert costs is not None
         self._layer = None
-        num_sizes = sum(size <= scores.shape[1] + 1 for size in self._sizes)
-        if num_sizes == 0:  # the tree has fewer nodes than the smallest size
-            return scores.shape[1] + 1
-        utility = scores.mean(dim=0).cumsum(dim=0).cpu()[self._utility_index[:num_sizes]]
-        cost = torch.from_numpy(costs.verify)[self._cost_index[:num_sizes]]
-        return self._sizes[int(select_count(utility, cost, self.c3)) - 1]
+        cost = size_costs(costs.verify, self._sizes)
+        size = select_size(scores.numpy(force=True), cost, self._sizes, self.c3)
+        # None where the tree has fewer nodes than the smallest size.
+        return scores.shape[1] + 1 if size is None else size.num_draft_tokens

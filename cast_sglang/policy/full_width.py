@@ -7,7 +7,6 @@ since it knows no narrow layers: where drafts are dear, a chain is faster.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import Costs
+from cast_sglang.policy.select_count import select_size, size_costs
 
 __all__ = ["Choice", "FullWidthPolicy", "best_choice"]
 
@@ -42,7 +42,7 @@ def best_choice(
         - price * (draft_costs[0] + ... + draft_costs[d - 2] + verify_costs[N - 1])
 
     Args:
-        layer_scores: D tensors [B, M_d], the scores of each layer's candidates in any order.
+        layer_scores: D tensors [B, M_d] float32, scores of each layer's candidates in any order.
         draft_costs: D - 1 costs; entry d - 1 is that of growing layer d + 1.
         verify_costs: [N] float32, cost of 1.. rows per request.
         sizes: ascending values allowed for N, each >= 2.
@@ -52,18 +52,15 @@ def best_choice(
         ValueError: no size fits into the first layer.
     """
     best: Choice | None = None
-    verify = torch.from_numpy(verify_costs).double()
+    costs = size_costs(verify_costs, sizes)
     for depth in range(1, len(layer_scores) + 1):
-        scores = torch.cat(list(layer_scores[:depth]), dim=1)
-        allowed = torch.tensor(sizes[: bisect_right(sizes, scores.shape[1] + 1)])
-        if not len(allowed):
+        scores = torch.cat(list(layer_scores[:depth]), dim=1).sort(dim=1, descending=True).values
+        size = select_size(scores.numpy(force=True), costs, sizes, price)
+        if size is None:
             continue
-        utility = scores.sort(dim=1, descending=True).values.double().mean(dim=0).cumsum(dim=0)
-        time = verify[allowed - 1] + sum(draft_costs[: depth - 1])
-        values = utility[allowed - 2] - price * time
-        index = int(values.argmax())
-        if best is None or float(values[index]) > best.value:
-            best = Choice(depth, int(allowed[index]), float(values[index]))
+        value = size.value - price * sum(draft_costs[: depth - 1])
+        if best is None or value > best.value:
+            best = Choice(depth, size.num_draft_tokens, value)
     if best is None:
         raise ValueError(f"no size of {tuple(sizes)} fits the tree")
     return best
@@ -100,10 +97,8 @@ class FullWidthPolicy(AutoPolicy):
         """Search for the best depth and size."""
         assert costs is not None
         view, price = self._read(costs), self.price(len(self._layer_scores[0]))
-        # What a further accepted token adds to draft extend is taken off its worth.
-        token = 1.0 - price * view.token
         self._choice = best_choice(
-            [token * scores for scores in self._layer_scores],
+            [torch.from_numpy(self._worth(scores, view)) for scores in self._layer_scores],
             [float(view.growth[-1])] * (num_layers - 1),
             costs.verify,
             self._sizes,

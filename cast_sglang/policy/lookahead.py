@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cast_sglang.ops.compiled import compiled
+from cast_sglang.policy.select_count import pooled, select_count
 
 __all__ = ["Lookahead"]
 
@@ -103,7 +104,6 @@ class Lookahead:
         self,
         depth: int,
         scores: np.ndarray,
-        token: float,
         verify: np.ndarray,
         growth: np.ndarray,
         price: float,
@@ -115,16 +115,15 @@ class Lookahead:
         Definition: the width is the first k that maximises
             cut(tree and children of the best k nodes of each request) - price * growth[k]
         and the gain is that maximum less cut(tree), where
-            cut(nodes) = max over n of token * (sum of the n best scores) - price * verify[n]
+            cut(nodes) = max over n of (sum of the n best scores) - price * verify[n]
         with the sum of each request's n best, in the mean over requests, or with the nodes of all
-        requests ranked together where one budget of rows is shared out. If the gain is not
-        positive, it is the most that 2 or 3 layers of one width gain, each of the best k children
-        of the one above.
+        requests ranked together where one budget of rows is shared out (`select_count`). If the
+        gain is not positive, it is the most that 2 or 3 layers of one width gain, each of the best
+        k children of the one above.
 
         Args:
             depth: of the layer, 1 for that of the roots' children.
-            scores: [B, K] float32, path scores of the layer's best nodes, descending.
-            token: worth of an accepted token.
+            scores: [B, K] float32, what the layer's best nodes are worth, descending.
             verify: [N] float32, time of verifying 1.. rows per request, root included.
             growth: [>= K] float32, time of one more layer of 1.. nodes.
             price: accepted tokens asked per unit of time.
@@ -132,7 +131,7 @@ class Lookahead:
             shares_out: one budget of verified rows is shared out among the requests.
         """
         ahead = min(MAX_AHEAD, max_layers, len(self._means) - depth)
-        cut = token, verify, growth, price, ahead, shares_out
+        cut = verify, growth, price, ahead, shares_out
         width, gain = _best_width(self._means[depth:], self._best, scores, *cut)
         return int(width), float(gain)
 
@@ -162,39 +161,25 @@ def _insert(best: np.ndarray, score: float) -> bool:
     return True
 
 
-@compiled("f8(f4[:, :], f8, f4[:], f8, b1)")
-def _best_cut(
-    best: np.ndarray, token: float, verify: np.ndarray, price: float, shares_out: bool
-) -> float:
+@compiled("f8(f4[:, :], f4[:], f8, b1)")
+def _best_cut(best: np.ndarray, verify: np.ndarray, price: float, shares_out: bool) -> float:
     """Return what the best number of rows brings beyond the price of verifying them.
 
     Args:
         best: [B, n] float32, the best candidates of each request, descending.
-        token, verify, price, shares_out: as of `Lookahead.best_width`.
+        verify, price, shares_out: as of `Lookahead.best_width`.
     """
-    most, utility = -price * verify[0], 0.0
     if shares_out:
-        ranked = np.sort(best.copy().ravel())
-        for place in range(len(ranked)):
-            utility += ranked[-1 - place] / len(best)
-            nodes = (place + 1) / len(best)
-            low = min(int(nodes), len(verify) - 2)
-            time = verify[low] + min(nodes - low, 1.0) * (verify[low + 1] - verify[low])
-            most = max(most, token * utility - price * time)
-        return most
-    for node in range(min(best.shape[1], len(verify) - 1)):
-        for request in range(len(best)):
-            utility += best[request, node] / len(best)
-        most = max(most, token * utility - price * verify[node + 1])
-    return most
+        ranked, costs = pooled(best, verify)
+        return select_count(ranked, costs, price)[1]
+    return select_count(best[:, : len(verify) - 1], verify[1:], price)[1]
 
 
-@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f8, f4[:], f4[:], f8, i8, b1)")
+@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f4[:], f4[:], f8, i8, b1)")
 def _best_width(
     children: np.ndarray,
     tree: np.ndarray,
     scores: np.ndarray,
-    token: float,
     verify: np.ndarray,
     growth: np.ndarray,
     price: float,
@@ -212,14 +197,14 @@ def _best_width(
         for k in range(topk):
             if not _insert(tree[request], scores[request, k]):
                 break
-    stands = _best_cut(tree, token, verify, price, shares_out)
+    stands = _best_cut(tree, verify, price, shares_out)
     grown, width, most = tree.copy(), 0, -np.inf
     for k in range(topk):
         for request in range(batch_size):
             for child in range(children.shape[1]):
                 if not _insert(grown[request], np.float32(scores[request, k] * children[0, child])):
                     break
-        gain = _best_cut(grown, token, verify, price, shares_out) - stands - price * growth[k]
+        gain = _best_cut(grown, verify, price, shares_out) - stands - price * growth[k]
         if gain > most:
             width, most = k + 1, gain
     if most > 0.0 or ahead < 2:
@@ -239,6 +224,6 @@ def _best_width(
         layer[:] = below
         if further:
             time = (1 + further) * growth[width - 1]
-            gain = _best_cut(grown, token, verify, price, shares_out) - stands - price * time
+            gain = _best_cut(grown, verify, price, shares_out) - stands - price * time
             most = max(most, gain)
     return width, most

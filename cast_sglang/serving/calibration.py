@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.serving.host_reads import HostReads, Read
 
@@ -36,15 +36,16 @@ class _Lesson(NamedTuple):
 
     selection: Selection
     probs: torch.Tensor  # [B, N - 1], the draft's own probabilities given the parent
+    kinds: torch.Tensor  # [B], of the requests
     widths: tuple[int, ...]
     topk: int
     accept_index: torch.Tensor | None = None  # None until the step is verified
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return the tensors of `verify_outcomes`, in its order."""
+        """Return the tensors of `verify_outcomes`, in its order, and the kinds."""
         assert self.accept_index is not None
-        selection = self.selection
-        return selection.parent_list, selection.top_scores_index, self.accept_index, self.probs
+        nodes = self.selection.parent_list, self.selection.top_scores_index
+        return *nodes, self.accept_index, self.probs, self.kinds
 
 
 class Calibration:
@@ -63,13 +64,23 @@ class Calibration:
         self.seconds = 0.0
         self._reads = HostReads("cpu") if reads is None else reads
         self._num_learned = self._num_drafted = 0
+        # Of the step's requests.
+        self._top_ks: torch.Tensor | None = None
+        self._kinds: torch.Tensor | None = None
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._lesson: _Lesson | None = None  # of the step that runs
         self._lessons: list[_Lesson] = []
         self._read: Read | None = None  # of all lessons
 
-    def begin_step(self) -> None:
-        """Count `seconds` anew."""
+    def begin_step(self, top_ks: torch.Tensor) -> None:
+        """Count `seconds` anew, and note how the target chooses.
+
+        Args:
+            top_ks: [B] int, of each request, on the draft's device; another tensor when they
+                change. SGLang makes a temperature of 0 a top-k of 1.
+        """
+        if top_ks is not self._top_ks:
+            self._top_ks, self._kinds = top_ks, torch.where(top_ks <= 1, GREEDY, SAMPLED)
         self.seconds = 0.0
 
     def curve_at(self, probs: torch.Tensor, depth: int) -> AcceptanceCurve:
@@ -83,7 +94,8 @@ class Calibration:
         if depth == 1:
             self._probs.clear()
         self._probs.append(probs)
-        curve = self.acceptance.curve_at(depth, probs.device)
+        assert self._kinds is not None, "begin_step comes first"
+        curve = self.acceptance.curve_at(depth, self._kinds)
         self.seconds += time.perf_counter() - began
         return curve
 
@@ -94,7 +106,8 @@ class Calibration:
         self._num_drafted += 1
         if self._num_learned < _MANY or self._num_drafted % TEACH_EVERY == 0:
             probs, topk = self._node_probs(drafted), drafted.tree.topk
-            self._lesson = _Lesson(drafted.selection, probs, drafted.widths, topk)
+            assert self._kinds is not None
+            self._lesson = _Lesson(drafted.selection, probs, self._kinds, drafted.widths, topk)
         self.seconds += time.perf_counter() - began
 
     def _node_probs(self, drafted: Drafted) -> torch.Tensor:
@@ -126,9 +139,9 @@ class Calibration:
             return
         arrays = iter([tensor.numpy() for tensor in self._read.wait()])
         for lesson in self._lessons:
-            parents, nodes, accepted, probs = islice(arrays, 4)
-            parts = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
-            self.acceptance.update(*(part.ravel() for part in parts))
+            parents, nodes, accepted, probs, kinds = islice(arrays, 5)
+            outcome = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
+            self.acceptance.update(outcome, kinds)
             self._num_learned += 1
         self._lessons.clear()
         self._read = None

@@ -75,7 +75,11 @@ class LearnedFile:
             content = json.loads(self._path.read_bytes())
             if not isinstance(content, dict) or content.get("pair") != self._pair:
                 raise ValueError("learned with another pair; name a file of its own for each")
-            if content.get("format") != _FORMAT:
+            if "format" not in content:
+                # A server learns anew within some hundred steps, so an update need not stop it.
+                logger.warning("CAST: %s: of an earlier release, learning begins anew", self._path)
+                return {}
+            if content["format"] != _FORMAT:
                 raise ValueError(f"not of format {_FORMAT}, which this release reads")
             _check(content)
         except FileNotFoundError:

@@ -227,7 +227,7 @@ class CastWorker(EAGLEWorkerV2):
         if tools.recorder is not None:
             tools.recorder.begin_step(batch)
         if self.calibration is not None:
-            self.calibration.begin_step()
+            self.calibration.begin_step(batch.sampling_info.top_ks)
         self.costs.correct(self._num_steps)
         if self._num_steps % SAVE_EVERY == 0:
             self.learned.save()

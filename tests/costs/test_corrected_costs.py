@@ -5,13 +5,12 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from cast_sglang.costs.correction import MAX_OVERLAP, REFRESH_EVERY, CorrectedCosts, Residuals
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, cost_of, plain_units, step_units
 from cast_sglang.costs.passes import NAMES
-from cast_sglang.policy.fixed import select_count
+from cast_sglang.policy.select_count import select_count
 from tests.support.builders import make_profile, make_table
 from tests.support.passes import LIMITS, noisy, scale, serve
 
@@ -123,11 +122,11 @@ class Server:
         self.residuals = Residuals(limits)
         self.costs = CorrectedCosts(self.model, self.residuals)
         self.rng = random.Random(seed)
-        scores = 0.8 ** torch.arange(1.0, 32.0)
-        self.utility = torch.cat((torch.zeros(1), scores.cumsum(0)))
+        self.scores = 0.8 ** np.arange(1, 32, dtype=np.float32)
+        self.utility = self.scores.cumsum()
 
     def choose(self, costs):
-        return max(2, int(select_count(self.utility, torch.from_numpy(costs.verify), 2.0)))
+        return 1 + select_count(self.scores[None], costs.verify[1:], 2.0)[0]
 
     def step(self, index):
         chosen = self.choose(self.costs.step_costs(4, 100))
@@ -141,7 +140,7 @@ class Server:
         self.residuals.record("verify", 4, chosen, measured / predicted * noisy(self.rng, 0.05))
         if index % REFRESH_EVERY == 0:
             self.residuals.refresh()
-        gained = 1 + float(self.utility[chosen - 1])
+        gained = 1 + float(self.utility[chosen - 2])
         return gained, float(truth.verify[chosen - 1])
 
 
@@ -151,7 +150,7 @@ def test_sizes_that_a_table_has_too_cheap_are_left(wrong):
     server = Server(table, truth)
     costs = server.truth.step_costs(4, 100)
     best = server.choose(costs)
-    right = (1 + float(server.utility[best - 1])) / float(costs.verify[best - 1])
+    right = (1 + float(server.utility[best - 2])) / float(costs.verify[best - 1])
     steps = [server.step(index) for index in range(1500)]
     gained, cost = (sum(values) for values in zip(*steps[500:], strict=True))
     assert gained / cost > 0.95 * right

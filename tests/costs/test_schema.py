@@ -8,8 +8,6 @@ import pytest
 from cast_sglang.costs.passes import PASSES
 from cast_sglang.costs.schema import (
     CostProfile,
-    CostTables,
-    Heldout,
     validate_profile,
 )
 from cast_sglang.errors import ProfileError
@@ -134,16 +132,6 @@ def test_the_first_point_was_measured_unless_the_tables_are_estimated():
 )
 def test_the_rest_is_checked_by_name(change, expected):
     assert refused(changed(change)).startswith(expected)
-
-
-@pytest.mark.parametrize(("median_error", "expected"), [(None, 0.0), (0.015, 0.015), (3.0, 0.5)])
-def test_the_error_to_expect_of_a_table(median_error, expected):
-    profile = make_profile()
-    heldout = median_error and Heldout(points=9, median_error=median_error, p95_error=4.0)
-    provenance = msgspec.structs.replace(profile.provenance, heldout=heldout)
-    assert make_profile(provenance=provenance).table_error == expected
-    bare = {name: getattr(profile, name) for name in CostTables.__struct_fields__}
-    assert CostTables(**bare).table_error == 0.0
 
 
 def test_records_refuse_what_they_do_not_know():

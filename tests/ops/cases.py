@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cast_sglang.ops.contract import AcceptanceCurve
-from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
+from cast_sglang.policy.outcomes import VerifiedNodes
 
 KINDS = ("random", "ties", "zeros", "ones", "denormal", "mixed")
 
@@ -49,20 +51,22 @@ def layer(generator: torch.Generator, batch: int, width: int, topk: int, kind: s
 
 
 def learned(seed: int) -> Acceptance:
-    """Return an acceptance map that has seen a draft model too sure of itself."""
-    acceptance, generator = Acceptance(), torch.Generator().manual_seed(seed)
-    probs = torch.rand(600, generator=generator)
-    accepted = torch.rand(600, generator=generator) < probs**1.5
-    depths = torch.randint(1, 12, (600,), generator=generator)
-    acceptance.update(
-        probs.numpy(), depths.numpy(), torch.ones(600, dtype=torch.bool).numpy(), accepted.numpy()
-    )
+    """Return an acceptance map that has seen a draft too sure of itself, or not sure enough."""
+    acceptance, rng = Acceptance(), np.random.default_rng(seed)
+    shares, depths = rng.random((2, 600)), rng.integers(1, 12, (2, 600))
+    accepted = rng.random((2, 600)) < shares ** [[0.7], [1.5]]
+    nodes = VerifiedNodes(shares, depths, np.ones((2, 600), bool), accepted)
+    acceptance.update(nodes, np.array([GREEDY, SAMPLED]))
     return acceptance
 
 
-def curve_at(acceptance: Acceptance, bucket: int) -> AcceptanceCurve:
-    """Return the curve by which `acceptance` calibrates nodes of a bucket of depths."""
-    return acceptance.curve_at((1, 2, 3, 5, 9)[bucket], torch.device("cpu"))
+def curve_at(acceptance: Acceptance, bucket: int, batch: int) -> AcceptanceCurve:
+    """Return the curves by which `acceptance` calibrates nodes of a bucket of depths.
+
+    Every third request is greedy.
+    """
+    kinds = torch.where(torch.arange(batch) % 3 == 0, GREEDY, SAMPLED)
+    return acceptance.curve_at((1, 2, 3, 5, 9)[bucket], kinds)
 
 
 class TreeCase(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 from cast_sglang.costs import correction
 from cast_sglang.ops.compiled import compiled
-from cast_sglang.policy import acceptance, lookahead, verify_size
+from cast_sglang.policy import acceptance, lookahead, select_count
 
 BATCHES_AND_WIDTHS = [(1, 1), (1, 7), (3, 2), (5, 31), (8, 13), (33, 5)]
 
@@ -23,22 +23,22 @@ def best_scores(rng, batch, n):
 
 def arguments(function, rng, batch, n):
     """Return arguments of one of the loops, of this size."""
-    buckets, knots = acceptance._SHAPE
-    sums = np.sort(floats(rng, 3, buckets, knots, dtype=np.float64), axis=0)[::-1].copy()
-    flags = rng.random((2, batch * n)) < 0.5
+    shape = acceptance._SHAPE
+    sums = np.sort(floats(rng, 3, *shape, dtype=np.float64), axis=0)[::-1].copy()
+    flags = rng.random((2, batch, n)) < 0.5
+    shares_out = bool(flags[0, 0, 0])
     children = floats(rng, 4, n, dtype=np.float64)
-    rows, extend = np.sort(floats(rng, n + 1)), np.sort(floats(rng, 1 + n // 3))
-    cut = rows, extend, int(rng.integers(0, 4)), bool(flags[0, 0])
     return {
         "_piece": (float(rng.random()),),
         "_add_nodes": (
             sums,
             0.9,
-            np.where(flags[0], rng.random(batch * n), np.nan),
-            rng.integers(1, 12, batch * n),
+            np.where(flags[0], rng.random((batch, n)), np.nan),
+            rng.integers(1, 12, (batch, n)),
             *flags,
+            rng.integers(0, shape[0], batch),
         ),
-        "_pack_curves": (np.sort(floats(rng, buckets, knots, dtype=np.float64)),),
+        "_pack_curves": (np.sort(floats(rng, *shape, dtype=np.float64)),),
         "_isotonic": (
             floats(rng, batch * n, dtype=np.float64),
             0.1 + floats(rng, batch * n, dtype=np.float64),
@@ -52,30 +52,22 @@ def arguments(function, rng, batch, n):
         "_insert": (best_scores(rng, 1, n)[0], np.float32(rng.random())),
         "_best_cut": (
             best_scores(rng, batch, n),
-            0.9,
             np.sort(floats(rng, n + 2)),
             2.0,
-            bool(flags[0, 0]),
+            shares_out,
         ),
         "_best_width": (
             children,
             best_scores(rng, batch, n + 3),
             best_scores(rng, batch, n),
-            0.9,
             np.sort(floats(rng, n + 2)),
             floats(rng, n + 2),
             2.0,
             1 + batch % 3,
-            bool(flags[0, 0]),
+            shares_out,
         ),
-        "_between": (np.sort(floats(rng, n)), float(1.5 * n * rng.random())),
-        "_verify_time": (*cut, float(n * rng.random()), float(rng.random())),
-        "best_verify_size": (
-            best_scores(rng, batch, n),
-            np.unique(rng.integers(1, n + 1, 4)),
-            *cut,
-            2.0,
-        ),
+        "select_count": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 2.0),
+        "pooled": (best_scores(rng, batch, n), np.sort(floats(rng, 1 + n // 2))),
         "_share_out_surprise": (
             floats(rng, n + 3, dtype=np.float64),
             0.1 * floats(rng, n + 3, dtype=np.float64),
@@ -83,13 +75,12 @@ def arguments(function, rng, batch, n):
             np.array([0.1, 0.001, 0.02]),
             float(3.0 * rng.normal()),
         ),
-        "split_budget": (best_scores(rng, batch, n), *cut, 2.0),
     }[function.__name__]
 
 
 LOOPS = [
     loop
-    for module in (acceptance, verify_size, lookahead, correction)
+    for module in (acceptance, select_count, lookahead, correction)
     for loop in vars(module).values()
     if hasattr(loop, "py_func")
 ]
@@ -101,8 +92,11 @@ def test_compiled_is_the_function_itself(loop, batch, n):
     given = arguments(loop.py_func, np.random.default_rng(n), batch, n)
     compiled_given, plain_given = copy.deepcopy(given), copy.deepcopy(given)
     result, expected = loop(*compiled_given), loop.py_func(*plain_given)
-    if expected is not None:
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-7)
+    if not isinstance(expected, tuple):
+        result, expected = (result,), (expected,)
+    for ours, theirs in zip(result, expected, strict=True):
+        if theirs is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     # What a loop writes into its arguments is part of what it does.
     for ours, theirs in zip(compiled_given, plain_given, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -15,8 +15,20 @@ from cast_sglang.ops.contract import (
 )
 from tests.ops import cases
 
-# Chance x / 2 up to 1/2, then 1/4 and twice what is beyond: 1 from x = 7/8 on.
-CURVE = AcceptanceCurve(torch.tensor([0.5]), torch.tensor([0.0, -0.75]), torch.tensor([0.5, 2.0]))
+# Of requests 0 and 2 chance x / 2 up to 1/2, then 1/4 and twice what is beyond: 1 from x = 7/8 on.
+# Of request 1 always 1/2.
+CURVE = AcceptanceCurve(
+    torch.tensor([0.5]),
+    torch.tensor([[0.5, 0.5], [0.0, -0.75]]),
+    torch.tensor([[0.0, 0.0], [0.5, 2.0]]),
+    torch.tensor([1, 0, 1]),
+)
+
+
+def line(start, slope):
+    """Return the map of one line, of a batch of one."""
+    lines = torch.tensor([[start]]), torch.tensor([[slope]])
+    return AcceptanceCurve(torch.zeros(0), *lines, ints(1))
 
 
 def ints(*shape):
@@ -79,24 +91,25 @@ def test_the_largest_arguments_are_allowed():
     check_rank_nodes(torch.ones(1, MAX_CANDIDATES), MAX_CANDIDATES)
     check_select_nodes(ints(2, 3), ints(2, 3), 4, ints(2))
     # W = K of as many parents; the last candidate of the layer has the largest number there is.
-    check_grow_layer(torch.ones(2, 3), torch.ones(6, 3), ints(6, 3), 2**31 - 1 - 9, CURVE)
+    check_grow_layer(torch.ones(3, 3), torch.ones(9, 3), ints(9, 3), 2**31 - 1 - 9, CURVE)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"knots": torch.zeros(2)}, "P starts need P slopes and P - 1 knots, got 2, 2 and 2"),
-        ({"slopes": torch.zeros(1)}, "got 2, 1 and 1"),
-        ({"starts": torch.zeros(0), "slopes": torch.zeros(0)}, "got 0, 0 and 1"),
-        ({"knots": torch.zeros(1, 1)}, "knots must be 1-d torch.float32"),
-        (
-            {"starts": torch.zeros(2).double()},
-            "starts must be 1-d torch.float32, got torch.float64",
-        ),
+        ({"knots": torch.zeros(2)}, r"need slopes \[C, P\] .* got \(2, 2\), \(2, 2\) and \(2,\)"),
+        ({"knots": torch.zeros(1, 1)}, r"got \(2, 2\), \(2, 2\) and \(1, 1\)"),
+        ({"knots": ints(1)}, "knots must be torch.float32, got torch.int64"),
+        ({"slopes": torch.zeros(1, 2)}, r"got \(2, 2\), \(1, 2\) and \(1,\)"),
+        ({"slopes": torch.zeros(2)}, "slopes must be 2-d torch.float32"),
+        ({"starts": torch.zeros(2, 0)}, "starts must be 2-d torch.float32 and not empty"),
+        ({"starts": torch.zeros(2, 2).double()}, "starts must be 2-d .* got torch.float64"),
+        ({"kinds": ints(2)}, r"kinds must be \[3\] torch.int64, got torch.int64 of shape \(2,\)"),
+        ({"kinds": ints(3).int()}, r"kinds must be \[3\] torch.int64, got torch.int32"),
     ],
 )
 def test_a_curve_of_unequal_parts_is_refused(change, message):
-    layer = torch.ones(1, 1), torch.ones(1, 2), ints(1, 2), 0
+    layer = torch.ones(3, 1), torch.ones(3, 2), ints(3, 2), 0
     check_grow_layer(*layer, CURVE)
     with pytest.raises(ValueError, match=message):
         check_grow_layer(*layer, CURVE._replace(**change))
@@ -154,31 +167,35 @@ def test_list_slots_refuses_what_does_not_fit():
 def test_a_curve_is_linear_in_pieces_and_stays_a_probability():
     at = torch.tensor([0.0, 0.25, 0.499, 0.5, 0.75, 0.875, 1.0])
     expected = [0.0, 0.125, 0.2495, 0.25, 0.75, 1.0, 1.0]
-    assert CURVE.at(at).tolist() == pytest.approx(expected)
-    low = AcceptanceCurve(torch.zeros(0), torch.tensor([-0.5]), torch.tensor([1.0]))
-    assert low.at(torch.tensor([0.2, 0.7])).tolist() == pytest.approx([0.0, 0.2])
+    assert CURVE.at(at, ints(7) + 1).tolist() == pytest.approx(expected)
+    assert CURVE.at(at, ints(7)).tolist() == [0.5] * 7
+    low = line(-0.5, 1.0)
+    assert low.at(torch.tensor([0.2, 0.7]), ints(2)).tolist() == pytest.approx([0.0, 0.2])
 
 
 def test_a_value_at_a_knot_belongs_to_the_piece_above():
-    steps = AcceptanceCurve(
-        torch.tensor([0.25, 0.5]), torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3)
-    )
+    starts = torch.tensor([[0.1, 0.2, 0.3]])
+    steps = AcceptanceCurve(torch.tensor([0.25, 0.5]), starts, torch.zeros(1, 3), ints(1))
     at = torch.tensor([0.249, 0.25, 0.499, 0.5])
-    assert steps.at(at).tolist() == pytest.approx([0.1, 0.2, 0.2, 0.3])
+    assert steps.at(at, ints(4)).tolist() == pytest.approx([0.1, 0.2, 0.2, 0.3])
 
 
 def test_chances_of_siblings_are_what_the_earlier_ones_leave():
     """By hand: the curve is asked for a child's share of what the draft has left."""
-    probs = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.5]])
+    probs = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.5]]).repeat(3, 1)
     # First node: g(1/2) = 1/4; of 3/4 left, g(1/2) again; of 9/16 left, g(1) = 1.
     # Second: nothing is left after the first child, whatever the draft says of the others.
     chances = CURVE.chances(probs)
-    assert chances[0].tolist() == pytest.approx([1 / 4, 3 / 16, 9 / 16])
-    assert chances[1].tolist() == [1.0, 0.0, 0.0]
+    for request in (0, 2):
+        first, second = chances[2 * request : 2 * request + 2]
+        assert first.tolist() == pytest.approx([1 / 4, 3 / 16, 9 / 16])
+        assert second.tolist() == [1.0, 0.0, 0.0]
+    # The request between them goes by its own map, in both of its nodes.
+    assert chances[2:4].tolist() == [[1 / 2, 1 / 4, 1 / 8]] * 2
     assert probs[1].tolist() == [1.0, 0.0, 0.5]  # the draft's own stay as they were
 
 
 def test_a_curve_that_believes_the_draft_gives_its_probabilities():
-    identity = AcceptanceCurve(torch.zeros(0), torch.zeros(1), torch.ones(1))
+    identity = line(0.0, 1.0)
     probs = torch.rand(50, 7, generator=generator()) / 7
     assert torch.allclose(identity.chances(probs), probs)

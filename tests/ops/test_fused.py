@@ -121,7 +121,7 @@ def test_grow_layer(fused, is_calibrated):
     acceptance = cases.learned(3)
     for (batch, width, topk), kind, generator in kinds(LAYERS):
         case = cases.layer(generator, batch, width, topk, kind)
-        curve = cases.curve_at(acceptance, topk % 5) if is_calibrated else None
+        curve = cases.curve_at(acceptance, topk % 5, batch) if is_calibrated else None
         ours = run(fused.grow_layer, *case, curve)
         assert_same(ours, reference.grow_layer(*case, curve), (batch, width, topk, kind))
     assert launches(fused, "grow_layer") == len(LAYERS) >= 20
@@ -133,7 +133,8 @@ def test_calibration_with_one_line_needs_no_knots(fused):
 
     case = cases.layer(torch.Generator().manual_seed(0), 2, 2, 3, "random")
     # Beyond 0 and 1 the line is clipped.
-    curve = AcceptanceCurve(torch.zeros(0), torch.tensor([-0.5]), torch.tensor([2.0]))
+    line = torch.tensor([[-0.5]]), torch.tensor([[2.0]])
+    curve = AcceptanceCurve(torch.zeros(0), *line, torch.zeros(2, dtype=torch.int64))
     ours = run(fused.grow_layer, *case, curve)
     assert_same(ours, reference.grow_layer(*case, curve), curve)
     assert ours.probs.min() == 0.0 and ours.probs.max() == 1.0
@@ -144,9 +145,9 @@ def test_a_probability_at_a_knot_belongs_to_the_piece_above(fused):
     from cast_sglang.ops.contract import AcceptanceCurve
 
     case = cases.layer(torch.Generator().manual_seed(0), 3, 3, 5, "ties")
-    steps = AcceptanceCurve(
-        torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.zeros(4)
-    )
+    starts = torch.tensor([[0.9, 0.6, 0.3, 0.0], [0.0, 0.3, 0.6, 0.9]])
+    kinds = torch.tensor([1, 0, 1])
+    steps = AcceptanceCurve(torch.tensor([0.25, 0.5, 1.0]), starts, torch.zeros(2, 4), kinds)
     assert_same(run(fused.grow_layer, *case, steps), reference.grow_layer(*case, steps), steps)
 
 

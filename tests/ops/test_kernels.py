@@ -64,7 +64,7 @@ def generator():
 
 
 def grow_layer(fused, batch=2, width=10, topk=10, is_calibrated=True):
-    curve = cases.curve_at(cases.learned(0), 0) if is_calibrated else None
+    curve = cases.curve_at(cases.learned(0), 0, batch) if is_calibrated else None
     fused.grow_layer(*cases.layer(generator(), batch, width, topk, "random"), curve)
 
 

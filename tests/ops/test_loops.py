@@ -23,7 +23,7 @@ def test_grow_layer(is_calibrated):
     acceptance = cases.learned(3)
     for (batch, width, topk), kind, generator in kinds(LAYERS):
         case = cases.layer(generator, batch, width, topk, kind)
-        curve = cases.curve_at(acceptance, topk % 5) if is_calibrated else None
+        curve = cases.curve_at(acceptance, topk % 5, batch) if is_calibrated else None
         expected = reference.grow_layer(*case, curve)
         assert_same(loops.grow_layer(*case, curve), expected, (batch, width, topk, kind))
 

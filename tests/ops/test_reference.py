@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.ops import ops_for, reference
-from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
 from tests.ops import cases
 
 seeds = st.integers(0, 2**31)
@@ -34,7 +34,8 @@ def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
     width = data.draw(st.integers(1, topk))
     case = cases.layer(generator(seed), batch, width, topk, kind)
     acceptance = cases.learned(seed % 7)
-    curve = data.draw(st.sampled_from([None, *(cases.curve_at(acceptance, i) for i in range(5))]))
+    bucket = data.draw(st.sampled_from([None, *range(5)]))
+    curve = None if bucket is None else cases.curve_at(acceptance, bucket, batch)
     grown = reference.grow_layer(*case, curve)
     for b in range(batch):
         scores, tokens = [], []
@@ -45,7 +46,9 @@ def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
                 if curve is not None:
                     x = min(p / max(drafted, np.float32(1e-6)), np.float32(1.0))
                     piece = sum(float(knot) <= x for knot in curve.knots)
-                    line = float(curve.starts[piece]) + float(curve.slopes[piece]) * float(x)
+                    kind = int(curve.kinds[b])
+                    line = float(curve.starts[kind, piece])
+                    line += float(curve.slopes[kind, piece]) * float(x)
                     chance = np.float32(min(1.0, max(0.0, line))) * left
                     ours = grown.probs[b * width + w, k].numpy()
                     assert float(ours) == pytest.approx(float(chance), abs=2e-6)
@@ -64,15 +67,16 @@ def test_grow_layer_is_its_loop(batch, topk, data, kind, seed):
 
 def test_lines_are_the_curves_of_acceptance():
     acceptance = cases.learned(5)
-    knots = np.sin(np.linspace(0.0, np.pi / 2, acceptance.curves().shape[1])) ** 2
-    probs = torch.rand(40, 3, generator=generator(1))
+    knots = np.sin(np.linspace(0.0, np.pi / 2, acceptance.curves().shape[2])) ** 2
+    probs = torch.rand(120, generator=generator(1))
     probs[:3] = torch.tensor([0.0, 1.0, 1e-40])
-    for bucket, depth in enumerate((1, 2, 3, 5, 9)):
-        curve = cases.curve_at(acceptance, bucket)
-        expected = np.interp(probs.numpy(), knots, acceptance.curves()[bucket])
-        np.testing.assert_allclose(curve.at(probs).numpy(), expected, rtol=1e-5, atol=1e-6)
-        assert torch.equal(curve.at(probs), acceptance.curve_at(depth, probs.device).at(probs))
-        assert not torch.equal(curve.at(probs), probs)
+    for kind in (GREEDY, SAMPLED):
+        kinds, seen = torch.full((120,), kind), []
+        for bucket in range(5):
+            seen.append(cases.curve_at(acceptance, bucket, 3).at(probs, kinds))
+            expected = np.interp(probs.numpy(), knots, acceptance.curves()[kind, bucket])
+            np.testing.assert_allclose(seen[-1].numpy(), expected, rtol=1e-5, atol=1e-6)
+        assert not any(torch.equal(seen[0], other) for other in (*seen[1:], probs))
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,10 +85,10 @@ def test_chances_of_siblings_sum_to_at_most_one(rows, topk, seed):
     draw = generator(seed)
     probs = torch.rand(rows, topk + 1, generator=draw) ** 3
     probs = (probs / probs.sum(1, True))[:, :topk].sort(1, descending=True).values
-    chances = cases.curve_at(cases.learned(seed % 7), seed % 5).chances(probs)
+    chances = cases.curve_at(cases.learned(seed % 7), seed % 5, rows).chances(probs)
     assert (chances >= 0.0).all() and float(chances.sum(1).max()) <= 1.0 + 1e-5
     # Without data the draft probabilities are not corrected.
-    untaught = Acceptance().curve_at(1, probs.device).chances(probs)
+    untaught = cases.curve_at(Acceptance(), 0, rows).chances(probs)
     torch.testing.assert_close(untaught, probs, rtol=1e-4, atol=1e-6)
 
 

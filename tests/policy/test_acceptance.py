@@ -9,26 +9,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.policy.acceptance import Acceptance, _isotonic
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _isotonic
+from cast_sglang.policy.outcomes import VerifiedNodes
 
 PROBS = torch.linspace(0.0, 1.0, 1001)
 DEPTHS = (1, 2, 3, 4, 5, 8, 9, 40)
 
 
-def flat(*columns):
-    return [np.asarray(column) for column in columns]
+def teach(acceptance, *columns, kind=GREEDY):
+    """Feed the nodes of one request; columns are those of `VerifiedNodes`, [n] each."""
+    nodes = VerifiedNodes(*(np.asarray(column)[None] for column in columns))
+    acceptance.update(nodes, np.array([kind]))
 
 
-def observe(acceptance: Acceptance, rng, truth, depth: int, updates: int, nodes: int = 64) -> None:
+def observe(
+    acceptance: Acceptance, rng, truth, depth: int, updates: int, nodes: int = 64, kind=GREEDY
+) -> None:
     """Feed nodes whose parents were accepted and which are accepted with truth(p)."""
     for _ in range(updates):
         p = rng.random(nodes)
         accepted = rng.random(nodes) < truth(p)
-        acceptance.update(p, np.full(nodes, depth), np.ones(nodes, dtype=bool), accepted)
+        tried = np.ones(nodes, dtype=bool)
+        teach(acceptance, p, np.full(nodes, depth), tried, accepted, kind=kind)
 
 
-def calibrated(acceptance, shares, depth):
-    return acceptance.curve_at(depth, shares.device).at(shares)
+def calibrated(acceptance, shares, depth, kind=GREEDY):
+    kinds = torch.full(shares.shape, kind)
+    return acceptance.curve_at(depth, kinds).at(shares, kinds)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -66,9 +73,32 @@ def test_a_depth_that_differs_from_those_above_is_learned():
     assert np.abs(error).mean() < 0.04
 
 
+def test_greedy_and_sampled_requests_are_told_apart():
+    """In one batch or in turn: neither teaches the other, and neither forgets by the other's."""
+    acceptance, rng = Acceptance(half_life=20), np.random.default_rng(9)
+    truths = {GREEDY: lambda p: p**0.5, SAMPLED: lambda p: 0.7 * p}
+    for kind, truth in truths.items():
+        observe(acceptance, rng, truth, 1, updates=100, kind=kind)
+    tried, depths = np.ones((2, 64), bool), np.ones((2, 64), int)
+    alone = calibrated(acceptance, PROBS, 1, SAMPLED)
+    observe(acceptance, rng, truths[GREEDY], 1, updates=400)
+    assert torch.equal(calibrated(acceptance, PROBS, 1, SAMPLED), alone)
+    for _ in range(100):
+        p = rng.random((2, 64))
+        chance = np.stack([truths[SAMPLED](p[0]), truths[GREEDY](p[1])])
+        nodes = VerifiedNodes(p, depths, tried, rng.random((2, 64)) < chance)
+        acceptance.update(nodes, np.array([SAMPLED, GREEDY]))
+    kinds = torch.arange(len(PROBS)) % 2
+    mixed = acceptance.curve_at(1, kinds).at(PROBS, kinds)
+    for kind, truth in truths.items():
+        error = mixed[kinds == kind] - truth(PROBS)[kinds == kind]
+        assert float(error.abs().mean()) < 0.03
+    assert {row.kind for row in acceptance.reliability()} == {"greedy", "sampled"}
+
+
 def test_one_node_moves_the_curve_by_its_share_of_the_prior():
     acceptance = Acceptance(prior_weight=9.0)
-    acceptance.update(*flat([0.5], [1], [True], [True]))
+    teach(acceptance, [0.5], [1], [True], [True])
     # 0.5 is a knot: nine imagined nodes accepted at 0.5 and a real one at 1.
     assert float(calibrated(acceptance, torch.tensor([0.5]), 1)) == pytest.approx(5.5 / 10)
 
@@ -80,9 +110,9 @@ def test_nodes_below_a_rejected_one_say_nothing():
     for _ in range(300):
         parent = rng.random(32) < 0.5
         accepted = parent & (rng.random(32) < 0.9)
-        nodes = flat(np.full(32, 0.9), np.full(32, 2))
-        acceptance.update(*nodes, parent, accepted)
-        wrong.update(*nodes, np.ones(32, dtype=bool), accepted)
+        nodes = np.full(32, 0.9), np.full(32, 2)
+        teach(acceptance, *nodes, parent, accepted)
+        teach(wrong, *nodes, np.ones(32, dtype=bool), accepted)
     p = torch.tensor([0.9])
     assert float(calibrated(acceptance, p, 2)) == pytest.approx(0.9, abs=0.03)
     assert float(calibrated(wrong, p, 2)) == pytest.approx(0.45, abs=0.06)
@@ -93,7 +123,7 @@ def test_nodes_below_a_rejected_one_say_nothing():
 
 def test_censored_nodes_leave_no_trace():
     acceptance = Acceptance()
-    acceptance.update(*flat([0.7, 0.6], [2, 3], [False, False], [False, False]))
+    teach(acceptance, [0.7, 0.6], [2, 3], [False, False], [False, False])
     assert acceptance.reliability() == []
     assert torch.equal(calibrated(acceptance, PROBS, 2), PROBS)
 
@@ -151,7 +181,7 @@ def test_old_evidence_is_forgotten():
 
 def test_nonsense_probabilities_are_left_out():
     acceptance = Acceptance()
-    acceptance.update(*flat([np.nan, np.inf, 1.0000001], [1] * 3, [True] * 3, [True] * 3))
+    teach(acceptance, [np.nan, np.inf, 1.0000001], [1] * 3, [True] * 3, [True] * 3)
     assert sum(row.num_nodes for row in acceptance.reliability()) == pytest.approx(1.0)
     assert torch.isfinite(calibrated(acceptance, PROBS, 1)).all()
 
@@ -164,7 +194,7 @@ def test_reliability_counts_what_was_predicted_and_what_happened():
     assert {row.first_depth for row in rows} == {1, 5}
     first = [row for row in rows if row.first_depth == 1]
     assert sum(row.num_nodes for row in first) == pytest.approx(2000)
-    drafted, calibrated, accepted = (sum(column) for column in list(zip(*first, strict=True))[2:])
+    drafted, calibrated, accepted = (sum(column) for column in list(zip(*first, strict=True))[3:])
     assert accepted == pytest.approx(0.5 * drafted, rel=0.1)
     assert calibrated == pytest.approx(accepted, rel=0.1)
 
@@ -182,13 +212,13 @@ def test_state_survives_json():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.update(format=1),
+        lambda state: state.update(format=2),
         lambda state: state.pop("drafted"),
         lambda state: state.update(nodes=[[1.0]]),
         lambda state: state.update(nodes="many"),
-        lambda state: state["accepted"][0].__setitem__(0, 1.0),  # accepted beyond nodes
-        lambda state: state["nodes"][1].__setitem__(2, float("nan")),
-        lambda state: state["drafted"][1].__setitem__(2, -1.0),
+        lambda state: state["accepted"][0][0].__setitem__(0, 1.0),  # accepted beyond nodes
+        lambda state: state["nodes"][1][1].__setitem__(2, float("nan")),
+        lambda state: state["drafted"][0][1].__setitem__(2, -1.0),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(change):
@@ -216,5 +246,5 @@ def test_a_large_update_takes_no_loop_over_nodes():
     nodes = 200_000
     p, accepted = rng.random(nodes), rng.random(nodes) < 0.5
     began = time.perf_counter()
-    acceptance.update(p, np.ones(nodes, dtype=int), np.ones(nodes, dtype=bool), accepted)
+    teach(acceptance, p, np.ones(nodes, dtype=int), np.ones(nodes, dtype=bool), accepted)
     assert time.perf_counter() - began < 1.0  # some 20 ms; a Python loop takes several seconds

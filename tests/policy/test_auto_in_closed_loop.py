@@ -52,7 +52,7 @@ def test_regret_against_the_best_depth_and_size_of_every_step(regime, batch_size
 def test_one_budget_gains_where_requests_differ(batch_size):
     """Half of the requests can hardly be drafted, and rows cost time."""
     step_costs, gains = make_costs("compute", batch_size), []
-    ease = np.repeat([-3.0, 2.5], batch_size // 2)[:, None]
+    ease = np.repeat([-3.0, 2.5], batch_size // 2)
     for seed in (9, 10, 11):
         apart, together = (
             run(
@@ -96,12 +96,9 @@ def test_a_change_of_text_is_followed():
     """Within some hundred steps most of the way is gone; calibration, which remembers longer than
     the price does, takes the rest.
     """
-    text, step_costs = Text(16, 7, ease=2.5), make_costs("compute", 16)
-
-    def change(step):
-        text.ease = 2.5 if step < 300 else 0.0
-
-    prices = run(AutoPolicy(SIZES, LAYERS), text, step_costs, 16, 800, Acceptance(), change).prices
+    text = Text(16, 7, ease=lambda step: 2.5 if step < 300 else 0.0)
+    step_costs = make_costs("compute", 16)
+    prices = run(AutoPolicy(SIZES, LAYERS), text, step_costs, 16, 800, Acceptance()).prices
     before, after = prices[200:300].mean(), prices[600:].mean()
     assert before > 1.15 * after
     assert abs(prices[400:450].mean() - after) < 0.25 * (before - after)
@@ -133,14 +130,8 @@ def test_speculation_comes_back_when_it_pays_again(batch_size, draft):
     step_costs = make_costs("compute", batch_size, draft=draft)
     waits = []
     for seed in range(3):
-        text = Text(batch_size, seed, ease=-4.0)
-
-        def change(step, text=text):
-            text.ease = -4.0 if step < 1200 else 3.0
-
-        result = run(
-            AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, 1800, Acceptance(), change
-        )
+        text = Text(batch_size, seed, ease=lambda step: -4.0 if step < 1200 else 3.0)
+        result = run(AutoPolicy(SIZES, LAYERS), text, step_costs, batch_size, 1800, Acceptance())
         assert result.is_plain[1000:1200].mean() > 0.5
         assert result.is_plain[-100:].mean() < 0.05
         back = 1200 + int(np.flatnonzero(result.is_plain[1200:])[-1:].sum())

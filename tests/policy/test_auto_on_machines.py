@@ -12,11 +12,11 @@ pytestmark = pytest.mark.slow
 
 STEPS = 800
 # Requests that are easy and hard to draft side by side, where trees of one size suit nobody.
-BIMODAL = np.array([[-2.0], [2.5]])
+BIMODAL = np.array([-2.0, 2.5])
 
 
 def served(machine: str, batch_size: int) -> Served:
-    ease = np.tile(BIMODAL, (batch_size // 2, 1)) if batch_size > 1 else 1.0
+    ease = np.tile(BIMODAL, batch_size // 2) if batch_size > 1 else 1.0
     policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(batch_size, 3, ease)
     return serve(policy, Machine(machine), text, batch_size, STEPS, Acceptance())
 

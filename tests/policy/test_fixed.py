@@ -9,21 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy, select_count
-
-
-def paper_select_count(utility: list[float], cost: list[float], price: float) -> int:
-    """Algorithm 1 as the paper words it: extend while the marginal ratio exceeds the price."""
-    kept = 0
-    for k in range(1, len(utility)):
-        if (utility[k] - utility[kept]) / (cost[k] - cost[kept]) > price:
-            kept = k
-    return kept + 1
-
-
-def brute_force_count(utility: list[float], cost: list[float], price: float) -> int:
-    values = [u - price * c for u, c in zip(utility, cost, strict=True)]
-    return values.index(max(values)) + 1
+from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
 
 
 def costs(draft: list[float] | None = None, verify: list[float] | None = None) -> SimpleNamespace:
@@ -31,55 +17,6 @@ def costs(draft: list[float] | None = None, verify: list[float] | None = None) -
         draft=np.array(draft if draft else [0.0], np.float32),
         verify=np.array(verify if verify else [0.0], np.float32),
     )
-
-
-# Multiples of 1/64 are exact in float32, so ties are real ties and no tolerance is needed.
-sixty_fourths = st.integers(0, 512).map(lambda n: n / 64)
-increments = st.lists(st.integers(1, 64).map(lambda n: n / 64), min_size=1, max_size=24)
-
-
-@given(
-    pairs=st.lists(st.tuples(sixty_fourths, sixty_fourths), min_size=1, max_size=40),
-    price=st.sampled_from([0.0, 0.5, 1.0, 2.5, 4.0]),
-)
-def test_select_count_is_the_first_best_for_any_cost_curve(pairs, price):
-    utility, cost = [list(column) for column in zip(*pairs, strict=True)]
-    count = select_count(torch.tensor(utility), torch.tensor(cost), price)
-    assert int(count) == brute_force_count(utility, cost, price)
-
-
-@given(gains=increments, steps=st.data(), price=st.integers(0, 40).map(lambda n: n / 8))
-def test_select_count_is_algorithm_1_for_increasing_costs(gains, steps, price):
-    drawn = steps.draw(st.lists(st.integers(1, 64), min_size=len(gains), max_size=len(gains)))
-    utility = [sum(gains[: k + 1]) for k in range(len(gains))]
-    cost = [sum(drawn[: k + 1]) / 64 for k in range(len(drawn))]
-    count = select_count(torch.tensor(utility), torch.tensor(cost), price)
-    assert int(count) == paper_select_count(utility, cost, price)
-
-
-def test_select_count_works_on_leading_dimensions():
-    utility = torch.rand(3, 5, 7).cumsum(-1)
-    cost = torch.arange(1.0, 8.0)
-    counts = select_count(utility, cost, 0.5)
-    assert counts.shape == (3, 5)
-    assert counts[2, 4] == select_count(utility[2, 4], cost, 0.5)
-
-
-def test_a_staircase_is_used_up_to_its_edge():
-    """All nodes of a step cost the same, so the last of them is as cheap as the first."""
-    cost = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    utility = torch.tensor([0.5, 0.8, 1.0, 1.1, 1.15, 1.18, 1.2, 1.21])
-    assert select_count(utility, cost, 2.5) == 4
-    # With more to gain on the next step, all of that step is taken.
-    utility = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
-    assert select_count(utility, cost, 2.5) == 8
-
-
-def test_a_cost_that_falls_is_crossed():
-    """40 rows may be dearer than 48: a rule that stops at the first bad ratio stays behind."""
-    cost = torch.tensor([1.0, 1.2, 2.0, 1.3])
-    utility = torch.tensor([0.9, 1.3, 1.5, 1.7])
-    assert select_count(utility, cost, 2.0) == 4
 
 
 @settings(max_examples=200)
@@ -97,7 +34,6 @@ def test_theorem_4_1_eagle_is_cast_with_an_affine_cost(batch, topk, slope, offse
     under the theorem's value.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Away from 0, where the sums of float32 would not resolve the last node.
     scores = torch.rand(batch, topk, generator=generator) * 0.95 + 0.05
     scores = scores.sort(dim=1, descending=True).values
     cost = [slope * j + offset for j in range(1, topk + 1)]
@@ -116,7 +52,7 @@ def test_theorem_4_1_eagle_is_cast_with_an_affine_cost(batch, topk, slope, offse
 )
 def test_a_price_of_zero_switches_its_rule_off(batch, topk, cost, seed):
     generator = torch.Generator().manual_seed(seed)
-    # Away from 0, where the sums of float32 would not resolve the last node.
+    # Away from 0, which no price keeps.
     scores = torch.rand(batch, topk, generator=generator) * 0.99 + 0.01
     scores = scores.sort(dim=1, descending=True).values
     given = costs(draft=cost, verify=[*cost, 1.0])
@@ -132,7 +68,7 @@ def test_a_price_of_zero_switches_its_rule_off(batch, topk, cost, seed):
 def test_a_price_of_zero_leaves_out_only_what_adds_nothing():
     scores = torch.tensor([[0.5, 1e-9, 0.0]])
     cost = costs(draft=[1.0, 1.0, 1.0])
-    assert FixedPolicy(0, 0, 0, 4, (2,)).breadth(scores, cost) == 1
+    assert FixedPolicy(0, 0, 0, 4, (2,)).breadth(scores, cost) == 2
 
 
 def test_breadth_uses_the_mean_over_the_batch():

@@ -9,13 +9,10 @@ from hypothesis import strategies as st
 from cast_sglang.policy.lookahead import Lookahead
 
 
-def best_cut(nodes: list[list[float]], token, verify, price) -> float:
+def best_cut(nodes: list[list[float]], verify, price) -> float:
     """cut(nodes) of the scores of each request's candidates."""
-    most = -price * verify[0]
-    for count in range(1, len(verify)):
-        best = [sum(sorted(scores, reverse=True)[:count]) for scores in nodes]
-        most = max(most, token * sum(best) / len(nodes) - price * verify[count])
-    return most
+    best = [np.cumsum(sorted([*scores, *[0.0] * 5], reverse=True)) for scores in nodes]
+    return max(np.mean(best, axis=0)[: len(verify) - 1] - price * verify[1:])
 
 
 @settings(max_examples=50, deadline=None)
@@ -35,18 +32,18 @@ def test_lookahead_is_its_definition(batch, topk, layers, price, seed):
     lookahead.learn()
     mean = weights[:, 0] @ children / weights.sum()
     verify = (1 + rng.random(6).cumsum() ** rng.choice([0.5, 1, 2])).astype(np.float32)
-    growth, token = rng.random(topk).astype(np.float32), 0.9
+    growth = rng.random(topk).astype(np.float32)
     lookahead.begin_tree(batch)
     tree: list[list[float]] = [[] for _ in range(batch)]
     for _ in range(layers):
         scores = -np.sort(-rng.random((batch, topk)), axis=1).astype(np.float32)
-        width, gain = lookahead.best_width(1, scores, token, verify, growth, price, 1)
+        width, gain = lookahead.best_width(1, scores, verify, growth, price, 1)
         tree = [known + row.tolist() for known, row in zip(tree, scores, strict=True)]
         grown, gains = [list(known) for known in tree], []
         for k in range(topk):
             for known, score in zip(grown, scores[:, k], strict=True):
                 known.extend((score * mean).tolist())
-            cuts = [best_cut(nodes, token, verify, price) for nodes in (grown, tree)]
+            cuts = [best_cut(nodes, verify, price) for nodes in (grown, tree)]
             gains.append(cuts[0] - cuts[1] - price * growth[k])
         assert gain == pytest.approx(max(gains), abs=1e-4)
         assert gains[width - 1] == pytest.approx(gain, abs=1e-4)
@@ -61,7 +58,7 @@ def test_requests_are_cut_alike():
     for bad in (0.9, 0.1):
         lookahead.begin_tree(2)
         scores = np.array([[0.9], [bad]], np.float32)
-        gains.append(lookahead.best_width(1, scores, 1.0, verify, growth, 2.0, 1)[1])
+        gains.append(lookahead.best_width(1, scores, verify, growth, 2.0, 1)[1])
     assert gains[0] == pytest.approx(0.81 - 2.0 * 0.25, abs=1e-3)
     assert gains[1] == pytest.approx((0.81 + 0.09) / 2 - 2.0 * 0.25, abs=1e-3)
 
@@ -76,7 +73,7 @@ def test_several_layers_may_pay_where_one_does_not():
     for max_layers in (1, 2, 3):
         lookahead.begin_tree(1)
         scores = np.full((1, 1), 0.9, np.float32)
-        gains.append(lookahead.best_width(1, scores, 1.0, verify, growth, 1.2, max_layers)[1])
+        gains.append(lookahead.best_width(1, scores, verify, growth, 1.2, max_layers)[1])
     assert gains[0] == pytest.approx(-0.06)  # the child is not worth the tile
     assert gains[1] == pytest.approx(0.81 + 0.73 - 1.32, abs=0.04)
     assert gains[2] == pytest.approx(0.81 + 0.73 + 0.66 - 1.38, abs=0.06)
@@ -91,7 +88,7 @@ def test_drafts_that_get_worse_with_depth_are_told_apart():
             lookahead.learn()
     for depth, prob in ((0, 0.9), (1, 0.3), (2, 0.3)):  # what is not known is as above
         lookahead.begin_tree(1)
-        gain = lookahead.best_width(depth, roots, 1.0, free, growth, 1.0, 1)[1]
+        gain = lookahead.best_width(depth, roots, free, growth, 1.0, 1)[1]
         assert gain == pytest.approx(prob, abs=0.02)
 
 
@@ -103,5 +100,5 @@ def test_lookahead_forgets():
             lookahead.learn()
     roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
     lookahead.begin_tree(1)
-    gain = lookahead.best_width(0, roots, 1.0, free, growth, 1.0, 1)[1]
+    gain = lookahead.best_width(0, roots, free, growth, 1.0, 1)[1]
     assert gain == pytest.approx(0.1, abs=0.02)

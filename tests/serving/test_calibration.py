@@ -16,7 +16,8 @@ ROOT_PROBS = torch.tensor([[0.8, 0.1], [0.6, 0.3]])
 CHILD_PROBS = torch.tensor([[0.9, 0.05], [0.7, 0.2]])
 
 
-def grown_tree(calibration):
+def grown_tree(calibration, top_ks=(1, 1)):
+    calibration.begin_step(torch.tensor(top_ks))
     tokens = torch.zeros((2, TOPK), dtype=torch.int64)
     tree = DraftTree(tokens, ROOT_PROBS, 2, reference, calibration.curve_at(ROOT_PROBS, depth=1))
     frontier = tree.frontier()
@@ -24,11 +25,15 @@ def grown_tree(calibration):
     return tree
 
 
-def step(calibration, accept_index, num_rows=None, wants_drafts=None):
-    tree = grown_tree(calibration)
+def step(calibration, accept_index, num_rows=None, wants_drafts=None, top_ks=(1, 1)):
+    tree = grown_tree(calibration, top_ks)
     selection = tree.select(tree.ranked(3), 4, num_rows)
     calibration.on_drafted(Drafted(tree, 2, (1,), selection, wants_drafts))
     calibration.on_verified(verified(accept_index))
+
+
+def ints(*values):
+    return torch.tensor(values)
 
 
 def verified(accept_index):
@@ -74,9 +79,24 @@ def test_probabilities_that_are_too_sure_are_lowered():
     calibration = Calibration()
     for _ in range(200):
         step(calibration, [[0, -1, -1], [4, -1, -1]])
-    chances = calibration.acceptance.curve_at(1, ROOT_PROBS.device).chances(ROOT_PROBS)
+    chances = calibration.acceptance.curve_at(1, ints(0, 0)).chances(ROOT_PROBS)
     assert (chances.sum(dim=1) < 0.3 * ROOT_PROBS.sum(dim=1)).all()
     assert chances[0, 0] >= chances[0, 1]
+
+
+def test_each_request_teaches_and_goes_by_its_kind():
+    """The target takes the likeliest token of request 1 and samples those of request 0."""
+    calibration = Calibration()
+    for _ in range(20):
+        step(calibration, [[0, -1, -1], [4, 5, 7]], top_ks=(50, 1))
+    assert {row.kind: row.accepted > 0.0 for row in calibration.acceptance.reliability()} == {
+        "greedy": True,
+        "sampled": False,
+    }
+    # The same draft in other batches: what was learned of a kind goes with the request.
+    scores = [grown_tree(calibration, top_ks).scores for top_ks in ((50, 1), (1, 50), (1, 1))]
+    assert scores[0][0, 0] < 0.4 < 0.9 < scores[1][0, 0] == scores[2][0, 0]
+    assert scores[1][1, 0] < 0.4 < 0.9 < scores[0][1, 0] == scores[2][1, 0]
 
 
 def test_rows_that_hold_no_node_teach_nothing():

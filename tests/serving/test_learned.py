@@ -15,8 +15,10 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import FoundProfile
 from cast_sglang.costs.schema import ServingRecord
 from cast_sglang.errors import ConfigError
+from cast_sglang.policy.acceptance import GREEDY
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.fixed import EaglePolicy
+from cast_sglang.policy.outcomes import VerifiedNodes
 from cast_sglang.serving import learned as module
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.learned import Learned, LearnedFile
@@ -50,8 +52,13 @@ class Server:
         for _ in range(8):
             self.policy.observe(2, 2.0, 1.5)
             self.costs.residuals.record("verify", 2, 4, 1.6)
-            half, yes = np.full(4, 0.5), np.ones(4, dtype=bool)
-            self.calibration.acceptance.update(half, np.ones(4, dtype=np.int64), yes, yes)
+            nodes = VerifiedNodes(
+                shares=np.full((1, 4), 0.5),
+                depths=np.ones((1, 4), dtype=np.int64),
+                is_tried=np.ones((1, 4), dtype=bool),
+                accepted=np.ones((1, 4), dtype=bool),
+            )
+            self.calibration.acceptance.update(nodes, np.array([GREEDY]))
         self.costs.residuals.refresh()
 
     def scale(self):
@@ -188,7 +195,7 @@ BAD_FILES = [
     ("", "Expecting value"),
     ("[1]", "another pair"),
     ('{"pair": ["x", "y"]}', "another pair"),
-    ('{"pair": PAIR}', "not of format 1"),
+    ('{"format": 2, "pair": PAIR}', "not of format 1"),
     ('{"format": 1, "pair": PAIR, "acceptance": {}}', "not an acceptance state"),
     ('{"format": 1, "pair": PAIR, "prices": [{}]}', "prices: a row is damaged"),
     ('{"format": 1, "pair": PAIR, "prices": 3}', "prices"),
@@ -215,6 +222,16 @@ def test_a_bad_file_of_the_cache_is_left_out(tmp_path, content, reason, caplog):
     with caplog.at_level(logging.WARNING):
         assert LearnedFile(path, make_identity(), is_named=False).load() == {}
     assert "starting without it" in caplog.text
+
+
+def test_a_file_of_an_earlier_release_is_not_used_and_replaced(tmp_path, caplog):
+    path = tmp_path / "pair.json"
+    path.write_text(json.dumps({"pair": NOT_LEARNED["pair"], "acceptance": {"format": 2}}))
+    file = LearnedFile(path, make_identity())
+    assert file.load() == {}
+    assert f"{path}: of an earlier release" in caplog.text
+    file.save({})
+    assert file.load() == NOT_LEARNED
 
 
 def test_another_pairs_file_is_refused(tmp_path):

@@ -20,23 +20,22 @@ import numpy as np
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel, StepCosts, pass_us, plain_units, step_units
+from cast_sglang.costs.model import CostModel, StepCosts, pass_us, plain_units
 from cast_sglang.costs.passes import NAMES
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.base import TreePolicy
 from tests.support.simulator import (
     LAYERS,
+    PLAIN,
     TOKENS,
     TOPK,
     Drafted,
     Result,
     Text,
     best_fixed,
-    drafted,
-    facts,
     fixed_rate,
-    make_decider,
+    run,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +48,6 @@ PLATEAU_SECONDS = 3.0  # mean length
 PLATEAU_SPREAD = 0.12  # of the logarithm of the speed
 NOISE = 0.15
 LIMITS = Limits(32, 1024, TOKENS, TOPK, None, LAYERS + 1)
-PLAIN = Drafted(1.0, 0.0, [], 1.0, 0)
 UNTABLED = 0.05  # of a target pass: a step's time outside of its passes that the table lacks
 
 
@@ -172,6 +170,43 @@ MACHINES: dict[str, Callable[[], CostModel | _Curves]] = {
 }
 
 
+class Corrected:
+    """A server with a machine's table, which it corrects by measured times, as servers do.
+
+    Args:
+        batch_size: of all its steps.
+    """
+
+    def __init__(self, machine: Machine, batch_size: int) -> None:
+        self._machine, self._batch_size = machine, batch_size
+        self._residuals = Residuals(LIMITS)
+        self._corrected = CorrectedCosts(machine.tables, self._residuals)
+        self._table, self._truth = machine.table(batch_size), machine.truth(batch_size)
+
+    def costs(self, step: int) -> StepCosts:
+        if step % REFRESH_EVERY == 0:
+            self._residuals.refresh()
+        return self._corrected.step_costs(self._batch_size, CONTEXT)
+
+    def units(self, step: Drafted, costs: StepCosts) -> float:
+        machine, table, truth = self._machine, self._table, self._truth
+        passes = [("verify", step.mean_rows), *(("draft", width) for width in step.widths)]
+        if step is not PLAIN:
+            passes.append(("draft_extend", step.extend_rows))
+        took = machine.run(truth.overhead * truth.unit_us)
+        for operation, count in passes:
+            measured = machine.run(pass_us(truth, operation, count))
+            took += measured
+            ratio = measured / pass_us(table, operation, count)
+            self._residuals.record(operation, self._batch_size, round(count), ratio)
+        num_layers = len(step.widths) + 1 if step is not PLAIN else 0
+        expected = step.units(costs) * costs.unit_us
+        self._residuals.record_step(
+            self._batch_size, num_layers, took / table.unit_us, expected / table.unit_us
+        )
+        return step.units(truth)
+
+
 class Served(NamedTuple):
     """A closed loop of one batch size, and what the best fixed tree would have reached."""
 
@@ -184,9 +219,8 @@ class Served(NamedTuple):
 
     def rate(self, first: int = 0, last: int | None = None) -> float:
         """Return the rate of these steps, relative to that of the best fixed tree on them."""
-        tokens, times = self.result.tokens[first:last], self.result.times[first:last]
         fixed = fixed_rate(self.truth, self.text, self.shape, first, last)
-        return float(tokens.sum() / times.sum()) / fixed
+        return self.result.rate(first, last) / fixed
 
 
 def serve(
@@ -196,41 +230,9 @@ def serve(
     batch_size: int,
     steps: int,
     acceptance: Acceptance | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> Served:
     """Serve as a server does: by corrected tables, by measured times."""
-    residuals = Residuals(LIMITS)
-    corrected = CorrectedCosts(machine.tables, residuals)
-    decider = make_decider(policy)
-    table, truth = machine.table(batch_size), machine.truth(batch_size)
-    rows = []
-    for step in range(steps):
-        if on_step is not None:
-            on_step(step)
-        text.advance()
-        if step % REFRESH_EVERY == 0:
-            residuals.refresh()
-        costs = corrected.step_costs(batch_size, CONTEXT)
-        price = decider.price(batch_size) or math.nan
-        is_plain = not decider.begin_step(facts(batch_size, costs)).drafts
-        tree = PLAIN if is_plain else drafted(decider, text, batch_size, acceptance)
-        passes = [("verify", tree.mean_rows), *(("draft", width) for width in tree.widths)]
-        if not is_plain:
-            passes.append(("draft_extend", tree.extend_rows))
-        took = machine.run(truth.overhead * truth.unit_us)
-        for operation, count in passes:
-            measured = machine.run(pass_us(truth, operation, count))
-            took += measured
-            ratio = measured / pass_us(table, operation, count)
-            residuals.record(operation, batch_size, round(count), ratio)
-        shape = tree.widths, tree.mean_rows, tree.extend_rows
-        units = step_units(costs, *shape)
-        num_layers = 0 if is_plain else len(tree.widths) + 1
-        scale = costs.unit_us / table.unit_us
-        residuals.record_step(batch_size, num_layers, took / table.unit_us, units * scale)
-        if not is_plain:
-            decider.end_step(batch_size, tree.accepted, units)
-        rows.append((tree.tokens, step_units(truth, *shape), price, is_plain))
-    result = Result(*(np.array(column) for column in zip(*rows, strict=True)))
+    truth = machine.truth(batch_size)
+    result = run(policy, text, Corrected(machine, batch_size), batch_size, steps, acceptance)
     fixed, shape = best_fixed(truth, text)
     return Served(result, fixed, 1.0 / plain_units(truth), shape, truth, text)

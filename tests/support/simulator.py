@@ -3,19 +3,21 @@
 Every request has a difficulty that wanders from step to step. A node's best child has a probability
 around it, the others share most of the rest. The target takes a child with a true probability below
 the draft's, the more so the deeper it is; so raw path products over-state survival, as they do with
-real drafts. Costs are any `StepCosts`.
+real drafts. Of a greedy request it takes the best child more often than the draft says, as a target
+does that takes its likeliest token however unlikely that is. Costs are any `StepCosts`.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from cast_sglang.costs.model import StepCosts, plain_units, step_units
-from cast_sglang.ops import reference
-from cast_sglang.policy.acceptance import Acceptance
+from cast_sglang.ops import loops
+from cast_sglang.ops.contract import AcceptanceCurve
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.policy.full_width import best_choice
@@ -28,46 +30,68 @@ TOKENS = 32
 SIZES = tuple(range(2, TOKENS + 1))
 
 
-def distorted(probs: np.ndarray, depth: int) -> np.ndarray:
-    """The true acceptance of a node given its parent."""
-    return probs * (0.97 - 0.03 * depth)
+# By how much greedy decoding raises the odds of the best child: 0.21 of the time becomes 0.42, as
+# on the tiny pair for first children with a draft probability of 0.1 to 0.3.
+GREEDY_ODDS = 2.7
 
 
 class Text:
     """Requests with their difficulties.
 
     Args:
-        ease: mean of the log odds of the best child; [B, 1] for requests that differ in it.
+        ease: mean of the log odds of the best child: a number, one for each request, or what
+            returns that for the number of a step.
+        is_greedy: [B] bool, whether the target chooses greedily; None for no request.
     """
 
-    def __init__(self, batch_size: int, seed: int, ease: float | np.ndarray = 1.0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int,
+        ease: float | np.ndarray | Callable[[int], float] = 1.0,
+        is_greedy: np.ndarray | None = None,
+    ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.ease = ease
-        self.states = [self.rng.normal(size=batch_size)]
+        self._ease = ease if callable(ease) else lambda step: ease
+        self.is_greedy = np.zeros(batch_size, bool) if is_greedy is None else is_greedy
+        self._wander = self.rng.normal(size=batch_size)
+        # [B] before the first step and in each, the mean log odds of the best child.
+        self.odds = [np.ravel(self._ease(0)) + self._wander]
 
     def advance(self) -> None:
-        noise = self.rng.normal(size=self.states[-1].shape)
-        self.states.append(0.9 * self.states[-1] + math.sqrt(1 - 0.9**2) * noise)
+        noise = self.rng.normal(size=self._wander.shape)
+        self._wander = 0.9 * self._wander + math.sqrt(1 - 0.9**2) * noise
+        self.odds.append(np.ravel(self._ease(len(self.odds) - 1)) + self._wander)
 
-    def all_at_once(
-        self, batch_size: int, most: int = 2500, first: int = 0, last: int | None = None
-    ) -> "Text":
-        """Return these requests at all these steps, as one batch of whole batches."""
-        states = np.stack(self.states[1:])[first:last, :batch_size]
-        states = states[:: max(1, states.size // most)]
-        ease = np.broadcast_to(np.ravel(self.ease), states.shape).reshape(-1, 1)
-        text = Text(1, 0, ease)
-        text.states = [states.ravel()]
+    @property
+    def kinds(self) -> np.ndarray:
+        """[B] int64, kinds of the requests as `Acceptance` tells them apart."""
+        return np.where(self.is_greedy, GREEDY, SAMPLED)
+
+    def all_at_once(self, most: int = 2500, first: int = 0, last: int | None = None) -> "Text":
+        """Return the requests at all these steps, as one batch of whole batches."""
+        odds = np.stack(self.odds[1:])[first:last]
+        odds = odds[:: max(1, odds.size // most)]
+        text = Text(1, 0, is_greedy=np.broadcast_to(self.is_greedy, odds.shape).ravel())
+        text.odds = [odds.ravel()]
         return text
 
     def children(self, nodes: int, topk: int = TOPK) -> np.ndarray:
         """Return [B, nodes, topk] draft probabilities, descending."""
-        state = self.states[-1][:, None]
-        odds = self.ease + state + self.rng.normal(size=(len(state), nodes))
+        mean = self.odds[-1][:, None]
+        odds = mean + self.rng.normal(size=(len(mean), nodes))
         best = 1.0 / (1.0 + np.exp(-odds))
         others = 0.45 * 0.55 ** np.arange(TOPK - 1)
         rest = np.minimum((1.0 - best)[..., None] * others, best[..., None])
         return np.concatenate((best[..., None], rest), axis=2)[..., :topk]
+
+    def chances(self, probs: np.ndarray, depth: int) -> np.ndarray:
+        """Return the true acceptance of nodes given their parent; shape [B, nodes, topk]."""
+        best = probs[..., :1]
+        surer = GREEDY_ODDS * best / (1.0 + (GREEDY_ODDS - 1.0) * best)
+        others = probs[..., 1:] * (1.0 - surer) / np.maximum(1.0 - best, 1e-12)
+        greedy = np.concatenate((surer, others), axis=2)
+        return np.where(self.is_greedy[:, None, None], greedy, probs) * (0.97 - 0.03 * depth)
 
 
 class Result(NamedTuple):
@@ -76,58 +100,8 @@ class Result(NamedTuple):
     prices: np.ndarray
     is_plain: np.ndarray
 
-    def rate(self, first: int = 0) -> float:
-        return float(self.tokens[first:].sum() / self.times[first:].sum())
-
-
-def run(
-    policy: TreePolicy,
-    text: Text,
-    costs: StepCosts,
-    batch_size: int,
-    steps: int,
-    acceptance: Acceptance | None = None,
-    on_step: Callable[[int], None] | None = None,
-    joint: bool = False,
-) -> Result:
-    """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
-
-    Args:
-        joint: share one budget of nodes out among the requests, which may then differ in rows.
-    """
-    decider = make_decider(policy, joint=joint)
-    rows = []
-    for step in range(steps):
-        if on_step is not None:
-            on_step(step)
-        text.advance()
-        price = decider.price(batch_size) or math.nan
-        if not decider.begin_step(facts(batch_size, costs)).drafts:
-            rows.append((1.0, plain_units(costs), price, True))
-            continue
-        tree = drafted(decider, text, batch_size, acceptance)
-        time = step_units(costs, tree.widths, tree.mean_rows, tree.extend_rows)
-        decider.end_step(batch_size, tree.accepted, time)
-        rows.append((tree.tokens, time, price, False))
-    return Result(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
-def make_decider(policy: TreePolicy, joint: bool = False) -> Decider:
-    """Return a decider of the simulated server."""
-    return Decider(policy, max_missing=0, topk=TOPK, is_ragged=joint, shares_out=joint)
-
-
-def facts(batch_size: int, costs: StepCosts) -> StepFacts:
-    """Return what a step of the simulated server is decided by."""
-    return StepFacts(
-        batch_size=batch_size,
-        costs=costs,
-        weights=None,
-        answer_tokens=None,
-        missing_rows=0,
-        max_layers=LAYERS,
-        max_rows=TOKENS,
-    )
+    def rate(self, first: int = 0, last: int | None = None) -> float:
+        return float(self.tokens[first:last].sum() / self.times[first:last].sum())
 
 
 class Drafted(NamedTuple):
@@ -139,36 +113,108 @@ class Drafted(NamedTuple):
     mean_rows: float
     extend_rows: int
 
+    def units(self, costs: StepCosts) -> float:
+        """Return the time of the step."""
+        if self is PLAIN:
+            return plain_units(costs)
+        return step_units(costs, self.widths, self.mean_rows, self.extend_rows)
 
-def drafted(
-    decider: Decider, text: Text, batch_size: int, acceptance: Acceptance | None
-) -> Drafted:
+
+PLAIN = Drafted(1.0, 0.0, [], 1.0, 0)
+
+
+class Server(Protocol):
+    """What a closed loop runs its steps on."""
+
+    def costs(self, step: int) -> StepCosts:
+        """Return the costs by which a step is decided."""
+
+    def units(self, step: Drafted, costs: StepCosts) -> float:
+        """Run a step; return how long such a step takes on average.
+
+        Args:
+            costs: by which it was decided.
+        """
+
+
+class ByTable:
+    """A server whose passes take what a table says."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+
+    def costs(self, step: int) -> StepCosts:
+        return self._costs
+
+    def units(self, step: Drafted, costs: StepCosts) -> float:
+        return step.units(costs)
+
+
+def run(
+    policy: TreePolicy,
+    text: Text,
+    server: Server | StepCosts,
+    batch_size: int,
+    steps: int,
+    acceptance: Acceptance | None = None,
+    joint: bool = False,
+) -> Result:
+    """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
+
+    Args:
+        server: costs stand for a server that they are true of.
+        joint: share one budget of nodes out among the requests, which may then differ in rows.
+    """
+    if isinstance(server, StepCosts):
+        server = ByTable(server)
+    decider = Decider(policy, max_missing=0, topk=TOPK, is_ragged=joint, shares_out=joint)
+    rows = []
+    for step in range(steps):
+        text.advance()
+        costs = server.costs(step)
+        price = decider.price(batch_size) or math.nan
+        facts = StepFacts(
+            batch_size=batch_size,
+            costs=costs,
+            weights=None,
+            answer_tokens=None,
+            missing_rows=0,
+            max_layers=LAYERS,
+            max_rows=TOKENS,
+        )
+        is_plain = not decider.begin_step(facts).drafts
+        tree = PLAIN if is_plain else drafted(decider, text, acceptance)
+        time = server.units(tree, costs)
+        if not is_plain:
+            decider.end_step(batch_size, tree.accepted, tree.units(costs))
+        rows.append((tree.tokens, time, price, is_plain))
+    return Result(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def drafted(decider: Decider, text: Text, acceptance: Acceptance | None) -> Drafted:
     """Draft and verify the tree that the decider chooses, by the text's probabilities."""
+    batch_size, kinds = len(text.is_greedy), torch.from_numpy(text.kinds)
 
-    def layer(nodes: int, depth: int) -> torch.Tensor:
+    def layer(nodes: int, depth: int) -> tuple[torch.Tensor, torch.Tensor, AcceptanceCurve | None]:
         probs = text.children(nodes)
         raw.append(probs.reshape(batch_size, -1))
-        true.append(distorted(probs, depth).reshape(batch_size, -1))
-        tensor = torch.from_numpy(probs.reshape(-1, TOPK)).float()
-        if acceptance is None:
-            return tensor
-        return acceptance.curve_at(depth, tensor.device).chances(tensor)
+        true.append(text.chances(probs, depth).reshape(batch_size, -1))
+        tokens = torch.zeros(batch_size * nodes, TOPK, dtype=torch.int64)
+        curve = None if acceptance is None else acceptance.curve_at(depth, kinds)
+        return tokens, torch.from_numpy(probs.reshape(-1, TOPK)).float(), curve
 
     raw: list[np.ndarray] = []
     true: list[np.ndarray] = []
-    probs = layer(1, 1)
-    tokens = torch.zeros(batch_size, TOPK, dtype=torch.int64)
-    tree = DraftTree(tokens, probs, LAYERS, reference)
+    tokens, probs, curve = layer(1, 1)
+    tree = DraftTree(tokens, probs, LAYERS, loops, curve)
     widths: list[int] = []
     while tree.num_layers < tree.max_layers:
         frontier = tree.frontier()
         width = decider.width(frontier.scores)
         if width is None:
             break
-        probs = layer(width, tree.num_layers + 1)
-        decider.expanded(frontier.scores, probs)
-        tokens = torch.zeros(probs.shape, dtype=torch.int64)
-        tree.grow(frontier, width, tokens, probs)
+        chances = tree.grow(frontier, width, *layer(width, tree.num_layers + 1))
+        decider.expanded(frontier.scores, chances)
         widths.append(width)
     ranked = tree.ranked(TOKENS - 1)
     size, num_rows = decider.rows(ranked.scores)
@@ -206,7 +252,7 @@ def drafted(
         candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
         verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
         seen = verify_outcomes(parents, index, accept_index, verified, widths, TOPK)
-        acceptance.update(*(part.ravel() for part in seen))
+        acceptance.update(seen, text.kinds)
     rows = min(tree.num_layers, size - 1) + 1
     return Drafted(expected, float(lens.mean()) - 1.0, widths, mean_rows, rows)
 
@@ -247,26 +293,29 @@ def full_trees(text: Text, topk: int = TOPK) -> list[tuple[np.ndarray, np.ndarra
     """Grow trees of full width; return each layer's scores and true path probabilities [B, M]."""
     raw = text.children(1, topk)[:, 0]
     num_requests = len(raw)
-    true = distorted(raw, 1)
+    true = text.chances(raw[:, None], 1)[:, 0]
     layers = [(raw, true)]
     for depth in range(2, LAYERS + 1):
         best = np.argsort(-raw, axis=1, kind="stable")[:, :topk]
         probs = text.children(topk, topk)
         raw = (np.take_along_axis(raw, best, 1)[..., None] * probs).reshape(num_requests, -1)
-        true = np.take_along_axis(true, best, 1)[..., None] * distorted(probs, depth)
+        true = np.take_along_axis(true, best, 1)[..., None] * text.chances(probs, depth)
         true = true.reshape(num_requests, -1)
         layers.append((raw, true))
     return layers
 
 
-def best_fixed(costs: StepCosts, text: Text) -> tuple[float, tuple[int, int, int]]:
+def best_fixed(
+    costs: StepCosts, text: Text, first: int = 0, last: int | None = None
+) -> tuple[float, tuple[int, int, int]]:
     """Return the best rate of EAGLE's fixed trees, and its (steps, topk, tokens), in hindsight.
 
     Args:
         text: the requests that the other policy met.
+        first, last: of the steps that count.
     """
     best = (0.0, (0, 0, 0))
-    requests = text.all_at_once(len(text.states[0]))
+    requests = text.all_at_once(first=first, last=last)
     for topk in (1, 2, 3, 4, 6, 8):
         layers = full_trees(requests, topk)
         for steps in range(1, LAYERS + 1):
@@ -300,8 +349,8 @@ def fixed_rate(
     """Return the rate of a fixed tree, (steps, topk, tokens), on some steps of a text."""
     steps, topk, size = shape
     tokens = 0.0
-    requests = text.all_at_once(len(text.states[0]), first=first, last=last)
-    repeats = -(-2000 // len(requests.states[0]))
+    requests = text.all_at_once(first=first, last=last)
+    repeats = -(-2000 // len(requests.is_greedy))
     for _ in range(repeats):
         tokens += 1.0 + float(gains_of(full_trees(requests, topk)[:steps])[size - 2])
     return tokens / repeats / fixed_units(costs, shape)
@@ -312,8 +361,8 @@ def best_in_hindsight(costs: StepCosts, text: Text, batch_size: int) -> float:
 
     Every layer that is grown has full width; its candidates are known before it is paid for.
     """
-    requests = text.all_at_once(batch_size)
-    true = [torch.from_numpy(part) for _, part in full_trees(requests)]
+    requests = text.all_at_once()
+    true = [torch.from_numpy(part).float() for _, part in full_trees(requests)]
     steps = [
         [layer[i : i + batch_size] for layer in true] for i in range(0, len(true[0]), batch_size)
     ]

@@ -26,7 +26,7 @@ from cast_sglang.trace.records import (
 )
 from cast_sglang.tree import DraftTree
 from tests.support.builders import make_identity, make_profile, make_table
-from tests.support.simulator import LAYERS, TOKENS, TOPK, Text, distorted
+from tests.support.simulator import LAYERS, TOKENS, TOPK, Text
 
 SETTINGS = {
     "policy": "auto",
@@ -107,11 +107,11 @@ class Recorder:
     def _layer(self, nodes: int, depth: int) -> _Layer:
         probs = self.text.children(nodes)
         tokens = self.rng.random((*probs.shape[:2], 97)).argsort(axis=2)[..., :TOPK].copy()
-        return _Layer(probs, distorted(probs, depth), tokens)
+        return _Layer(probs, self.text.chances(probs, depth), tokens)
 
     def _step(self, number: int) -> TracedStep:
         self.text.advance()
-        batch_size = len(self.text.states[-1])
+        batch_size = len(self.text.is_greedy)
         context = 200.0 + number
         costs = self.model.step_costs(batch_size, context)
         price = None

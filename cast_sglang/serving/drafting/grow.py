@@ -112,6 +112,8 @@ def compile_ops(
         verify_sizes: ascending values allowed for N.
     """
     topk, device, ops = model.topk, model.device, ops_for(model.device)
+    if calibration is not None:
+        calibration.begin_step(torch.ones(1, device=device))
 
     def children(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (rows, topk)
