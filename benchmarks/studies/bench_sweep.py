@@ -29,7 +29,8 @@ from rich.table import Table
 from benchmarks.harness.pairs import OUT, Pair
 from benchmarks.harness.provenance import provenance
 from cast_sglang.errors import CastError
-from cast_sglang.trace.fixed_trees import FIXED_TREES, Shape, fits, replay_tree
+from cast_sglang.policy.turns import Shape
+from cast_sglang.trace.fixed_trees import FIXED_TREES, fits, replay_tree
 from cast_sglang.trace.session import TraceSession, open_session
 from cast_sglang.trace.summary import BatchSummary, compare
 

@@ -29,7 +29,7 @@ from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import Lookahead
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
-from cast_sglang.policy.turns import PLAIN, Tree, Turns
+from cast_sglang.policy.turns import PLAIN, Shape, Turns
 
 __all__ = ["AutoPolicy"]
 
@@ -140,7 +140,7 @@ class AutoPolicy(TreePolicy):
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
         self._deepen = False
-        self._turn: Tree | None = None  # of the step that runs; None for the policy's own
+        self._turn: Shape | None = None  # of the step that runs; None for the policy's own
         self._shares_out = False  # the last tree was cut by `share_out`
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None

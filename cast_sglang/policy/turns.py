@@ -15,21 +15,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["FIXED_TREES", "PLAIN", "Tree", "Turns"]
+__all__ = ["DEFAULT_SHAPES", "PLAIN", "Shape", "Turns"]
 
 
-class Tree(NamedTuple):
-    """The shape of a tree, as SGLang's flags name it."""
+class Shape(NamedTuple):
+    """The shape of a fixed tree, named after SGLang's flags `--speculative-*`."""
 
     num_steps: int  # layers
-    topk: int  # nodes expanded in each layer but the last
-    num_draft_tokens: int  # rows verified per request, root included
+    topk: int  # children of a node, and nodes expanded per layer
+    num_draft_tokens: int  # verified nodes, root included
+
+    def __str__(self) -> str:
+        return f"{self.num_steps}-{self.topk}-{self.num_draft_tokens}"
 
 
-PLAIN = Tree(0, 0, 1)
+PLAIN = Shape(0, 0, 1)
 # What SGLang chooses for the architectures it knows where no shape is given: a chain for models
 # whose layers are large, a tree for the others.
-FIXED_TREES = (Tree(3, 1, 4), Tree(5, 4, 8))
+DEFAULT_SHAPES = (Shape(3, 1, 4), Shape(5, 4, 8))
 # One pass varies by 15 %, so three tell its time within a tenth.
 TIMES = 3
 # By then the policy has found its own tree.
@@ -45,9 +48,9 @@ class Turns:
     def __init__(self) -> None:
         self._step = 0
         self._round = FIRST  # step at which the round began or begins
-        self._order = (PLAIN, *FIXED_TREES * TIMES)
+        self._order = (PLAIN, *DEFAULT_SHAPES * TIMES)
 
-    def next(self) -> Tree | None:
+    def next(self) -> Shape | None:
         """Count a step and return the tree whose turn it is; None for the policy's own."""
         self._step += 1
         place, is_between = divmod(self._step - self._round, 2)

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
 
 from cast_sglang.costs.schema import CostTables
 from cast_sglang.policy.base import Costs, TreePolicy
+from cast_sglang.policy.turns import Shape
 from cast_sglang.trace.records import Trace, TracedRequest, TraceHeader, packed, unpacked
 from cast_sglang.trace.replay import Replay
 
-__all__ = ["FIXED_TREES", "FixedTree", "Shape", "fits", "replay_tree"]
-
-
-class Shape(NamedTuple):
-    """The shape of a fixed tree, named after SGLang's flags `--speculative-*`."""
-
-    num_steps: int  # layers
-    topk: int  # children of a node, and nodes expanded per layer
-    num_draft_tokens: int  # verified nodes, root included
-
-    def __str__(self) -> str:
-        return f"{self.num_steps}-{self.topk}-{self.num_draft_tokens}"
+__all__ = ["FIXED_TREES", "FixedTree", "fits", "replay_tree"]
 
 
 # Chains of 1 to 8 layers, and trees that are in common use.

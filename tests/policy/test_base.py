@@ -12,7 +12,8 @@ from cast_sglang.config import REPLAYED_POLICIES
 from cast_sglang.costs.model import StepCosts
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
-from cast_sglang.trace.fixed_trees import FixedTree, Shape
+from cast_sglang.policy.turns import Shape
+from cast_sglang.trace.fixed_trees import FixedTree
 from cast_sglang.trace.replay import Replay, make_policy
 from tests.support.simulator import LAYERS, TOPK
 from tests.support.traces import Recorder, make_header, make_tables

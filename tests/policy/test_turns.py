@@ -2,9 +2,9 @@
 
 import math
 
-from cast_sglang.policy.turns import FIRST, FIXED_TREES, LONGEST, PLAIN, TIMES, Turns
+from cast_sglang.policy.turns import DEFAULT_SHAPES, FIRST, LONGEST, PLAIN, TIMES, Turns
 
-NUM_TURNS = 1 + TIMES * len(FIXED_TREES)
+NUM_TURNS = 1 + TIMES * len(DEFAULT_SHAPES)
 
 
 def turns_of(num_steps):
@@ -19,7 +19,7 @@ def test_a_round_has_every_tree_as_often_and_the_policys_own_in_between():
     assert list(turns) == list(range(FIRST, FIRST + 2 * NUM_TURNS, 2))
     trees = list(turns.values())
     assert trees[0] is PLAIN and trees.count(PLAIN) == 1
-    for tree in FIXED_TREES:
+    for tree in DEFAULT_SHAPES:
         assert trees.count(tree) == TIMES
     assert all(one != other for one, other in zip(trees, trees[1:], strict=False))
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cast_sglang.trace.fixed_trees import FIXED_TREES, FixedTree, Shape, fits, replay_tree
+from cast_sglang.policy.turns import Shape
+from cast_sglang.trace.fixed_trees import FIXED_TREES, FixedTree, fits, replay_tree
 from cast_sglang.trace.records import unpacked
 from cast_sglang.trace.replay import Replay, make_policy
 from tests.support.simulator import LAYERS, TOKENS, TOPK

@@ -17,7 +17,6 @@ from cast_sglang.serving.profiling import command
 from tests.support.builders import make_identity
 from tests.support.meters import BrokenMeter, FlatMeter
 
-
 SETTINGS = ("CAST_PROFILE", "CAST_CALIBRATION_FILE")
 RECORD = ServingRecord(steps=9, median_ratio=1.5, median_error=0.3, p95_error=0.4)
 

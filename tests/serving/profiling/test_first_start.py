@@ -17,7 +17,6 @@ from cast_sglang.serving.profiling.first_start import provide_profile
 from tests.support.builders import make_identity, make_profile
 from tests.support.meters import BrokenMeter, FlatMeter
 
-
 RECORD = ServingRecord(steps=9, median_ratio=1.5, median_error=0.3, p95_error=0.4)
 
 
