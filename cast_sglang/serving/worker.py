@@ -37,7 +37,7 @@ from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
+from cast_sglang.serving.requests import mean_context, request_weights
 from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
@@ -46,7 +46,7 @@ from cast_sglang.serving.step_room import Envelope
 from cast_sglang.serving.trace_recorder import Recording, TraceRecorder
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
@@ -88,7 +88,7 @@ class CastWorker(EAGLEWorkerV2):
             file = CalibrationFile.of(self.config, identity)
             saves = get_parallel().tp_rank == 0
             self.calibration = Calibration(file, saves, self.reads)
-        self.answers = AnswerLengths()
+        self._running: list[Req] = []  # requests of the last step
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
         self._pending: deque[PendingStep] = deque()
@@ -231,8 +231,9 @@ class CastWorker(EAGLEWorkerV2):
             self.calibration.begin_step(batch.sampling_info.top_ks)
         self.costs.correct(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
-        are_new = self.answers.note(batch.reqs)
+        are_new = batch.reqs != self._running
         if are_new or is_due:
+            self._running = list(batch.reqs)
             tools.weights = request_weights(batch.reqs)
             costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
         pending = [step.max_tokens for step in self._pending]
@@ -242,7 +243,6 @@ class CastWorker(EAGLEWorkerV2):
                 batch_size=batch_size,
                 costs=costs.current,
                 weights=tools.weights,
-                answer_tokens=self.answers.mean_tokens,
                 missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
                 max_layers=tools.room.max_layers,
                 max_rows=tools.room.max_rows,
@@ -284,7 +284,6 @@ class CastWorker(EAGLEWorkerV2):
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
-                answer_tokens=self.answers.mean_tokens,
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()
@@ -377,7 +376,6 @@ class CastWorker(EAGLEWorkerV2):
         step, now = self._pending.popleft(), time.perf_counter()
         batch_size = len(num_correct_drafts_per_req)
         num_drafts = sum(num_correct_drafts_per_req)
-        self.answers.count(batch_size + num_drafts)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
             self.tools.decider.end_step(batch_size, num_drafts / batch_size, step.units)

@@ -197,17 +197,6 @@ def test_thresholds_use_the_draft_probabilities(full, tables):
         assert (first == second) == is_same
 
 
-def test_the_length_of_answers_is_part_of_the_recording(tables):
-    policy = default_policy()
-    policy.expect(12.0)
-    trace = Recorder(policy, tables, 2).run(60)
-    answered = [msgspec.structs.replace(step, answer_tokens=12.0) for step in trace.steps]
-    outcomes = list(Replay(trace._replace(steps=answered), tables, default_policy()))
-    assert [outcome.price for outcome in outcomes] == [step.price for step in trace.steps]
-    unanswered = list(Replay(trace, tables, default_policy()))
-    assert unanswered[-1].price < outcomes[-1].price
-
-
 def test_a_trace_without_drafts_is_refused(tables):
     trace = Recorder(default_policy(), tables).run(3)
     plain = msgspec.structs.replace(trace.steps[0], num_layers=0, widths=[])
