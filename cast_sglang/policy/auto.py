@@ -25,14 +25,11 @@ import torch
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
-from cast_sglang.policy.lookahead import Lookahead
+from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
 
 __all__ = ["AutoPolicy"]
 
-# A step counts half in the price after this many further steps.
-HALF_LIFE = 32
-_KEEP = 0.5 ** (1 / HALF_LIFE)
 # Weight of the first price of a new bucket, in target passes: that of some steps, which soon
 # outvote it.
 START_WEIGHT = 4.0
@@ -43,12 +40,6 @@ START_WEIGHT = 4.0
 MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
-# The first step that decodes plainly although it would draft. The next ones are at twice the step,
-# so that they cost less and less. Two more, at 16 and 32, would cost 1 % of the first 100 steps
-# where drafting doubles the speed.
-FIRST_PLAIN = 64
-# Target passes that a try may lose; it starts once they are saved.
-MIN_PROBE = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +54,6 @@ class _Bucket:
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
-    num_steps: int = 0
 
     @property
     def price(self) -> float:
@@ -219,9 +209,9 @@ class AutoPolicy(TreePolicy):
         """Count tokens and time of a step with a tree, which may have run several steps ago."""
         bucket = self._bucket(batch_size)
         tokens = 1.0 + accepted_mean
-        bucket.tokens = _KEEP * bucket.tokens + tokens
-        bucket.time = _KEEP * bucket.time + time_units
-        bucket.steps = _KEEP * bucket.steps + 1.0
+        bucket.tokens = KEEP * bucket.tokens + tokens
+        bucket.time = KEEP * bucket.time + time_units
+        bucket.steps = KEEP * bucket.steps + 1.0
         if math.isfinite(bucket.plain_units):
             gain = tokens * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
@@ -236,22 +226,18 @@ class AutoPolicy(TreePolicy):
         up, the policy drafts again for a step or some, and stays with it if that gains time. So by
         the costs, speculation never loses more than the account held, whatever is accepted. A try
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms.
-
-        What a plain step takes is known from plain steps best, so a server that always drafts
-        decodes plainly in its steps 64, 128, 256 and so on of each octave.
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
         bucket.plain_units = plain_units(costs)
         if bucket.is_plain or bucket.account < 0.0:
             mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / bucket.steps
-            bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss) + catch_up
+            bucket.is_plain = bucket.account < max(0.0, mean_loss) + catch_up
         if bucket.is_plain:
             bucket.account += PROBE_SHARE * bucket.plain_units
         else:
             bucket.account -= catch_up
-        bucket.num_steps += 1
-        return not (bucket.is_plain or _is_turn_of_plain(bucket.num_steps))
+        return not bucket.is_plain
 
     def _bucket(self, batch_size: int) -> _Bucket:
         octave = (batch_size - 1).bit_length()
@@ -272,11 +258,6 @@ class AutoPolicy(TreePolicy):
         if self._view is None or self._view.costs is not costs:
             self._view = _view(costs, self._sizes, self._extends_by_accepted)
         return self._view
-
-
-def _is_turn_of_plain(step: int) -> bool:
-    """Return whether a step that would draft decodes plainly, to see what that takes."""
-    return step >= FIRST_PLAIN and step & (step - 1) == 0
 
 
 def _view(costs: Costs, sizes: tuple[int, ...], extends_by_accepted: bool) -> _View:
