@@ -27,22 +27,15 @@ import torch
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
-from cast_sglang.policy.lookahead import Lookahead
+from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
 from cast_sglang.policy.turns import PLAIN, Shape, Turns
 
 __all__ = ["AutoPolicy"]
 
-# A step counts half in the price after this many further steps.
-HALF_LIFE = 32
-_KEEP = 0.5 ** (1 / HALF_LIFE)
 # Weight of the first price of a new bucket, in target passes: that of some steps, which soon
 # outvote it.
 START_WEIGHT = 4.0
-
-# Steps of an answer that serve no token: half of the last one lies beyond the answer's end, and
-# half a step passes until another request takes its place.
-LOST_STEPS = 1.0
 
 # Target passes that speculation may lose against plain decoding before it stops, at batch size 1:
 # more than chance takes, less than a second. In larger batches chance averages out, so the limit
@@ -50,16 +43,11 @@ LOST_STEPS = 1.0
 MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose.
 PROBE_SHARE = 0.01
-# Target passes that a try may lose; it starts once they are saved.
-MIN_PROBE = 0.25
 
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """What the policy knows of the batch sizes of one octave.
-
-    `loss` is always the steps that an answer loses, per token of it.
-    """
+    """What the policy knows of the batch sizes of one octave."""
 
     # Sums over steps with a tree, in which older steps count less.
     tokens: float  # per request
@@ -71,17 +59,10 @@ class _Bucket:
     is_plain: bool = False
     turns: Turns = field(default_factory=Turns)
 
-    def worth(self, loss: float) -> float:
-        """Return the worth of a token of the mean step, relative to a token of a plain step."""
-        return (1.0 + loss) / (1.0 + loss * self.tokens / self.steps)
-
-    def rate(self, loss: float) -> float:
-        """Return the best known rate, in tokens of plain steps per unit of time."""
-        return max(self.tokens * self.worth(loss) / self.time, 1.0 / self.plain_units)
-
-    def price(self, loss: float) -> float:
-        """Return how many further tokens of a step a unit of time must bring."""
-        return self.rate(loss) * (1.0 + loss) / self.worth(loss) ** 2
+    @property
+    def price(self) -> float:
+        """The best known rate, in tokens per unit of time, which further time must reach."""
+        return max(self.tokens / self.time, 1.0 / self.plain_units)
 
 
 class _View(NamedTuple):
@@ -112,11 +93,6 @@ class AutoPolicy(TreePolicy):
 
     If no worker calls `expanded`, the children of the root stand for those of all nodes.
 
-    Short answers make long steps worth less than their tokens. An answer of L tokens takes L / x
-    steps of x tokens, and `LOST_STEPS` more that serve nothing. So the policy maximises
-    x / (1 + x LOST_STEPS / L) / T in place of x / T, and the price of a further token follows from
-    that. `expect` sets L.
-
     If the target can run another number of rows for each request, `share_out` ranks the nodes of
     all requests together and stops where a further row no longer pays. So a request that drafts
     well gets the rows of a request that drafts badly. If all requests have equally many rows, a row
@@ -145,21 +121,17 @@ class AutoPolicy(TreePolicy):
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
-        self._loss = 0.0  # steps that an answer loses, per token of it
 
     def price(self, batch_size: int) -> float:
         """Return the accepted tokens asked per unit of time at this batch size."""
-        return self._bucket(batch_size).price(self._loss)
-
-    def expect(self, answer_tokens: float) -> None:
-        self._loss = LOST_STEPS / answer_tokens
+        return self._bucket(batch_size).price
 
     def state(self) -> list[dict[str, Any]]:
         """Return what is known of each octave of batch sizes, as JSON can hold it."""
         return [
             {
                 "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
-                "price": bucket.price(self._loss),
+                "price": bucket.price,
                 "is_plain": bucket.is_plain,
                 "tokens": bucket.tokens / bucket.steps,  # of a step with a tree, per request
                 "units": bucket.time / bucket.steps,
@@ -281,11 +253,11 @@ class AutoPolicy(TreePolicy):
         """Count tokens and time of a step with a tree, which may have run several steps ago."""
         bucket = self._bucket(batch_size)
         tokens = 1.0 + accepted_mean
-        bucket.tokens = _KEEP * bucket.tokens + tokens
-        bucket.time = _KEEP * bucket.time + time_units
-        bucket.steps = _KEEP * bucket.steps + 1.0
+        bucket.tokens = KEEP * bucket.tokens + tokens
+        bucket.time = KEEP * bucket.time + time_units
+        bucket.steps = KEEP * bucket.steps + 1.0
         if math.isfinite(bucket.plain_units):
-            gain = tokens * bucket.worth(self._loss) * bucket.plain_units - time_units
+            gain = tokens * bucket.plain_units - time_units
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
     def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
@@ -305,9 +277,8 @@ class AutoPolicy(TreePolicy):
         assert costs is not None
         bucket.plain_units = plain_units(costs)
         if bucket.is_plain or bucket.account < 0.0:
-            plain_time = bucket.tokens * bucket.worth(self._loss) * bucket.plain_units
-            mean_loss = (bucket.time - plain_time) / bucket.steps
-            bucket.is_plain = bucket.account < max(MIN_PROBE, mean_loss) + catch_up
+            mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / bucket.steps
+            bucket.is_plain = bucket.account < max(0.0, mean_loss) + catch_up
         if bucket.is_plain:
             bucket.account += PROBE_SHARE * bucket.plain_units
         else:

@@ -61,10 +61,6 @@ class TreePolicy(ABC):
         """
         return
 
-    def expect(self, answer_tokens: float) -> None:
-        """Set the mean number of tokens of the last answers, > 0."""
-        return
-
     @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Return W, how many of a layer's best nodes to keep; called once per grown layer.

@@ -43,7 +43,6 @@ class StepFacts(NamedTuple):
     batch_size: int
     costs: StepCosts | None  # None for a policy that needs none
     weights: np.ndarray | None  # [B], what a request's tokens are worth; None for all alike
-    answer_tokens: float | None  # mean length of answers lately; None while none has ended
     missing_rows: int  # the most rows that the draft of any request has not seen
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
@@ -107,8 +106,6 @@ class Decider:
         began = time.perf_counter()
         self._facts, self._num_layers = facts, 1
         policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
-        if facts.answer_tokens is not None:
-            policy.expect(facts.answer_tokens)
         policy.weigh(facts.weights)
         drafts = facts.max_layers > 0 and facts.max_rows > 1
         drafts = drafts and (facts.weights is None or bool(facts.weights.any()))

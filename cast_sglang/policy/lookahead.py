@@ -18,11 +18,12 @@ import torch
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.select_count import pooled, select_count
 
-__all__ = ["Lookahead"]
+__all__ = ["HALF_LIFE", "KEEP", "Lookahead"]
 
-# A node counts half after this many trees with nodes of its depth, as a step does in the price.
+# A node counts half after this many trees with nodes of its depth, and a step in the price of
+# `auto` after as many steps.
 HALF_LIFE = 32
-_KEEP = 0.5 ** (1 / HALF_LIFE)
+KEEP = 0.5 ** (1 / HALF_LIFE)
 # Layers looked ahead at most: by true costs, `auto` then reaches 0.99 to 1.04 of the best fixed
 # tree on the simulated GPUs of the tests.
 MAX_AHEAD = 3
@@ -80,8 +81,8 @@ class Lookahead:
             if not self.has_learned:
                 self._sums = np.zeros((len(self._weights), probs.shape[1]))
                 self._means = self._sums.copy()
-            self._weights[depth] *= _KEEP
-            self._sums[depth] *= _KEEP
+            self._weights[depth] *= KEEP
+            self._sums[depth] *= KEEP
             requests = len(probs) if scores is None else len(scores)
             if scores is None:
                 weights = probs[:, 0] / max(float(probs[:, 0].mean()), 1e-9)

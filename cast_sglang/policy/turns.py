@@ -6,9 +6,10 @@ less may take half the time. So plain decoding and the trees that SGLang serves 
 turns with the policy's own, in rounds that become rare. What they take is measured as of any other
 step, and from then on the policy knows at what time it could have them.
 
-A round has `TIMES` turns of each tree and one of plain decoding, every other step. Rounds begin at
-step 16, 32, 64 and so on, later every `LONGEST` steps. So of n steps at most
-7 * (log2(n / 16) + 1) + 7 * n / 1024 are turns, and each loses what its tree is worse.
+In a round every other step is a turn. The first one, at step 16, has `TIMES` turns of each tree;
+those at step 32, 64 and so on, and later every `LONGEST` steps, have one of each tree and one of
+plain decoding. So of n steps at most 6 + 3 * log2(n / 16) + 3 * n / 1024 are turns, and each loses
+what its tree is worse.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TIMES = 3
 # By then the policy has found its own tree.
 FIRST = 16
 # A machine that changes is measured anew at least this often, for 0.1 % of the time where a turn
-# loses 15 %.
+# loses 30 %.
 LONGEST = 1024
 
 
@@ -48,7 +49,7 @@ class Turns:
     def __init__(self) -> None:
         self._step = 0
         self._round = FIRST  # step at which the round began or begins
-        self._order = (PLAIN, *DEFAULT_SHAPES * TIMES)
+        self._order = DEFAULT_SHAPES * TIMES
 
     def next(self) -> Shape | None:
         """Count a step and return the tree whose turn it is; None for the policy's own."""
@@ -56,6 +57,7 @@ class Turns:
         place, is_between = divmod(self._step - self._round, 2)
         if place >= len(self._order):
             self._round += min(self._round, LONGEST)
+            self._order = (PLAIN, *DEFAULT_SHAPES)
         elif place >= 0 and not is_between:
             return self._order[place]
         return None

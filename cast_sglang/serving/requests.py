@@ -1,4 +1,4 @@
-"""What is read from requests: their modes, how long contexts are, and how long answers get.
+"""What is read from requests: their modes, and how long contexts are.
 
 Modes are checked where a request arrives and read where it is served. SGLang carries custom
 parameters from the client to the scheduler whether or not a custom logit processor uses them.
@@ -19,43 +19,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["AnswerLengths", "check_mode", "mean_context", "modes_of", "request_weights"]
-
-# Ended answers after which one counts half.
-HALF_LIFE = 32
-_KEEP = 0.5 ** (1 / HALF_LIFE)
-
-
-class AnswerLengths:
-    """The mean length of recent answers: tokens over ends, so that running answers count too.
-
-    A mean over ended answers alone would miss the long ones for as long as they run.
-    """
-
-    def __init__(self) -> None:
-        self._running: list[Req] = []
-        self._tokens = self._ends = 0.0  # forgotten sums
-
-    @property
-    def mean_tokens(self) -> float | None:
-        """None while no answer has ended."""
-        return max(1.0, self._tokens / self._ends) if self._ends else None
-
-    def note(self, running: list[Req]) -> bool:
-        """Compare a step's requests with those of the step before; return whether they differ."""
-        if running == self._running:
-            return False
-        staying = set(map(id, running))
-        # A retracted request leaves as well, and comes back.
-        ends = sum(id(req) not in staying and req.finished() for req in self._running)
-        self._running = list(running)
-        keep = _KEEP**ends
-        self._tokens, self._ends = keep * self._tokens, keep * self._ends + ends
-        return True
-
-    def count(self, num_tokens: int) -> None:
-        """Count new tokens of all requests of a step."""
-        self._tokens += num_tokens
+__all__ = ["check_mode", "mean_context", "modes_of", "request_weights"]
 
 
 def mean_context(batch: ScheduleBatch) -> float:

@@ -80,4 +80,3 @@ class StepReport(NamedTuple):
     room: StepRoom  # that its requests left
     policy_us: float  # host time of the decisions about the tree
     price: float | None  # None for a policy without one
-    answer_tokens: float | None  # mean length of the answers that had ended

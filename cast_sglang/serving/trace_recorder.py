@@ -216,7 +216,6 @@ class TraceRecorder:
             max_rows=report.room.max_rows,
             policy_us=report.policy_us,
             price=report.price,
-            answer_tokens=report.answer_tokens,
         )
         self._open.append(_OpenStep(traced, continuations, []))
         running = dict(zip(numbers, outcome.tokens, strict=True))

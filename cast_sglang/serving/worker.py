@@ -38,7 +38,7 @@ from cast_sglang.serving.launch.arguments import find_server_profile, verify_siz
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import SAVE_EVERY, Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights
+from cast_sglang.serving.requests import mean_context, request_weights
 from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
@@ -47,7 +47,7 @@ from cast_sglang.serving.step_room import Envelope
 from cast_sglang.serving.trace_recorder import Recording, TraceRecorder
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
@@ -86,7 +86,7 @@ class CastWorker(EAGLEWorkerV2):
         self.calibration = None
         if self.config.policy == "auto" and self.config.calibration == "on":
             self.calibration = Calibration(self.reads)
-        self.answers = AnswerLengths()
+        self._running: list[Req] = []  # requests of the last step
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
         self._pending: deque[PendingStep] = deque()
@@ -177,7 +177,7 @@ class CastWorker(EAGLEWorkerV2):
         """Decide by this profile's tables from the next step on, and by what was learned of it."""
         self.costs.use(found, self.limits)
         self.tools.decider.policy = self._build_policy(self.tools.is_ragged)
-        self.answers, self._num_steps = AnswerLengths(), 0
+        self._num_steps = 0
         self._go_on()
 
     def _go_on(self) -> None:
@@ -232,8 +232,9 @@ class CastWorker(EAGLEWorkerV2):
         if self._num_steps % SAVE_EVERY == 0:
             self.learned.save()
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
-        are_new = self.answers.note(batch.reqs)
+        are_new = batch.reqs != self._running
         if are_new or is_due:
+            self._running = list(batch.reqs)
             tools.weights = request_weights(batch.reqs)
             costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
         pending = [step.max_tokens for step in self._pending]
@@ -243,7 +244,6 @@ class CastWorker(EAGLEWorkerV2):
                 batch_size=batch_size,
                 costs=costs.current,
                 weights=tools.weights,
-                answer_tokens=self.answers.mean_tokens,
                 missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
                 max_layers=tools.room.max_layers,
                 max_rows=tools.room.max_rows,
@@ -285,7 +285,6 @@ class CastWorker(EAGLEWorkerV2):
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
-                answer_tokens=self.answers.mean_tokens,
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()
@@ -378,7 +377,6 @@ class CastWorker(EAGLEWorkerV2):
         step, now = self._pending.popleft(), time.perf_counter()
         batch_size = len(num_correct_drafts_per_req)
         num_drafts = sum(num_correct_drafts_per_req)
-        self.answers.count(batch_size + num_drafts)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
             self.tools.decider.end_step(batch_size, num_drafts / batch_size, step.units)

@@ -129,7 +129,6 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     measured_us: float | None = None  # None after a prefill, which the measurement would include
     policy_us: float = 0.0
     price: float | None = None
-    answer_tokens: float | None = None  # mean length of the answers that had ended
     expected_us: float | None = None  # by the corrected tables, with catching up after plain steps
     max_layers: int | None = None  # limit by the room in the requests; None for the envelope
     max_rows: int | None = None  # the same for rows per request

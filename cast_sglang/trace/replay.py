@@ -190,7 +190,6 @@ class Replay:
             batch_size=batch_size,
             costs=costs,
             weights=None if (weights == 1.0).all() else weights,
-            answer_tokens=step.answer_tokens,
             missing_rows=max(self._missing.get(request.request, 0) for request in step.requests),
             max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
-from cast_sglang.policy.auto import HALF_LIFE, LOST_STEPS, AutoPolicy
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.lookahead import HALF_LIFE
 from cast_sglang.policy.turns import FIRST
 from tests.support.policies import costs, priced
 from tests.support.simulator import (
@@ -101,43 +100,10 @@ def test_equal_histories_give_equal_decisions():
         np.testing.assert_array_equal(first, second)
 
 
-@settings(max_examples=50, deadline=None)
-@given(answer=st.sampled_from([20.0, 100.0]), seed=st.integers(0, 2**31))
-def test_the_price_leads_to_the_most_answers_per_time(answer, seed):
-    """Each of some trees is the best at a price; the steady one gives the most answers.
-
-    The worth of tokens is taken as straight around the mean step. So where the best tree lies
-    between two that differ much, those may take turns.
-    """
-    rng = np.random.default_rng(seed)
-    tokens, times = 1 + 5 * rng.random(20), 1 + rng.random(20).cumsum() / 4
-    policy = AutoPolicy(SIZES, LAYERS)
-    policy.expect(answer)
-    for _ in range(40 * HALF_LIFE):
-        best = int((tokens - policy.price(1) * times).argmax())
-        policy.observe(1, tokens[best] - 1.0, times[best])
-    answers = 1 / (times * (answer / tokens + LOST_STEPS))
-    assert answers[best] >= answers.max() * (1 - (0.01 if answer == 100.0 else 0.05))
-
-
-def test_plain_decoding_is_compared_by_answers():
-    """A step with a tree is worth a little less than its tokens, where answers are short."""
-    for answer, stays in ((1000.0, True), (16.0, False)):
-        policy, step_costs = AutoPolicy(SIZES, LAYERS), costs()
-        policy.expect(answer)
-        drafts = []
-        for _ in range(400):
-            drafts.append(policy.speculate(8, step_costs))
-            if drafts[-1]:
-                policy.observe(8, 3.0, 3.6)
-        assert (sum(drafts) >= 400 - len(TURNS)) is stays
-        assert stays or sum(drafts[-100:]) < 20
-
-
 # --- Plain decoding as a candidate ---
 
 # Steps that decode plainly to see what that takes.
-TURNS = [16, 32, 64, 128, 256, 512, 1024]
+TURNS = [32, 64, 128, 256, 512, 1024]
 
 
 def test_a_passing_dip_does_not_stop_speculation():
@@ -228,9 +194,9 @@ def grown(policy, batch_size=4, step_costs=None, topk=TOPK):
 def test_other_trees_get_their_turn():
     policy = AutoPolicy(SIZES, LAYERS)
     seen = [grown(policy) for _ in range(2 * FIRST)]
-    assert seen[FIRST - 1] == (0, (), 1)
-    assert seen[FIRST + 1] == seen[FIRST + 5] == (3, (1, 1), 4)
-    assert seen[FIRST + 3] == seen[FIRST + 7] == (5, (4, 4, 4, 4), 8)
+    assert seen[FIRST - 1] == seen[FIRST + 3] == (3, (1, 1), 4)
+    assert seen[FIRST + 1] == seen[FIRST + 5] == (5, (4, 4, 4, 4), 8)
+    assert seen[2 * FIRST - 1] == (0, (), 1)
     own = seen[FIRST]
     assert own not in ((3, (1, 1), 4), (5, (4, 4, 4, 4), 8))
 
@@ -246,4 +212,4 @@ def test_other_trees_get_their_turn():
 def test_a_turn_stays_within_the_envelope(sizes, layers, topk, expected):
     policy = AutoPolicy(sizes, layers)
     seen = [grown(policy, topk=topk) for _ in range(2 * FIRST)]
-    assert seen[FIRST + 1] == expected
+    assert seen[FIRST - 1] == expected

@@ -138,3 +138,30 @@ def test_speculation_comes_back_when_it_pays_again(batch_size, draft):
         waits.append(result.times[1200:back].sum())
     # Target passes; a hundred are a second where one takes 10 ms.
     assert np.median(waits) < 150
+
+
+class OneKind(Text):
+    """Calibrated as if all requests were of one kind."""
+
+    @property
+    def kinds(self):
+        return np.zeros_like(super().kinds)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_batch_of_greedy_and_sampled_requests_gains_by_telling_them_apart(batch_size):
+    step_costs, gains = make_costs("compute", batch_size), []
+    for seed in range(4):
+        apart, together = (
+            run(
+                AutoPolicy(SIZES, LAYERS, True),
+                kind(batch_size, seed, 0.0, np.arange(batch_size) % 2 == 0),
+                step_costs,
+                batch_size,
+                400,
+                Acceptance(),
+            ).rate(50)
+            for kind in (Text, OneKind)
+        )
+        gains.append(apart / together)
+    assert np.mean(gains) > 1.0, gains

@@ -82,7 +82,6 @@ def test_a_policy_takes_three_decisions(missing):
 def test_by_default_every_step_drafts_and_keeps_its_whole_tree(trace):
     policy = Least()
     policy.weigh(np.ones(2))
-    policy.expect(3.0)
     assert policy.speculate(2, None, catch_up=math.inf)
     assert policy.depth(7, None) == 7 and policy.share_out(torch.ones(2, 3), None) is None
     for outcome in Replay(trace, make_tables(), policy):

@@ -25,9 +25,6 @@ class Scripted(TreePolicy):
         self.asked.append(("speculate", batch_size, catch_up))
         return self.drafts
 
-    def expect(self, answer_tokens):
-        self.asked.append(("expect", answer_tokens))
-
     def weigh(self, weights):
         self._layer = 0
         self.asked.append(("weigh", None if weights is None else weights.tolist()))
@@ -58,7 +55,6 @@ def facts(**changes) -> StepFacts:
         "batch_size": 2,
         "costs": costs(extend=[0.5, 0.6, 0.7]),
         "weights": None,
-        "answer_tokens": None,
         "missing_rows": 0,
         "max_layers": 5,
         "max_rows": MOST,
@@ -81,13 +77,12 @@ def grown(made: Decider) -> list[int]:
 def test_a_step_is_decided_by_the_policy():
     policy = Scripted()
     made = decider(policy)
-    assert made.begin_step(facts(answer_tokens=40.0)) == (True, 0.0)
+    assert made.begin_step(facts()) == (True, 0.0)
     assert grown(made) == [2, 3]
     assert made.depth(3) == 3
     assert made.rows(scores(MOST - 1)) == (6, None)
     made.end_step(2, 1.5, 3.0)
     assert policy.asked == [
-        ("expect", 40.0),
         ("weigh", None),
         ("speculate", 2, 0.0),
         ("observe", 2, 1.5, 3.0),

@@ -23,7 +23,6 @@ from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.worker import StepTools
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import AnswerLengths
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import DraftShape
@@ -88,7 +87,7 @@ def worker(monkeypatch):
     worker.cast_stats, worker.clock = StepStats(), PassClock("cpu")
     worker.costs = ServedCosts(worker.config, worker.clock, worker.cast_stats)
     worker.calibration = worker.verify_graphs = worker._last_done = None
-    worker.answers = AnswerLengths()
+    worker._running = []
     worker._verify_sizes = tuple(range(2, ROWS + 1))
     worker._envelope = Envelope(STEPS, TOPK, ROWS)
     worker._pending, worker._observing = deque(), 0.0

@@ -161,7 +161,6 @@ def decider_of(policy, max_layers=STEPS, batch=2, width_graphs=None):
             batch_size=batch,
             costs=None,
             weights=None,
-            answer_tokens=None,
             missing_rows=0,
             max_layers=max_layers,
             max_rows=12,

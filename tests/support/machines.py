@@ -222,6 +222,10 @@ class Served(NamedTuple):
         fixed = fixed_rate(self.truth, self.text, self.shape, first, last)
         return self.result.rate(first, last) / fixed
 
+    def rate_against_own(self, first: int, last: int) -> float:
+        """Return the same, relative to the fixed tree that is best for these steps alone."""
+        return self.result.rate(first, last) / best_fixed(self.truth, self.text, first, last)[0]
+
 
 def serve(
     policy: TreePolicy,

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from cast_sglang.policy.auto import HALF_LIFE, AutoPolicy
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.lookahead import HALF_LIFE
 
 
 def costs(verify=None, draft=None, extend=None) -> SimpleNamespace:

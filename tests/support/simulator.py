@@ -177,7 +177,6 @@ def run(
             batch_size=batch_size,
             costs=costs,
             weights=None,
-            answer_tokens=None,
             missing_rows=0,
             max_layers=LAYERS,
             max_rows=TOKENS,

@@ -59,9 +59,7 @@ def test_plain_steps_are_replayed(tables):
     # By cheap tables the same steps would have drafted, on candidates that are drawn.
     cheap = list(Replay(trace, tables, default_policy()))
     drawn = [o for s, o in zip(trace.steps, cheap, strict=True) if s.is_plain]
-    # But for the two turns that plain decoding has within so many steps.
-    drawn = [outcome for outcome in drawn if not outcome.choice.is_plain]
-    assert len(drawn) >= sum(step.is_plain for step in trace.steps) - 2
+    assert not any(outcome.choice.is_plain for outcome in drawn)
     assert all(outcome.assumed_accepted == pytest.approx(outcome.accepted) for outcome in drawn)
 
 
@@ -195,17 +193,6 @@ def test_thresholds_use_the_draft_probabilities(full, tables):
             for trace in (full, other)
         )
         assert (first == second) == is_same
-
-
-def test_the_length_of_answers_is_part_of_the_recording(tables):
-    policy = default_policy()
-    policy.expect(12.0)
-    trace = Recorder(policy, tables, 2).run(60)
-    answered = [msgspec.structs.replace(step, answer_tokens=12.0) for step in trace.steps]
-    outcomes = list(Replay(trace._replace(steps=answered), tables, default_policy()))
-    assert [outcome.price for outcome in outcomes] == [step.price for step in trace.steps]
-    unanswered = list(Replay(trace, tables, default_policy()))
-    assert unanswered[-1].price < outcomes[-1].price
 
 
 def test_a_trace_without_drafts_is_refused(tables):
