@@ -40,3 +40,13 @@ def test_a_right_table_without_noise_is_served_as_well_as_it_can_be():
     run = serve(policy, Machine("gpu-64", seed=None), text, 8, STEPS, Acceptance())
     assert run.rate(0, 100) > 0.95 and run.rate(400) > 0.99
     assert not run.result.is_plain.any()
+
+
+def test_a_time_that_the_table_hides_is_found_by_turns():
+    """At batch 8 trees of 4 rows take half of what the quick table says of them."""
+    late = []
+    for seed in (0, 1):
+        policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(8, 3 + seed, 2.0)
+        run = serve(policy, Machine("amx-quick", seed), text, 8, 400, Acceptance())
+        late.append(run.rate(100))
+    assert min(late) > 0.95, late

@@ -45,6 +45,10 @@ def test_profile_is_valid_and_says_what_it_measured(cache):
     assert profile.provenance.dtype == "bfloat16"
     assert not profile.provenance.estimated
     assert profile.target.token_counts[0] == 1
+    # It ends with a short real run, whose steps were predicted by the tables.
+    serving = profile.serving
+    assert serving.steps > 10 and 0.05 < serving.median_ratio < 20
+    assert {"acceptance", "prices", "corrections"} <= serving.learned.keys()
 
 
 def test_server_finds_the_profile_of_its_machine(cache, start_server, prompts):
@@ -66,6 +70,12 @@ def test_server_without_a_profile_measures_one(start_server, prompts, tmp_path):
         profile = load_profile(path)
         assert profile.provenance.dtype == "float32" and not profile.provenance.estimated
         assert profile.plain is None and profile.step_overhead_us is not None
+        # What the short run learned is there before the first request but SGLang's own; its steps
+        # are not counted.
+        state = server.get("/server_info")["internal_states"][0]["cast"]
+        assert profile.serving.steps > state["steps"]
+        octaves = [row["batch_sizes"] for row in profile.serving.learned["prices"]]
+        assert [row["batch_sizes"] for row in state["prices"]] == octaves and len(octaves) > 1
         answers = generate(server, prompts[:8], max_new_tokens=NUM_TOKENS)
         assert all(answer["meta_info"]["spec_accept_length"] > 1 for answer in answers)
         state = server.get("/server_info")["internal_states"][0]["cast"]
