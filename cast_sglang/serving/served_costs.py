@@ -63,6 +63,13 @@ class ServedCosts:
         """
         self.profile = found
         self.model = CostModel(found.profile, limits, lookup=self._config.lookup)
+        if self.model.extrapolated:
+            axes = ", ".join(sorted(self.model.extrapolated))
+            logger.warning(
+                "CAST: cost profile %s ends below this server's limits, in %s; beyond them it is "
+                "extrapolated",
+                *(found.path, axes),
+            )
         residuals = Residuals(limits)
         self.corrected = CorrectedCosts(self.model, residuals)
         chooses = self._config.policy != "eagle" and not self._config.trace_full
