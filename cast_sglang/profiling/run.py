@@ -123,12 +123,16 @@ def choose_references(grid: Grid) -> list[Point]:
 
 
 def summarize(measured: Measured, output: str | Path) -> dict[str, str | int | float | None]:
-    """Return the facts of a run, for the last line of `cast-sglang profile`."""
+    """Return the facts of a run, for the last line of `cast-sglang profile`.
+
+    `resumed_visits` counts what an earlier run measured; 0 says that this run did not resume.
+    """
     heldout = measured.heldout
     return {
         "output": str(output),
         "seconds": round(measured.seconds, 1),
         "points": measured.num_points,
+        "resumed_visits": measured.sampling["resumed_visits"],
         "heldout_points": heldout.points if heldout else 0,
         "heldout_median_error": heldout.median_error if heldout else None,
         "heldout_p95_error": heldout.p95_error if heldout else None,

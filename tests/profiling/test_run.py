@@ -161,6 +161,7 @@ def test_killed_run_resumes_without_repeating(tmp_path, brief, share):
     first = StaircaseMeter(limits=FEW, dies_after=1 + int(share * num_calls))
     with pytest.raises(KeyboardInterrupt):
         run_profile(first, journal=journal, sampling=BRIEF)
+    lines_before = journal.read_text().splitlines()
     second = StaircaseMeter(limits=FEW)
     measured = run_profile(second, journal=journal, sampling=BRIEF)
 
@@ -168,6 +169,9 @@ def test_killed_run_resumes_without_repeating(tmp_path, brief, share):
     assert len(first.calls) + len(second.calls) < 1.25 * num_calls
     assert median_error(measured.tables.target, "verify") < 0.02
     assert measured.heldout.points == brief.measured.heldout.points
+    num_before = len(lines_before) - 1
+    assert summarize(measured, "p.json")["resumed_visits"] == num_before
+    assert bool(num_before) == (share > 0.0)
     lines = journal.read_text().splitlines()
     assert measured.sampling["samples"] == sum(len(json.loads(x)["times_us"]) for x in lines[1:])
     assert measured.seconds == pytest.approx(sum(json.loads(x)["seconds"] for x in lines[1:]))
@@ -249,4 +253,5 @@ def test_write_profile_saves_provenance_and_drops_the_journal(tmp_path, brief):
     assert profile.provenance.device_name == make_identity().device_name
     facts = summarize(measured, output)
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
+    assert facts["resumed_visits"] == 0
     CostModel(profile, FEW).step_costs(1, 500)
