@@ -11,7 +11,6 @@ from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.costs.model import CostModel, StepCosts
-from cast_sglang.costs.profiles import profile_command
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
@@ -149,5 +148,5 @@ class ServedCosts:
                 *worst.tokens,
                 worst.ratio,
                 len(suspects),
-                profile_command(self.profile.profile.provenance),
+                self.profile.command,
             )

@@ -34,7 +34,8 @@ from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
 from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
 from cast_sglang.serving.host_reads import HostReads
-from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
+from cast_sglang.serving.launch.arguments import verify_sizes
+from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import AnswerLengths, mean_context, request_weights

@@ -39,7 +39,7 @@ def make(monkeypatch):
         clock, exported = Clock(), []
         stats = SimpleNamespace(record_residuals=exported.append)
         costs = ServedCosts(CastConfig(**settings), clock, stats)
-        costs.use(FoundProfile(make_profile(), Path("some.json"), []), LIMITS)
+        costs.use(FoundProfile(make_profile(), Path("some.json"), [], "COMMAND"), LIMITS)
         return costs, clock, exported
 
     return make
@@ -119,6 +119,7 @@ def test_a_wrong_profile_is_reported_once(make, caplog):
             costs.correct(step * EXPORT_EVERY)
     [record] = caplog.records
     assert "some.json is off: verify" in record.getMessage()
+    assert record.getMessage().endswith("Measure again: COMMAND")
 
 
 def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):

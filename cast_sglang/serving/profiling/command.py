@@ -17,7 +17,11 @@ from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import run_profile, summarize, write_profile
-from cast_sglang.serving.launch.identity import host_identity, without_local_paths
+from cast_sglang.serving.launch.identity import (
+    command_without_local_paths,
+    host_identity,
+    without_local_paths,
+)
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 
 if TYPE_CHECKING:
@@ -58,12 +62,16 @@ def profile_server(
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name in values:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _profile(
@@ -128,5 +136,6 @@ def _measure(worker: CastWorker, meter: Meter, parameters: dict[str, Any]) -> No
         host=repr(identity),
         progress=True,
     )
-    write_profile(measured, identity, output, parameters["command"])
+    command = command_without_local_paths(parameters["command"])
+    write_profile(measured, identity, output, command)
     Path(parameters["facts"]).write_text(json.dumps(summarize(measured, output)))
