@@ -376,8 +376,7 @@ class CastWorker(EAGLEWorkerV2):
         if not self._pending:
             return
         step, now = self._pending.popleft(), time.perf_counter()
-        batch_size = len(num_correct_drafts_per_req)
-        num_drafts = sum(num_correct_drafts_per_req)
+        batch_size, num_drafts = len(num_correct_drafts_per_req), sum(num_correct_drafts_per_req)
         self.answers.count(batch_size + num_drafts)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
