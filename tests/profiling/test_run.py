@@ -187,6 +187,20 @@ def test_finished_journal_measures_hardly_anything_again(tmp_path, brief):
     assert second.heldout.points == brief.measured.heldout.points
 
 
+def test_a_resumed_run_says_so(tmp_path, capsys):
+    journal = journal_path(tmp_path / "p.json")
+    options = {"grid": SMALL, "sampling": BRIEF, "journal": journal, "progress": True}
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(StaircaseMeter(dies_after=60), **options)
+    assert "resumed" not in capsys.readouterr().err
+    lines = journal.read_text().splitlines()[1:]
+    points = {tuple(json.loads(line)["point"]) for line in lines}
+    measured = run_profile(StaircaseMeter(), **options)
+    said = f"resumed: {len(points)} points were measured before, in 0 s ({journal})"
+    assert said in capsys.readouterr().err
+    assert summarize(measured, "p.json")["resumed_visits"] == len(lines) > 0
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

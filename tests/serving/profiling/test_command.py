@@ -86,25 +86,28 @@ def test_a_failed_call_is_one_error_and_leaves_no_engine(engine):
     assert engine.last.is_shut_down and engine.last.parameters["output"] is None
 
 
-@pytest.mark.parametrize("before", [{}, {"CAST_PROFILE": "p.json"}, {"CAST_POLICY": "fixed"}])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_engines_settings_end_with_it_and_the_callers_come_back(
-    engine, fails, before, monkeypatch
-):
+def test_the_engines_settings_end_with_it(engine, fails):
     def call(parameters):
         assert not fails
         facts_of(parameters)
 
-    for name in ("CAST_PROFILE", "CAST_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in before.items():
-        monkeypatch.setenv(name, value)
     engine.does = staticmethod(call)
     with pytest.raises(HostError) if fails else contextlib.nullcontext():
         command.profile_server([], "p.json")
-    assert engine.last.settings == {"CAST_PROFILE": "none", "CAST_POLICY": "eagle"}
-    after = {k: v for k, v in os.environ.items() if k in ("CAST_PROFILE", "CAST_POLICY")}
-    assert after == before
+    assert "CAST_PROFILE" not in os.environ and "CAST_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_settings_come_back(fails, monkeypatch):
+    monkeypatch.setenv("CAST_PROFILE", "the caller's")
+    monkeypatch.delenv("CAST_POLICY", raising=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        with command._environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
+            assert (os.environ["CAST_PROFILE"], os.environ["CAST_POLICY"]) == ("none", "eagle")
+            if fails:
+                raise KeyboardInterrupt
+    assert os.environ["CAST_PROFILE"] == "the caller's" and "CAST_POLICY" not in os.environ
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -151,37 +154,6 @@ def test_a_call_answers_with_one_line(monkeypatch, error, message):
     monkeypatch.setattr(command, "measure_on_all_ranks", measure)
     answer = command.handle_rpc(SimpleNamespace(draft_worker=None), {})
     assert (answer.success, answer.message) == (error is None, message)
-
-
-def test_a_profile_of_a_run_that_was_cut_short_says_so(identity, tmp_path, capsys):
-    facts = tmp_path / "facts.json"
-    parameters = {
-        "output": str(tmp_path / "p.json"),
-        "facts": str(facts),
-        "quick": True,
-        "budget_seconds": None,
-        "command": "cast-sglang profile --quick",
-    }
-    worker = SimpleNamespace(server_args=SimpleNamespace())
-
-    class Cut(FlatMeter):
-        calls = 0
-
-        def draft(self, *point):
-            self.calls += 1
-            if self.calls > 40:
-                raise KeyboardInterrupt
-            return self.seconds
-
-    with pytest.raises(KeyboardInterrupt):
-        command._measure(worker, Cut(), parameters)
-    assert "resumed" not in capsys.readouterr().err
-    num_before = len(journal_path(tmp_path / "p.json").read_text().splitlines()) - 1
-    command._measure(worker, FlatMeter(), parameters)
-    assert f"points were measured before, in 0 s ({tmp_path / 'p.json'}" in capsys.readouterr().err
-    assert json.loads(facts.read_text())["resumed_visits"] == num_before > 0
-    sampling = load_profile(tmp_path / "p.json").provenance.sampling
-    assert sampling["resumed_visits"] == num_before
 
 
 def test_a_failed_measurement_leaves_no_profile(identity, tmp_path):
