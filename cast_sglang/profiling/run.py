@@ -203,9 +203,10 @@ class _Run:
         heldout = sorted(self._heldout)
         sampler.visit_once("grid", [*coarse, *heldout], share=1.0)
         if (measured := sampler.num_measured(coarse)) < len(coarse):
+            advice = "; run the same command again to resume, with a larger --budget-seconds"
             raise ProfileError(
-                f"the time budget ended after {measured} of {len(coarse)} grid points; run the "
-                f"same command again to resume, with a larger --budget-seconds"
+                f"the time budget ended after {measured} of {len(coarse)} grid points"
+                f"{advice if sampler.is_recorded else ''}"
             )
         # One visit cannot tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)

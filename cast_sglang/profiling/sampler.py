@@ -105,6 +105,11 @@ class Sampler:
                 soft_wrap=True,
             )
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a journal keeps the visits, so that another run can resume."""
+        return self._journal is not None
+
     def supports(self, point: Point) -> bool:
         """Return whether the meter can time an optional operation; tries one of its points."""
         if point.operation not in self._supported:

@@ -246,6 +246,12 @@ def test_budget_too_small_for_the_grid_says_so_and_resumes(tmp_path, clock):
     assert measured.num_points > 0
 
 
+def test_a_run_that_cannot_resume_does_not_advise_it(clock):
+    meter = StaircaseMeter(limits=FEW, clock=clock)
+    with pytest.raises(ProfileError, match=r"after \d+ of \d+ grid points$"):
+        run_profile(meter, budget_seconds=0.1, sampling=BRIEF)
+
+
 # Result
 
 
