@@ -52,6 +52,17 @@ def test_two_profiles_are_compared(paths, capsys):
     assert "B200" in out and "second / first" in out
 
 
+def test_a_comparison_warns_of_nothing_about_servers(paths, tmp_path, capsys, caplog):
+    """Even where the second profile ends far below the first."""
+    save_profile(
+        make_profile(target=make_table(batch_sizes=(1, 2)), step_overhead_us=None), paths[1]
+    )
+    assert main(["show", *map(str, paths), "--plot", str(tmp_path / "p.png")]) == 0
+    out, err = capsys.readouterr()
+    assert "of the second: extrapolated" in out and "server" not in out
+    assert err == "" and not caplog.records
+
+
 @pytest.mark.parametrize(("name", "magic"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
 def test_plot(paths, tmp_path, capsys, name, magic):
     figure = tmp_path / name

@@ -103,7 +103,7 @@ def _has_bound(row: Row) -> bool:
 
 def _model(profile: CostProfile) -> CostModel:
     # What lies beyond the tables is asked for on purpose.
-    return CostModel(profile, LIMITS, warns=False)
+    return CostModel(profile, LIMITS)
 
 
 def _step_us(

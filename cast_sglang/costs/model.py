@@ -5,7 +5,6 @@ tables S_T(B), S_D(B) and the function `select`.
 """
 
 import bisect
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,8 +29,6 @@ __all__ = [
 MAX_CACHED_STEPS = 4096
 # Beyond the last measured context the cost rises with its last slope up to this multiple of it.
 MAX_CONTEXT_EXTRAPOLATION = 2
-
-logger = logging.getLogger(__name__)
 
 
 class StepCosts(NamedTuple):
@@ -123,20 +120,12 @@ class CostModel:
         extrapolated: axes on which the limits exceed the tables, such as "target.batch_sizes".
     """
 
-    def __init__(
-        self,
-        tables: CostTables,
-        limits: Limits,
-        *,
-        lookup: str = "linear",
-        warns: bool = True,
-    ) -> None:
+    def __init__(self, tables: CostTables, limits: Limits, *, lookup: str = "linear") -> None:
         """Densify the tables of a profile that `load_profile` accepted.
 
         Args:
             limits: the largest shapes that costs are needed for.
             lookup: "linear" or "nearest".
-            warns: log which axes the profile does not cover.
 
         Raises:
             ValueError: `lookup` is unknown.
@@ -154,11 +143,6 @@ class CostModel:
         self._max_batch_size = limits.max_batch_size
         self._cache: dict[tuple[int, int], StepCosts] = {}
         self.extrapolated = exceeded(tables, limits)
-        if self.extrapolated and warns:
-            logger.warning(
-                "Cost profile does not cover this server; extrapolating %s",
-                ", ".join(sorted(self.extrapolated)),
-            )
 
     def step_costs(self, batch_size: int, context: float) -> StepCosts:
         """Return the costs of a step.

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,6 @@ __all__ = [
     "config_hash",
     "find_profile",
     "load_profile",
-    "profile_command",
     "profile_directories",
     "profile_filename",
     "save_profile",
@@ -58,12 +56,17 @@ _VOLATILE_KEYS = frozenset(
 )
 
 
+# Where it is not known with which flags a server was started.
+ANY_COMMAND = "cast-sglang profile, with the flags of the server"
+
+
 class FoundProfile(NamedTuple):
-    """A profile that fits the host, its file, and warnings about what does not fit exactly."""
+    """A profile that fits the host, and its file."""
 
     profile: CostProfile
     path: Path
-    warnings: list[str]
+    warnings: list[str]  # about what does not fit exactly
+    command: str = ANY_COMMAND  # what measures one on this host
 
 
 class _Versioned(msgspec.Struct):
@@ -142,17 +145,6 @@ def user_profile_path(identity: HostIdentity) -> Path:
     return user_cache_dir() / "profiles" / f"{name}__{pair}.json"
 
 
-def profile_command(identity: HostIdentity) -> str:
-    """Return the command that measures a host's profile when it is run there."""
-    words = ["cast-sglang", "profile", "--model-path", identity.target.name]
-    words += ["--speculative-draft-model-path", identity.draft.name, "--dtype", identity.dtype]
-    if identity.quantization:
-        words += ["--quantization", identity.quantization]
-    if identity.tp_size > 1:
-        words += ["--tp-size", str(identity.tp_size)]
-    return shlex.join([*words, "--output", str(user_profile_path(identity))])
-
-
 def profile_directories() -> list[Path]:
     """Return where a search looks: at the user's own profiles first, then at those shipped."""
     package = Path(__file__).resolve().parents[1]
@@ -169,6 +161,7 @@ def find_profile(
     *,
     allow_foreign: bool = False,
     directories: Sequence[Path] | None = None,
+    command: str = ANY_COMMAND,
 ) -> FoundProfile:
     """Load the named profile, or the one in `directories` that fits this host best.
 
@@ -176,6 +169,7 @@ def find_profile(
         source: path of a profile, or "auto" to search.
         allow_foreign: accept a profile that was measured elsewhere, with a warning.
         directories: where "auto" searches, in order; None for `profile_directories()`.
+        command: what measures a profile of the host.
 
     Raises:
         MissingProfileError: a search found none that fits.
@@ -183,11 +177,17 @@ def find_profile(
     """
     if source != "auto":
         profile = load_profile(source)
-        warnings = _check(profile, identity, allow_foreign, f"profile {source}: ")
-        return FoundProfile(profile, Path(source).expanduser(), warnings)
+        mismatches, differences = _compare(profile, identity)
+        if mismatches and not allow_foreign:
+            raise ProfileError(
+                f"profile {source}: was measured elsewhere: {'; '.join(mismatches)}; measure this "
+                f"host with: {command} (or use it all the same: CAST_ALLOW_FOREIGN_PROFILE=1)"
+            )
+        path = Path(source).expanduser()
+        return FoundProfile(profile, path, _warnings(path, mismatches, differences), command)
 
     searched = profile_directories() if directories is None else directories
-    found: list[tuple[int, int, Path, CostProfile]] = []
+    found: list[tuple[list[str], list[str], Path, CostProfile]] = []
     unreadable: list[str] = []
     for path in _candidates(searched, profile_filename(identity)):
         try:
@@ -197,35 +197,27 @@ def find_profile(
             continue
         mismatches, differences = _compare(profile, identity)
         if not mismatches and not differences:
-            return FoundProfile(profile, path, unreadable)
-        found.append((len(mismatches), len(differences), path, profile))
+            return FoundProfile(profile, path, unreadable, command)
+        found.append((mismatches, differences, path, profile))
 
     if found:
-        _, _, path, profile = min(found, key=lambda entry: entry[:2])
-        try:
-            warnings = _check(profile, identity, allow_foreign, f"profile {path}: ")
-        except ProfileError as error:
-            raise MissingProfileError(f"no cost profile fits; the nearest, {error}") from error
-        return FoundProfile(profile, path, unreadable + warnings)
+        nearest = min(found, key=lambda entry: (len(entry[0]), len(entry[1])))
+        mismatches, differences, path, profile = nearest
+        if mismatches and not allow_foreign:
+            raise MissingProfileError(
+                f"no cost profile fits; the nearest, {path}, was measured elsewhere: "
+                f"{'; '.join(mismatches)}"
+            )
+        warnings = _warnings(path, mismatches, differences)
+        return FoundProfile(profile, path, unreadable + warnings, command)
     places = ", ".join(str(directory) for directory in searched)
     skipped = f" ({'; '.join(unreadable)})" if unreadable else ""
-    raise MissingProfileError(
-        f"no cost profile for {_describe(identity)} in {places}{skipped}; "
-        f"measure one: {profile_command(identity)}"
-    )
+    raise MissingProfileError(f"no cost profile for {_describe(identity)} in {places}{skipped}")
 
 
-def _check(
-    profile: CostProfile, identity: HostIdentity, allow_foreign: bool, prefix: str
-) -> list[str]:
-    mismatches, differences = _compare(profile, identity)
-    if mismatches and not allow_foreign:
-        raise ProfileError(
-            f"{prefix}was measured elsewhere: {'; '.join(mismatches)}; measure this host with: "
-            f"{profile_command(identity)} (or use it all the same: CAST_ALLOW_FOREIGN_PROFILE=1)"
-        )
-    foreign = [f"{prefix}used although measured elsewhere: {item}" for item in mismatches]
-    return foreign + [f"{prefix}was measured with another {item}" for item in differences]
+def _warnings(path: Path, mismatches: list[str], differences: list[str]) -> list[str]:
+    foreign = [f"profile {path}: used although measured elsewhere: {item}" for item in mismatches]
+    return foreign + [f"profile {path}: was measured with another {item}" for item in differences]
 
 
 def _compare(profile: CostProfile, identity: HostIdentity) -> tuple[list[str], list[str]]:

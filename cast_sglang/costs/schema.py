@@ -50,6 +50,14 @@ class CostTable(_Record, frozen=True, kw_only=True):
     spread_us: list[list[list[float]]]
     samples: list[list[list[int]]]
 
+    @property
+    def is_extrapolated(self) -> list[list[bool]]:
+        """[B][C]: whether nothing was measured at a batch size and context, so a model gives times.
+
+        Elsewhere, entries without samples are interpolated between measured token counts.
+        """
+        return [[not any(row) for row in plane] for plane in self.samples]
+
 
 class ModelIdentity(_Record, frozen=True, kw_only=True):
     """A target or draft model; `name` is a hub id or the name of a local directory."""
@@ -135,6 +143,20 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     serving: ServingRecord | None = None
 
+    @property
+    def quotable_contexts(self) -> list[int]:
+        """The target's contexts up to the longest that was measured at every batch size.
+
+        Beyond it entries are extrapolated, so no summary quotes them. All contexts of an estimate.
+        """
+        ends = []
+        for each in PASSES:
+            table = self.table_of(each)
+            columns = zip(table.contexts, *table.is_extrapolated, strict=True)
+            ends.append(max((c for c, *missing in columns if not any(missing)), default=0))
+        contexts = self.target.contexts
+        return [context for context in contexts if context <= min(ends)] or contexts
+
 
 def validate_profile(profile: CostProfile) -> None:
     """Check what types cannot express: axes, shapes, ranges and agreement between tables.
@@ -182,7 +204,7 @@ def _validate_table(name: str, table: CostTable, estimated: bool) -> None:
         for plane in cube:
             for row in plane:
                 _require_range(f"{name}.{field}", row, low, high)
-    # A point that exceeds the device's memory has no samples, and its time continues the row.
+    # A point that exceeds the device's memory has no samples, and its time is extrapolated.
     if not estimated and table.samples[0][0][0] == 0:
         raise ProfileError(f"{name}.samples: the first point was never measured")
 

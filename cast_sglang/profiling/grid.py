@@ -35,13 +35,20 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
     """Return the grid for a device: half octaves, or powers of four if `quick`.
 
     Contexts are 128 times powers of four (of 64 if `quick`), as attention is linear in them. The
-    longest one leaves room for the verified rows.
+    longest one leaves room for the verified rows. If the cache cannot hold it, the longest one that
+    the cache holds for a single request is measured too, to extrapolate from.
     """
     longest = limits.longest_context
+    contexts = {*_powers(min(128, longest), longest, 64 if quick else 4)}
+    if limits.max_tokens is not None:
+        held = limits.max_tokens - max(map(limits.most, PASSES))
+        held -= held % CONTEXT_BUCKET_TOKENS
+        if min(contexts) < held < longest:
+            contexts.add(held)
     axis = _powers_of_four if quick else _half_octaves
     return Grid(
         batch_sizes=axis(limits.max_batch_size),
-        contexts=_powers(min(128, longest), longest, 64 if quick else 4),
+        contexts=tuple(sorted(contexts)),
         # The draft is small beside the target, so both ends and a middle suffice.
         token_counts={
             each.name: (axis if each.model == "target" else _powers_of_four)(limits.most(each))

@@ -126,7 +126,10 @@ def choose_references(grid: Grid) -> list[Point]:
 def summarize(
     measured: Measured, output: str | Path, serving: ServingRecord | None = None
 ) -> dict[str, str | int | float | None]:
-    """Return the facts of a run, for the last line of `cast-sglang profile`."""
+    """Return the facts of a run, for the last line of `cast-sglang profile`.
+
+    `resumed_visits` counts what an earlier run measured; 0 says that this run did not resume.
+    """
     heldout = measured.heldout
     return {
         "output": str(output),
@@ -136,6 +139,7 @@ def summarize(
         "serving_median_ratio": serving.median_ratio if serving else None,
         "serving_median_error": serving.median_error if serving else None,
         "serving_p95_error": serving.p95_error if serving else None,
+        "resumed_visits": measured.sampling["resumed_visits"],
         "heldout_points": heldout.points if heldout else 0,
         "heldout_median_error": heldout.median_error if heldout else None,
         "heldout_p95_error": heldout.p95_error if heldout else None,
@@ -206,9 +210,10 @@ class _Run:
         heldout = sorted(self._heldout)
         sampler.visit_once("grid", [*coarse, *heldout], share=1.0)
         if (measured := sampler.num_measured(coarse)) < len(coarse):
+            advice = "; run the same command again to resume, with a larger --budget-seconds"
             raise ProfileError(
-                f"the time budget ended after {measured} of {len(coarse)} grid points; run the "
-                f"same command again to resume, with a larger --budget-seconds"
+                f"the time budget ended after {measured} of {len(coarse)} grid points"
+                f"{advice if sampler.is_recorded else ''}"
             )
         # One visit cannot tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)

@@ -94,10 +94,21 @@ class Sampler:
         self._bar.stop()
 
     def record_to(self, journal: Journal) -> None:
-        """Load the visits of a journal, and append each new visit to it."""
+        """Load the visits of a journal, say so, and append each new visit to it."""
         self._journal = journal
         for visit in journal.visits:
             self._add(visit)
+        if journal.visits and not self._bar.disable:
+            self._bar.console.print(
+                f"resumed: {len(self._visits)} points were measured before, in "
+                f"{self.seconds:.0f} s ({journal.path})",
+                soft_wrap=True,
+            )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a journal keeps the visits, so that another run can resume."""
+        return self._journal is not None
 
     def supports(self, point: Point) -> bool:
         """Return whether the meter can time an optional operation; tries one of its points."""
@@ -199,6 +210,7 @@ class Sampler:
             **dataclasses.asdict(self.sampling),
             "points": len(self._visits),
             "samples": sum(self.summary(point)[2] for point in self._visits),
+            "resumed_visits": len(self._journal.visits) if self._journal else 0,
             "imprecise_points": sum(
                 self.precision(point) > self.sampling.tolerance for point in self._visits
             ),

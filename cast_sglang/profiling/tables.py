@@ -1,25 +1,27 @@
-"""Make a cost table from measurements: smooth them, and fill in the points that lack one.
+"""Make a cost table from measurements: smooth them, and complete what they leave open.
 
 Neighbouring shapes take similar times, and a noisy machine measures each of them badly. So a
 Gaussian process over the logarithms of shape and time weighs a measurement against its neighbours.
 It passes through precise measurements, steps of tiles included, and averages noisy ones.
 
 Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2 and 5.
+
+What was not measured is interpolated or extrapolated, and no time of a table is below that of a
+smaller batch or a shorter context (`complete`). Such a table would make larger loads look free.
 """
 
 from collections.abc import Collection
-from itertools import product
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 
 from cast_sglang.costs.schema import CostTable
 from cast_sglang.profiling.grid import Axes
 from cast_sglang.profiling.journal import Point
 from cast_sglang.profiling.sampler import Sampler
 
-__all__ = ["smooth", "tabulate"]
+__all__ = ["complete", "smooth", "tabulate"]
 
 # Prior of the kernel's parameters: mean and standard deviation of their logarithms. Lengths are in
 # factors of e of batch size, context and tokens, heights in factors of e of time.
@@ -62,7 +64,7 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
         if (point := Point(operation, *values)) in known:
             _, spread_us[index], samples[index] = sampler.summary(point)
             time_us[index] = known[point]
-    _fill(time_us, samples > 0, np.asarray(axes.num_tokens))
+    time_us = complete(time_us, samples > 0, axes)
     return CostTable(
         batch_sizes=axes.batch_size,
         contexts=axes.context,
@@ -73,21 +75,75 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
     )
 
 
-def _fill(time_us: np.ndarray, is_measured: np.ndarray, counts: np.ndarray) -> None:
-    """Fill the gaps of [B, C, N] times in place; the first context has none.
+def complete(time_us: np.ndarray, is_measured: np.ndarray, axes: Axes) -> np.ndarray:
+    """Return times of every cell that never fall with the batch size or the context.
 
-    The time that a longer context adds to the first one is interpolated between measured counts.
+    Where measured times fall, each becomes the geometric mean of the longest one at no larger shape
+    and the shortest one at no smaller shape; all other measured times stay. Between two measured
+    token counts, what the context adds to the first one is interpolated.
+
+    Where nothing was measured, a pass over B requests of n tokens adds B * context * (a + b * n) to
+    its time at the first context: attention reads each request's keys and values once and
+    multiplies them by each of its tokens, and no other part of a pass depends on the context. a and
+    b are fitted by least squares, in which the longest passes weigh most; they are the nearest to
+    what is missing.
+
+    Args:
+        time_us: [B, C, N] microseconds, positive where measured.
+        is_measured: [B, C, N] bool, true in all of the first context.
+        axes: values of the three axes.
+
+    Returns:
+        [B, C, N] microseconds. A cell that was not measured lies between the measured cells at no
+        larger and at no smaller batch sizes and contexts.
     """
-    for b, c in product(range(time_us.shape[0]), range(1, time_us.shape[1])):
+    batch_sizes, contexts, counts = (np.asarray(axis, dtype=float) for axis in axes)
+    time_us = np.sqrt(np.prod(_bounds(time_us, is_measured), axis=0))
+    first = time_us[:, :1]
+    reads = batch_sizes[:, None] * (contexts - contexts[0])  # [B, C] more than at the first context
+    estimate = first + _fit_context(time_us - first, is_measured, reads, counts)
+    for b, c in np.argwhere(is_measured.any(axis=2)):
         here = np.nonzero(is_measured[b, c])[0]
-        if len(here):
-            added = np.interp(counts, counts[here], time_us[b, c, here] - time_us[b, 0, here])
-            filled = time_us[b, 0] + added
-        else:
-            # The shape exceeds the device's memory, so no step runs it; continue the rows.
-            rise = time_us[b, c - 1] - time_us[b, c - 2] if c >= 2 else 0.0
-            filled = time_us[b, c - 1] + np.maximum(rise, 0.0)
-        time_us[b, c] = np.where(is_measured[b, c], time_us[b, c], filled)
+        added = np.interp(counts, counts[here], (time_us - first)[b, c, here])
+        estimate[b, c] = first[b, 0] + added
+    for axis in (0, 1):
+        estimate = np.maximum.accumulate(estimate, axis=axis)
+    return np.clip(estimate, *_bounds(time_us, is_measured))
+
+
+def _bounds(time_us: np.ndarray, is_measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the longest measured time at no larger shape, and the shortest at no smaller one.
+
+    Both are [B, C, N]; shapes are compared by batch size and context, at the same token count. The
+    second is infinite where there is none.
+    """
+    below = np.where(is_measured, time_us, 0.0)
+    above = np.where(is_measured, time_us, np.inf)[::-1, ::-1]
+    for axis in (0, 1):
+        below = np.maximum.accumulate(below, axis=axis)
+        above = np.minimum.accumulate(above, axis=axis)
+    return below, above[::-1, ::-1]
+
+
+def _fit_context(
+    added_us: np.ndarray, is_measured: np.ndarray, reads: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Return [B, C, N], what a longer context adds by the model of `complete`.
+
+    Args:
+        added_us: [B, C, N] what it adds to the first context where measured.
+        reads: [B, C] tokens of context of all requests, less those of the first context.
+        counts: [N] tokens per request.
+    """
+    products = reads[..., None] * counts
+    terms = np.stack([np.broadcast_to(reads[..., None], products.shape), products], axis=-1)
+    is_beyond = is_measured & (products > 0)
+    if not is_beyond.any():
+        return np.zeros_like(added_us)
+    scale = terms.max(axis=(0, 1, 2))
+    rates, _ = nnls(terms[is_beyond] / scale, added_us[is_beyond])
+    fitted: np.ndarray = terms @ (rates / scale)
+    return fitted
 
 
 def _shapes(points: list[Point]) -> np.ndarray:

@@ -19,7 +19,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.passes import PASSES, Pass
-from cast_sglang.costs.schema import CostProfile
+from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
 
 __all__ = ["plot_profiles"]
@@ -75,8 +75,9 @@ def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
     """Draw one profile, or two on top of each other, into a file.
 
     Lines are what `CostModel` returns at every token count and context; markers are the entries of
-    the tables, hollow where nothing was measured. Two profiles are compared at the batch sizes and
-    at the context that both have, the second one dashed.
+    the tables, hollow where they were not measured. Lines are dotted where they are extrapolated:
+    beyond the grid, and beyond the last context that was measured at a batch size. Two profiles are
+    compared at the batch sizes and at the context that both have, the second one dashed.
 
     Args:
         profiles: one or two that `load_profile` accepted.
@@ -122,7 +123,7 @@ def _scene(profiles: Sequence[CostProfile]) -> _Scene:
         for profile, style, marker in zip(profiles, LINE_STYLES, MARKERS, strict=False)
     ]
     sizes = _shared([profile.target.batch_sizes for profile in profiles])
-    contexts = _shared([profile.target.contexts for profile in profiles])
+    contexts = _shared([profile.quotable_contexts for profile in profiles])
     colormap = matplotlib.colormaps["viridis"]
     shades = np.linspace(*COLOR_RANGE, len(sizes))
     colors = {size: to_hex(colormap(shade)) for size, shade in zip(sizes, shades, strict=True)}
@@ -136,7 +137,7 @@ def _model(profile: CostProfile) -> CostModel:
         max_width=_beyond(profile.draft.token_counts),
         max_extend_rows=_beyond(profile.draft_extend.token_counts),
     )
-    return CostModel(profile, limits, warns=False)  # extrapolation is intended here
+    return CostModel(profile, limits)
 
 
 def _shared(grids: Sequence[list[int]]) -> list[int]:
@@ -212,7 +213,7 @@ def _draw_contexts(axes: Axes, scene: _Scene) -> None:
     for source, batch_size, color in scene.curves():
         table = source.profile.target
         contexts = np.geomspace(table.contexts[0], _beyond(table.contexts), CONTEXT_POINTS)
-        beyond = contexts > table.contexts[-1]
+        beyond = contexts > _last_measured(table, batch_size)
         for count, width in ((table.token_counts[-1], 2.2), (1, 0.9)):
             times_ms = np.array(
                 [source.milliseconds("verify", batch_size, c)[count - 1] for c in contexts]
@@ -233,6 +234,16 @@ def _draw_contexts(axes: Axes, scene: _Scene) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_locator(NullLocator())
     _scale_times(axes)
+
+
+def _last_measured(table: CostTable, batch_size: int) -> int:
+    """Return the context beyond which a batch size is extrapolated."""
+    contexts = table.contexts
+    if batch_size in table.batch_sizes:
+        missing = table.is_extrapolated[table.batch_sizes.index(batch_size)]
+        # Nothing of an estimate was measured, and its title says so.
+        contexts = [c for c, is_missing in zip(contexts, missing, strict=True) if not is_missing]
+    return contexts[-1] if contexts else table.contexts[-1]
 
 
 def _short(value: float, _: object = None) -> str:
@@ -308,9 +319,9 @@ def _add_legends(figure: Figure, scene: _Scene) -> None:
     ]
     styles = [
         _mark("o", "measured"),
-        _mark("o", "filled, not\nmeasured", fill="white"),
+        _mark("o", "not measured", fill="white"),
         Line2D([], [], color=GREY, label="cost model"),
-        Line2D([], [], color=GREY, linestyle=":", label="beyond the grid"),
+        Line2D([], [], color=GREY, linestyle=":", label="extrapolated"),
     ]
     if len(scene.sources) > 1:
         styles[0] = _mark("o", "measured, first")

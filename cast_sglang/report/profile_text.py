@@ -16,6 +16,10 @@ __all__ = ["print_comparison", "print_profile"]
 SUMMARY_ROWS = (8, 16, 32)
 # Seven columns of milliseconds fit a terminal of 80.
 MAX_COLUMNS = 7
+INTERPOLATED, EXTRAPOLATED = "~", "*"
+LEGEND = (
+    f"{INTERPOLATED} between measured token counts, {EXTRAPOLATED} extrapolated from other shapes"
+)
 
 
 def print_profile(profile: CostProfile, console: Console) -> None:
@@ -24,8 +28,10 @@ def print_profile(profile: CostProfile, console: Console) -> None:
     _print_summary(profile, console)
     for each in PASSES:
         table = profile.table_of(each)
+        cells = np.vectorize(_milliseconds)(np.asarray(table.time_us) / 1e3)
         heading = f"{each.title}, ms by {each.unit} per request"
-        _print_grid(console, heading, table, np.asarray(table.time_us) / 1e3, "{:.3g}")
+        _print_grid(console, heading, table, np.char.add(cells, _marks(profile, table)))
+    console.print(Text(LEGEND))
     if profile.step_overhead_us is not None:
         pairs = zip(profile.target.batch_sizes, profile.step_overhead_us, strict=True)
         console.print(
@@ -42,8 +48,13 @@ def print_comparison(first: CostProfile, second: CostProfile, console: Console) 
     model = CostModel(second, Limits.of_tables(first))
     for each in PASSES:
         table = first.table_of(each)
+        cells = np.vectorize("{:.2f}".format)(_ratios(each, table, model))
         heading = f"{each.title}, second / first by {each.unit} per request"
-        _print_grid(console, heading, table, _ratios(each, table, model), "{:.2f}")
+        _print_grid(console, heading, table, np.char.add(cells, _marks(first, table)))
+    console.print(Text(f"{LEGEND}, in the first"))
+    if model.extrapolated:
+        axes = ", ".join(sorted(model.extrapolated))
+        console.print(f"of the second: extrapolated beyond the end of its grid in {axes}")
 
 
 def _print_provenance(profile: CostProfile, console: Console) -> None:
@@ -80,7 +91,8 @@ def _print_summary(profile: CostProfile, console: Console) -> None:
     """Print, by batch size, the time of a 1-row target pass and the others relative to it."""
     target, draft = profile.target, profile.draft
     model = CostModel(profile, Limits.of_tables(profile))
-    context = target.contexts[len(target.contexts) // 2]
+    contexts = profile.quotable_contexts
+    context = contexts[len(contexts) // 2]
     rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
     widths = sorted({1, draft.token_counts[-1]})
     headings = ["batch", "1 row, ms", *(f"{count} rows" for count in rows)]
@@ -100,10 +112,21 @@ def _print_summary(profile: CostProfile, console: Console) -> None:
     console.print(summary)
 
 
-def _print_grid(
-    console: Console, title: str, table: CostTable, values: np.ndarray, form: str
-) -> None:
-    """Print [B, C, N] values: one line per batch size and context, a few token counts across."""
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 1000.0 else f"{value:.0f}"
+
+
+def _marks(profile: CostProfile, table: CostTable) -> np.ndarray:
+    """Return [B, C, N] marks of entries that were not measured, and blanks; none in an estimate."""
+    is_measured = np.asarray(table.samples) > 0
+    if profile.provenance.estimated:
+        return np.full(is_measured.shape, " ")
+    marks = np.where(np.asarray(table.is_extrapolated)[..., None], EXTRAPOLATED, INTERPOLATED)
+    return np.where(is_measured, " ", marks)
+
+
+def _print_grid(console: Console, title: str, table: CostTable, cells: np.ndarray) -> None:
+    """Print [B, C, N] texts: one line per batch size and context, a few token counts across."""
     last = len(table.token_counts) - 1
     shown = sorted({round(i * last / (MAX_COLUMNS - 1)) for i in range(MAX_COLUMNS)})
     grid = Table(box=SIMPLE_HEAD)
@@ -111,8 +134,7 @@ def _print_grid(
         grid.add_column(heading, justify="right", no_wrap=True)
     for b, batch_size in enumerate(table.batch_sizes):
         for c, context in enumerate(table.contexts):
-            cells = [form.format(values[b, c, i]) for i in shown]
-            grid.add_row(str(batch_size) if c == 0 else "", str(context), *cells)
+            grid.add_row(str(batch_size) if c == 0 else "", str(context), *cells[b, c, shown])
     console.print(f"[bold]{title}[/bold]")
     console.print(grid)
 

@@ -15,12 +15,12 @@ from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_flags,
     check_pair,
-    find_server_profile,
     limit_graphs,
     set_attention_backends,
     set_envelope,
     verify_sizes,
 )
+from cast_sglang.serving.launch.cost_profile import announce_profile
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
 from cast_sglang.serving.learned import LearnedFile
 
@@ -105,12 +105,12 @@ class CastAlgorithm(CustomSpecAlgo):
         else:
             limit_graphs(config, server_args)
 
-        found = find_server_profile(config, server_args)
+        announce_profile(config, server_args)
         file = LearnedFile.of(config, host_identity(server_args))
         if file is not None:
             file.load()  # so that a bad file stops the launch
         logger.info(
-            "CAST: policy %s, C1=%g C2=%g C3=%g R=%d; envelope steps %d, topk %d, tokens %d; %s",
+            "CAST: policy %s, C1=%g C2=%g C3=%g R=%d; envelope steps %d, topk %d, tokens %d",
             config.policy,
             config.c1,
             config.c2,
@@ -119,7 +119,6 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_num_steps,
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
-            f"profile {config.profile}" if found is None else f"profile {found.path}",
         )
 
 

@@ -11,7 +11,6 @@ from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.costs.model import CostModel, StepCosts
-from cast_sglang.costs.profiles import profile_command
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
@@ -63,6 +62,13 @@ class ServedCosts:
         """
         self.profile = found
         self.model = CostModel(found.profile, limits, lookup=self._config.lookup)
+        if self.model.extrapolated:
+            axes = ", ".join(sorted(self.model.extrapolated))
+            logger.warning(
+                "CAST: cost profile %s ends below this server's limits, in %s; beyond them it is "
+                "extrapolated",
+                *(found.path, axes),
+            )
         residuals = Residuals(limits)
         self.corrected = CorrectedCosts(self.model, residuals)
         chooses = self._config.policy != "eagle" and not self._config.trace_full
@@ -151,5 +157,5 @@ class ServedCosts:
                 *worst.tokens,
                 worst.ratio,
                 len(suspects),
-                profile_command(self.profile.profile.provenance),
+                self.profile.command,
             )

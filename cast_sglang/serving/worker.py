@@ -34,7 +34,8 @@ from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
 from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
 from cast_sglang.serving.host_reads import HostReads
-from cast_sglang.serving.launch.arguments import find_server_profile, verify_sizes
+from cast_sglang.serving.launch.arguments import verify_sizes
+from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import SAVE_EVERY, Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
@@ -375,8 +376,7 @@ class CastWorker(EAGLEWorkerV2):
         if not self._pending:
             return
         step, now = self._pending.popleft(), time.perf_counter()
-        batch_size = len(num_correct_drafts_per_req)
-        num_drafts = sum(num_correct_drafts_per_req)
+        batch_size, num_drafts = len(num_correct_drafts_per_req), sum(num_correct_drafts_per_req)
         self.cast_stats.record_accepts(count + 1 for count in num_correct_drafts_per_req)
         if step.units is not None and batch_size:
             self.tools.decider.end_step(batch_size, num_drafts / batch_size, step.units)

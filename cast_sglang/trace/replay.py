@@ -128,7 +128,7 @@ class Replay:
             max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
         )
         lookup = lookup or str(header.settings.get("lookup", LOOKUPS[0]))
-        self._model = CostModel(tables, limits, lookup=lookup, warns=False)
+        self._model = CostModel(tables, limits, lookup=lookup)
         self.extrapolated = self._model.extrapolated
         self._residuals = Residuals(limits)
         self._corrected = CorrectedCosts(self._model, self._residuals) if correct else None

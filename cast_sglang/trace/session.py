@@ -13,7 +13,7 @@ from rich.text import Text
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.profiles import find_profile, load_profile
 from cast_sglang.costs.schema import CostProfile
-from cast_sglang.errors import ConfigError, TraceError
+from cast_sglang.errors import ConfigError, MissingProfileError, TraceError
 from cast_sglang.trace.file import read_trace
 from cast_sglang.trace.records import Trace, TraceHeader, tables_digest
 from cast_sglang.trace.replay import Replay, make_policy
@@ -150,7 +150,11 @@ def open_session(
     trace = read_trace(path)
     header = trace.header
     if source == "auto":
-        profile = find_profile(header.identity).profile
+        try:
+            profile = find_profile(header.identity).profile
+        except MissingProfileError as error:
+            advice = "name one with --profile, or measure one there with cast-sglang profile"
+            raise MissingProfileError(f"{error}; {advice}") from error
     else:
         profile = load_profile(source)
     notes = _check_tables(profile, trace, allow_foreign)

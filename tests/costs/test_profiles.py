@@ -20,7 +20,7 @@ from cast_sglang.costs.profiles import (
     user_profile_path,
 )
 from cast_sglang.costs.schema import ModelIdentity, validate_profile
-from cast_sglang.errors import ProfileError
+from cast_sglang.errors import MissingProfileError, ProfileError
 from tests.support.builders import make_identity, make_profile, make_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -231,10 +231,10 @@ def test_foreign_profile_is_refused_with_the_command_to_run(saved, change, expec
         warnings_on(here, saved)
     message = str(caught.value)
     assert expected in message and "\n" not in message
-    assert "cast-sglang profile --model-path org/Target-8B" in message
-    assert f"--speculative-draft-model-path {here.draft.name}" in message
-    assert f"--output {user_profile_path(here)}" in message
+    assert "measure this host with: cast-sglang profile, with the flags" in message
     assert "CAST_ALLOW_FOREIGN_PROFILE=1" in message
+    with pytest.raises(ProfileError, match="this host with: COMMAND "):
+        warnings_on(here, saved, command="COMMAND")
     [warning] = warnings_on(here, saved, allow_foreign=True)
     assert expected in warning
 
@@ -292,8 +292,8 @@ def test_filename():
 
 
 def test_explicit_path(saved):
-    found = find_profile(make_identity(), str(saved))
-    assert found == (make_profile(), saved, [])
+    found = find_profile(make_identity(), str(saved), command="COMMAND")
+    assert found == (make_profile(), saved, [], "COMMAND")
     with pytest.raises(ProfileError, match="measured elsewhere"):
         find_profile(make_identity(dtype="float16"), str(saved))
     assert len(find_profile(make_identity(dtype="f16"), str(saved), allow_foreign=True)[2]) == 1
@@ -311,7 +311,7 @@ def test_search_prefers_the_best_match_in_the_first_directory(tmp_path):
     assert found.path.name == "similar.json" and "page_size" in found.warnings[0]
 
     here = make_identity(device_name="B200")
-    with pytest.raises(ProfileError, match=r"measured elsewhere: device_name"):
+    with pytest.raises(MissingProfileError, match=r"nearest, .*measured elsewhere: device_name"):
         find_profile(here, directories=directories)
     found = find_profile(here, allow_foreign=True, directories=directories)
     assert found.path.name == "exact.json" and len(found.warnings) == 1
@@ -326,10 +326,13 @@ def test_search_reports_damaged_files(tmp_path):
     assert found.path.name == "good.json" and "skipped" in found.warnings[0]
 
 
-def test_nothing_found_says_how_to_measure(tmp_path):
-    with pytest.raises(ProfileError) as caught:
-        find_profile(make_identity(), directories=[tmp_path])
-    assert "measure one: cast-sglang profile --model-path" in str(caught.value)
+@pytest.mark.parametrize("name", ["exact", "similar"])
+def test_what_is_found_carries_the_command_that_measures(tmp_path, name):
+    here = make_identity() if name == "exact" else make_identity(page_size=16)
+    save_profile(make_profile(), tmp_path / "p.json")
+    found = find_profile(here, directories=[tmp_path], command="COMMAND")
+    assert found.command == "COMMAND"
+    assert find_profile(here, directories=[tmp_path]).command.startswith("cast-sglang profile,")
 
 
 def test_default_directories(tmp_path, monkeypatch):

@@ -143,3 +143,22 @@ def test_records_refuse_what_they_do_not_know():
         del record["new"]
     with pytest.raises(AttributeError, match="immutable"):
         make_profile().step_overhead_us = None
+
+
+def test_what_was_measured_nowhere_at_a_shape_is_extrapolated():
+    whole = make_profile()
+    assert whole.target.is_extrapolated == [[False, False], [False, False]]
+    assert whole.quotable_contexts == [128, 1024]
+    # A few token counts are enough, as the others are interpolated.
+    samples = [[[6] * 4, [6, 0, 0, 6]], [[6] * 4, [0] * 4]]
+    gaps = msgspec.structs.replace(make_table(), samples=samples)
+    assert gaps.is_extrapolated == [[False, False], [False, True]]
+    # A summary quotes all tables.
+    for each in PASSES:
+        assert make_profile(**{each.table: gaps}).quotable_contexts == [128]
+
+
+def test_an_estimate_has_no_better_contexts_than_its_own():
+    bare = msgspec.structs.replace(make_table(), samples=[[[0] * 4] * 2] * 2)
+    estimate = make_profile(target=bare, draft=bare, draft_extend=bare)
+    assert estimate.quotable_contexts == [128, 1024]

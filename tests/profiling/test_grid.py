@@ -40,6 +40,22 @@ def test_the_target_is_measured_more_finely_than_the_draft():
 
 
 @pytest.mark.parametrize(
+    ("max_tokens", "contexts"),
+    [
+        (None, (128, 4032)),
+        (131072, (128, 4032)),
+        (3000, (128, 2944, 4032)),
+        (4064, (128, 4032)),
+        (191, (128, 4032)),
+        (20, (128, 4032)),
+    ],
+)
+def test_a_small_cache_is_measured_to_its_end(max_tokens, contexts):
+    limits = Limits(48, 4096, 32, 8, max_tokens, 9)
+    assert default_grid(limits, quick=True).contexts == contexts
+
+
+@pytest.mark.parametrize(
     ("axis", "low", "high", "added"),
     [
         ("batch_size", 4, 8, [6]),

@@ -9,7 +9,7 @@ import pytest
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
-from cast_sglang.costs.passes import NAMES
+from cast_sglang.costs.passes import NAMES, PASSES
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling import run, sampler
@@ -128,8 +128,13 @@ def test_shapes_that_do_not_fit_are_filled_but_never_run():
     samples = np.asarray(tables.target.samples)
     assert tables.target.batch_sizes == [1, 2, 3, 4]
     assert (samples[-1, -1] == 0).all() and (samples[:, 0] > 0).all()
-    times_us = np.asarray(tables.target.time_us)
-    assert (np.diff(times_us, axis=1)[-1] >= -0.05 * times_us[-1, 0]).all()
+    for each in PASSES:
+        table = tables.table_of(each)
+        times_us = np.asarray(table.time_us)
+        assert (np.diff(times_us, axis=0) >= 0).all() and (np.diff(times_us, axis=1) >= 0).all()
+        # What the context adds is linear in batch size and context, so the corner is found.
+        corner = [true_us(each.name, 4, 960, count) for count in table.token_counts]
+        assert times_us[-1, -1] == pytest.approx(corner, rel=0.1)
 
 
 def test_no_batch_fits():
@@ -156,6 +161,7 @@ def test_killed_run_resumes_without_repeating(tmp_path, brief, share):
     first = StaircaseMeter(limits=FEW, dies_after=1 + int(share * num_calls))
     with pytest.raises(KeyboardInterrupt):
         run_profile(first, journal=journal, sampling=BRIEF)
+    lines_before = journal.read_text().splitlines()
     second = StaircaseMeter(limits=FEW)
     measured = run_profile(second, journal=journal, sampling=BRIEF)
 
@@ -163,6 +169,9 @@ def test_killed_run_resumes_without_repeating(tmp_path, brief, share):
     assert len(first.calls) + len(second.calls) < 1.25 * num_calls
     assert median_error(measured.tables.target, "verify") < 0.02
     assert measured.heldout.points == brief.measured.heldout.points
+    num_before = len(lines_before) - 1
+    assert summarize(measured, "p.json")["resumed_visits"] == num_before
+    assert bool(num_before) == (share > 0.0)
     lines = journal.read_text().splitlines()
     assert measured.sampling["samples"] == sum(len(json.loads(x)["times_us"]) for x in lines[1:])
     assert measured.seconds == pytest.approx(sum(json.loads(x)["seconds"] for x in lines[1:]))
@@ -176,6 +185,20 @@ def test_finished_journal_measures_hardly_anything_again(tmp_path, brief):
     # Knowing all times from the start, it may split an interval that the first run left.
     assert len(again.calls) < 0.1 * len(brief.meter.calls)
     assert second.heldout.points == brief.measured.heldout.points
+
+
+def test_a_resumed_run_says_so(tmp_path, capsys):
+    journal = journal_path(tmp_path / "p.json")
+    options = {"grid": SMALL, "sampling": BRIEF, "journal": journal, "progress": True}
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(StaircaseMeter(dies_after=60), **options)
+    assert "resumed" not in capsys.readouterr().err
+    lines = journal.read_text().splitlines()[1:]
+    points = {tuple(json.loads(line)["point"]) for line in lines}
+    measured = run_profile(StaircaseMeter(), **options)
+    said = f"resumed: {len(points)} points were measured before, in 0 s ({journal})"
+    assert said in capsys.readouterr().err
+    assert summarize(measured, "p.json")["resumed_visits"] == len(lines) > 0
 
 
 @pytest.mark.parametrize(
@@ -223,6 +246,12 @@ def test_budget_too_small_for_the_grid_says_so_and_resumes(tmp_path, clock):
     assert measured.num_points > 0
 
 
+def test_a_run_that_cannot_resume_does_not_advise_it(clock):
+    meter = StaircaseMeter(limits=FEW, clock=clock)
+    with pytest.raises(ProfileError, match=r"after \d+ of \d+ grid points$"):
+        run_profile(meter, budget_seconds=0.1, sampling=BRIEF)
+
+
 # Result
 
 
@@ -244,4 +273,5 @@ def test_write_profile_saves_provenance_and_drops_the_journal(tmp_path, brief):
     assert profile.provenance.device_name == make_identity().device_name
     facts = summarize(measured, output)
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
+    assert facts["resumed_visits"] == 0
     CostModel(profile, FEW).step_costs(1, 500)

@@ -1,7 +1,5 @@
 """The figure of a profile: what is drawn is what the cost model returns and the tables hold."""
 
-import logging
-
 import msgspec
 import numpy as np
 import pytest
@@ -115,11 +113,19 @@ def test_smallest_profile(draw):
     draw(make_profile(), smallest)
 
 
-def test_says_nothing_about_servers(draw, caplog):
-    with caplog.at_level(logging.WARNING):
-        draw(make_profile())
-    assert not caplog.records
-    assert not logging.getLogger("cast_sglang.costs.model").disabled
+def test_what_was_not_measured_is_dotted_and_never_the_panels_context(draw):
+    """A second context that does not fit at batch 4, and a third that fits nowhere."""
+    table = make_table(contexts=(128, 1024, 4096))
+    samples = [[[6] * 4, [6] * 4, [0] * 4], [[6] * 4, [0] * 4, [0] * 4]]
+    table = msgspec.structs.replace(table, samples=samples)
+    figure = draw(make_profile(target=table))
+    assert "context 128" in figure.axes[0].get_title(loc="left")
+    contexts = figure.axes[4]
+    for style, spans in (("-", [(128, 1024), (128, 128)]), (":", [(1024, 6000), (128, 6000)])):
+        for line, (low, high) in zip(lines(contexts, style)[::2], spans, strict=True):
+            assert low <= line.get_xdata()[0] and line.get_xdata()[-1] <= high
+    assert {marker.get_xdata()[0] for marker in markers(contexts, hollow=True)} == {1024, 4096}
+    assert len(markers(contexts, hollow=True)) == 2 * 3
 
 
 def test_a_file_that_cannot_be_written(tmp_path):

@@ -97,3 +97,55 @@ def test_a_comparison_is_on_the_grid_of_the_first(printed):
     assert {cell for row in rows for cell in row[-4:]} == {"0.50"}
     [_, *rows] = rows_below(lines, "draft: one layer, second / first")
     assert {cell for row in rows for cell in row[-4:]} == {"1.00"}
+
+
+def profile_with_gaps():
+    """Batch 4 does not fit at context 1024; at batch 1, two counts are measured there."""
+    samples = [[[6] * 4, [6, 0, 0, 6]], [[6] * 4, [0] * 4]]
+    return make_profile(target=msgspec.structs.replace(make_table(), samples=samples))
+
+
+@pytest.mark.parametrize("show", [print_profile, print_comparison])
+def test_what_was_not_measured_is_marked(printed, show):
+    profiles = [profile_with_gaps()] * (1 if show is print_profile else 2)
+    lines = printed(show, *profiles)
+    [_, *rows] = rows_below(lines, "target: one verify pass, ")
+    marks = [[cell.strip("0123456789.") for cell in row[-4:]] for row in rows]
+    assert marks == [[""] * 4, ["", "~", "~", ""], [""] * 4, ["*"] * 4]
+    [_, *rows] = rows_below(lines, "draft: one layer, ")
+    assert not any("~" in cell or "*" in cell for row in rows for cell in row)
+    assert any("* extrapolated from other shapes" in line for line in lines)
+
+
+def test_the_summary_quotes_nothing_that_is_extrapolated(printed):
+    lines = printed(print_profile, profile_with_gaps())
+    assert any(line.startswith("summary at context 128:") for line in lines)
+    # Batch 4 at context 128: (1 + 0.02 * 4 + 0.0512) ms.
+    assert next(line for line in lines if line.startswith("      4 ")).split()[:2] == ["4", "1.13"]
+    whole = printed(print_profile, make_profile())
+    assert any(line.startswith("summary at context 1024:") for line in whole)
+
+
+def test_nothing_of_an_estimate_is_marked(printed):
+    bare = msgspec.structs.replace(make_table(), samples=[[[0] * 4] * 2] * 2)
+    profile = make_profile(target=bare, draft=bare, draft_extend=bare)
+    lines = printed(print_profile, with_provenance(profile, estimated=True))
+    [_, *rows] = rows_below(lines, "target: one verify pass")
+    assert not any("*" in cell for row in rows for cell in row)
+    assert any(line.startswith("summary at context 1024:") for line in lines)
+
+
+def test_seconds_are_whole_milliseconds(printed):
+    lines = printed(print_profile, make_profile(target=make_table(1234567.0)))
+    [_, first, *_] = rows_below(lines, "target: one verify pass")
+    assert first[2] == "1349"  # 1234.567 ms * (1 + 0.02 * 4 + 0.0128)
+
+
+def test_a_comparison_beyond_the_seconds_grid_says_so(printed, caplog):
+    small = make_profile(target=make_table(batch_sizes=(1, 2)), step_overhead_us=None)
+    lines = printed(print_comparison, make_profile(), small)
+    assert "of the second: extrapolated beyond the end of its grid in target.batch_sizes" in lines
+    same = printed(print_comparison, make_profile(), make_profile())
+    assert not any(line.startswith("of the second") for line in same)
+    # It says nothing of servers, and so through the log, which is theirs.
+    assert not caplog.records

@@ -51,10 +51,10 @@ def checked(monkeypatch):
     log = []
     monkeypatch.setattr(module, "check_pair", lambda args: log.append("pair"))
 
-    def find(config, args):
+    def announce(config, args):
         log.append("profile")
 
-    monkeypatch.setattr(module, "find_server_profile", find)
+    monkeypatch.setattr(module, "announce_profile", announce)
     monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
     return log
 

@@ -1,5 +1,6 @@
 """The tables in use: passes that were timed correct them, and a wrong profile is reported."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def make(monkeypatch):
         clock, exported = Clock(), []
         stats = SimpleNamespace(record_residuals=exported.append)
         costs = ServedCosts(CastConfig(**settings), clock, stats)
-        costs.use(FoundProfile(make_profile(), Path("some.json"), []), LIMITS)
+        costs.use(FoundProfile(make_profile(), Path("some.json"), [], "COMMAND"), LIMITS)
         return costs, clock, exported
 
     return make
@@ -101,6 +102,15 @@ def test_a_whole_step_tells_what_it_takes_beyond_its_passes(make):
     assert after.plain_overhead - before.plain_overhead == pytest.approx(0.1, abs=0.02)
 
 
+def test_a_profile_that_ends_below_the_server_is_reported(make, caplog):
+    costs, _, _ = make()
+    assert not caplog.records
+    larger = dataclasses.replace(LIMITS, max_batch_size=100)
+    costs.use(FoundProfile(make_profile(), Path("some.json"), []), larger)
+    [record] = caplog.records
+    assert "some.json ends below this server's limits, in draft.batch_sizes" in record.getMessage()
+
+
 def test_a_wrong_profile_is_reported_once(make, caplog):
     costs, clock, _ = make()
     measure(clock, costs)
@@ -109,6 +119,7 @@ def test_a_wrong_profile_is_reported_once(make, caplog):
             costs.correct(step * EXPORT_EVERY)
     [record] = caplog.records
     assert "some.json is off: verify" in record.getMessage()
+    assert record.getMessage().endswith("Measure again: COMMAND")
 
 
 def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):

@@ -206,7 +206,7 @@ def _gpu(target: Callable[[np.ndarray], np.ndarray], layer: float = 0.05) -> Cal
 
 def _profile(path: str) -> Callable[[], CostModel]:
     def load() -> CostModel:
-        return CostModel(load_profile(ROOT / path), LIMITS, warns=False)
+        return CostModel(load_profile(ROOT / path), LIMITS)
 
     return load
 

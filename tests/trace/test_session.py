@@ -119,5 +119,5 @@ def test_the_result_is_plain_data_with_its_origin(files):
 
 def test_no_profile_of_this_host(files, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(MissingProfileError):
+    with pytest.raises(MissingProfileError, match="name one with --profile, or measure"):
         opened((files[0], "auto"))

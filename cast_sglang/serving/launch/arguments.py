@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cast_sglang.config import PENDING, CastConfig
-from cast_sglang.costs.profiles import FoundProfile, find_profile
+from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
-from cast_sglang.errors import HostError, MissingProfileError
-from cast_sglang.serving.launch.identity import host_identity, read_draft_config
+from cast_sglang.errors import HostError
+from cast_sglang.serving.launch.identity import read_draft_config
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -26,7 +25,6 @@ __all__ = [
     "check_flags",
     "check_pair",
     "choose_attention_backend",
-    "find_server_profile",
     "limit_graphs",
     "set_attention_backends",
     "set_envelope",
@@ -50,31 +48,6 @@ NO_DEVICE_FIX = (
 )
 # SGLang's own default under speculative decoding, for the same reserve.
 DEFAULT_MAX_RUNNING_REQUESTS = 48
-
-
-def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundProfile | None:
-    """Return the profile of this device and pair.
-
-    Returns:
-        None for a policy that needs none, and where the server is to make one before it serves.
-
-    Raises:
-        ProfileError: the named profile is bad or does not fit.
-    """
-    if config.profile in ("none", "estimate", PENDING):
-        return None
-    try:
-        found = find_profile(
-            host_identity(server_args), config.profile, allow_foreign=config.allow_foreign_profile
-        )
-    except MissingProfileError as error:
-        logger.info("CAST: %s", error)
-        return None
-    for warning in found.warnings:
-        logger.warning("CAST: %s", warning)
-    if found.profile.provenance.estimated:
-        logger.warning("CAST: profile %s is ESTIMATED, not measured", found.path)
-    return found
 
 
 def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:

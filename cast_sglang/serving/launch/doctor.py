@@ -11,7 +11,6 @@ import glob
 import io
 import logging
 import platform
-import shlex
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -203,6 +202,7 @@ def _check_device() -> Check:
 
 def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     """Check the flags, the pair and the profile, in the order of a launch."""
+    from cast_sglang.serving.launch.cost_profile import profile_command
     from cast_sglang.serving.launch.identity import host_identity
 
     try:
@@ -226,7 +226,7 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     return [
         Check("server flags", OK, text),
         Check("pair", OK, pair),
-        *_check_profile(config, identity, args, shlex.join([PACKAGE, "profile", *server_argv])),
+        *_check_profile(config, identity, args, profile_command(args, identity)),
     ]
 
 
@@ -261,12 +261,11 @@ def _check_profile(
         text = "costs will be estimated from the device's bandwidth and peak rate"
         return [Check("profile", WARN, text, f"measure them: {command}")]
     try:
-        found = find_profile(identity, config.profile, allow_foreign=config.allow_foreign_profile)
+        allow = config.allow_foreign_profile
+        found = find_profile(identity, config.profile, allow_foreign=allow, command=command)
     except MissingProfileError as error:
-        # What follows is a command, which the fix has.
-        text = _one_line(error).partition("; measure ")[0]
         fix = "the server will measure a quick table at its start; for a full one run: "
-        return [Check("profile", WARN, text, fix + command)]
+        return [Check("profile", WARN, _one_line(error), fix + command)]
     except ProfileError as error:
         return [Check("profile", FAIL, _one_line(error))]
     checks = check_profile_fit(found, command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shlex
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "architecture",
     "captures_decode",
+    "command_without_local_paths",
     "device_facts",
     "host_identity",
     "is_draft_path",
@@ -123,12 +125,26 @@ def without_local_paths(identity: HostIdentity) -> HostIdentity:
     """Return the identity as a profile carries it: of local paths only the last two parts."""
 
     def short(model: ModelIdentity) -> ModelIdentity:
-        name = "/".join(model.name.rstrip("/").rsplit("/", 2)[-2:])
-        return msgspec.structs.replace(model, name=name)
+        return msgspec.structs.replace(model, name=_end_of_path(model.name))
 
     return msgspec.structs.replace(
         identity, target=short(identity.target), draft=short(identity.draft)
     )
+
+
+def command_without_local_paths(command: str) -> str:
+    """Return a command line as a profile carries it: of absolute paths only the last two parts."""
+    words = []
+    for word in shlex.split(command):
+        flag, equals, value = word.rpartition("=")
+        if os.path.isabs(os.path.expanduser(value)):
+            value = _end_of_path(value)
+        words.append(flag + equals + value)
+    return shlex.join(words)
+
+
+def _end_of_path(path: str) -> str:
+    return "/".join(path.rstrip("/").rsplit("/", 2)[-2:])
 
 
 def _model(path: str, revision: str | None) -> ModelIdentity:

@@ -18,7 +18,11 @@ from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import Measured, run_profile, summarize, write_profile
-from cast_sglang.serving.launch.identity import host_identity, without_local_paths
+from cast_sglang.serving.launch.identity import (
+    command_without_local_paths,
+    host_identity,
+    without_local_paths,
+)
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
 from cast_sglang.serving.profiling.short_run import complete_profile
 
@@ -60,12 +64,16 @@ def profile_server(
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name in values:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _profile(
@@ -128,7 +136,8 @@ def _measure_and_serve(scheduler: Scheduler, parameters: dict[str, Any]) -> None
     profile = None
     if measured is not None:
         # Saved before and after the short run, so that nothing is measured twice.
-        profile = write_profile(measured, identity, output, parameters["command"])
+        command = command_without_local_paths(parameters["command"])
+        profile = write_profile(measured, identity, output, command)
     if group.world_size > 1:
         profile = group.broadcast_object(profile, src=0)
     assert profile is not None

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from sglang.srt.arg_groups.overrides import resolving_view
 
-from cast_sglang.costs.profiles import (
-    FoundProfile,
-    profile_command,
-    save_profile,
-    user_profile_path,
-)
+from cast_sglang.costs.profiles import FoundProfile, save_profile, user_profile_path
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.errors import CastError, ProfileError
 from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.meter import Sampling
 from cast_sglang.profiling.roofline import ModelSize, estimate_tables, measure_rates
 from cast_sglang.profiling.run import make_profile, run_profile
+from cast_sglang.serving.launch.cost_profile import in_force, profile_command
 from cast_sglang.serving.launch.identity import host_identity, without_local_paths
 from cast_sglang.serving.profiling.engine_meter import EngineMeter
 from cast_sglang.serving.profiling.ranks import measure_on_all_ranks
@@ -49,30 +45,37 @@ def provide_profile(scheduler: Scheduler) -> None:
     Call it before the scheduler serves its first request.
     """
     worker: CastWorker = scheduler.draft_worker
-    identity = without_local_paths(host_identity(resolving_view(worker.server_args)))
+    is_first = scheduler.tp_group.rank_in_group == 0
+    args = resolving_view(worker.server_args)
+    identity = without_local_paths(host_identity(args))
     profile = None
     if worker.config.profile == "auto":
-        logger.info("CAST: no cost profile of this device and pair; measuring a quick one")
+        if is_first:
+            logger.info("CAST: measuring a quick cost profile, for %g s at most", BUDGET_SECONDS)
         profile = measure_on_all_ranks(scheduler, lambda meter: _measured(meter, identity))
     encoded = b""
-    if scheduler.tp_group.rank_in_group == 0:
+    if is_first:
         encoded = msgspec.json.encode(profile or _estimated(worker, identity))
     if scheduler.tp_group.world_size > 1:
         encoded = scheduler.tp_group.broadcast_object(encoded, src=0)
     profile = msgspec.json.decode(encoded, type=CostProfile)
-    path = user_profile_path(identity)
-    found = FoundProfile(profile, path, [])
+    command = profile_command(args, identity)
+    found = FoundProfile(profile, user_profile_path(identity), [], command)
     if worker.config.profile == "estimate":
         worker.use_profile(found)
     else:
         found = complete_profile(scheduler, found)
-        if scheduler.tp_group.rank_in_group == 0 and not profile.provenance.estimated:
+        if is_first and not profile.provenance.estimated:
             _save(found)
-    advice = f"for better tables run: {profile_command(identity)}"
     if profile.provenance.estimated:
-        logger.warning("CAST: cost tables are ESTIMATED from the device's roofline; %s", advice)
+        text = "decides by costs ESTIMATED from the device's bandwidth and peak rate, not measured"
+    elif found.path.is_file():
+        text = in_force(found)
     else:
-        logger.info("CAST: measured in %.0f s; %s", profile.provenance.seconds, advice)
+        text = f"decides by what was measured in {profile.provenance.seconds:.0f} s"
+    if is_first:
+        level = logging.WARNING if profile.provenance.estimated else logging.INFO
+        logger.log(level, "CAST: %s; for better tables run: %s", text, command)
 
 
 def _measured(meter: Any, identity: HostIdentity) -> CostProfile | None:

@@ -251,7 +251,7 @@ def test_the_bound_of_a_fixed_tree_is_that_of_its_passes(results):
     row = next(row for row in run.rows if row["arm"] == "static:3-1-4" and row["batch"] == 1)
     # A chain: 2 draft passes after the one that draft extend brings, all at the first context.
     limits = Limits(max_batch_size=1, max_context=64, max_verify_rows=4, max_width=1)
-    model = CostModel(profile, limits, warns=False)
+    model = CostModel(profile, limits)
     costs = model.step_costs(1, 64)
     accepted = row["accept_length"]
     assert accepted == 4

@@ -120,6 +120,18 @@ def test_the_engines_settings_end_with_it(engine, fails):
     assert not any(name in os.environ for name in SETTINGS)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_settings_come_back(fails, monkeypatch):
+    monkeypatch.setenv("CAST_PROFILE", "the caller's")
+    monkeypatch.delenv("CAST_POLICY", raising=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        with command._environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
+            assert (os.environ["CAST_PROFILE"], os.environ["CAST_POLICY"]) == ("none", "eagle")
+            if fails:
+                raise KeyboardInterrupt
+    assert os.environ["CAST_PROFILE"] == "the caller's" and "CAST_POLICY" not in os.environ
+
+
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_measured_profile_is_saved_with_what_it_was_measured_on(
     identity, scheduler_of, tmp_path, is_named
@@ -130,7 +142,7 @@ def test_a_measured_profile_is_saved_with_what_it_was_measured_on(
         "facts": str(facts),
         "quick": True,
         "budget_seconds": None,
-        "command": "cast-sglang profile --quick",
+        "command": "cast-sglang profile --quick --model-path /home/me/models/target",
     }
     command._measure_and_serve(scheduler_of(FlatMeter()), parameters)
     short = identity.target.name.removeprefix("/home/me/")
@@ -140,9 +152,11 @@ def test_a_measured_profile_is_saved_with_what_it_was_measured_on(
     assert (told["output"], told["serving_steps"]) == (str(path), 9)
     assert profile.serving == RECORD
     provenance = profile.provenance
-    assert provenance.command == "cast-sglang profile --quick" and not provenance.estimated
+    assert not provenance.estimated
     # A profile may be published, so it does not tell where a model lies.
     assert provenance.target.name == short == "models/target"
+    assert provenance.command == "cast-sglang profile --quick --model-path models/target"
+    assert "/home/me" not in path.read_text()
     assert profile.target.time_us[0][0][0] == pytest.approx(1000.0)
     assert not journal_path(path).exists()
     if not is_named:

@@ -72,6 +72,7 @@ def host(monkeypatch, tmp_path):
     identity = make_identity()
     monkeypatch.setattr(first_start, "resolving_view", lambda args: args)
     monkeypatch.setattr(first_start, "host_identity", lambda args: identity)
+    monkeypatch.setattr(first_start, "profile_command", lambda args, identity: "COMMAND")
     rates = DeviceRates(bytes_per_second=1e6, flops_per_second=1e9)
     monkeypatch.setattr(first_start, "measure_rates", lambda device, dtype: rates)
     return identity
@@ -108,13 +109,17 @@ def test_a_measured_profile_is_found_by_the_next_start(monkeypatch, host, caplog
     again = find_profile(host)
     assert again.path == found.path and again.warnings == []
     assert again.profile.target == found.profile.target and again.profile.serving == RECORD
-    assert "for better tables run: cast-sglang profile" in caplog.text
+    assert found.command == "COMMAND"
+    begins, ends = [record.getMessage() for record in caplog.records]
+    assert begins == "CAST: measuring a quick cost profile, for 60 s at most"
+    assert ends.startswith(f"CAST: decides by {found.path}, measured on NVIDIA H200 on ")
+    assert ends.endswith("; for better tables run: COMMAND")
 
 
 def test_an_estimate_is_not_kept_and_says_what_it_is(monkeypatch, host, caplog):
     found, _ = start(monkeypatch, profile="estimate", meter=BrokenMeter())
     assert found.profile.provenance.estimated and not found.path.exists()
-    assert "ESTIMATED" in caplog.text and "cast-sglang profile" in caplog.text
+    assert "ESTIMATED" in caplog.text and "better tables run: COMMAND" in caplog.text
     target, draft = found.profile.target, found.profile.draft
     assert target.token_counts[-1] == 2 and draft.token_counts[-1] == 2
     # Reading the weights bounds the passes: 4 x 8 and 4 x 50 numbers; of the draft its embedding.
@@ -131,16 +136,21 @@ def test_where_measuring_fails_the_server_starts_with_an_estimate(monkeypatch, c
 
 def test_a_profile_that_cannot_be_kept_is_used_all_the_same(monkeypatch, tmp_path, caplog):
     (tmp_path / "cast_sglang").write_text("a file where the directory should be")
-    found, _ = start(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        found, _ = start(monkeypatch)
     assert not found.profile.provenance.estimated
     assert "the next start will measure again" in caplog.text
+    assert "decides by what was measured in" in caplog.text
 
 
 @pytest.mark.parametrize("profile", ["auto", "estimate"])
-def test_all_ranks_decide_by_the_tables_of_rank_0(monkeypatch, profile):
+def test_all_ranks_decide_by_the_tables_of_rank_0(monkeypatch, profile, caplog):
     first, group = start(monkeypatch, profile, group=Group(0, 2))
     monkeypatch.setattr(first_start, "measure_rates", None)  # another rank's would differ
-    second, _ = start(monkeypatch, profile, group=Group(1, 2, group.sent))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        second, _ = start(monkeypatch, profile, group=Group(1, 2, group.sent))
+    assert not caplog.records  # one rank speaks for all
     assert second.profile == first.profile and second.path == first.path
 
 
