@@ -246,8 +246,8 @@ def serving(
 def own_cache(profiles: Path | None = None) -> Iterator[dict[str, str]]:
     """Make a cache directory for one server; yield the environment that names it.
 
-    A server keeps what it learns in the user's cache directory, and the next one goes on from
-    there. Here it finds cost profiles only, and all that other packages have in the user's.
+    What one server leaves in the user's cache directory, another one may begin with. Here it finds
+    cost profiles only, and all that other packages have in the user's.
 
     Args:
         profiles: directory of the profiles, made if need be; None for the user's.

@@ -213,7 +213,7 @@ def test_fresh_servers_are_shown_beside_warm_ones(results):
     assert len(lines) == 2 * len(ARMS)
     assert lines["8", "CAST auto"] == (
         *("288 (259 to 317)", "0.90x", "1.80x", "0.60x", "1.20x"),
-        "10",
+        "3",
     )
     assert lines["1", "EAGLE-3 3-1-4 (best static)"][1:5] == ("1.50x", "1.50x", "1.00x", "1.00x")
     # Cold cells are in no other table, and a warm cell that is missing has no ratios.
