@@ -401,7 +401,7 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
 
 def test_cold_cells_are_those_of_servers_started_for_them(tmp_path, monkeypatch, capsys):
     bench = Bench(monkeypatch)
-    words = "--arms plain,static,cast:auto --profile p.json --repeats 1 --cold 2"
+    words = "--arms plain,static,cast:auto --profile p.json --repeats 1 --cold 2 --at-once 3"
     words += f" --out {tmp_path} --tokens 40 --batches 1,4"
     assert bench_serving.main(words.split()) == 0
     # One start for all warm cells, then one for each cold cell and repeat.
