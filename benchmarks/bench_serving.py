@@ -16,6 +16,12 @@ of half to one and a half times --tokens, so that they do not all end at once.
 Arms take turns within a repeat, and ratios are formed within a repeat, so that a drift of the
 machine cancels.
 
+--cold N adds a cold cell to each such warm one: what an arm does in the first steps of its server's
+life. N times, all servers are started anew and each serves one run, short enough that the arm that
+gains most tokens a step takes about 100 steps; all arms serve the same text. No server finds what
+another one has learned. CAST's cost profile is that of --profile, or one that comes with the
+package, or one that the server measures before its first request.
+
 Arms: plain | static[:STEPS-TOPK-TOKENS] (SGLang's EAGLE-3, a fixed tree) | static-grid (one static
 arm for each shape of --static-grid) | adaptive (SGLang's --speculative-adaptive) |
 cast[:POLICY[:C1-C2-C3]]. Each takes settings: cast:auto+calibration=off gives --cast-calibration
@@ -30,13 +36,12 @@ a run that was cut short or lost an arm.
 """
 
 import argparse
+import contextlib
 import itertools
 import shlex
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 # As a script, Python puts this file's own directory where the checkout belongs.
 if __package__ in (None, ""):
@@ -44,11 +49,9 @@ if __package__ in (None, ""):
 
 import httpx
 from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks.harness.arms import Arm, parse_arms, split
-from benchmarks.harness.cells import Cell, Group, Result, choose_prompts, take_turns, warm_up
-from benchmarks.harness.counters import profiles_in_use
+from benchmarks.harness.cells import COLD, WARM, Cell, Group
 from benchmarks.harness.dialogues import Encoder
 from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.options import parse_args, settings
@@ -61,18 +64,21 @@ from benchmarks.harness.pairs import (
     measured_profile,
     tiny_pair,
 )
+from benchmarks.harness.phases import Launch, measure_cold, measure_warm
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.rows import (
     Row,
     as_table,
+    cell_of,
     compared,
     measured,
     row_fields,
+    rows_of,
     summarise,
     summary_table,
 )
-from benchmarks.harness.servers import Server, ServerError, device_kind, exit_on_sigterm, serving
-from benchmarks.harness.startup import servers_at_once, start_display
+from benchmarks.harness.servers import ServerError, exit_on_sigterm
+from benchmarks.harness.startup import servers_at_once
 from benchmarks.harness.tasks import Task, load_task
 
 PROFILE_SECONDS = 180
@@ -123,13 +129,18 @@ def choose_pair(args: argparse.Namespace) -> tuple[Pair, str]:
 
 def choose_arms(args: argparse.Namespace, pair: Pair) -> list[Arm]:
     """Return the arms; measure a cost profile first if CAST needs one and a search finds none."""
-    arms = parse_arms(args.arms, pair.draft, args.profile, args.static_grid)
+    arms = ask_arms(args, pair, args.profile)
     needing = [arm for arm in arms if arm.kind == "cast" and "--cast-profile" not in arm.flags]
     flags = shlex.split(args.server_flags)
     if not needing or found_profile_covers(pair, flags):
         return arms
     profile = measured_profile(pair, args.out, PROFILE_SECONDS, flags)
-    return parse_arms(args.arms, pair.draft, str(profile), args.static_grid)
+    return ask_arms(args, pair, str(profile))
+
+
+def ask_arms(args: argparse.Namespace, pair: Pair, profile: str | None) -> list[Arm]:
+    """Return the arms that the command line asks for, CAST's with this cost profile."""
+    return parse_arms(args.arms, pair.draft, profile, args.static_grid)
 
 
 def load_tasks(args: argparse.Namespace, pair: Pair) -> dict[str, Task]:
@@ -153,10 +164,11 @@ def choose_cells(args: argparse.Namespace, tasks: Mapping[str, Task]) -> list[Ce
     Raises:
         ValueError: no cell is left.
     """
+    phases = (WARM, COLD) if args.cold else (WARM,)
     cells = [
-        Cell(batch, temperature, task.name)
-        for task, temperature, batch in itertools.product(
-            tasks.values(), args.temperatures, args.batches
+        Cell(batch, temperature, task.name, phase)
+        for phase, task, temperature, batch in itertools.product(
+            phases, tasks.values(), args.temperatures, args.batches
         )
         if temperature > 0 or not task.samples
     ]
@@ -175,30 +187,34 @@ def run_groups(
 ) -> bool:
     """Serve and measure one group of arms after the other; put every cell into the ledger.
 
+    Cold cells come after all warm ones, whose accept lengths say how long a cold run is.
+
     Returns:
         Whether no arm failed. What was measured before, in a run that is resumed, is left out.
     """
     names = [[arm.name for arm in group] for group in groups]
     ledger.describe(groups=names, num_groups=len(groups), failures=[])
-    # Several that start together would each take what the others leave of a GPU's memory.
-    start_at_once = args.start_at_once or (1 if device_kind() == "cuda" else 2)
-    for number, arms in enumerate(groups, start=1):
-        missing = [cell for cell in cells if not is_measured(ledger.rows, cell, number, arms)]
-        if not missing:
-            continue
-        prefix = f"group {number} of {len(groups)}: " if len(groups) > 1 else ""
-        on_start = start_display(prefix, len(arms))
-        logs = args.out / "logs" / (f"group-{number}" if prefix else "")
-        flags = shlex.split(args.server_flags)
-        with serving(arms, pair.target, logs, flags, on_start, start_at_once) as servers:
-            profiles = ledger.provenance.get("profiles", {})
-            ledger.describe(profiles=profiles | profiles_in_use(arms, servers))
-            for cell, results in measure(args, arms, servers, missing, tasks, ledger):
-                describe_prompts(ledger, cell, results)
-                new = measured(cell, Group(arms, results), number)
-                others = [row for row in rows_of(ledger.rows, cell) if row["group"] != number]
-                rows = compared(sorted([*others, *new], key=lambda row: row["group"]))
-                ledger.put(cell, rows, is_final=number == len(groups))
+    # Fresh servers get no profile that this benchmark measured: each start is a first one.
+    as_asked = {arm.name: arm for arm in ask_arms(args, pair, args.profile)}
+    for phase, measure in ((WARM, measure_warm), (COLD, measure_cold)):
+        for number, group in enumerate(groups, start=1):
+            arms = [as_asked[arm.name] if phase == COLD else arm for arm in group]
+            missing = [
+                cell
+                for cell in cells
+                if cell.phase == phase and not is_measured(ledger.rows, cell, number, arms)
+            ]
+            if not missing:
+                continue
+            prefix = f"group {number} of {len(groups)}: " if len(groups) > 1 else ""
+            launch = Launch(args, pair, arms, prefix)
+            # Its servers are stopped whatever ends the loop.
+            with contextlib.closing(measure(launch, missing, tasks, ledger)) as found:
+                for cell, results in found:
+                    new = measured(cell, Group(arms, results), number)
+                    others = [row for row in rows_of(ledger.rows, cell) if row["group"] != number]
+                    rows = compared(sorted([*others, *new], key=lambda row: row["group"]))
+                    ledger.put(cell, rows, is_final=number == len(groups))
     return not ledger.provenance["failures"]
 
 
@@ -210,81 +226,10 @@ def choose_groups(args: argparse.Namespace, arms: Sequence[Arm], ledger: Ledger)
     return split(arms, args.at_once or servers_at_once())
 
 
-def cell_of(row: Mapping[str, Any]) -> Cell:
-    """Return the cell of a row."""
-    return Cell(row["batch"], row["temperature"], row["task"])
-
-
-def rows_of(rows: Sequence[Row], cell: Cell) -> list[Row]:
-    """Return the rows of a cell."""
-    return [row for row in rows if cell_of(row) == cell]
-
-
 def is_measured(rows: Sequence[Row], cell: Cell, number: int, arms: Sequence[Arm]) -> bool:
     """Say whether a cell has a row of every arm of a group."""
     found = {row["arm"] for row in rows_of(rows, cell) if row["group"] == number}
     return all(arm.name in found for arm in arms)
-
-
-def describe_prompts(ledger: Ledger, cell: Cell, results: Mapping[str, Result]) -> None:
-    """State the mean prompt length of a cell, for predictions of what its steps take."""
-    described = ledger.provenance.get("prompt_tokens", [])
-    lengths = [a.num_prompt_tokens for result in results.values() for a in result.answers]
-    if lengths and all(cell_of(entry) != cell for entry in described):
-        entry = {**cell._asdict(), "mean": round(statistics.mean(lengths), 1)}
-        ledger.describe(prompt_tokens=[*described, entry])
-
-
-def measure(
-    args: argparse.Namespace,
-    arms: Sequence[Arm],
-    servers: Mapping[str, Server],
-    cells: Sequence[Cell],
-    tasks: Mapping[str, Task],
-    ledger: Ledger,
-) -> Iterator[tuple[Cell, dict[str, Result]]]:
-    """Measure every arm in every cell and yield each cell with its results, by the arm's name.
-
-    An arm that fails is left out from there on: it may have lost its server.
-    """
-    standing = list(arms)
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(cells) * args.repeats * len(arms))
-
-        def tell(text: str) -> None:
-            progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        for cell in cells:
-            name = f"{cell.task} T={cell.temperature:g} batch {cell.batch}"
-
-            def leave_out(arm: Arm, error: Exception, cell: Cell = cell, name: str = name) -> None:
-                standing.remove(arm)
-                failure = {"arm": arm.name, **cell._asdict(), "error": str(error)}
-                ledger.describe(failures=[*ledger.provenance["failures"], failure])
-                tell(f"{name}: {arm.name} failed and is left out from here on: {error}")
-
-            dialogues = choose_prompts(tasks[cell.task].dialogues, cell.batch, args.requests)
-            warm_up(standing, servers, cell, dialogues, args.warmup_tokens, leave_out)
-            if not standing:
-                return
-            results = take_turns(
-                args.repeats,
-                args.tokens,
-                list(standing),
-                servers,
-                cell,
-                dialogues,
-                progress,
-                bar,
-                leave_out,
-                args.cooldown,
-            )
-            speeds = (
-                f"{name} {statistics.median(result.tok_s):.1f}" for name, result in results.items()
-            )
-            tell(f"{name}, tokens/s: {', '.join(speeds)}")
-            if results:
-                yield cell, results
 
 
 if __name__ == "__main__":

@@ -1,29 +1,32 @@
-"""Plain decoding, SGLang's EAGLE-3 and CAST, one after the other on this machine.
+"""Plain decoding, SGLang's EAGLE-3 and CAST on this machine, cold and warm, within ten minutes.
 
     make demo
 
-Each arm serves the same prompts to the same client, greedily. The table shows tokens per second of
-wall time; the last line of stdout says the same as JSON.
+A server of each arm is up, and they take turns: in every round each serves the same few requests,
+greedily. Speeds are compared within a round, so a drift of the machine cancels, and rounds go on
+until they agree. Cold are the rounds in which a fresh CAST server makes its first 100 steps; no
+server finds what an earlier one has learned. The last line of stdout says the same as JSON.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI, OpenAIError
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.harness.arms import Arm, parse_arm
-from benchmarks.harness.cells import answer_lengths
+from benchmarks.harness.cells import COLD, COLD_STEPS, WARM, Cell, Result, gather, take_turn
 from benchmarks.harness.pairs import (
     INFLATED_NOTE,
     INFLATED_PARAMS,
@@ -32,27 +35,40 @@ from benchmarks.harness.pairs import (
     device_name,
     heldout_prompts,
     inflated_pair,
-    measured_profile,
 )
+from benchmarks.harness.rows import num_identical
 from benchmarks.harness.servers import Server, ServerError, exit_on_sigterm, serving
+from benchmarks.harness.streams import accept_length, num_steps
+from benchmarks.harness.turns import Ratio, interval, is_settled, is_sure, quotients, rounds
 
 MODEL = f"tiny pair at {INFLATED_PARAMS}"
-ARMS = ("plain", "static", "cast")  # static is SGLang's EAGLE-3
-NUM_PROMPTS = {1: 8, 8: 24}  # by batch size
-WARMUP_TOKENS = 16
+ARMS = {"plain": "plain", "eagle3": "static:5-4-8", "cast": "cast"}  # as `parse_arm` takes them
+BATCHES = (1, 8)
+# A turn of two answers a place takes a second or two on two cores, so a round is over before the
+# machine has drifted far, and about six of them make the first 100 steps.
+PER_PLACE = 2
+MEAN_TOKENS = 40
+# What six cold and six warm rounds at batch 8 take on two cores. Where a batch size would get less,
+# it is not worth the start of other servers.
+LEAST_SECONDS = 90.0
+# Ten minutes, less what imports take before and stopping the servers takes after.
+TIME_LIMIT = 540.0
 # The cost profile covers what a server admits, so the servers admit what the demo sends.
 SERVER_FLAGS = ["--dtype", "bfloat16", "--max-total-tokens", "16384"]
 SERVER_FLAGS += ["--max-running-requests", "8", "--context-length", "1024"]
-PROFILE_SECONDS = 90
+
+Round = Mapping[str, Result]  # by the arm's name
+Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What one arm did at one batch size."""
+@dataclasses.dataclass
+class Measured:
+    """The rounds at one batch size."""
 
-    tok_s: float
-    texts: list[str]
-    accept_length: float | None  # None without speculation
+    batch: int
+    cold: list[Round] = dataclasses.field(default_factory=list)
+    warm: list[Round] = dataclasses.field(default_factory=list)
+    is_fresh: bool = True  # whether the cold rounds were the first that their servers served
 
 
 class Stages:
@@ -63,30 +79,35 @@ class Stages:
         self.progress = Progress(*columns, console=Console(stderr=True))
 
     @contextlib.contextmanager
-    def stage(self, description: str, total: int = 1) -> Iterator[TaskID]:
-        """Show a stage while it runs; one without steps to count pulsates."""
-        task = self.progress.add_task(description, total=total if total > 1 else None)
+    def stage(self, description: str) -> Iterator[TaskID]:
+        """Show a stage while it runs."""
+        task = self.progress.add_task(description, total=None)
         yield task
-        self.progress.update(task, total=total, completed=total)
+        self.progress.update(task, total=1, completed=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit code."""
+    until = time.monotonic() + TIME_LIMIT
     args = parse_args(argv)
     exit_on_sigterm()
-    console = Console()
+    # A file or pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(f"Device: {device_name()}\n{INFLATED_NOTE}\n", highlight=False)
     stages = Stages()
     try:
         with stages.progress:
-            rows = run_demo(args, stages)
-    except (CommandError, ServerError, OpenAIError, OSError) as error:
+            measured = run_demo(args, stages, until)
+    except (CommandError, ServerError, OSError, ValueError, httpx.HTTPError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("demo: interrupted", file=sys.stderr)
         return 130
+    rows = [row for one in measured for row in as_rows(one)]
     console.print(as_table(rows), highlight=False)
+    for row in rows:
+        console.print(in_words(row), highlight=False, soft_wrap=True)
     print(json.dumps({"rows": rows}), flush=True)
     return 0
 
@@ -95,117 +116,203 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--tokens", type=int, default=64, help="tokens per answer, in the mean (default: 64)"
+        "--tokens",
+        type=int,
+        default=MEAN_TOKENS,
+        help="tokens per answer, in the mean (default: %(default)s)",
     )
-    parser.add_argument("--profile", help="cost profile for CAST (default: measure one, once)")
     parser.add_argument(
-        "--out", type=Path, default=OUT / "demo", help="directory of logs and profile"
+        "--profile",
+        help="cost profile for CAST (default: one that fits, if there is one in profiles/ or of an "
+        "earlier demo, else the server measures one before its first request)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT / "demo", help="directory of logs and cost profiles"
     )
     return parser.parse_args(argv)
 
 
-def run_demo(args: argparse.Namespace, stages: Stages) -> list[dict[str, Any]]:
-    """Run all arms and return one row for each batch size."""
+def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Measured]:
+    """Measure every batch size, each with servers of its own if there is time to start them.
+
+    Args:
+        until: when to be done, of `time.monotonic`.
+    """
     with stages.stage("prepare the models"):
         pair = inflated_pair()
-    profile = args.profile
-    if profile is None:
-        with stages.stage("measure the cost profile"):
-            profile = str(measured_profile(pair, args.out, PROFILE_SECONDS, SERVER_FLAGS))
-
-    runs: dict[tuple[str, int], Run] = {}
-    for text in ARMS:
-        arm = parse_arm(text, pair.draft, profile)
+    arms = [parse_arm(text, pair.draft, args.profile) for text in ARMS.values()]
+    measured: list[Measured] = []
+    start_seconds = 0.0
+    while len(measured) < len(BATCHES):
         with contextlib.ExitStack() as stack:
-            with stages.stage(f"{arm.label}: start the server"):
-                servers = stack.enter_context(serving([arm], pair.target, args.out, SERVER_FLAGS))
-            for batch in NUM_PROMPTS:
-                runs[arm.kind, batch] = run_arm(arm, servers[arm.name], batch, args.tokens, stages)
-    return [as_row(batch, *(runs[kind, batch] for kind in ARMS)) for batch in NUM_PROMPTS]
+            begin = time.monotonic()
+            with stages.stage("start a server of each arm"):
+                # CAST's comes last and alone: it may have to measure a cost profile.
+                launch = serving(
+                    arms, pair.target, args.out, SERVER_FLAGS, None, 2, args.out / "profiles"
+                )
+                servers = stack.enter_context(launch)
+            start_seconds = max(start_seconds, time.monotonic() - begin)
+            is_fresh = True
+            for batch in BATCHES[len(measured) :]:
+                num_left = len(BATCHES) - len(measured)
+                seconds = (until - time.monotonic() - start_seconds * (num_left - 1)) / num_left
+                starts_again = seconds >= LEAST_SECONDS
+                if not starts_again:
+                    seconds = (until - time.monotonic()) / num_left
+                one = Measured(batch, is_fresh=is_fresh)
+                measure(one, arms, servers, args.tokens, time.monotonic() + seconds, stages)
+                measured.append(one)
+                is_fresh = False
+                if starts_again:
+                    break
+    return measured
 
 
-def run_arm(arm: Arm, server: Server, batch: int, tokens: int, stages: Stages) -> Run:
-    """Send the prompts, `batch` at a time, and time them."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300.0)
-    prompts = heldout_prompts()[: NUM_PROMPTS[batch]]
-    lengths = answer_lengths(tokens, len(prompts))
+def measure(
+    measured: Measured,
+    arms: Sequence[Arm],
+    servers: Mapping[str, Server],
+    tokens: int,
+    until: float,
+    stages: Stages,
+) -> None:
+    """Let the arms take turns: cold, then warm until the rounds agree or the time is up."""
+    cell = Cell(measured.batch, 0.0, "code")
+    size = PER_PLACE * measured.batch
+    prompts = heldout_prompts()
+    slowest = 0.0
 
-    def complete(prompt: str, max_tokens: int) -> Any:
-        return client.completions.create(
-            model="default",
-            prompt=prompt,
-            temperature=0.0,
-            max_tokens=max_tokens,
-            extra_body={"ignore_eos": True, "return_spec_tokens_details": True},
-        )
+    def take(arm: Arm, number: int) -> Result:
+        # Every round has other prompts; the warm ones begin with those of the cold ones.
+        chosen = itertools.islice(itertools.cycle(prompts), number * size, (number + 1) * size)
+        return take_turn(arm, servers[arm.name], cell, list(chosen), tokens)
 
-    with (
-        stages.stage(f"{arm.label}: batch {batch}", total=len(prompts)) as task,
-        ThreadPoolExecutor(batch) as pool,
-    ):
-        list(pool.map(lambda prompt: complete(prompt, WARMUP_TOKENS), prompts[:batch]))
-        server.flush_cache()
-        start = time.perf_counter()
-        answers = []
-        for answer in pool.map(complete, prompts, lengths):
-            answers.append(answer)
-            stages.progress.advance(task)
-        seconds = time.perf_counter() - start
-    return Run(
-        tok_s=sum(answer.usage.completion_tokens for answer in answers) / seconds,
-        texts=[answer.choices[0].text for answer in answers],
-        accept_length=accept_length(answers),
-    )
+    def is_time_up() -> bool:
+        return time.monotonic() + slowest > until
+
+    for phase, taken in ((COLD, measured.cold), (WARM, measured.warm)):
+        name = f"batch {measured.batch}, {phase}"
+        with stages.stage(name) as task:
+            begin = time.monotonic()
+            for turns in rounds(arms, take):
+                taken.append(turns)
+                slowest = max(slowest, time.monotonic() - begin)
+                begin = time.monotonic()
+                ratios = vs(taken, "eagle3")
+                done = f"{name}: {len(taken)} rounds, CAST vs EAGLE-3 {shown(interval(ratios))}"
+                stages.progress.update(task, description=done)
+                is_over = steps(taken) >= COLD_STEPS if phase == COLD else is_settled(ratios)
+                if is_over or is_time_up():
+                    break
 
 
-def accept_length(answers: Sequence[Any]) -> float | None:
-    """Return the tokens gained per verify pass, or None without speculation."""
-    verified = [
-        (answer.usage.completion_tokens, details["spec_verify_ct"])
-        for answer in answers
-        if (details := ((answer.model_extra or {}).get("sglext") or {}).get("spec_tokens_details"))
+def of_arm(taken: Sequence[Round], name: str) -> Result:
+    """Return what an arm did in all rounds."""
+    return gather(taken)[ARMS[name]]
+
+
+def vs(taken: Sequence[Round], base: str) -> list[float]:
+    """Return CAST's speed relative to that of another arm, in each round."""
+    return quotients(of_arm(taken, "cast").tok_s, of_arm(taken, base).tok_s)
+
+
+def steps(taken: Sequence[Round]) -> float:
+    """Return the steps that CAST made: the passes of the target, per place."""
+    answers = of_arm(taken, "cast").answers
+    return num_steps(answers) * PER_PLACE * len(taken) / len(answers)
+
+
+def as_rows(measured: Measured) -> list[Row]:
+    """Compare the arms at one batch size, cold and warm."""
+    return [
+        as_row(measured.batch, phase, taken, measured.is_fresh)
+        for phase, taken in ((COLD, measured.cold), (WARM, measured.warm))
     ]
-    passes = sum(count for _, count in verified)
-    return sum(tokens for tokens, _ in verified) / passes if passes else None
 
 
-def as_row(batch: int, plain: Run, eagle3: Run, cast: Run) -> dict[str, Any]:
-    """Compare the arms at one batch size."""
-    pairs = zip(plain.texts, cast.texts, strict=True)
-    num_identical = sum(expected == text for expected, text in pairs)
-    return {
+def as_row(batch: int, phase: str, taken: Sequence[Round], is_fresh: bool) -> Row:
+    """Compare the arms in the rounds of one phase."""
+    results = {name: of_arm(taken, name) for name in ARMS}
+    row: Row = {
         "device": device_name(),
         "model": MODEL,
         "batch": batch,
-        "plain_tok_s": round(plain.tok_s, 1),
-        "eagle3_tok_s": round(eagle3.tok_s, 1),
-        "cast_tok_s": round(cast.tok_s, 1),
-        "speedup_vs_plain": round(cast.tok_s / plain.tok_s, 3),
-        "speedup_vs_eagle3": round(cast.tok_s / eagle3.tok_s, 3),
-        "accept_length": cast.accept_length and round(cast.accept_length, 3),
-        "identical": num_identical == len(plain.texts),
-        "num_identical": num_identical,
-        "num_prompts": len(plain.texts),
+        "phase": phase,
+        "fresh": is_fresh,
+        "rounds": len(taken),
+        "cast_steps": round(steps(taken)),
+    }
+    for name, result in results.items():
+        row[f"{name}_tok_s"] = round(statistics.median(result.tok_s), 1)
+    for base in ("plain", "eagle3"):
+        ratio = interval(vs(taken, base))
+        row |= {
+            f"speedup_vs_{base}": ratio.median,
+            f"speedup_vs_{base}_low": ratio.low,
+            f"speedup_vs_{base}_high": ratio.high,
+        }
+    same = num_identical(results["cast"], results["plain"])
+    return row | {
+        "accept_length": accept_length(results["cast"].answers),
+        "identical": same == len(results["cast"].answers),
+        "num_identical": same,
+        "num_prompts": len(results["cast"].answers),
     }
 
 
-def as_table(rows: Sequence[dict[str, Any]]) -> Table:
+def ratio_of(row: Row, base: str) -> Ratio:
+    """Return CAST's speed relative to that of another arm with its ends."""
+    return Ratio(*(row[f"speedup_vs_{base}{end}"] for end in ("", "_low", "_high")))
+
+
+def shown(ratio: Ratio) -> str:
+    """Return a ratio for people."""
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def in_words(row: Row) -> str:
+    """Say in plain words whether CAST was faster than the other arms."""
+    texts = []
+    if row["phase"] == COLD and row["fresh"]:
+        texts.append(f"These are the first {row['cast_steps']} steps of CAST's server.")
+    elif row["phase"] == COLD:
+        texts.append(
+            "The servers had served the smaller batch size before: there was no time to start "
+            "others."
+        )
+    for base, label in (("eagle3", "EAGLE-3"), ("plain", "plain decoding")):
+        ratio = ratio_of(row, base)
+        assert ratio.low is not None and ratio.high is not None
+        if ratio.low <= 1 <= ratio.high:
+            texts.append(f"CAST and {label} differ by no more than the noise, {shown(ratio)}.")
+        else:
+            word = "faster" if ratio.low > 1 else "slower"
+            texts.append(f"CAST is {word} than {label}, {shown(ratio)}.")
+    if not is_sure(row["rounds"]):
+        texts.append(f"But {row['rounds']} rounds are too few to be sure.")
+    return f"Batch {row['batch']}, {row['phase']}: {' '.join(texts)}"
+
+
+def as_table(rows: Sequence[Row]) -> Table:
     """Show the rows to a person."""
     table = Table(
         title=f"{MODEL}, bf16, greedy, tokens/s",
-        caption="same text: answers of CAST equal to plain decoding's, letter by letter; in bf16 a "
-        "near tie between two tokens may fall either way",
+        caption="medians of rounds; in brackets the 95 % confidence interval of the median, of "
+        "fewer than six rounds the least and the greatest; same text: answers of CAST equal to "
+        "plain decoding's, token by token; in bf16 a near tie between two tokens may fall either "
+        "way",
     )
-    headings = ("batch", "plain", "EAGLE-3", "CAST", "vs plain", "vs EAGLE-3", "accept length")
-    for heading in (*headings, "same text"):
+    headings = ("batch", "phase", "rounds", "plain", "EAGLE-3", "CAST", "vs plain", "vs EAGLE-3")
+    for heading in (*headings, "accept length", "same text"):
         table.add_column(heading, justify="right")
     for row in rows:
+        length = row["accept_length"]
         table.add_row(
-            str(row["batch"]),
-            *(f"{row[f'{arm}_tok_s']:.1f}" for arm in ("plain", "eagle3", "cast")),
-            f"{row['speedup_vs_plain']:.2f}x",
-            f"{row['speedup_vs_eagle3']:.2f}x",
-            "-" if row["accept_length"] is None else f"{row['accept_length']:.2f}",
+            *(str(row[name]) for name in ("batch", "phase", "rounds")),
+            *(f"{row[f'{arm}_tok_s']:.1f}" for arm in ARMS),
+            *(shown(ratio_of(row, base)) for base in ("plain", "eagle3")),
+            "-" if length is None else f"{length:.2f}",
             f"{row['num_identical']} of {row['num_prompts']}",
         )
     return table

@@ -1,20 +1,16 @@
-"""Cells of a benchmark, and running every arm in them, in turns."""
+"""Cells of a benchmark, and what an arm does in one."""
 
 import asyncio
 import dataclasses
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
-
-import httpx
-from rich.progress import Progress, TaskID
 
 from benchmarks.harness.arms import Arm
 from benchmarks.harness.counters import cast_state, gained
 from benchmarks.harness.dialogues import Dialogue
-from benchmarks.harness.servers import Server, ServerError
+from benchmarks.harness.servers import Server
 from benchmarks.harness.streams import (
     Answer,
     Prompt,
@@ -23,32 +19,45 @@ from benchmarks.harness.streams import (
     steady_window,
     stream,
 )
+from benchmarks.harness.turns import FAILURES, OnFailure
 
 WARMUP_TOKENS = 16
 _GOLDEN = (5**0.5 - 1) / 2
-# What an arm may end with while it is measured; anything else is a mistake of the benchmark.
-FAILURES = (ServerError, ValueError, httpx.HTTPError)
+# In its first hundred steps a server is furthest from what it will have learned (docs/results.md).
+COLD_STEPS = 100
+# So that most of what is served lies between the first tokens and the first place that stays empty.
+LEAST_PER_PLACE = 3
+WARM, COLD = "warm", "cold"
 
 T = TypeVar("T")
-OnFailure = Callable[[Arm, Exception], None]
 Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
 
 
 class Cell(NamedTuple):
-    """One condition under which every arm is measured."""
+    """One condition under which every arm is measured.
+
+    Phase cold is the first `COLD_STEPS` steps of a server that has served nothing yet; it finds
+    nothing that an earlier server has learned, but for cost profiles that it was given.
+    """
 
     batch: int
     temperature: float
     task: str
+    phase: str = WARM
 
 
 @dataclasses.dataclass
 class Result:
-    """One arm in one cell."""
+    """One arm in one cell; results of the same arm and cell can be added."""
 
     tok_s: list[float] = dataclasses.field(default_factory=list)  # one a repeat
     answers: list[Answer] = dataclasses.field(default_factory=list)  # of all repeats
     totals: Counter[str] = dataclasses.field(default_factory=Counter)  # CAST's, of all repeats
+
+    def __add__(self, other: "Result") -> "Result":
+        totals = Counter(self.totals)
+        totals.update(other.totals)
+        return Result(self.tok_s + other.tok_s, self.answers + other.answers, totals)
 
 
 class Group(NamedTuple):
@@ -66,7 +75,7 @@ class Group(NamedTuple):
 
 def choose_prompts(prompts: Sequence[T], batch: int, num_requests: int) -> list[T]:
     """Return whole batches of prompts, at least `num_requests` and three, repeated as needed."""
-    count = -(-max(num_requests, 3 * batch) // batch) * batch
+    count = -(-max(num_requests, LEAST_PER_PLACE * batch) // batch) * batch
     return list(itertools.islice(itertools.cycle(prompts), count))
 
 
@@ -96,57 +105,41 @@ def warm_up(
             on_failure(arm, error)
 
 
-def take_turns(
-    repeats: int,
-    num_tokens: int,
-    arms: Sequence[Arm],
-    servers: Mapping[str, Server],
-    cell: Cell,
-    requests: Sequence[Request],
-    progress: Progress,
-    bar: TaskID,
-    on_failure: OnFailure | None = None,
-    cooldown: float = 0.0,
-) -> dict[str, Result]:
-    """Run every arm once in each repeat; return the results by the arm's name.
+def take_turn(
+    arm: Arm, server: Server, cell: Cell, requests: Sequence[Request], num_tokens: int
+) -> Result:
+    """Let an arm serve the requests once; the result has one repeat.
 
     Args:
-        on_failure: called for an arm that fails, which then has no result; None to raise.
-        cooldown: seconds of rest before each run.
+        num_tokens: per answer, in the mean.
+
+    Raises:
+        ValueError: there was no time at which `cell.batch` requests ran.
     """
-    results = {arm.name: Result() for arm in arms}
-    for repeat in range(repeats):
-        # Another order each time, so that no arm always follows the same one.
-        for arm in _rotated(arms, repeat):
-            if arm.name not in results:
-                continue
-            progress.update(bar, description=f"{cell.task} batch {cell.batch} {arm.name}")
-            time.sleep(cooldown)
-            try:
-                _take_turn(arm, servers[arm.name], results[arm.name], cell, requests, num_tokens)
-            except FAILURES as error:
-                if on_failure is None:
-                    raise
-                del results[arm.name]
-                on_failure(arm, error)
-            progress.advance(bar)
-    return results
-
-
-def _take_turn(
-    arm: Arm,
-    server: Server,
-    result: Result,
-    cell: Cell,
-    requests: Sequence[Request],
-    num_tokens: int,
-) -> None:
     before = cast_state(server) if arm.kind == "cast" else {}
     tok_s, answers = run(server, requests, cell, num_tokens)
-    result.tok_s.append(tok_s)
-    result.answers += answers
-    if before:
-        result.totals.update(gained(before, cast_state(server)))
+    totals = gained(before, cast_state(server)) if before else {}
+    return Result([tok_s], answers, Counter(totals))
+
+
+def gather(rounds: Iterable[Mapping[str, Result]]) -> dict[str, Result]:
+    """Join rounds of turns to results of several repeats, without arms that missed a round."""
+    listed = list(rounds)
+    names = [name for name in listed[0] if all(name in turns for turns in listed)]
+    return {name: sum((turns[name] for turns in listed), Result()) for name in names}
+
+
+def cold_load(accept_length: float, num_tokens: int) -> tuple[int, int]:
+    """Return the requests of each place, and the mean tokens of an answer, of a cold run.
+
+    Args:
+        accept_length: tokens per step of the arm that gains most; it then takes about `COLD_STEPS`
+            steps, and every other arm, for the same text, more.
+        num_tokens: per answer of a warm run.
+    """
+    tokens = COLD_STEPS * accept_length
+    per_place = max(LEAST_PER_PLACE, round(tokens / num_tokens))
+    return per_place, round(tokens / per_place)
 
 
 def run(
@@ -212,8 +205,3 @@ def play(
 def next_prompt(request: Request, answers: Sequence[str]) -> Prompt:
     """Return what a request sends after these answers."""
     return request.prompt(answers) if isinstance(request, Dialogue) else request
-
-
-def _rotated(arms: Sequence[Arm], by: int) -> list[Arm]:
-    by %= len(arms)
-    return [*arms[by:], *arms[:by]]

@@ -106,6 +106,15 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
         metavar="SECONDS",
         help="rest before each run, for a machine that throttles (default: 0)",
     )
+    parser.add_argument(
+        "--cold",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure each cell cold too, N times: N x cells x arms more starts, one after the "
+        "other, of 30 to 90 s each on two CPU cores; where CAST finds no cost profile, a start of "
+        "all arms takes up to a minute more (default: 0)",
+    )
     parser.add_argument("--out", type=Path, default=OUT / "bench", help="gets results and logs")
     parser.add_argument(
         "--resume",
@@ -135,8 +144,8 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
     check_workload(parser, args)
     if args.smoke and args.model_path is not None:
         parser.error("--smoke serves the tiny pair; leave --model-path out")
-    if args.cooldown < 0:
-        parser.error("--cooldown must be at least 0")
+    if min(args.cooldown, args.cold) < 0:
+        parser.error("--cooldown and --cold must be at least 0")
     if args.warmup_tokens < 2:
         parser.error("--warmup-tokens must be at least 2")
     if args.tasks is None:
@@ -220,6 +229,7 @@ def settings(args: argparse.Namespace, tasks: Mapping[str, Task]) -> dict[str, A
         "temperatures": args.temperatures,
         "profile": args.profile,
         "cooldown": args.cooldown,
+        "cold": args.cold,
         "tasks": {task.name: task.note for task in tasks.values()},
     }
 

@@ -10,7 +10,8 @@ from rich.table import Table
 from benchmarks.harness.arms import Arm, kind_of, static_shape
 from benchmarks.harness.cells import Cell, Group, Result
 from benchmarks.harness.counters import FIELDS, step_means
-from benchmarks.harness.streams import accept_length, latencies
+from benchmarks.harness.streams import accept_length, latencies, num_steps
+from benchmarks.harness.turns import extent, quotients
 
 Row = dict[str, Any]
 ALL = "all"
@@ -51,6 +52,7 @@ def measured(cell: Cell, group: Group, number: int) -> list[Row]:
                 ),
                 "num_identical": num_same,
                 "num_requests": len(result.answers),
+                "steps_a_run": round(num_steps(result.answers) / cell.batch / len(result.tok_s), 1),
                 **latencies(result.answers),
                 **_steps(arm, result),
                 "group": number,
@@ -90,7 +92,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
         is_near = rows[index]["group"] == rows[best]["group"]
         if is_near or not (vs_plain[index] and vs_plain[best]):
             return _within(rows[index], rows[best])
-        return _quotients(vs_plain[index], vs_plain[best])
+        return quotients(vs_plain[index], vs_plain[best])
 
     return [
         {
@@ -104,11 +106,17 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def _within(row: Row, base: Row | None) -> list[float]:
-    return [] if base is None else _quotients(row["tok_s"], base["tok_s"])
+    return [] if base is None else quotients(row["tok_s"], base["tok_s"])
 
 
-def _quotients(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """Return the cell of a row."""
+    return Cell(row["batch"], row["temperature"], row["task"], row["phase"])
+
+
+def rows_of(rows: Sequence[Row], cell: Cell) -> list[Row]:
+    """Return the rows of a cell."""
+    return [row for row in rows if cell_of(row) == cell]
 
 
 def row_fields() -> list[str]:
@@ -134,40 +142,38 @@ def num_identical(result: Result, base: Result) -> int:
     return sum(ours.output_ids == theirs.output_ids for ours, theirs in answers)
 
 
-def ratios(result: Result, base: Result) -> list[float]:
-    """Return the ratio within each repeat."""
-    return _quotients(result.tok_s, base.tok_s)
-
-
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return each arm's geometric mean over batches, per task and temperature, and over all cells.
 
-    None where a cell has no such ratio.
+    Cold and warm apart. None where a cell has no such ratio.
     """
-    groups = list(dict.fromkeys((row["task"], row["temperature"]) for row in rows))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    wanted = [*groups, (ALL, None)] if len(groups) > 1 else groups
     summary = []
-    for (task, temperature), arm in itertools.product(wanted, arms):
-        cells = [
-            row
-            for row in rows
-            if row["arm"] == arm
-            and (task == ALL or (row["task"], row["temperature"]) == (task, temperature))
-        ]
-        if cells:
-            means = {
-                name: _geometric_mean([row[name] for row in cells])
-                for name in ("vs_plain", "vs_best_static")
-            }
-            summary.append({"task": task, "temperature": temperature, "arm": arm, **means})
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        ours = [row for row in rows if row["phase"] == phase]
+        groups = list(dict.fromkeys((row["task"], row["temperature"]) for row in ours))
+        arms = list(dict.fromkeys(row["arm"] for row in ours))
+        wanted = [*groups, (ALL, None)] if len(groups) > 1 else groups
+        for (task, temperature), arm in itertools.product(wanted, arms):
+            cells = [
+                row
+                for row in ours
+                if row["arm"] == arm
+                and (task == ALL or (row["task"], row["temperature"]) == (task, temperature))
+            ]
+            if cells:
+                means = {
+                    name: _geometric_mean([row[name] for row in cells])
+                    for name in ("vs_plain", "vs_best_static")
+                }
+                named = {"task": task, "temperature": temperature, "phase": phase, "arm": arm}
+                summary.append({**named, **means})
     return summary
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Show the rows to a person."""
     table = Table(title="Steady decoding, tokens/s: median (min to max) of the repeats")
-    for heading in ("task", "T", "batch", "arm"):
+    for heading in ("task", "T", "batch", "phase", "arm"):
         table.add_column(heading)
     headings = ("tokens/s", "vs plain", "vs best static", "accept length", "same as plain")
     for heading in (*headings, "TTFT p50, p99 ms", "gap p50, p99 ms"):
@@ -179,6 +185,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["task"],
             f"{row['temperature']:g}",
             str(row["batch"]),
+            row["phase"],
             name,
             f"{row['tok_s_median']:.1f} ({row['tok_s_min']:.1f} to {row['tok_s_max']:.1f})",
             *(shown(row[key], "x") for key in ("vs_plain", "vs_best_static")),
@@ -194,13 +201,14 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Show the summary to a person."""
-    table = Table("task", "T", "arm", title="Speed-ups: geometric mean over batch sizes")
+    table = Table("task", "T", "phase", "arm", title="Speed-ups: geometric mean over batch sizes")
     for heading in ("vs plain", "vs best static"):
         table.add_column(heading, justify="right")
     for row in summary:
         table.add_row(
             row["task"],
             shown(row["temperature"], digits=1),
+            row["phase"],
             row["arm"],
             *(shown(row[key], "x") for key in ("vs_plain", "vs_best_static")),
         )
@@ -214,11 +222,8 @@ def shown(value: float | None, unit: str = "", digits: int = 2) -> str:
 
 def _compared(name: str, within: Sequence[float]) -> dict[str, float | None]:
     """Return the fields of a ratio, from its values within the repeats."""
-    return {
-        name: round(statistics.median(within), 4) if within else None,
-        f"{name}_min": round(min(within), 4) if within else None,
-        f"{name}_max": round(max(within), 4) if within else None,
-    }
+    fields = name, f"{name}_min", f"{name}_max"
+    return dict(zip(fields, extent(within), strict=True)) if within else dict.fromkeys(fields)
 
 
 def _geometric_mean(values: Sequence[float | None]) -> float | None:

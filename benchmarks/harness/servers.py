@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any, Protocol, Self
 import httpx
 
 from benchmarks.harness.arms import Arm
+from cast_sglang.config import user_cache_dir
 
 CPU_PLATFORM = {"SGLANG_PLATFORM": "cast_cpu"}
 STARTUP_SECONDS = 600.0
@@ -171,12 +173,14 @@ class Server:
             ServerError: it ended, or was not ready in time.
         """
         deadline = time.monotonic() + self._startup_seconds
-        while time.monotonic() < deadline:
-            self.check()
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5.0).is_success:
-                    return
-            time.sleep(0.25)
+        # One client for all tries: a new one takes 65 ms of a core that the server needs to start.
+        with httpx.Client(timeout=5.0) as client:
+            while time.monotonic() < deadline:
+                self.check()
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/ready").is_success:
+                        return
+                time.sleep(0.25)
         raise self._error(f"was not ready after {self._startup_seconds:.0f} s")
 
     def _error(self, what: str) -> ServerError:
@@ -197,8 +201,11 @@ def serving(
     flags: Sequence[str] = (),
     on_start: Callable[[Sequence[Arm]], contextlib.AbstractContextManager[object]] | None = None,
     at_once: int = 1,
+    profiles: Path | None = None,
 ) -> Iterator[dict[str, Server]]:
     """Run one server for each arm, all of them at once, and yield them by the arm's name.
+
+    Each has a cache directory of its own, so it knows nothing that another server has learned.
 
     Args:
         model: the target.
@@ -207,6 +214,7 @@ def serving(
         on_start: entered while the servers of these arms come up, to show it.
         at_once: servers that come up together. It takes more than one core little longer, but on a
             GPU each measures what the others left of the memory.
+        profiles: directory of cost profiles that they find, and save to, in place of the user's.
 
     Raises:
         ServerError: a server did not come up, or not as its arm asks.
@@ -218,7 +226,7 @@ def serving(
                 arm.name,
                 ["--model-path", model, *arm.flags, *flags],
                 log_dir,
-                {**env, **arm.env},
+                {**env, **stack.enter_context(own_cache(profiles)), **arm.env},
             )
             for arm in arms
         }
@@ -234,6 +242,32 @@ def serving(
                 if arm.refusal is not None:
                     servers[arm.name].refuse_log_line(arm.refusal)
         yield servers
+
+
+@contextlib.contextmanager
+def own_cache(profiles: Path | None = None) -> Iterator[dict[str, str]]:
+    """Make a cache directory for one server; yield the environment that names it.
+
+    What one server leaves in the user's cache directory, another one may begin with. Here it finds
+    cost profiles only, and all that other packages have in the user's.
+
+    Args:
+        profiles: directory of the profiles, made if need be; None for the user's.
+    """
+    users = user_cache_dir()
+    others = [path for path in users.parent.glob("*") if path.name != users.name]
+    if profiles is None:
+        profiles = users / "profiles"
+    else:
+        profiles.mkdir(parents=True, exist_ok=True)
+    # A server that was killed may still write while the directory is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        for path in others:
+            (Path(name) / path.name).symlink_to(path)
+        (Path(name) / users.name).mkdir()
+        if profiles.is_dir():
+            (Path(name) / users.name / "profiles").symlink_to(profiles.resolve())
+        yield {"XDG_CACHE_HOME": name}
 
 
 def exit_on_sigterm() -> None:

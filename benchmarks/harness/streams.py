@@ -137,6 +137,11 @@ def accept_length(answers: Sequence[Answer]) -> float | None:
     return round(sum(answer.counts[-1] for answer in answers) / passes, 4) if passes else None
 
 
+def num_steps(answers: Sequence[Answer]) -> int:
+    """Return the steps that the answers took, all together."""
+    return sum(answer.verify_passes or answer.counts[-1] for answer in answers)
+
+
 def latencies(answers: Sequence[Answer]) -> dict[str, float | None]:
     """Return quantiles over requests of the time to the first token, over tokens of the gaps.
 

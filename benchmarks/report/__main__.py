@@ -48,6 +48,12 @@ READING = (
     "**Accept length is shown, but a longer one is no success in itself**: longer trees cost more "
     "to draft and to verify, and what counts is tokens per second.",
 )
+COLD = (
+    "Cold is the first run of servers that were started for it and know nothing but a cost "
+    "profile: for the arm that gains most tokens a step about its first 100 steps, for every other "
+    "arm the same text. Each cold repeat is another start of all arms. Every other table of this "
+    "page is of servers that were warm."
+)
 BOUND = (
     "The bound is what the trees are worth if every pass takes what the cost table says and "
     "nothing else takes time: tokens gained in a step over its predicted time, relative to the "
@@ -185,6 +191,12 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     lacking = inputs.bounds.lacks(run)
     blocks.append(Heading("Speeds", level))
     blocks += tables.headline(run, None if lacking else inputs.bounds)
+    blocks.append(Heading("Cold servers", level))
+    blocks += (
+        [Paragraph(COLD), *tables.cold(run)]
+        if run.cold
+        else [_missing("cold cells", "python -m benchmarks.bench_serving --cold 3 --out DIR")]
+    )
     blocks.append(Heading("What the costs allow", level))
     if lacking:
         blocks.append(Paragraph(f"No bounds by the table: {lacking}.", is_notice=True))
@@ -203,7 +215,7 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     blocks += [Heading("How it was measured", level), tables.how_measured(run)]
     links = [f"[{path.suffix[1:].upper()}]({inputs.copies[path]})" for path in _files(inputs, run)]
     blocks.append(Paragraph(f"All runs of this file, with every repeat: {', '.join(links)}."))
-    blocks.append(Details("Every number of this run", [tables.raw_numbers(run.rows)]))
+    blocks.append(Details("Every number of this run", [tables.raw_numbers([*run.rows, *run.cold])]))
     return blocks
 
 

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness.rows import shown
+from benchmarks.harness.turns import Ratio
 from benchmarks.report.data import (
     MEAN,
-    Ratio,
     Row,
     base_of,
     cell_of,

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness.arms import kind_of, parse_arm
+from benchmarks.harness.cells import COLD, WARM
 from benchmarks.harness.rows import row_fields
+from benchmarks.harness.turns import Ratio, extent, quotients
 
 Row = dict[str, Any]
 COMPARED = ("vs_plain", "vs_best_static")
@@ -23,16 +25,9 @@ class Run(NamedTuple):
 
     source: Path
     provenance: Mapping[str, Any]
-    rows: list[Row]
+    rows: list[Row]  # of warm servers
     is_complete: bool
-
-
-class Ratio(NamedTuple):
-    """A ratio within each repeat: median, least and greatest; None where only the median is."""
-
-    median: float
-    low: float | None = None
-    high: float | None = None
+    cold: Sequence[Row] = ()  # of the first steps of fresh servers
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:
@@ -56,10 +51,14 @@ def load_runs(path: Path) -> list[Run]:
     Raises:
         ReportError: the file holds something else.
     """
-    return [
-        Run(path, run["provenance"], normalised(run["rows"]), run.get("complete", True))
-        for run in raw_runs(path, "arm")
-    ]
+    runs = []
+    for run in raw_runs(path, "arm"):
+        phases: dict[str, list[Mapping[str, Any]]] = {WARM: [], COLD: []}
+        for row in run["rows"]:
+            phases[row.get("phase", WARM)].append(row)  # older files have warm rows only
+        warm, cold = (normalised(rows) for rows in phases.values())
+        runs.append(Run(path, run["provenance"], warm, run.get("complete", True), cold))
+    return runs
 
 
 def raw_runs(path: Path, subject: str) -> list[dict[str, Any]]:
@@ -169,7 +168,7 @@ def speed_ratio(row: Row, base: Row) -> Ratio | None:
     ours, theirs = row[name] or [], base[name] or []
     if not ours or len(ours) != len(theirs):
         return None
-    return _as_ratio([mine / other for mine, other in zip(ours, theirs, strict=True)])
+    return extent(quotients(ours, theirs))
 
 
 def spread(ratio: Ratio | None) -> str:
@@ -195,14 +194,9 @@ def arms_of(runs: Sequence[Run]) -> list[str]:
 def _within(row: Row, base: Row | None) -> list[float]:
     if base is None or len(base["tok_s"]) != len(row["tok_s"]):
         return []
-    return [ours / theirs for ours, theirs in zip(row["tok_s"], base["tok_s"], strict=True)]
+    return quotients(row["tok_s"], base["tok_s"])
 
 
 def _fill(row: Row, name: str, within: Sequence[float]) -> None:
     if within and row[f"{name}_min"] is None:
-        ratio = _as_ratio(within)
-        row |= {name: ratio.median, f"{name}_min": ratio.low, f"{name}_max": ratio.high}
-
-
-def _as_ratio(within: Sequence[float]) -> Ratio:
-    return Ratio(round(statistics.median(within), 4), round(min(within), 4), round(max(within), 4))
+        row |= zip((name, f"{name}_min", f"{name}_max"), extent(within), strict=True)

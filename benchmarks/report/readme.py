@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.harness.arms import kind_of
 from benchmarks.harness.rows import shown
+from benchmarks.harness.turns import Ratio
 from benchmarks.report import tables
 from benchmarks.report.data import (
-    Ratio,
     ReportError,
     Row,
     Run,
@@ -128,7 +128,7 @@ def overview(run: Run) -> list[Block]:
     that do not differ from another by settings only.
     """
     blocks: list[Block] = []
-    for title, rows in tables.titled(run):
+    for title, rows in tables.titled(run.rows):
         arms = {arm: tables.rows_of(rows, arm) for arm in _main_arms(rows)}
         if len({row["arm"] for row in rows if kind_of(row["arm"]) == "static"}) > 1:
             arms = _with_best(arms, rows)

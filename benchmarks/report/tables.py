@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.harness.arms import kind_of
+from benchmarks.harness.cells import COLD
 from benchmarks.harness.rows import shown
 from benchmarks.report.bounds import Bounds
 from benchmarks.report.data import (
@@ -12,6 +13,7 @@ from benchmarks.report.data import (
     Row,
     Run,
     base_of,
+    cell_of,
     geometric_mean,
     is_plain,
     label_of,
@@ -22,6 +24,10 @@ from benchmarks.report.data import (
 from benchmarks.report.page import Block, Grid, Paragraph
 
 HEADLINE = ("batch", "arm", "tokens/s", "vs plain", "vs best static", "accept length")
+COLD_HEADINGS = (
+    *("batch", "arm", "tokens/s, cold", "vs plain, cold", "vs plain, warm"),
+    *("vs best static, cold", "vs best static, warm", "steps"),
+)
 BOUND = "bound"  # a column between the two ratios
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LATENCY_HEADINGS = ("TTFT p50, ms", "TTFT p99, ms", "inter-token p50, ms", "inter-token p99, ms")
@@ -47,6 +53,7 @@ FACTS = {
     "tokens": "tokens per answer",
     "requests": "requests a run, at least",
     "repeats": "repeats",
+    "cold": "starts for each cold cell",
     "warmup_tokens": "warm-up tokens per answer",
     "num_groups": "groups of servers",
     "note": "note",
@@ -88,7 +95,7 @@ def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
     heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
     between = [""] * (bounds is not None)
     blocks: list[Block] = []
-    for title, rows in titled(run):
+    for title, rows in titled(run.rows):
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
             (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *bound_cells(row)))
@@ -105,12 +112,32 @@ def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
     return blocks
 
 
+def cold(run: Run) -> list[Block]:
+    """Return the table of fresh servers beside warm ones; nothing if the run has no cold cell."""
+    blocks: list[Block] = []
+    warm = {(row["arm"], cell_of(row)): row for row in run.rows}
+    for title, rows in titled(run.cold):
+        lines = []
+        for batch, mine in by_batch(rows):
+            for row in mine:
+                both = row, warm.get((row["arm"], cell_of(row)))
+                ratios = (
+                    "-" if one is None else spread(ratio_of(one, name))
+                    for name in COMPARED
+                    for one in both
+                )
+                steps = shown(row["steps_a_run"], digits=0)
+                lines.append((str(batch), _name(row), speed_of(row), *ratios, steps))
+        blocks += [*title, _grid(COLD_HEADINGS, lines)]
+    return blocks
+
+
 def latency(run: Run) -> list[Block]:
     """Return the table of latencies; nothing if the run measured none."""
     if all(row["itl_p50_ms"] is None for row in run.rows):
         return []
     blocks: list[Block] = []
-    for title, rows in titled(run):
+    for title, rows in titled(run.rows):
         lines = [
             (str(batch), label_of(row["arm"]), *(shown(row[name], digits=1) for name in LATENCY))
             for batch, mine in by_batch(rows)
@@ -149,7 +176,7 @@ def bounds(run: Run, allowed: Bounds) -> list[Block]:
     """Return measured speed-ups beside what the table allows, for each task and temperature."""
     headings = ("batch", "arm", "measured vs plain", "bound by the table", "measured / bound")
     blocks: list[Block] = []
-    for title, rows in titled(run):
+    for title, rows in titled(run.rows):
         lines = []
         for batch, mine in by_batch(rows):
             for row in mine:
@@ -179,13 +206,15 @@ def how_measured(run: Run) -> Grid:
     versions = ", ".join(f"{name} {found}" for name, found in origin["versions"].items())
     lines.append(("versions", versions))
     lines += [(f"task `{name}`", str(note)) for name, note in origin.get("tasks", {}).items()]
-    for name, profile in (origin.get("profiles") or {}).items():
-        lines.append((f"profile of `{name}`", f"`{profile}`" if profile else "none"))
+    for field, when in (("profiles", ""), ("cold_profiles", ", cold")):
+        for name, profile in (origin.get(field) or {}).items():
+            lines.append((f"profile of `{name}`{when}", f"`{profile}`" if profile else "none"))
     for part in origin.get("resumed", ()):
         commit = f"{part['date']}, commit {part['git_commit']}"
         lines.append(("resumed", f"{commit}: `{part['command']}`"))
     for lost in origin.get("failures", ()):
         cell = f"{workload_title(lost['task'], lost['temperature'])}, batch {lost['batch']}"
+        cell += ", cold" if lost.get("phase") == COLD else ""
         lines.append((f"failed: `{lost['arm']}`", f"{cell}: {lost['error']}"))
     lines.append(("finished", "yes" if run.is_complete else "no: cells or arms are missing"))
     return Grid(("what", "value"), lines, num_words=2)
@@ -231,9 +260,9 @@ def workload_title(task: str, temperature: float) -> str:
     return f"{task}, " + ("greedy" if temperature == 0 else f"temperature {temperature:g}")
 
 
-def titled(run: Run) -> Iterator[tuple[list[Block], list[Row]]]:
+def titled(rows: Sequence[Row]) -> Iterator[tuple[list[Block], list[Row]]]:
     """Yield the rows of each task and temperature with its name, if there are several."""
-    groups = workloads(run.rows)
+    groups = workloads(rows)
     for task, temperature, rows in groups:
         name = workload_title(task, temperature)
         yield ([Paragraph(f"**{name}**")] if len(groups) > 1 else []), rows
@@ -245,12 +274,14 @@ def _grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Grid:
     return Grid(headings, lines, num_words=2, breaks=breaks)
 
 
+def _name(row: Row) -> str:
+    is_best = row["arm"] == row["best_static"]
+    return label_of(row["arm"]) + (" (best static)" if is_best else "")
+
+
 def _headline_cells(row: Row, is_fastest: bool, *bound: str) -> tuple[str, ...]:
-    name = label_of(row["arm"])
-    if row["arm"] == row["best_static"]:
-        name += " (best static)"
     return (
-        name,
+        _name(row),
         speed_of(row, is_fastest),
         spread(ratio_of(row, "vs_plain")),
         *bound,

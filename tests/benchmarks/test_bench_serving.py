@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks import bench_serving
 from benchmarks.bench_serving import choose_cells
-from benchmarks.harness import cells
+from benchmarks.harness import cells, phases
 from benchmarks.harness.arms import STATIC_GRID, Arm, parse_arm, parse_arms, split
 from benchmarks.harness.cells import Cell, choose_prompts, run
 from benchmarks.harness.counters import TOTALS
@@ -263,6 +264,11 @@ def test_samples_are_drawn_only_above_temperature_zero():
         *itertools.starmap(Cell, [(1, 0, "code"), (8, 0, "code"), (1, 1, "code"), (8, 1, "code")]),
         *itertools.starmap(Cell, [(1, 1, "best-of-2"), (8, 1, "best-of-2")]),
     ]
+    args.cold = 2
+    assert choose_cells(args, tasks()) == [
+        *chosen,
+        *(cell._replace(phase="cold") for cell in chosen),
+    ]
     greedy = parse_args(["--temperatures", "0"])
     with pytest.raises(ValueError, match="above 0"):
         choose_cells(greedy, {"best-of-2": tasks()["best-of-2"]})
@@ -290,6 +296,7 @@ def test_smoke_only_changes_defaults():
         ["--warmup-tokens", "1"],
         ["--smoke", "--full"],
         ["--cooldown", "-1"],
+        ["--cold", "-1"],
     ],
 )
 def test_wrong_command_lines_are_refused(words, capsys):
@@ -298,34 +305,51 @@ def test_wrong_command_lines_are_refused(words, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
-    started: list[list[str]] = []
-    measured_cells: list[Cell] = []
-    broken = {"static:3-1-4"}
+class Bench:
+    """The benchmark with servers and runs that are made up.
+
+    Attributes:
+        started: the arms of each start.
+        profiles: what each start was given for the user's profiles.
+        served: the cell, the requests and the tokens of each run.
+        broken: arms that fail at batch 4.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[list[str]] = []
+        self.profiles: list[Path | None] = []
+        self.served: list[tuple[Cell, int, int]] = []
+        self.broken: set[str] = set()
+        monkeypatch.setattr(phases, "serving", self.serving)
+        monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
+        monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())
+        monkeypatch.setattr(cells, "run", self.run_one)
+        monkeypatch.setattr(cells, "play", lambda *words: [])
 
     @contextlib.contextmanager
-    def serving(arms, model, log_dir, flags, on_start, at_once):
-        started.append([arm.name for arm in arms])
+    def serving(self, arms, model, log_dir, flags, on_start, at_once, profiles):
+        self.started.append([arm.name for arm in arms])
+        self.profiles.append(profiles)
+        assert profiles is None or list(profiles.iterdir()) == []
         with on_start(arms):
             pass
         yield {arm.name: FakeServer(arm.name, arm.kind) for arm in arms}
 
-    def run_one(server, requests, cell, num_tokens):
-        measured_cells.append(cell)
-        if server.name in broken and cell.batch == 4:
+    def run_one(self, server, requests, cell, num_tokens):
+        self.served.append((cell, len(requests), num_tokens))
+        if server.name in self.broken and cell.batch == 4:
             raise ValueError("no moment at which all requests decoded")
         answer = Answer(times=[0.1, 1.1], counts=[1, num_tokens], verify_passes=8)
         return SPEEDS.get(server.kind, 20.0), [answer] * len(requests)
 
-    monkeypatch.setattr(bench_serving, "serving", serving)
-    monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
-    monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())
-    monkeypatch.setattr(cells, "run", run_one)
-    monkeypatch.setattr(cells, "play", lambda *words: [])
+
+def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
+    bench = Bench(monkeypatch)
+    bench.broken |= {"static:3-1-4"}
     words = "--arms plain,static,cast:auto,static:3-1-4 --profile p.json --at-once 3 --repeats 2"
     words += f" --out {tmp_path} --temperatures 0,1 --tokens 40 --batches"
     assert bench_serving.main([*words.split(), "1,2"]) == 0
-    assert started == [["plain", "static:5-4-8", "static:3-1-4"], ["plain", "cast:auto"]]
+    assert bench.started == [["plain", "static:5-4-8", "static:3-1-4"], ["plain", "cast:auto"]]
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["complete"] and content["provenance"]["profiles"] == {"cast:auto": "p.json"}
     assert len(content["rows"]) == 6 * 5
@@ -344,12 +368,13 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 * 6 * 5 - 5
 
     # The arm is well again: only its group is served, without the cell that was finished.
-    started.clear()
-    measured_cells.clear()
-    broken.clear()
+    bench.started.clear()
+    bench.served.clear()
+    bench.broken.clear()
     assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0
-    assert started == [["plain", "static:5-4-8", "static:3-1-4"]]
-    assert len(set(measured_cells)) == 5 and Cell(1, 0.0, "code") not in measured_cells
+    assert bench.started == [["plain", "static:5-4-8", "static:3-1-4"]]
+    measured_cells = {cell for cell, *_ in bench.served}
+    assert len(measured_cells) == 5 and Cell(1, 0.0, "code") not in measured_cells
     resumed = json.loads((tmp_path / "results.json").read_text())
     assert [run["complete"] for run in resumed["runs"]] == [True, True]
     assert len(resumed["rows"]) == 6 * 5 and not resumed["provenance"]["failures"]
@@ -362,13 +387,48 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
         (str(row["batch"]), row["arm"], str(row["vs_plain"])) for row in resumed["rows"]
     )
     # Of a run that is complete nothing is left to do; of another one nothing can be taken.
-    started.clear()
-    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0 and not started
+    bench.started.clear()
+    assert bench_serving.main([*words.split(), "1,4", "--resume"]) == 0 and not bench.started
     assert bench_serving.main([*words.split(), "1,2", "--resume"]) == 1
     assert "differs in batches" in capsys.readouterr().err
     # Where every arm fails, the run says so and ends.
-    broken |= {"plain", "static:5-4-8", "static:3-1-4", "cast:auto"}
+    bench.broken |= {"plain", "static:5-4-8", "static:3-1-4", "cast:auto"}
     assert bench_serving.main([*words.split(), "1,4", "--repeats", "1"]) == 1
     content = json.loads((tmp_path / "results.json").read_text())
     assert {row["batch"] for row in content["rows"]} == {1}
     assert len(content["provenance"]["failures"]) == 5
+
+
+def test_cold_cells_are_those_of_servers_started_for_them(tmp_path, monkeypatch, capsys):
+    bench = Bench(monkeypatch)
+    words = "--arms plain,static,cast:auto --profile p.json --repeats 1 --cold 2 --at-once 3"
+    words += f" --out {tmp_path} --tokens 40 --batches 1,4"
+    assert bench_serving.main(words.split()) == 0
+    # One start for all warm cells, then one for each cold cell and repeat.
+    assert bench.started == [["plain", "static:5-4-8", "cast:auto"]] * (1 + 2 * 2)
+    assert bench.profiles[0] is None and None not in bench.profiles[1:]
+    assert len(set(bench.profiles)) == 5 and not any(map(Path.exists, bench.profiles[1:]))
+    # Accept length is 40 / 8, so 100 steps are 500 tokens a place: 12 answers of 42.
+    cold = [taken for taken in bench.served if taken[0].phase == "cold"]
+    assert [taken[1:] for taken in cold] == [(12, 42)] * 6 + [(48, 42)] * 6
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["arm"], row["batch"], row["phase"]): row for row in content["rows"]}
+    assert len(rows) == len(content["rows"]) == 3 * 2 * 2
+    auto = rows["cast:auto", 4, "cold"]
+    assert (auto["vs_plain"], auto["vs_best_static"], len(auto["tok_s"])) == (3.0, 1.5, 2)
+    assert auto["steps_a_run"] == 12 * 8 and rows["plain", 1, "warm"]["tok_s"] == [10.0]
+    assert [(row["phase"], row["arm"]) for row in content["summary"]] == [
+        (phase, arm) for phase in ("warm", "cold") for arm in ("plain", "static:5-4-8", "cast:auto")
+    ]
+    assert content["provenance"]["cold"] == 2
+    assert content["provenance"]["cold_profiles"] == {"cast:auto": "p.json"}
+    assert "cold, tokens/s: plain 10.0" in capsys.readouterr().err
+
+    # An arm that fails cold is not started again, and its cold cells are missing.
+    bench.started.clear()
+    bench.broken |= {"cast:auto"}
+    assert bench_serving.main([*words.split(), "--repeats", "3"]) == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    failures = content["provenance"]["failures"]
+    assert [(lost["batch"], lost["phase"]) for lost in failures] == [(4, "warm"), (4, "cold")]
+    assert bench.started[-2:] == [["plain", "static:5-4-8", "cast:auto"], ["plain", "static:5-4-8"]]

@@ -46,3 +46,22 @@ def test_smoke(tmp_path):
     assert content["provenance"]["profiles"]["cast:auto"]
     with open(tmp_path / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_cold_smoke(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.bench_serving", "--smoke", "--out", str(tmp_path)]
+    command += ["--batches", "2", "--requests", "2", "--tokens", "32", "--cold", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 of 2 servers are up") == 2
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["arm"], row["phase"]): row for row in content["rows"]}
+    assert set(rows) == {
+        (arm, phase) for arm in ("plain", "cast:auto") for phase in ("warm", "cold")
+    }
+    plain, cast = rows["plain", "cold"], rows["cast:auto", "cold"]
+    assert len(cast["tok_s"]) == 1 and cast["vs_plain"] > 0 and cast["identical_to_plain"]
+    # Both served the same text, which is about a hundred steps of the arm that gains more a step.
+    assert plain["num_requests"] == cast["num_requests"] >= 3 * 2
+    assert 50 < cast["steps_a_run"] < 200 and cast["steps_a_run"] < plain["steps_a_run"]
+    assert content["provenance"]["cold_profiles"].keys() == {"cast:auto"}

@@ -109,13 +109,19 @@ def test_the_summary_is_a_geometric_mean_over_batches():
     assert summary["all", None]["vs_plain"] == pytest.approx(16 ** (1 / 3), abs=1e-4)
     assert as_table(rows).row_count == len(rows)
     assert summary_table(summarise(rows)).row_count == 3 * len(ARMS)
+    # Cold cells have a mean of their own.
+    cold = rows_of(Cell(1, 0.0, "t", "cold"), cast=5.0)
+    assert summarise([*rows, *cold])[: 3 * len(ARMS)] == summarise(rows)
+    assert [row["vs_plain"] for row in summarise([*rows, *cold]) if row["phase"] == "cold"] == [
+        *(1.0, 1.5, 2.0, 0.5)
+    ]
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=6))
 def test_the_summary_lies_between_the_cells(ratios):
     rows = [
-        {"arm": "x", "batch": batch, "temperature": 0, "task": "t", "vs_plain": value}
-        | {"vs_best_static": None}
+        {"arm": "x", "batch": batch, "temperature": 0, "task": "t", "phase": "warm"}
+        | {"vs_plain": value, "vs_best_static": None}
         for batch, value in enumerate(ratios)
     ]
     [summary] = summarise(rows)

@@ -36,7 +36,7 @@ from benchmarks.report.readme import (
     overview,
     results_shown,
 )
-from benchmarks.report.tables import headline, how_measured, in_short
+from benchmarks.report.tables import cold, headline, how_measured, in_short
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.profiles import save_profile
@@ -80,7 +80,7 @@ addEventListener("load", () => {
 </script>"""
 
 
-def result(name: str, batch: int) -> Result:
+def result(name: str, cell: Cell) -> Result:
     answer = Answer(
         times=[0.1, 0.2, 0.4],
         counts=[1, 12, 40],
@@ -89,22 +89,22 @@ def result(name: str, batch: int) -> Result:
         num_prompt_tokens=100,
     )
     totals = Counter(dict.fromkeys(TOTALS, 10.0) | {"drafts_accepted": 20.0, "predicted_us": 2e4})
-    speed = SPEEDS[name] * 40.0 * batch
-    return Result([speed, 1.1 * speed, 0.9 * speed], [answer] * batch, totals)
+    speed = SPEEDS[name] * 40.0 * cell.batch
+    if cell.phase == "cold" and name == "cast:auto":
+        speed /= 2  # it has learned nothing yet
+    return Result([speed, 1.1 * speed, 0.9 * speed], [answer] * cell.batch, totals)
 
 
 def rows_of(at_once: int = 8, batches: tuple[int, ...] = (1, 8)) -> list[dict]:
     groups = split(parse_arms(ARMS, "draft"), at_once)
-    cells = [Cell(b, t, task) for task, t in (("code", 0.0), ("chat", 0.8)) for b in batches]
+    workloads = (("code", 0.0, "warm"), ("chat", 0.8, "warm"), ("code", 0.0, "cold"))
+    cells = [Cell(b, t, task, phase) for task, t, phase in workloads for b in batches]
     return [
         row
         for cell in cells
         for row in as_rows(
             cell,
-            [
-                Group(arms, {arm.name: result(arm.name, cell.batch) for arm in arms})
-                for arms in groups
-            ],
+            [Group(arms, {arm.name: result(arm.name, cell) for arm in arms}) for arms in groups],
         )
     ]
 
@@ -115,7 +115,8 @@ def results(tmp_path):
     for is_complete in (True, False):
         ledger = Ledger(directory, ORIGIN, summarise)
         rows = rows_of()
-        ledger.put("all", rows if is_complete else rows[:8])
+        # Of the other one only a warm cell and the cold ones.
+        ledger.put("all", rows if is_complete else [*rows[:8], *rows[-16:]])
         ledger.close(is_complete)
     return directory / "results.json"
 
@@ -179,7 +180,8 @@ def test_ratios_that_an_older_file_lacks_are_formed_from_its_repeats():
 
 def test_groups_of_servers_give_the_same_tables_as_one(results):
     run = load_runs(results)[-1]
-    parted = run._replace(rows=normalised(rows_of(at_once=4)))
+    warm = [row for row in rows_of(at_once=4) if row["phase"] == "warm"]
+    parted = run._replace(rows=normalised(warm))
     assert {row["group"] for row in parted.rows} == {1, 2, 3}
     assert sum(row["arm"] == "plain" for row in parted.rows) == 4
     ours, theirs = (
@@ -201,6 +203,23 @@ def test_headlines_have_means(results):
     assert [line[0] for line in auto] == ["1", "8", "all"]
     assert auto[0][2:] == ("**72.0** (64.8 to 79.2)", "1.80x", "1.20x", "4.00")
     assert auto[2][2:] == ("", "1.80x", "1.20x", "")
+
+
+def test_fresh_servers_are_shown_beside_warm_ones(results):
+    run = latest(load_runs(results))
+    assert {row["phase"] for row in run.rows} == {"warm"}
+    [grid] = cold(run)
+    lines = {(line[0], line[1]): line[2:] for line in grid.rows}
+    assert len(lines) == 2 * len(ARMS)
+    assert lines["8", "CAST auto"] == (
+        *("288 (259 to 317)", "0.90x", "1.80x", "0.60x", "1.20x"),
+        "3",
+    )
+    assert lines["1", "EAGLE-3 3-1-4 (best static)"][1:5] == ("1.50x", "1.50x", "1.00x", "1.00x")
+    # Cold cells are in no other table, and a warm cell that is missing has no ratios.
+    assert cold(run._replace(cold=())) == []
+    [grid] = cold(run._replace(rows=[]))
+    assert {line[4] for line in grid.rows} == {"-"}
 
 
 def test_the_overview_has_a_column_for_each_batch_size_and_the_arms_that_matter(results):
