@@ -32,9 +32,11 @@ __all__ = ["AutoPolicy"]
 
 # Target passes that speculation may lose against plain decoding before it stops, at batch size 1:
 # more than chance takes, less than a second. In larger batches chance averages out, so the limit
-# falls with the root of the batch size.
+# falls with the root of the batch size. On simulated machines with hard text, 128 lost 1.3 % (error
+# 0.6) over 900 steps, and no limit at all 3.2 %; 8 gained 1.6 % (0.7).
 MAX_LOSS = 32.0
-# Share of the time of plain decoding that tries of speculation may lose.
+# Share of the time of plain decoding that tries of speculation may lose. On the same machines 0.003
+# lost 8 % where hard text becomes easy, and 0.03 gained 0.4 % (0.5) in all.
 PROBE_SHARE = 0.01
 
 
