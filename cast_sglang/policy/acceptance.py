@@ -50,7 +50,11 @@ _FORMAT = 3
 
 # Small, so that g adapts fast to an underconfident draft, whose trees stay small and yield little
 # data. An overconfident draft is corrected soon in any case, since many of its nodes are verified.
+# In its place 0.5, 8 and 32 changed the speed on simulated machines by -0.4, +0.2 and -0.1 %, with
+# standard errors of 0.6.
 PRIOR_WEIGHT = 2.0
+# Long enough for thousands of nodes and short enough to follow a change of text: 64 changed the
+# speed on simulated machines, with text that changes, by +0.7 % (standard error 0.4).
 HALF_LIFE = 256
 
 

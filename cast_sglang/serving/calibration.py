@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration"]
 
-# Once many outcomes are known, only one step in TEACH_EVERY teaches, and LEARN_AT_ONCE of them are
+# Once _MANY outcomes are known, only one step in TEACH_EVERY teaches, and LEARN_AT_ONCE of them are
 # learned together: between two passes of a model the code has left the caches, and most of the time
-# goes into fetching it.
+# goes into fetching it. On two cores learning one outcome took 0.26 ms, eight 0.46 ms, and making
+# the curves 0.24 ms, so this takes 0.04 ms a step in place of 0.5. On simulated machines it costs
+# no speed (+0.2 %, standard error 0.3), but would at the start: of the speed of the first 100
+# steps, eight together lost 0.5 % and sixteen 1.8 %.
 TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
 _MANY = 128

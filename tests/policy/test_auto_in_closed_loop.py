@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
@@ -148,20 +149,19 @@ class OneKind(Text):
         return np.zeros_like(super().kinds)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
-def test_a_batch_of_greedy_and_sampled_requests_gains_by_telling_them_apart(batch_size):
-    step_costs, gains = make_costs("compute", batch_size), []
-    for seed in range(4):
-        apart, together = (
-            run(
-                AutoPolicy(SIZES, LAYERS, True),
-                kind(batch_size, seed, 0.0, np.arange(batch_size) % 2 == 0),
-                step_costs,
-                batch_size,
-                400,
-                Acceptance(),
-            ).rate(50)
-            for kind in (Text, OneKind)
-        )
-        gains.append(apart / together)
-    assert np.mean(gains) > 1.0, gains
+def test_chances_of_a_batch_of_greedy_and_sampled_requests_are_right_of_both():
+    """By one curve for both they are too low of the greedy ones and too high of the others."""
+    errors = {}
+    for text_of in (Text, OneKind):
+        acceptance = Acceptance()
+        text = text_of(16, 1, 0.0, np.arange(16) % 2 == 0)
+        run(AutoPolicy(SIZES, LAYERS, True), text, make_costs("compute", 16), 16, 200, acceptance)
+        fresh = text_of(1000, 2, 0.0, np.arange(1000) % 2 == 0)
+        probs = fresh.children(1)
+        curve = acceptance.curve_at(1, torch.from_numpy(fresh.kinds))
+        chances = curve.chances(torch.from_numpy(probs[:, 0]).float()).numpy()
+        off = (chances - fresh.chances(probs, 1)[:, 0])[:, 0]
+        errors[text_of] = off[fresh.is_greedy].mean(), off[~fresh.is_greedy].mean()
+    # Over five seeds at most 0.05, against -0.10 and 0.06.
+    assert np.abs(errors[Text]).max() < 0.07, errors
+    assert errors[OneKind][0] < -0.08 and errors[OneKind][1] > 0.04, errors

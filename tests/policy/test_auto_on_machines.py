@@ -35,6 +35,27 @@ def test_a_wrong_table_costs_little_from_the_start(batch_size):
     assert min(plain) > 0.96, plain
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_text_that_becomes_hard_and_easy_again_is_followed(batch_size):
+    """The first 100 steps of a phase, and the rest of it, against the tree that is best for them.
+
+    That tree is another one in each phase, and known in hindsight only.
+    """
+    rates, whole = [], []
+    for machine in ("amd-170m", "gpu-64", "gpu-tiles"):
+        text = Text(batch_size, 3, lambda step: -1.0 if 300 <= step < 600 else 2.0)
+        policy = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True)
+        run = serve(policy, Machine(machine), text, batch_size, 900, Acceptance())
+        phases = (300, 400), (400, 600), (600, 700), (700, 900)
+        rates.append([run.rate_against_own(*phase) for phase in phases])
+        whole.append(run.rate())
+    # Over three seeds of text and machine the least were 0.81 and, in the mean of the machines,
+    # 0.86; of all steps together against one tree for all 0.94 in the mean.
+    assert np.min(rates) > 0.77, rates
+    assert (np.mean(rates, axis=0) > 0.83).all(), rates
+    assert np.mean(whole) > 0.9, whole
+
+
 def test_a_right_table_without_noise_is_served_as_well_as_it_can_be():
     policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(8, 3, 1.0)
     run = serve(policy, Machine("gpu-64", seed=None), text, 8, STEPS, Acceptance())
