@@ -130,17 +130,16 @@ class AutoPolicy(TreePolicy):
                 "batch_sizes": [2**octave // 2 + 1 if octave else 1, 2**octave],
                 "price": bucket.price,
                 "is_plain": bucket.is_plain,
-                "tokens": bucket.tokens / bucket.steps,  # of a step with a tree, per request
-                "units": bucket.time / bucket.steps,
+                "tokens": bucket.tokens,
+                "units": bucket.time,
+                "steps": bucket.steps,
                 "account": bucket.account,
             }
             for octave, bucket in sorted(self._buckets.items())
         ]
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Start from the prices that another object's `state()` returned.
-
-        They weigh as much as some steps, as does any first price.
+        """Go on from where another object's `state()` was.
 
         Raises:
             ValueError: `state` is not valid; nothing is changed then.
@@ -151,18 +150,16 @@ class AutoPolicy(TreePolicy):
         for row in state:
             try:
                 octave = (int(row["batch_sizes"][1]) - 1).bit_length()
-                tokens, units, account = (
-                    float(row[name]) for name in ("tokens", "units", "account")
-                )
-                is_plain = bool(row["is_plain"])
+                tokens, time, steps = (float(row[name]) for name in ("tokens", "units", "steps"))
+                account, is_plain = float(row["account"]), bool(row["is_plain"])
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise ValueError(f"prices: a row is damaged: {row!r:.80}") from error
-            if not (1.0 <= tokens < 1e6 and 0.0 < units < 1e6 and math.isfinite(account)):
+            is_known = all(0.0 < part < 1e6 for part in (tokens, time, steps))
+            if not (is_known and math.isfinite(account)):
                 raise ValueError(f"prices: a row is out of range: {row!r:.80}")
-            bucket = _Bucket(START_WEIGHT * tokens, START_WEIGHT * units, START_WEIGHT)
+            bucket = buckets[octave] = _Bucket(tokens, time, steps, is_plain=is_plain)
             bucket.max_account = MAX_LOSS / math.sqrt(2**octave)
-            bucket.account, bucket.is_plain = min(account, bucket.max_account), is_plain
-            buckets[octave] = bucket
+            bucket.account = min(account, bucket.max_account)
         self._buckets = buckets
 
     def weigh(self, weights: np.ndarray | None) -> None:

@@ -213,3 +213,45 @@ def test_a_turn_stays_within_the_envelope(sizes, layers, topk, expected):
     policy = AutoPolicy(sizes, layers)
     seen = [grown(policy, topk=topk) for _ in range(2 * FIRST)]
     assert seen[FIRST - 1] == expected
+
+
+# --- What outlives the policy ---
+
+
+def test_a_policy_goes_on_where_another_was():
+    first, second = AutoPolicy(SIZES, LAYERS), AutoPolicy(SIZES, LAYERS)
+    costs = make_costs("compute", 32)
+    for _ in range(100):
+        first.observe(1, 2.0, 1.5)
+        if first.speculate(32, costs):
+            first.observe(32, 0.1, 2.0)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for ours, theirs in zip(second.state(), first.state(), strict=True):
+        # Plain decoding is a candidate from the first step on.
+        assert {**ours, "price": None} == {**theirs, "price": None}
+    assert second.price(1) == pytest.approx(2.0, rel=0.05)
+    assert not second.speculate(32, costs)  # decoded plainly there
+    first.observe(1, 5.0, 1.5)
+    second.observe(1, 5.0, 1.5)
+    assert second.price(1) == first.price(1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"tokens": -1.0},
+        {"units": 0.0},
+        {"steps": float("nan")},
+        {"account": float("inf")},
+        {"batch_sizes": []},
+        {"is_plain": None, "tokens": "many"},
+    ],
+)
+def test_a_damaged_state_changes_nothing(damage):
+    policy = AutoPolicy(SIZES, LAYERS)
+    policy.observe(1, 2.0, 1.5)
+    before = policy.state()
+    for state in ([{**before[0], **damage}], [{}], 3, "text"):
+        with pytest.raises(ValueError, match="prices: "):
+            policy.load_state(state)
+    assert policy.state() == before
