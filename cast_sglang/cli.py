@@ -186,7 +186,7 @@ def _add_trace_commands(commands: Any) -> None:
     tune.set_defaults(run=lambda arguments, extra: _tune(arguments, extra, tune))
     replay.add_argument(
         "--policy",
-        choices=REPLAYED_POLICIES,
+        choices=tuple(REPLAYED_POLICIES),
         metavar="POLICY",
         help=f"{' | '.join(REPLAYED_POLICIES)} (default: as recorded)",
     )

@@ -31,9 +31,11 @@ __all__ = [
     "user_cache_dir",
 ]
 
-POLICIES = ("auto", "fixed", "eagle")
+# The policies by name, each with its class in `policy/`. The class is imported only when a policy
+# is made, because a launch checks names before it loads torch.
+POLICIES = {"auto": "auto.AutoPolicy", "fixed": "fixed.FixedPolicy", "eagle": "fixed.EaglePolicy"}
 # Policies that `cast-sglang replay` accepts.
-REPLAYED_POLICIES = (*POLICIES, "full-width")
+REPLAYED_POLICIES = {**POLICIES, "full-width": "full_width.FullWidthPolicy"}
 LOOKUPS = ("linear", "nearest")
 GRAPHS = ("all", "passes", "off")
 MAX_VERIFY_ROWS = 4096
@@ -123,7 +125,7 @@ class CastConfig:
         "auto",
         "choice",
         "how the draft tree is chosen",
-        choices=POLICIES,
+        choices=tuple(POLICIES),
         hints=dict.fromkeys(("full-width", "optimal"), _FULL_WIDTH),
     )
     c1: float = _price(4.0, "C1, price of breadth")

@@ -74,7 +74,7 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
     settings = PolicySettings(
         verify_sizes=tuple(header.verify_sizes),
         max_layers=header.num_steps,
-        max_verify_rows=header.num_draft_tokens,
+        num_draft_tokens=header.num_draft_tokens,
         extends_by_accepted=header.is_ragged,
         c1=c1,
         c2=c2,
