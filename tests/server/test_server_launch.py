@@ -14,14 +14,18 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.harness.pairs import ROOT, Pair
-from benchmarks.harness.servers import CPU_PLATFORM, device_kind, server_command
+from benchmarks.harness.pairs import Pair
+from benchmarks.harness.servers import CPU_PLATFORM, ServerError, device_kind, server_command
+from tests.support.launches import resolve
+from tests.support.preloaded import PreloadedServer, run
 from tests.support.profiles import write_profile
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 PREFIX = "cast-sglang: error: "
+# What SGLang logs when it begins to load a model.
+LOADS_WEIGHTS = "Load weight begin"
 # Processor time, as other work on the machine stretches the time on the clock.
 LAUNCH_CPU_SECONDS = 45.0
 
@@ -142,20 +146,13 @@ def launch(directory: Path, pair: Pair):
 
 
 @pytest.fixture(scope="module")
-def outcomes(launch) -> dict[str, tuple[int, str]]:
-    """Resolve all launches, each in a fork of one process, as SGLang takes seconds to import."""
-    everything = {"good": GOOD, **CASES}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "server" / "launches.py")],
-        input=json.dumps([launch(case) for case in everything.values()]),
-        env={**os.environ, **CPU_PLATFORM},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip(everything, results, strict=True))
+def outcomes(launch, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Resolve all launches; return the exit code and the output of each."""
+    logs = tmp_path_factory.mktemp("launch-logs")
+    return {
+        name: run(resolve, *launch(case), logs / name)
+        for name, case in {"good": GOOD, **CASES}.items()
+    }
 
 
 def assert_one_clear_line(stderr: str, says: tuple[str, ...]) -> None:
@@ -182,9 +179,18 @@ def test_a_bad_launch_says_why(outcomes, directory, name):
 
 
 @pytest.mark.parametrize("name", ["missing profile", "threshold flag out of range", "pages"])
-def test_a_bad_server_ends_soon(launch, name):
+def test_a_bad_server_ends_before_it_loads_a_model(launch, name, tmp_path):
     argv, env = launch(CASES[name])
-    assert_ends_soon(server_command(*argv), env, CASES[name].says)
+    with pytest.raises(ServerError, match="ended with exit code [^0]"):
+        PreloadedServer("bad", argv, tmp_path, env).__enter__()
+    log = (tmp_path / "bad.log").read_text()
+    assert_one_clear_line(log, CASES[name].says)
+    assert LOADS_WEIGHTS not in log
+
+
+def test_a_server_says_that_it_loads_a_model(plain):
+    """The test above looks for a line that there is."""
+    assert LOADS_WEIGHTS in plain.log_path.read_text()
 
 
 @pytest.mark.skipif(device_kind() == "cuda", reason="this machine has a GPU")
