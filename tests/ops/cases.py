@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,8 +49,9 @@ def layer(generator: torch.Generator, batch: int, width: int, topk: int, kind: s
     return LayerCase(parents, values(generator, shape, kind), tokens, start)
 
 
+@functools.cache
 def learned(seed: int) -> Acceptance:
-    """Return an acceptance map that has seen a draft model too sure of itself."""
+    """Return a map, not to be changed, that has seen a draft model too sure of itself."""
     acceptance, generator = Acceptance(), torch.Generator().manual_seed(seed)
     probs = torch.rand(600, generator=generator)
     accepted = torch.rand(600, generator=generator) < probs**1.5
