@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cast_sglang.costs.model import StepCosts, plain_units, step_units
-from cast_sglang.ops import reference
+from cast_sglang.ops import loops
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
@@ -158,7 +158,7 @@ def drafted(
     true: list[np.ndarray] = []
     probs = layer(1, 1)
     tokens = torch.zeros(batch_size, TOPK, dtype=torch.int64)
-    tree = DraftTree(tokens, probs, LAYERS, reference)
+    tree = DraftTree(tokens, probs, LAYERS, loops)
     widths: list[int] = []
     while tree.num_layers < tree.max_layers:
         frontier = tree.frontier()
