@@ -317,6 +317,8 @@ def test_a_whole_run_without_servers(tmp_path, monkeypatch, capsys):
         answer = Answer(times=[0.1, 1.1], counts=[1, num_tokens], verify_passes=8)
         return SPEEDS.get(server.kind, 20.0), [answer] * len(requests)
 
+    # A run of tests has a handler of its own.
+    monkeypatch.setattr(bench_serving, "exit_on_sigterm", lambda: None)
     monkeypatch.setattr(bench_serving, "serving", serving)
     monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
     monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())

@@ -24,6 +24,8 @@ def test_it_runs_as_a_script(tmp_path):
 
 def test_smoke(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(servers, "Server", PreloadedServer)
+    # A run of tests has a handler of its own.
+    monkeypatch.setattr(bench_serving, "exit_on_sigterm", lambda: None)
     argv = ["--smoke", "--out", str(tmp_path), "--temperatures", "0,1"]
     code = bench_serving.main([*argv, "--tasks", "code,best-of-2", "--requests", "2"])
     out, err = capsys.readouterr()
