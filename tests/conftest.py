@@ -15,18 +15,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # The workers of pytest-xdist share the cores, and so do their servers.
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A run that is cut short must not leave servers behind.
-    has_workers = bool(getattr(config.option, "numprocesses", None))
-    signal.signal(signal.SIGTERM, _end_workers if has_workers else _end)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    # Once: a second signal would cut the end of the servers short.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    pytest.exit("SIGTERM", returncode=pytest.ExitCode.INTERRUPTED)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let a run that is cut short by SIGTERM end its servers."""
+    has_workers = bool(getattr(session.config.option, "numprocesses", None))
 
+    def end(number: int, frame: FrameType | None) -> None:
+        if has_workers:  # this process would kill them if it ended before them
+            for worker in psutil.Process().children():
+                worker.terminate()
+            return
+        # Once: a second signal would cut the end of the servers short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Where what is raised here is caught, the run ends after the test.
+        session.shouldstop = "SIGTERM"
+        pytest.exit("SIGTERM", returncode=pytest.ExitCode.INTERRUPTED)
 
-def _end_workers(number: int, frame: FrameType | None) -> None:
-    """End each worker's run, and with them this one, which would kill them if it ended first."""
-    for worker in psutil.Process().children():
-        worker.terminate()
+    signal.signal(signal.SIGTERM, end)

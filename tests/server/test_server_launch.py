@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,8 +25,9 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 PREFIX = "cast-sglang: error: "
 # What SGLang logs when it begins to load a model.
 LOADS_WEIGHTS = "Load weight begin"
-# Processor time, as other work on the machine stretches the time on the clock.
-LAUNCH_CPU_SECONDS = 45.0
+# A launch that does not end is taken to be up. Importing SGLang takes 15 s of a core, and minutes
+# where other work shares it.
+END_SECONDS = 900
 
 
 class Case(NamedTuple):
@@ -201,30 +201,27 @@ def test_a_machine_without_a_gpu_is_told_of_the_cpu_platform(launch, command):
     start = server_command(*argv)
     if command != "sglang serve":
         start = [sys.executable, "-m", "sglang.launch_server", *argv]
-    assert_ends_soon(start, env, NO_DEVICE.says)
+    assert_ends_early(start, env, NO_DEVICE.says)
 
 
-def assert_ends_soon(command: list[str], env: Mapping[str, str], says: tuple[str, ...]) -> None:
-    """Start a server that cannot work; it ends with one clear line before it has done much."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def assert_ends_early(command: list[str], env: Mapping[str, str], says: tuple[str, ...]) -> None:
+    """Start a server that cannot work; it ends with one clear line before it loads a model."""
     server = subprocess.Popen(
         command,
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     try:
-        _, stderr = server.communicate(timeout=300)
+        output, _ = server.communicate(timeout=END_SECONDS)
     finally:
         # A server that comes up after all must not stay.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert server.returncode not in (0, None)
-    assert_one_clear_line(stderr, says)
-    used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert used < LAUNCH_CPU_SECONDS
+    assert_one_clear_line(output, says)
+    assert LOADS_WEIGHTS not in output
