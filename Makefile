@@ -18,8 +18,10 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/install
 demo: install ## plain, EAGLE-3 and CAST side by side on this machine, within ten minutes
 	$(PYTHON) -m examples.demo $(ARGS)
 
+# Two workers, each with servers of its own. A file's tests stay together, and files in their order:
+# the long ones, which start servers, come before many short ones.
 test: install ## all tests; some start real servers
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install ## lint, format and types
 	scripts/check

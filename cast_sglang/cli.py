@@ -61,6 +61,12 @@ files. Nodes show their tokens where the trace has them (--cast-trace-tokens) an
 given, else the numbers of the candidates.
 """
 
+# Of every command; an abbreviation could swallow a flag of SGLang.
+COMMAND: dict[str, Any] = {
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
@@ -68,10 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     A `CastError` becomes one line on stderr and exit code 2, like a bad flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    arguments, extra = _parser().parse_known_args(argv)
+    arguments, others = _parser().parse_known_args(argv)
+    if others and "refuse" in arguments:
+        arguments.refuse(f"unrecognized arguments: {' '.join(others)}")
+    arguments.server_argv = others
     arguments.command = shlex.join(["cast-sglang", *argv])
     try:
-        return arguments.run(arguments, extra)
+        return arguments.run(arguments)
     except CastError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -94,9 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure a cost profile of this machine and model pair",
         description=PROFILE_DESCRIPTION,
         usage="cast-sglang profile [--output FILE] [--quick] [--budget-seconds S] SGLANG_FLAGS...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An abbreviation could swallow a flag of SGLang.
-        allow_abbrev=False,
+        **COMMAND,
     )
     profile.add_argument(
         "--output",
@@ -115,9 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.set_defaults(run=_profile)
 
-    show = commands.add_parser(
-        "show", help="summarise and draw a cost profile, or compare two", allow_abbrev=False
-    )
+    about = "summarise and draw a cost profile, or compare two"
+    show = commands.add_parser("show", help=about, **COMMAND)
     show.add_argument("profile", type=Path, metavar="PROFILE")
     show.add_argument("second", type=Path, nargs="?", metavar="PROFILE2", help="compare with it")
     picture = show.add_mutually_exclusive_group()
@@ -128,15 +134,14 @@ def _parser() -> argparse.ArgumentParser:
         help="picture to write, .png or .svg (default: PROFILE's name, .png, in this directory)",
     )
     picture.add_argument("--no-plot", action="store_true", help="write no picture")
-    show.set_defaults(run=lambda arguments, extra: _show(arguments, extra, show))
+    show.set_defaults(run=_show, refuse=show.error)
 
     doctor = commands.add_parser(
         "doctor",
         help="check that machine, SGLang, model pair and cost profile fit together",
         description=DOCTOR_DESCRIPTION,
         usage="cast-sglang doctor [--json] [--cast-profile PATH] SGLANG_FLAGS...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **COMMAND,
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     doctor.add_argument(
@@ -150,21 +155,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_trace_commands(commands: Any) -> None:
-    formats: dict[str, Any] = {
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "allow_abbrev": False,
-    }
     replay = commands.add_parser(
         "replay",
         help="decide a recorded trace anew with any profile and policy",
         description=REPLAY_DESCRIPTION,
-        **formats,
+        **COMMAND,
     )
     tune = commands.add_parser(
         "tune",
         help="fit the thresholds of policy fixed to a trace",
         description=TUNE_DESCRIPTION,
-        **formats,
+        **COMMAND,
     )
     for command in (replay, tune):
         command.add_argument("trace", type=Path, metavar="TRACE")
@@ -182,11 +183,11 @@ def _add_trace_commands(commands: Any) -> None:
         )
         command.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
-    replay.set_defaults(run=lambda arguments, extra: _replay(arguments, extra, replay))
-    tune.set_defaults(run=lambda arguments, extra: _tune(arguments, extra, tune))
+    replay.set_defaults(run=_replay, refuse=replay.error)
+    tune.set_defaults(run=_tune, refuse=tune.error)
     replay.add_argument(
         "--policy",
-        choices=REPLAYED_POLICIES,
+        choices=tuple(REPLAYED_POLICIES),
         metavar="POLICY",
         help=f"{' | '.join(REPLAYED_POLICIES)} (default: as recorded)",
     )
@@ -203,12 +204,12 @@ def _add_trace_commands(commands: Any) -> None:
         metavar="N",
         help="steps replayed, in stretches from all over a longer trace (default: 400)",
     )
-    trace = commands.add_parser("trace", help="look at a trace", allow_abbrev=False)
+    trace = commands.add_parser("trace", help="look at a trace", **COMMAND)
     show = trace.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "show",
         help="draw draft trees and the course of the run",
         description=TRACE_SHOW_DESCRIPTION,
-        **formats,
+        **COMMAND,
     )
     show.add_argument("trace", type=Path, metavar="TRACE")
     show.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
@@ -221,10 +222,10 @@ def _add_trace_commands(commands: Any) -> None:
         "--requests", metavar="LIST", help="requests to draw, such as 0,2 (default: the first)"
     )
     show.add_argument("--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer")
-    show.set_defaults(run=lambda arguments, extra: _trace_show(arguments, extra, show))
+    show.set_defaults(run=_trace_show, refuse=show.error)
 
 
-def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
+def _profile(arguments: argparse.Namespace) -> int:
     # Imported here, because it loads SGLang, which takes seconds and which `show` does not need.
     from cast_sglang.serving.profiling.command import profile_server
 
@@ -232,7 +233,7 @@ def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
         QUICK_BUDGET_SECONDS if arguments.quick else BUDGET_SECONDS
     )
     summary = profile_server(
-        server_argv,
+        arguments.server_argv,
         output=arguments.output and str(arguments.output.expanduser()),
         quick=arguments.quick,
         budget_seconds=budget,
@@ -249,9 +250,7 @@ def _profile(arguments: argparse.Namespace, server_argv: list[str]) -> int:
     return 0
 
 
-def _show(arguments: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser) -> int:
-    if extra:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+def _show(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cast_sglang.costs.profiles import load_profile
@@ -272,10 +271,10 @@ def _show(arguments: argparse.Namespace, extra: list[str], parser: argparse.Argu
     return 0
 
 
-def _doctor(arguments: argparse.Namespace, server_argv: list[str]) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from cast_sglang.serving.launch.doctor import examine
 
-    diagnosis = examine(server_argv, cast_profile=arguments.cast_profile)
+    diagnosis = examine(arguments.server_argv, cast_profile=arguments.cast_profile)
     if arguments.json:
         print(diagnosis.as_json(), flush=True)
     else:
@@ -285,11 +284,7 @@ def _doctor(arguments: argparse.Namespace, server_argv: list[str]) -> int:
     return diagnosis.exit_code
 
 
-def _replay(
-    arguments: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser
-) -> int:
-    if extra:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+def _replay(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     thresholds = {
@@ -306,9 +301,7 @@ def _replay(
     return 0
 
 
-def _tune(arguments: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser) -> int:
-    if extra:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+def _tune(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -346,11 +339,7 @@ def _session(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _trace_show(
-    arguments: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser
-) -> int:
-    if extra:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+def _trace_show(arguments: argparse.Namespace) -> int:
     from cast_sglang.report.trace_page import write_gallery
     from cast_sglang.trace.file import read_trace
 

@@ -9,6 +9,7 @@ Only this module reads the environment of the package, except for the variables 
 CPU platform reads those itself, because SGLang activates platforms before it parses flags.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -27,14 +28,16 @@ __all__ = [
     "POLICIES",
     "REPLAYED_POLICIES",
     "CastConfig",
-    "FlagSpec",
-    "flag_specs",
+    "add_flags",
+    "given_flags",
     "user_cache_dir",
 ]
 
-POLICIES = ("auto", "fixed", "eagle")
+# The policies by name, each with its class in `policy/`. The class is imported only when a policy
+# is made, because a launch checks names before it loads torch.
+POLICIES = {"auto": "auto.AutoPolicy", "fixed": "fixed.FixedPolicy", "eagle": "fixed.EaglePolicy"}
 # Policies that `cast-sglang replay` accepts.
-REPLAYED_POLICIES = (*POLICIES, "full-width")
+REPLAYED_POLICIES = {**POLICIES, "full-width": "full_width.FullWidthPolicy"}
 LOOKUPS = ("linear", "nearest")
 PENDING = "pending"  # `profile` of the engine that measures one; not for users
 GRAPHS = ("all", "passes", "off")
@@ -46,22 +49,6 @@ _CONFIG_KEY = "config"
 _MAX_FILE_BYTES = 1 << 20
 _TRUE_WORDS = ("1", "true", "yes", "on")
 _FALSE_WORDS = ("0", "false", "no", "off")
-
-
-class FlagSpec(NamedTuple):
-    """One launch flag, for the server's argument parser.
-
-    The parser passes the flag's text on unchanged (argparse `default=None`, no `type`).
-    `CastConfig.load` parses and checks it, so a bad value gives the same message from any source.
-    """
-
-    key: str  # name in a file and in `overrides`: "c1"
-    flag: str  # "--cast-c1"
-    dest: str  # "cast_c1"
-    help: str
-    metavar: str
-    choices: tuple[str, ...] | None
-    is_switch: bool  # takes no value: argparse action "store_true", default None
 
 
 class _Knob(NamedTuple):
@@ -125,7 +112,7 @@ class CastConfig:
         "auto",
         "choice",
         "how the draft tree is chosen",
-        choices=POLICIES,
+        choices=tuple(POLICIES),
         hints=dict.fromkeys(("full-width", "optimal"), _FULL_WIDTH),
     )
     c1: float = _price(4.0, "C1, price of breadth")
@@ -241,18 +228,30 @@ class CastConfig:
         return cls(**{key: _checked(knobs[key], *pair) for key, pair in sources.items()})
 
 
-def flag_specs() -> list[FlagSpec]:
-    """List every `--cast-*` flag, in the order of the fields, `--cast-config` first."""
-    config = FlagSpec(
-        key=_CONFIG_KEY,
-        flag="--cast-config",
-        dest="cast_config",
-        help="TOML or JSON file with CAST settings (keys in lower case)",
-        metavar="FILE",
-        choices=None,
-        is_switch=False,
-    )
-    return [config, *(_flag_spec(key, knob) for key, knob in _knobs().items())]
+def add_flags(parser: argparse._ActionsContainer) -> None:
+    """Add every `--cast-*` flag, in the order of the fields, `--cast-config` first.
+
+    The parser passes a flag's text on unchanged. `CastConfig.load` parses and checks it, so a bad
+    value gives the same message from any source.
+    """
+    about = "TOML or JSON file with CAST settings (keys in lower case)"
+    parser.add_argument("--cast-config", default=None, metavar="FILE", help=about)
+    for field in dataclasses.fields(CastConfig):
+        knob: _Knob = field.metadata["knob"]
+        default = field.default
+        shown = "auto" if default is None else "off" if default is False else default
+        options: dict[str, Any] = {"metavar": field.name.upper()}
+        if knob.kind == "switch":
+            options = {"action": "store_true"}
+        elif knob.kind == "sizes":
+            options = {"metavar": "M,N,..."}
+        flag = f"--cast-{field.name.replace('_', '-')}"
+        parser.add_argument(flag, default=None, help=f"{knob.help} (default: {shown})", **options)
+
+
+def given_flags(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the `--cast-*` flags by key; None where not given."""
+    return {key: getattr(namespace, f"cast_{key}", None) for key in (_CONFIG_KEY, *_knobs())}
 
 
 def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -266,20 +265,6 @@ def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 def _knobs() -> dict[str, _Knob]:
     return {field.name: field.metadata["knob"] for field in dataclasses.fields(CastConfig)}
-
-
-def _flag_spec(key: str, knob: _Knob) -> FlagSpec:
-    default = next(field.default for field in dataclasses.fields(CastConfig) if field.name == key)
-    shown = "auto" if default is None else "off" if default is False else default
-    return FlagSpec(
-        key=key,
-        flag=f"--cast-{key.replace('_', '-')}",
-        dest=f"cast_{key}",
-        help=f"{knob.help} (default: {shown})",
-        metavar="M,N,..." if knob.kind == "sizes" else key.upper(),
-        choices=knob.choices or None,
-        is_switch=knob.kind == "switch",
-    )
 
 
 def _flag_name(key: str) -> str:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.config import POLICIES, CastConfig, flag_specs, user_cache_dir
+from cast_sglang.config import POLICIES, CastConfig, add_flags, given_flags, user_cache_dir
 from cast_sglang.errors import ConfigError
+
+FIELDS = [field.name for field in dataclasses.fields(CastConfig)]
 
 
 def load(overrides=None, **environ):
@@ -170,7 +172,7 @@ json_values = st.recursive(
 
 
 @settings(deadline=None)
-@given(st.sampled_from([spec.key for spec in flag_specs() if spec.key != "config"]), json_values)
+@given(st.sampled_from(FIELDS), json_values)
 def test_any_value_is_accepted_or_a_config_error(key, value):
     try:
         config = CastConfig.load({key: value}, {})
@@ -181,20 +183,14 @@ def test_any_value_is_accepted_or_a_config_error(key, value):
         assert CastConfig(**{key: getattr(config, key)}) == config
 
 
-def test_flag_table_drives_a_parser():
+def test_every_setting_is_a_flag():
     parser = argparse.ArgumentParser()
-    for spec in flag_specs():
-        if spec.is_switch:
-            parser.add_argument(spec.flag, dest=spec.dest, action="store_true", default=None)
-        else:
-            parser.add_argument(spec.flag, dest=spec.dest, metavar=spec.metavar, help=spec.help)
+    add_flags(parser)
     parsed = parser.parse_args(["--cast-c1", "2", "--cast-allow-foreign-profile"])
-    config = load({spec.key: getattr(parsed, spec.dest) for spec in flag_specs()})
-    assert config == CastConfig(c1=2.0, allow_foreign_profile=True)
-    assert load({spec.key: None for spec in flag_specs()}) == CastConfig()
+    assert load(given_flags(parsed)) == CastConfig(c1=2.0, allow_foreign_profile=True)
+    nothing = given_flags(parser.parse_args([]))
+    assert list(nothing) == ["config", *FIELDS] and set(nothing.values()) == {None}
     parser.format_help()
-    fields = [field.name for field in dataclasses.fields(CastConfig)]
-    assert [spec.key for spec in flag_specs()] == ["config", *fields]
 
 
 def test_user_cache_dir(tmp_path):

@@ -1,11 +1,13 @@
 """The examples of CONTRIBUTING.md work: a policy and a drafter, each in one file."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import torch
 
-from cast_sglang.policy import build
+from cast_sglang.config import REPLAYED_POLICIES
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.trace.replay import Replay
@@ -24,13 +26,13 @@ def example(name: str) -> str:
 
 
 def test_the_policy_of_the_example_serves_and_is_replayed(monkeypatch):
-    names: dict = {}
-    exec(example("policy"), names)
-    entry = eval("{" + example("factory") + "}", names)
-    for name, builder in entry.items():
-        monkeypatch.setitem(build._BUILDERS, name, builder)
+    entry = eval("{" + example("line") + "}")
+    [(name, home)] = entry.items()
+    module = types.ModuleType(f"cast_sglang.policy.{home.partition('.')[0]}")
+    exec(example("policy"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(REPLAYED_POLICIES, name, home)
     settings = PolicySettings(tuple(range(2, TOKENS + 1)), LAYERS, TOKENS, False, c3=1.0)
-    [name] = entry
 
     def made() -> TreePolicy:
         return build_policy(name, settings)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from cast_sglang.config import CastConfig, flag_specs
+from cast_sglang.config import CastConfig, add_flags, given_flags
 from cast_sglang.errors import CastError
 
 _SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
@@ -44,16 +44,7 @@ def register() -> None:
 
 
 def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("CAST (--speculative-algorithm CAST)")
-    for spec in flag_specs():
-        if spec.is_switch:
-            group.add_argument(
-                spec.flag, dest=spec.dest, action="store_true", default=None, help=spec.help
-            )
-        else:
-            group.add_argument(
-                spec.flag, dest=spec.dest, metavar=spec.metavar, default=None, help=spec.help
-            )
+    add_flags(parser.add_argument_group("CAST (--speculative-algorithm CAST)"))
 
 
 def _export_flags(*args: Any, **kwargs: Any) -> None:
@@ -61,7 +52,7 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     namespace = next(
         arg for arg in (*args, *kwargs.values()) if isinstance(arg, argparse.Namespace)
     )
-    given = {spec.key: getattr(namespace, spec.dest, None) for spec in flag_specs()}
+    given = given_flags(namespace)
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
         from cast_sglang.serving.launch.arguments import (

@@ -3,7 +3,7 @@
 Everything recorded is a number the host already holds, so recording never waits for the device.
 """
 
-import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,47 +16,49 @@ if TYPE_CHECKING:
 
 __all__ = ["StepStats"]
 
+# Sums over steps, each with the name and the help of its Prometheus counter, if it has one. "nodes"
+# and "drafts" are summed over the requests of each step; a counter of time is in seconds.
+_TOTALS = {
+    "steps": ("steps", "Decoding steps."),
+    "plain_steps": None,  # steps that drafted nothing
+    "requests": None,
+    "layers_grown": ("layers_grown", "Draft layers grown."),
+    "nodes_drafted": ("nodes_drafted", "Draft nodes proposed."),
+    "nodes_verified": ("nodes_verified", "Rows verified by the target, roots included."),
+    "accepted_requests": None,
+    "drafts_accepted": ("drafts_accepted", "Draft tokens accepted, bonus tokens excluded."),
+    "timed_steps": None,
+    "predicted_us": ("step_seconds_predicted", "Predicted time of steps that were measured."),
+    "measured_us": ("step_seconds_measured", "Measured time of steps that were predicted."),
+    "policy_us": ("policy_seconds", "Host time spent choosing trees."),
+}
 
-@dataclasses.dataclass(slots=True)
-class _Totals:
-    """Sums over steps; "nodes" and "drafts" are summed over the requests of each step."""
 
-    steps: int = 0
-    plain_steps: int = 0  # that drafted nothing
-    requests: int = 0
-    layers_grown: int = 0
-    nodes_drafted: int = 0
-    nodes_verified: int = 0
-    accepted_requests: int = 0
-    drafts_accepted: int = 0
-    timed_steps: int = 0
-    predicted_us: float = 0.0
-    measured_us: float = 0.0
-    policy_us: float = 0.0
+def _summary(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return means and ratios; nan where nothing was recorded."""
 
-    def minus(self, other: "_Totals") -> "_Totals":
-        fields = (field.name for field in dataclasses.fields(self))
-        return _Totals(**{name: getattr(self, name) - getattr(other, name) for name in fields})
+    def ratio(part: str, whole: str) -> float:
+        return totals[part] / totals[whole] if totals[whole] else math.nan
 
-    def summary(self) -> dict[str, float]:
-        """Return means and ratios; nan where nothing was recorded."""
-        # Each request adds one bonus token and verifies one root; neither is a draft.
-        mean_accept_len = 1 + _ratio(self.drafts_accepted, self.accepted_requests)
-        return {
-            "mean_batch_size": _ratio(self.requests, self.steps),
-            "mean_layers": _ratio(self.layers_grown, self.steps),
-            "mean_nodes_drafted": _ratio(self.nodes_drafted, self.requests),
-            "mean_verify_rows": _ratio(self.nodes_verified, self.requests),
-            "mean_accept_len": mean_accept_len,
-            "accept_rate": _ratio(self.drafts_accepted, self.nodes_verified - self.requests),
-            "mean_predicted_us": _ratio(self.predicted_us, self.timed_steps),
-            "mean_measured_us": _ratio(self.measured_us, self.timed_steps),
-            "predicted_to_measured": _ratio(self.predicted_us, self.measured_us),
-            "mean_policy_us": _ratio(self.policy_us, self.steps),
-            "policy_share": _ratio(
-                _ratio(self.policy_us, self.steps), _ratio(self.measured_us, self.timed_steps)
-            ),
-        }
+    # Each request adds one bonus token and verifies one root; neither is a draft.
+    num_nodes = totals["nodes_verified"] - totals["requests"]
+    mean_policy_us, mean_measured_us = (
+        ratio("policy_us", "steps"),
+        ratio("measured_us", "timed_steps"),
+    )
+    return {
+        "mean_batch_size": ratio("requests", "steps"),
+        "mean_layers": ratio("layers_grown", "steps"),
+        "mean_nodes_drafted": ratio("nodes_drafted", "requests"),
+        "mean_verify_rows": ratio("nodes_verified", "requests"),
+        "mean_accept_len": 1 + ratio("drafts_accepted", "accepted_requests"),
+        "accept_rate": totals["drafts_accepted"] / num_nodes if num_nodes else math.nan,
+        "mean_predicted_us": ratio("predicted_us", "timed_steps"),
+        "mean_measured_us": mean_measured_us,
+        "predicted_to_measured": ratio("predicted_us", "measured_us"),
+        "mean_policy_us": mean_policy_us,
+        "policy_share": mean_policy_us / mean_measured_us if mean_measured_us else math.nan,
+    }
 
 
 class StepStats:
@@ -76,8 +78,8 @@ class StepStats:
         metric_labels: Mapping[str, str] | None = None,
         registry: "CollectorRegistry | None" = None,
     ) -> None:
-        self._totals = _Totals()
-        self._logged = _Totals()
+        self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
+        self._logged = dict(self._totals)
         self._accept_lens: Counter[int] = Counter()
         self._labels = metric_labels
         self._registry = registry
@@ -102,21 +104,16 @@ class StepStats:
             policy_us: host time spent choosing the trees and learning for it, in microseconds; not
                 that of scoring and ranking candidates, which every tree needs.
         """
-        totals = self._totals
-        totals.steps += 1
-        totals.requests += batch_size
-        totals.layers_grown += num_layers
-        totals.nodes_drafted += batch_size * num_draft_nodes
-        nodes_verified = round(batch_size * num_verify_rows)
-        totals.nodes_verified += nodes_verified
-        totals.plain_steps += num_layers == 0
-        totals.policy_us += policy_us
+        self._count(
+            steps=1,
+            plain_steps=int(num_layers == 0),
+            requests=batch_size,
+            layers_grown=num_layers,
+            nodes_drafted=batch_size * num_draft_nodes,
+            nodes_verified=round(batch_size * num_verify_rows),
+            policy_us=policy_us,
+        )
         if metrics := self._exported():
-            metrics.steps.inc()
-            metrics.layers_grown.inc(num_layers)
-            metrics.nodes_drafted.inc(batch_size * num_draft_nodes)
-            metrics.nodes_verified.inc(nodes_verified)
-            metrics.policy_seconds.inc(policy_us / 1e6)
             metrics.last_layers.set(num_layers)
             metrics.last_verify_rows.set(num_verify_rows)
 
@@ -127,24 +124,16 @@ class StepStats:
             accept_lens: tokens gained per request, bonus included, each >= 1; host integers.
         """
         lens = list(accept_lens)
-        num_drafts = sum(lens) - len(lens)
         for length in lens:  # a Counter of a few takes ten times as long
             self._accept_lens[length] += 1
-        self._totals.accepted_requests += len(lens)
-        self._totals.drafts_accepted += num_drafts
+        self._count(accepted_requests=len(lens), drafts_accepted=sum(lens) - len(lens))
         if metrics := self._exported():
-            metrics.drafts_accepted.inc(num_drafts)
             for length, count in Counter(lens).items():
                 metrics.accept_len(length).inc(count)
 
     def record_time(self, predicted_us: float, measured_us: float) -> None:
         """Count the predicted and the measured time of one step, in microseconds."""
-        self._totals.timed_steps += 1
-        self._totals.predicted_us += predicted_us
-        self._totals.measured_us += measured_us
-        if metrics := self._exported():
-            metrics.predicted_seconds.inc(predicted_us / 1e6)
-            metrics.measured_seconds.inc(measured_us / 1e6)
+        self._count(timed_steps=1, predicted_us=predicted_us, measured_us=measured_us)
 
     def record_residuals(self, residuals: "Iterable[Residual]") -> None:
         """Export how far each bucket of the cost tables is off."""
@@ -157,26 +146,31 @@ class StepStats:
 
         Means and ratios are None where nothing was recorded, so that the result is valid JSON.
         """
-        summary = {
-            name: None if math.isnan(value) else value
-            for name, value in self._totals.summary().items()
-        }
+        summary = _summary(self._totals).items()
+        known = {name: None if math.isnan(value) else value for name, value in summary}
         histogram = {str(length): count for length, count in sorted(self._accept_lens.items())}
-        return {**dataclasses.asdict(self._totals), **summary, "accept_lens": histogram}
+        return {**self._totals, **known, "accept_lens": histogram}
 
     def log_line(self) -> str:
         """Summarise the steps since the previous call in one line."""
-        recent = self._totals.minus(self._logged)
-        self._logged = dataclasses.replace(self._totals)
-        mean = recent.summary()
+        recent = {name: total - self._logged[name] for name, total in self._totals.items()}
+        self._logged = dict(self._totals)
+        mean = _summary(recent)
         return (
-            f"CAST: {recent.steps} steps, batch {mean['mean_batch_size']:.1f}, "
+            f"CAST: {recent['steps']} steps, batch {mean['mean_batch_size']:.1f}, "
             f"layers {mean['mean_layers']:.2f}, drafted {mean['mean_nodes_drafted']:.1f}, "
             f"verified {mean['mean_verify_rows']:.1f}, accept len {mean['mean_accept_len']:.2f}, "
             f"step {mean['mean_measured_us'] / 1e3:.2f} ms "
             f"(predicted {mean['mean_predicted_us'] / 1e3:.2f}), "
             f"policy {mean['mean_policy_us']:.0f} us"
         )
+
+    def _count(self, **amounts: float) -> None:
+        metrics = self._exported()
+        for name, amount in amounts.items():
+            self._totals[name] += amount
+            if metrics and name in metrics.totals:
+                metrics.totals[name].inc(amount / 1e6 if name.endswith("_us") else amount)
 
     def _exported(self) -> "_Metrics | None":
         if self._metrics is None and self._labels is not None:
@@ -194,56 +188,41 @@ class _Metrics:
     def __init__(self, labels: Mapping[str, str], registry: "CollectorRegistry | None") -> None:
         import prometheus_client
 
-        registry = prometheus_client.REGISTRY if registry is None else registry
+        options: dict[str, Any] = {"registry": registry or prometheus_client.REGISTRY}
 
-        def counter(name: str, help: str) -> Any:
-            metric = prometheus_client.Counter(name, help, labels.keys(), registry=registry)
-            return metric.labels(**labels)
+        def counter(name: str, help: str, *more: str) -> Any:
+            name = f"cast:{name}_total"
+            return prometheus_client.Counter(name, help, [*labels, *more], **options)
 
-        def gauge(name: str, help: str) -> Any:
-            metric = prometheus_client.Gauge(
-                name, help, labels.keys(), registry=registry, multiprocess_mode="livemostrecent"
+        def gauge(name: str, help: str, *more: str) -> Any:
+            return prometheus_client.Gauge(
+                f"cast:{name}",
+                help,
+                [*labels, *more],
+                multiprocess_mode="livemostrecent",
+                **options,
             )
-            return metric.labels(**labels)
 
-        self.steps = counter("cast:steps_total", "Decoding steps.")
-        self.layers_grown = counter("cast:layers_grown_total", "Draft layers grown.")
-        self.nodes_drafted = counter("cast:nodes_drafted_total", "Draft nodes proposed.")
-        self.nodes_verified = counter(
-            "cast:nodes_verified_total", "Rows verified by the target, roots included."
-        )
-        self.drafts_accepted = counter(
-            "cast:drafts_accepted_total", "Draft tokens accepted, bonus tokens excluded."
-        )
-        self.predicted_seconds = counter(
-            "cast:step_seconds_predicted_total", "Predicted time of steps that were measured."
-        )
-        self.measured_seconds = counter(
-            "cast:step_seconds_measured_total", "Measured time of steps that were predicted."
-        )
-        self.policy_seconds = counter(
-            "cast:policy_seconds_total", "Host time spent choosing trees."
-        )
-        self.last_layers = gauge("cast:layers", "Draft layers grown in the last step.")
-        self.last_verify_rows = gauge(
-            "cast:verify_rows", "Rows per request that the target verified in the last step."
-        )
+        exported = {field: metric for field, metric in _TOTALS.items() if metric is not None}
+        self.totals = {
+            field: counter(*metric).labels(**labels) for field, metric in exported.items()
+        }
+        layers = gauge("layers", "Draft layers grown in the last step.")
+        rows = gauge("verify_rows", "Rows per request that the target verified in the last step.")
+        self.last_layers, self.last_verify_rows = layers.labels(**labels), rows.labels(**labels)
         # A counter per length, not a histogram: a histogram observes one request at a time.
-        self._accept_lens = prometheus_client.Counter(
-            "cast:accept_lens_total",
-            "Requests by tokens gained in a step, bonus included.",
-            [*labels, "accept_len"],
-            registry=registry,
+        lens = counter(
+            "accept_lens", "Requests by tokens gained in a step, bonus included.", "accept_len"
         )
-        self._cost_ratios = prometheus_client.Gauge(
-            "cast:cost_ratio",
+        self.accept_len = functools.cache(
+            lambda length: lens.labels(**labels, accept_len=str(length))
+        )
+        self._cost_ratios = gauge(
+            "cost_ratio",
             "Measured over tabulated time of a pass; 1 is a table that holds.",
-            [*labels, "operation", "batch_sizes", "tokens"],
-            registry=registry,
-            multiprocess_mode="livemostrecent",
+            *("operation", "batch_sizes", "tokens"),
         )
-        self._labels = dict(labels)
-        self._accept_len_children: dict[int, Any] = {}
+        self._labels = labels
 
     def cost_ratio(self, residual: "Residual") -> Any:
         return self._cost_ratios.labels(
@@ -252,14 +231,3 @@ class _Metrics:
             batch_sizes="{}-{}".format(*residual.batch_sizes),
             tokens="{}-{}".format(*residual.tokens),
         )
-
-    def accept_len(self, length: int) -> Any:
-        child = self._accept_len_children.get(length)
-        if child is None:
-            child = self._accept_lens.labels(**self._labels, accept_len=str(length))
-            self._accept_len_children[length] = child
-        return child
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan

@@ -28,7 +28,7 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, StepCosts, pass_us, step_units
 from cast_sglang.costs.schema import CostTables
 from cast_sglang.errors import TraceError
-from cast_sglang.ops import reference
+from cast_sglang.ops import loops
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
@@ -74,7 +74,7 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
     settings = PolicySettings(
         verify_sizes=tuple(header.verify_sizes),
         max_layers=header.num_steps,
-        max_verify_rows=header.num_draft_tokens,
+        num_draft_tokens=header.num_draft_tokens,
         extends_by_accepted=header.is_ragged,
         c1=c1,
         c2=c2,
@@ -274,7 +274,7 @@ class Replay:
         nodes, scored, chances = self._children(recorded, first, depth=1)
         probs = torch.from_numpy(scored).view(batch_size, -1)
         tokens = torch.from_numpy(nodes).view(batch_size, -1)
-        tree = DraftTree(tokens, probs, header.num_steps, reference)
+        tree = DraftTree(tokens, probs, header.num_steps, loops)
         grown.add(nodes, chances, np.ones((batch_size, 1)))
         while (width := decider.width(tree.frontier().scores)) is not None:
             frontier = tree.frontier()

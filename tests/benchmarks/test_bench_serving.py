@@ -320,6 +320,8 @@ class Bench:
         self.profiles: list[Path | None] = []
         self.served: list[tuple[Cell, int, int]] = []
         self.broken: set[str] = set()
+        # A run of tests has a handler of its own.
+        monkeypatch.setattr(bench_serving, "exit_on_sigterm", lambda: None)
         monkeypatch.setattr(phases, "serving", self.serving)
         monkeypatch.setattr(bench_serving, "choose_pair", lambda args: (Pair("a/t", "a/d"), "note"))
         monkeypatch.setattr(bench_serving, "load_tasks", lambda args, pair: tasks())

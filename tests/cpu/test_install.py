@@ -1,8 +1,6 @@
 """The seams of SGLang that the platform stands on, and what stands there once it is installed."""
 
 import inspect
-import os
-import subprocess
 import sys
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -12,10 +10,12 @@ import torch
 
 pytest.importorskip("sglang")
 
-from cast_sglang.cpu import install
+from benchmarks.harness.servers import CPU_PLATFORM
+from cast_sglang.cpu import install, sampling
 from cast_sglang.cpu.attention import CastCpuAttnBackend, CastCpuMultiStepDraftBackend
-from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
+from cast_sglang.cpu.names import ATTENTION_BACKEND
 from tests.support.kv_pools import make_pool
+from tests.support.preloaded import run
 
 
 @pytest.mark.parametrize("target", install.REPLACED)
@@ -26,29 +26,24 @@ def test_replaced_functions_exist_and_take_the_same_arguments(target):
     assert list(inspect.signature(install.REPLACED[target]).parameters) == wanted
 
 
+def look_at_a_model_process(argv):
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.speculative import eagle_utils, eagle_worker_common, eagle_worker_v2
+
+    assert ATTENTION_BACKEND in ATTENTION_BACKENDS
+    assert eagle_utils.top_k_renorm_prob is sampling.top_k_renorm
+    sampler = sampling.tree_speculative_sampling
+    assert eagle_utils.tree_speculative_sampling_target_only is sampler
+    assert eagle_worker_v2.DraftBackendFactory is install.CastCpuDraftBackendFactory
+    assert inspect.unwrap(eagle_utils.verify_tree_greedy_func).__module__.startswith("sglang")
+    assert hasattr(eagle_utils.verify_tree_greedy_func, "__wrapped__")
+    assert hasattr(eagle_worker_common.fill_bonus_tokens_func, "__wrapped__")
+
+
 @pytest.mark.slow
-def test_platform_is_installed_in_a_model_process():
-    script = (
-        "import sglang.srt.model_executor.model_runner\n"
-        "from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS\n"
-        "from sglang.srt.speculative import eagle_utils, eagle_worker_common, eagle_worker_v2\n"
-        "from cast_sglang.cpu import install, kernels, sampling\n"
-        "assert 'cast_cpu' in ATTENTION_BACKENDS\n"
-        "unwrap = lambda f: getattr(f, '__wrapped__', f)\n"
-        "assert eagle_utils.top_k_renorm_prob is sampling.top_k_renorm\n"
-        "sampler = sampling.tree_speculative_sampling\n"
-        "assert eagle_utils.tree_speculative_sampling_target_only is sampler\n"
-        "factory = install.CastCpuDraftBackendFactory\n"
-        "assert eagle_worker_v2.DraftBackendFactory is factory\n"
-        "assert unwrap(eagle_utils.verify_tree_greedy_func).__module__.startswith('sglang')\n"
-        "assert hasattr(eagle_utils.verify_tree_greedy_func, '__wrapped__')\n"
-        "assert hasattr(eagle_worker_common.fill_bonus_tokens_func, '__wrapped__')\n"
-    )
-    environment = os.environ | {"SGLANG_PLATFORM": PLATFORM_NAME}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+def test_platform_is_installed_in_a_model_process(tmp_path):
+    code, output = run(look_at_a_model_process, [], CPU_PLATFORM, tmp_path / "log")
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("name", install.FILLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +51,9 @@ def layer(generator: torch.Generator, batch: int, width: int, topk: int, kind: s
     return LayerCase(parents, values(generator, shape, kind), tokens, start)
 
 
+@functools.cache
 def learned(seed: int) -> Acceptance:
-    """Return an acceptance map that has seen a draft too sure of itself, or not sure enough."""
+    """Return a map, not to be changed, of drafts too sure of themselves, or not sure enough."""
     acceptance, rng = Acceptance(), np.random.default_rng(seed)
     shares, depths = rng.random((2, 600)), rng.integers(1, 12, (2, 600))
     accepted = rng.random((2, 600)) < shares ** [[0.7], [1.5]]

@@ -18,7 +18,7 @@ from cast_sglang.trace.replay import Replay, make_policy
 from tests.support.simulator import LAYERS, TOPK
 from tests.support.traces import Recorder, make_header, make_tables
 
-SETTINGS = PolicySettings((2, 5, 9), max_layers=4, max_verify_rows=9, extends_by_accepted=False)
+SETTINGS = PolicySettings((2, 5, 9), max_layers=4, num_draft_tokens=9, extends_by_accepted=False)
 DECISIONS = ("breadth", "deepen", "rerank")
 
 

@@ -9,7 +9,7 @@ from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
 from cast_sglang.policy.full_width import FullWidthPolicy
 
-SETTINGS = PolicySettings((2, 5, 9), max_layers=4, max_verify_rows=9, extends_by_accepted=False)
+SETTINGS = PolicySettings((2, 5, 9), max_layers=4, num_draft_tokens=9, extends_by_accepted=False)
 
 
 def test_every_name_has_a_policy():

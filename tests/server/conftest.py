@@ -10,7 +10,7 @@ from benchmarks.harness.arms import parse_arm
 from benchmarks.harness.pairs import Pair, heldout_prompts, tiny_pair
 from benchmarks.harness.servers import CPU_PLATFORM, Server
 from tests.server.client import greedy_ids
-from tests.server.preloaded import PreloadedServer
+from tests.support.preloaded import PreloadedServer
 from tests.support.profiles import write_profile
 
 NUM_PROMPTS = 50

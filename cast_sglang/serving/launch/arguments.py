@@ -41,6 +41,36 @@ DEFAULT_NUM_DRAFT_TOKENS = 32
 TARGET_ATTENTION_BACKENDS = ("triton", "flashinfer", "cast_cpu")
 DRAFT_ATTENTION_BACKENDS = ("triton", "cast_cpu")
 GRAPH_ATTENTION_BACKEND = "triton"
+_NOT_PLAIN = (
+    "the states at hand are the ones that the draft reads, not those of plain decoding; "
+    "drop the flag"
+)
+# Flags that CAST cannot run with, the value that stands for not given (None does so as well), and
+# what to do instead.
+UNSUPPORTED = {
+    "--speculative-adaptive": (False, "CAST adapts the tree by itself; drop the flag"),
+    "--speculative-use-rejection-sampling": (
+        False,
+        "it is for chains; drop the flag, sampling stays exact without it",
+    ),
+    "--speculative-use-block-verification": (False, "it is for chains; drop the flag"),
+    "--enable-multi-layer-eagle": (False, "CAST drafts with single-layer heads; drop the flag"),
+    "--enable-dp-attention": (
+        False,
+        "ranks would choose different trees; use one server per GPU behind SGLang's router",
+    ),
+    "--pp-size": (1, "CAST runs without pipeline parallelism; use 1"),
+    "--page-size": (1, "tree nodes need single-token pages; use --page-size 1"),
+    "--enable-two-batch-overlap": (
+        False,
+        "it splits the batch that CAST decides for; drop the flag",
+    ),
+    "--speculative-token-map": (None, "use an EAGLE-3 draft, which carries its own"),
+    "--speculative-draft-window-size": (None, "CAST's draft reads the whole prefix; drop the flag"),
+    "--enable-return-hidden-states": (False, _NOT_PLAIN),
+    "--return-hidden-states-mode": (None, _NOT_PLAIN),
+    "--disaggregation-mode": ("null", "not supported by CAST yet; use null"),
+}
 NO_DEVICE = "no NVIDIA GPU that torch can use, and no CPU platform"
 NO_DEVICE_FIX = (
     f"to serve on the CPU, set SGLANG_PLATFORM={PLATFORM_NAME}; to serve on a GPU, check its "
@@ -187,78 +217,22 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
     Raises:
         HostError: names the flag and the fix.
     """
-    _refuse_unsupported(args)
+    if args.speculative_draft_model_path is None:
+        raise HostError(
+            "--speculative-algorithm CAST needs --speculative-draft-model-path, "
+            "an EAGLE or EAGLE-3 draft of the target"
+        )
+    for flag, (unset, advice) in UNSUPPORTED.items():
+        given = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if given is not None and given != unset:
+            raise HostError(
+                f"{flag} cannot be combined with --speculative-algorithm CAST: {advice}"
+            )
     read_draft_config(
         args.speculative_draft_model_path,
         args.speculative_draft_model_revision,
         args.trust_remote_code,
     )
-
-
-def _refuse_unsupported(server_args: argparse.Namespace | ServerArgs) -> None:
-    if server_args.speculative_draft_model_path is None:
-        raise HostError(
-            "--speculative-algorithm CAST needs --speculative-draft-model-path, "
-            "an EAGLE or EAGLE-3 draft of the target"
-        )
-    refused = {
-        "--speculative-adaptive": (
-            server_args.speculative_adaptive,
-            "CAST adapts the tree by itself; drop the flag",
-        ),
-        "--speculative-use-rejection-sampling": (
-            server_args.speculative_use_rejection_sampling,
-            "it is for chains; drop the flag, sampling stays exact without it",
-        ),
-        "--speculative-use-block-verification": (
-            server_args.speculative_use_block_verification,
-            "it is for chains; drop the flag",
-        ),
-        "--enable-multi-layer-eagle": (
-            server_args.enable_multi_layer_eagle,
-            "CAST drafts with single-layer heads; drop the flag",
-        ),
-        "--enable-dp-attention": (
-            server_args.enable_dp_attention,
-            "ranks would choose different trees; use one server per GPU behind SGLang's router",
-        ),
-        "--pp-size": (server_args.pp_size > 1, "CAST runs without pipeline parallelism; use 1"),
-        "--page-size": (
-            (server_args.page_size or 1) > 1,
-            "tree nodes need single-token pages; use --page-size 1",
-        ),
-        "--enable-two-batch-overlap": (
-            server_args.enable_two_batch_overlap,
-            "it splits the batch that CAST decides for; drop the flag",
-        ),
-        "--speculative-token-map": (
-            server_args.speculative_token_map is not None,
-            "use an EAGLE-3 draft, which carries its own",
-        ),
-        "--speculative-draft-window-size": (
-            server_args.speculative_draft_window_size is not None,
-            "CAST's draft reads the whole prefix; drop the flag",
-        ),
-        "--enable-return-hidden-states": (
-            server_args.enable_return_hidden_states,
-            "the states at hand are the ones that the draft reads, not those of plain decoding; "
-            "drop the flag",
-        ),
-        "--return-hidden-states-mode": (
-            server_args.return_hidden_states_mode is not None,
-            "the states at hand are the ones that the draft reads, not those of plain decoding; "
-            "drop the flag",
-        ),
-        "--disaggregation-mode": (
-            server_args.disaggregation_mode != "null",
-            "not supported by CAST yet; use null",
-        ),
-    }
-    for flag, (is_given, advice) in refused.items():
-        if is_given:
-            raise HostError(
-                f"{flag} cannot be combined with --speculative-algorithm CAST: {advice}"
-            )
 
 
 def check_pair(server_args: ServerArgs) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from cast_sglang.config import CastConfig, flag_specs
+from cast_sglang.config import CastConfig, add_flags, given_flags
 from cast_sglang.costs.limits import Limits, exceeded
 from cast_sglang.costs.profiles import FoundProfile, find_profile
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
@@ -310,12 +310,8 @@ def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: st
 def _cast_flags(server_argv: list[str], cast_profile: str | None) -> dict[str, Any]:
     """Return the values of the `--cast-*` flags among the server's, by key."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for spec in flag_specs():
-        if spec.is_switch:
-            parser.add_argument(spec.flag, dest=spec.key, action="store_true", default=None)
-        else:
-            parser.add_argument(spec.flag, dest=spec.key)
-    given = vars(parser.parse_known_args(server_argv)[0])
+    add_flags(parser)
+    given = given_flags(parser.parse_known_args(server_argv)[0])
     return {**given, "profile": cast_profile or given["profile"]}
 
 

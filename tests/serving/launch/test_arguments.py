@@ -88,3 +88,23 @@ def test_a_gpu_server_defaults_to_the_backend_with_graphs(has_gpu, given, monkey
     )
     arguments.choose_attention_backend(args)
     assert args.attention_backend == ("triton" if has_gpu and given is None else given)
+
+
+OTHER_VALUES = {"--pp-size": 2, "--page-size": 16, "--disaggregation-mode": "decode"}
+
+
+@pytest.mark.parametrize("flag", arguments.UNSUPPORTED)
+def test_what_cast_cannot_run_with_is_refused(flag, monkeypatch):
+    monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: None)
+    values = {flag: unset for flag, (unset, _) in arguments.UNSUPPORTED.items()}
+
+    def check(given: object) -> None:
+        flags = {**values, "--speculative-draft-model-path": "d", flag: given}
+        names = {name.removeprefix("--").replace("-", "_"): flags[name] for name in flags}
+        more = {"speculative_draft_model_revision": None, "trust_remote_code": False}
+        arguments.check_flags(argparse.Namespace(**names, **more))
+
+    check(values[flag])
+    check(None)
+    with pytest.raises(HostError, match=f"^{flag} cannot be combined with"):
+        check(OTHER_VALUES.get(flag, True))

@@ -18,34 +18,11 @@ from cast_sglang.costs.schema import Heldout
 from cast_sglang.serving.launch.diagnosis import Check
 from cast_sglang.serving.launch.doctor import check_profile_fit, examine
 from tests.support.builders import make_profile
+from tests.support.launches import examine as examine_in_process
+from tests.support.preloaded import run
 from tests.support.profiles import write_profile
 
 TIMEOUT_SECONDS = 600
-
-# Each launch in a process forked from one that has imported SGLang, which takes seconds.
-DRIVER = """
-import contextlib, io, json, os, sys
-from sglang.srt.plugins import load_plugins
-from cast_sglang.cli import main
-
-load_plugins()
-import sglang.srt.server_args
-reports = []
-for argv, env in json.load(sys.stdin):
-    receiver, sender = os.pipe()
-    if os.fork() == 0:
-        os.environ.update(env)
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            code = main(["doctor", "--json", *argv])
-        os.write(sender, json.dumps([code, out.getvalue()]).encode())
-        os._exit(0)
-    os.close(sender)
-    with os.fdopen(receiver, "rb") as stream:
-        reports.append(json.loads(stream.read()))
-    os.wait()
-json.dump(reports, sys.stdout)
-"""
 
 
 class Report(NamedTuple):
@@ -87,20 +64,12 @@ def reports(tmp_path_factory) -> dict[str, Report]:
         "bad setting": (both, {"CAST_C3": "inf"}),
         "bad flag": ([*both, "--cast-c2", "much"], {}),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(list(launches.values())),
-        env={**os.environ, **CPU_PLATFORM, "XDG_CACHE_HOME": str(directory), "HF_HUB_OFFLINE": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    common = {**CPU_PLATFORM, "XDG_CACHE_HOME": str(directory), "HF_HUB_OFFLINE": "1"}
     found = {}
-    for name, (code, out) in zip(launches, json.loads(done.stdout), strict=True):
-        content = json.loads(out)
+    for name, (argv, env) in launches.items():
+        code, out = run(examine_in_process, argv, common | env, directory / f"{name}.log")
+        assert "Traceback" not in out
+        content = json.loads(out.splitlines()[-1])
         assert content["ok"] == (code == 0)
         found[name] = Report(code, {c["name"]: Check(**c) for c in content["checks"]})
     return found
