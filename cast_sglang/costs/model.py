@@ -70,15 +70,16 @@ def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
 
 
 def step_units(costs: Any, widths: Sequence[int], num_rows: float, num_extend_rows: float) -> float:
-    """Return the time of a step with a tree, in units, as `TreePolicy.observe` takes it.
+    """Return the time of a step in units, as `TreePolicy.observe` takes it.
 
     Args:
         costs: `StepCosts`, or what a policy reads of them; the same in the next two functions.
         widths: nodes expanded per request in each layer below the root.
         num_rows: rows verified per request, root included; may be a mean over requests.
-        num_extend_rows: rows per request of draft extend, 0 for none; may be a mean.
+        num_extend_rows: rows per request of draft extend, 0 for a plain step; may be a mean.
     """
-    time = costs.overhead + cost_of(costs.verify, num_rows)
+    overhead = costs.overhead if num_extend_rows else costs.plain_overhead
+    time = overhead + cost_of(costs.verify, num_rows)
     time += sum(cost_of(costs.draft, width) for width in widths)
     if num_extend_rows:
         time += cost_of(costs.draft_extend, num_extend_rows)

@@ -102,6 +102,8 @@ class AutoPolicy(TreePolicy):
             as the tree has layers, and one.
     """
 
+    takes_turns = True  # with other trees
+
     def __init__(
         self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
     ) -> None:
@@ -277,7 +279,9 @@ class AutoPolicy(TreePolicy):
             bucket.account += PROBE_SHARE * bucket.plain_units
         else:
             bucket.account -= catch_up
-        self._turn = None if bucket.is_plain else bucket.turns.next()
+        self._turn = None
+        if self.takes_turns and not bucket.is_plain:
+            self._turn = bucket.turns.next()
         return not (bucket.is_plain or self._turn is PLAIN)
 
     def _bucket(self, batch_size: int) -> _Bucket:

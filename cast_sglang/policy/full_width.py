@@ -73,6 +73,7 @@ class FullWidthPolicy(AutoPolicy):
     candidate.
     """
 
+    takes_turns = False
     _layer_scores: list[torch.Tensor]  # [B, M_d] of each layer grown in this step
     _choice: Choice
 

@@ -32,16 +32,22 @@ def full(tables):
 def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size):
     trace = Recorder(make_policy(name, HEADER), tables, batch_size).run(60)
     replay = Replay(trace, tables, make_policy(name, trace.header))
+    was_plain = False
     for step, outcome in zip(trace.steps, replay, strict=True):
         grown = step.widths[: max(step.num_layers - 1, 0)]
         assert outcome.choice.widths == grown
         assert outcome.choice.num_layers == step.num_layers
-        assert outcome.choice.num_rows == [step.num_draft_tokens] * batch_size
+        assert outcome.choice.is_plain == step.is_plain
+        num_rows = [] if step.is_plain else [step.num_draft_tokens] * batch_size
+        assert outcome.choice.num_rows == num_rows
         accepted = sum(len(request.accepted) for request in step.requests) / batch_size
         assert outcome.accepted == pytest.approx(accepted)
         assert outcome.assumed_accepted == 0.0
-        assert outcome.time_us == pytest.approx(step.predicted_us)
-        assert outcome.reward == pytest.approx(recorded_reward(step, TOPK))
+        # After a plain step the draft catches up, which the recorder does not know.
+        assert was_plain or outcome.time_us == pytest.approx(step.predicted_us)
+        was_plain = step.is_plain
+        reward = None if step.is_plain else pytest.approx(recorded_reward(step, TOPK))
+        assert outcome.reward == reward
         if name in ("auto", "full-width"):
             assert outcome.price == step.price
 
@@ -59,7 +65,9 @@ def test_plain_steps_are_replayed(tables):
     # By cheap tables the same steps would have drafted, on candidates that are drawn.
     cheap = list(Replay(trace, tables, default_policy()))
     drawn = [o for s, o in zip(trace.steps, cheap, strict=True) if s.is_plain]
-    assert not any(outcome.choice.is_plain for outcome in drawn)
+    # But where it is the turn of plain decoding.
+    assert sum(outcome.choice.is_plain for outcome in drawn) <= 3
+    drawn = [outcome for outcome in drawn if not outcome.choice.is_plain]
     assert all(outcome.assumed_accepted == pytest.approx(outcome.accepted) for outcome in drawn)
 
 
