@@ -26,6 +26,7 @@ from cast_sglang.errors import MissingProfileError, ProfileError
 __all__ = [
     "FoundProfile",
     "config_hash",
+    "describe_error",
     "find_profile",
     "load_profile",
     "profile_directories",
@@ -126,6 +127,22 @@ def config_hash(config: dict[str, Any]) -> str:
     """
     kept = json.dumps(_stable(config), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(kept.encode()).hexdigest()
+
+
+def describe_error(profile: CostProfile) -> str:
+    """Say how far the tables are off: for steps while serving, then for single passes."""
+    texts = []
+    if (serving := profile.serving) is not None:
+        texts.append(
+            f"served steps took {serving.median_ratio:.2f} times what they say, error median "
+            f"{serving.median_error:.1%}, p95 {serving.p95_error:.1%} ({serving.steps} steps)"
+        )
+    if (heldout := profile.provenance.heldout) is not None:
+        texts.append(
+            f"single passes: error median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
+            f"({heldout.points} held-out points)"
+        )
+    return "; ".join(texts) or "error unknown: nothing was served or held out"
 
 
 def profile_filename(identity: HostIdentity) -> str:

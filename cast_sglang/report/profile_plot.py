@@ -19,6 +19,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.passes import PASSES, Pass
+from cast_sglang.costs.profiles import describe_error
 from cast_sglang.costs.schema import CostProfile, CostTable
 from cast_sglang.errors import ProfileError
 
@@ -359,14 +360,9 @@ def _add_title(figure: Figure, scene: _Scene) -> None:
 def _title_lines(name: str, profile: CostProfile) -> list[str]:
     source = profile.provenance
     dtype = source.dtype + (f" {source.quantization}" if source.quantization else "")
-    error = "no held-out error"
-    if heldout := source.heldout:
-        error = (
-            f"held-out error median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
-            f"({heldout.points} points)"
-        )
     mark = "ESTIMATED, not measured  |  " if source.estimated else ""
     return [
         f"{name}{mark}{source.device_name}  |  {source.target.name} + {source.draft.name}",
-        f"{dtype}, tp {source.tp_size}  |  {source.date[:10]}  |  {error}",
+        f"{dtype}, tp {source.tp_size}  |  {source.date[:10]}",
+        describe_error(profile),
     ]

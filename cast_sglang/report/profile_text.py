@@ -9,6 +9,7 @@ from rich.text import Text
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.passes import PASSES, Pass
+from cast_sglang.costs.profiles import describe_error
 from cast_sglang.costs.schema import CostProfile, CostTable
 
 __all__ = ["print_comparison", "print_profile"]
@@ -66,12 +67,6 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
     quantization = f", {source.quantization}" if source.quantization else ""
     graph = "graphs" if source.cuda_graph else "no graphs"
     kind = "estimated, not measured" if source.estimated else f"measured in {source.seconds:.0f} s"
-    error = "unknown: no held-out points"
-    if heldout := source.heldout:
-        error = (
-            f"median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
-            f"at {heldout.points} held-out points"
-        )
     rows = {
         "device": f"{source.device_name} ({memory}), {source.driver}, {source.runtime}",
         "pair": f"{source.target.name} + {source.draft.name}",
@@ -79,7 +74,7 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
         f"{source.attention_backend}, {graph}, page size {source.page_size}",
         "versions": ", ".join(f"{name} {of}" for name, of in sorted(source.versions.items())),
         "date": f"{source.date}, {kind}",
-        "error": error,
+        "error": describe_error(profile),
     }
     for name, fact in rows.items():
         # A plain string would not do: rich would read brackets in it as markup.

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from cast_sglang.costs import profiles
 from cast_sglang.costs.profiles import (
     config_hash,
+    describe_error,
     find_profile,
     load_profile,
     profile_filename,
     save_profile,
     user_profile_path,
 )
-from cast_sglang.costs.schema import ModelIdentity, validate_profile
+from cast_sglang.costs.schema import Heldout, ModelIdentity, ServingRecord, validate_profile
 from cast_sglang.errors import MissingProfileError, ProfileError
 from tests.support.builders import make_identity, make_profile, make_table
 
@@ -341,3 +342,37 @@ def test_default_directories(tmp_path, monkeypatch):
     save_profile(make_profile(here), user_profile_path(here))
     assert find_profile(here).path.is_relative_to(tmp_path)
     assert REPOSITORY / "profiles" in profiles.profile_directories()
+
+
+def test_the_error_while_serving_is_told_first():
+    profile = make_profile()
+    assert describe_error(profile) == "error unknown: nothing was served or held out"
+    heldout = Heldout(points=9, median_error=0.0123, p95_error=0.3)
+    provenance = msgspec.structs.replace(profile.provenance, heldout=heldout)
+    serving = ServingRecord(steps=320, median_ratio=1.5, median_error=0.33, p95_error=0.5)
+    profile = msgspec.structs.replace(profile, provenance=provenance, serving=serving)
+    assert describe_error(profile) == (
+        "served steps took 1.50 times what they say, error median 33.0%, p95 50.0% (320 steps); "
+        "single passes: error median 1.2%, p95 30.0% (9 held-out points)"
+    )
+
+
+def test_what_a_short_run_showed_is_kept(tmp_path):
+    serving = ServingRecord(
+        steps=3, median_ratio=1.5, median_error=0.3, p95_error=0.5, learned={"prices": [{"a": 1}]}
+    )
+    profile = msgspec.structs.replace(make_profile(), serving=serving)
+    save_profile(profile, tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == profile
+    save_profile(make_profile(), tmp_path / "q.json")
+    assert "serving" not in json.loads((tmp_path / "q.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"median_ratio": 0.0}, {"p95_error": -0.1}, {"median_error": math.nan}]
+)
+def test_what_no_run_shows_is_refused(tmp_path, bad):
+    facts = {"steps": 3, "median_ratio": 1.5, "median_error": 0.3, "p95_error": 0.5, **bad}
+    profile = msgspec.structs.replace(make_profile(), serving=ServingRecord(**facts))
+    with pytest.raises(ProfileError, match="serving"):
+        save_profile(profile, tmp_path / "p.json")

@@ -83,7 +83,13 @@ def test_marginal_cost_is_in_units_of_a_row(draw):
 def test_title_says_where_and_how_well(draw):
     profile = make_profile(make_identity(device_name="A $b$ C"))
     title = draw(profile).get_suptitle()
-    for words in ("A $b$ C", "org/Target-8B + org/Draft", "bfloat16", "2026-01-01", "no held-out"):
+    for words in (
+        "A $b$ C",
+        "org/Target-8B + org/Draft",
+        "bfloat16",
+        "2026-01-01",
+        "error unknown",
+    ):
         assert words in title
     assert "ESTIMATED" not in title
 

@@ -70,10 +70,10 @@ def test_an_estimate_is_told_first_and_names_are_no_markup(printed):
 
 
 def test_the_error_of_the_tables_is_told_where_it_is_known(printed):
-    assert any("unknown: no held-out points" in li for li in printed(print_profile, make_profile()))
+    assert any("error unknown" in line for line in printed(print_profile, make_profile()))
     heldout = Heldout(points=9, median_error=0.0123, p95_error=0.3)
     lines = printed(print_profile, with_provenance(make_profile(), heldout=heldout))
-    assert any("median 1.2%, p95 30.0% at 9 held-out points" in line for line in lines)
+    assert any("single passes: error median 1.2%, p95 30.0%" in line for line in lines)
 
 
 def test_overhead_is_left_out_where_it_was_not_measured(printed):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cast_sglang.config import PENDING
-from cast_sglang.costs.profiles import FoundProfile, find_profile, user_profile_path
+from cast_sglang.costs.profiles import FoundProfile, describe_error, find_profile, user_profile_path
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import MissingProfileError
 from cast_sglang.serving.launch.identity import host_identity
@@ -136,10 +136,8 @@ def in_force(found: FoundProfile) -> str:
     how = "ESTIMATED, not measured," if source.estimated else "measured"
     where = f"on {source.device_name} on {source.date[:10]}"
     took = "" if source.estimated else f" in {source.seconds:.0f} s"
-    run, served = found.profile.serving, ""
-    if run is not None:
-        served = f"; in a short run steps took {run.median_ratio:.2f} times what it says"
-    return f"decides by {found.path}, {how} {where}{took}{served}"
+    error = "" if source.estimated else f"; {describe_error(found.profile)}"
+    return f"decides by {found.path}, {how} {where}{took}{error}"
 
 
 def profile_command(server_args: ServerArgs, identity: HostIdentity) -> str:

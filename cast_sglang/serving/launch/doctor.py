@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cast_sglang.config import CastConfig, add_flags, given_flags
 from cast_sglang.costs.limits import Limits, exceeded
-from cast_sglang.costs.profiles import FoundProfile, find_profile
+from cast_sglang.costs.profiles import FoundProfile, describe_error, find_profile
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
 
@@ -78,14 +78,8 @@ def check_profile_fit(found: FoundProfile, command: str) -> list[Check]:
     checks = [Check("profile", WARN if differences else OK, fit, fix if differences else "")]
 
     how = "ESTIMATED, not measured" if source.estimated else f"measured in {source.seconds:.0f} s"
-    text = f"{how}, {source.date[:10]}; "
-    if (heldout := source.heldout) is None:
-        text += "no held-out points, so its error is unknown"
-    else:
-        text += (
-            f"held-out error median {heldout.median_error:.1%}, p95 {heldout.p95_error:.1%} "
-            f"({heldout.points} points)"
-        )
+    text = f"{how}, {source.date[:10]}; {describe_error(found.profile)}"
+    heldout = source.heldout
     trusted = heldout is not None and heldout.median_error <= MAX_MEDIAN_ERROR
     if trusted and not source.estimated:
         checks.append(Check("profile error", OK, text))

@@ -148,7 +148,8 @@ def test_a_profile_that_is_found_is_named_with_where_and_when(host, caplog):
     save_profile(make_profile(), user_profile_path(host))
     [(line, level)] = announced(caplog)
     path = user_profile_path(host)
-    where = "measured on NVIDIA H200 on 2026-01-01 in 12 s"
+    where = "measured on NVIDIA H200 on 2026-01-01 in 12 s; error unknown: nothing was served or "
+    where += "held out"
     assert line == f"CAST: decides by {path}, {where}; serving corrects it" and level == "INFO"
     caplog.clear()
     [(line, _)] = announced(caplog, residuals="off")
