@@ -228,11 +228,14 @@ class Corrected:
 
     Args:
         batch_size: of all its steps.
+        residuals: what an earlier server learned; None for a first start.
     """
 
-    def __init__(self, machine: Machine, batch_size: int) -> None:
+    def __init__(
+        self, machine: Machine, batch_size: int, residuals: Residuals | None = None
+    ) -> None:
         self._machine, self._batch_size = machine, batch_size
-        self._residuals = Residuals(LIMITS)
+        self._residuals = Residuals(LIMITS) if residuals is None else residuals
         self._corrected = CorrectedCosts(machine.tables, self._residuals)
         self._table, self._truth = machine.table(batch_size), machine.truth(batch_size)
 
@@ -287,9 +290,11 @@ def serve(
     batch_size: int,
     steps: int,
     acceptance: Acceptance | None = None,
+    residuals: Residuals | None = None,
 ) -> Served:
     """Serve as a server does: by corrected tables, by measured times."""
     truth = machine.truth(batch_size)
-    result = run(policy, text, Corrected(machine, batch_size), batch_size, steps, acceptance)
+    costs = Corrected(machine, batch_size, residuals)
+    result = run(policy, text, costs, batch_size, steps, acceptance)
     fixed, shape = best_fixed(truth, text)
     return Served(result, fixed, 1.0 / plain_units(truth), shape, truth, text)
