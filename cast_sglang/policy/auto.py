@@ -280,7 +280,8 @@ class AutoPolicy(TreePolicy):
         else:
             bucket.account -= catch_up
         self._turn = None
-        if self.takes_turns and not bucket.is_plain:
+        # Where speculation barely pays, turns of worse trees would use up what is saved for tries.
+        if self.takes_turns and bucket.account == bucket.max_account:
             self._turn = bucket.turns.next()
         return not (bucket.is_plain or self._turn is PLAIN)
 

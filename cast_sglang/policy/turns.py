@@ -9,7 +9,7 @@ step, and from then on the policy knows at what time it could have them.
 In a round every other step is a turn. The first one, at step 16, has `TIMES` turns of each tree;
 those at step 32, 64 and so on, and later every `LONGEST` steps, have one of each tree and one of
 plain decoding. So of n steps at most 6 + 3 * log2(n / 16) + 3 * n / 1024 are turns, and each loses
-what its tree is worse.
+what its tree is worse. Steps count in which speculation has lost nothing against plain decoding.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def test_a_right_table_without_noise_is_served_as_well_as_it_can_be():
     policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(8, 3, 1.0)
     run = serve(policy, Machine("gpu-64", seed=None), text, 8, STEPS, Acceptance())
     assert run.rate(0, 100) > 0.95 and run.rate(400) > 0.99
-    assert not run.result.is_plain.any()
+    # But for the turns of plain decoding.
+    assert run.result.is_plain.sum() <= 5
 
 
 def test_a_time_that_the_table_hides_is_found_by_turns():
