@@ -52,7 +52,7 @@ class LearnedFile:
     """
 
     def __init__(self, path: Path, identity: HostIdentity, is_named: bool = True) -> None:
-        self._path, self._is_named = path, is_named
+        self._path, self._is_named, self._is_lost = path, is_named, False
         self._pair = [identity.target.config_hash, identity.draft.config_hash]
 
     @classmethod
@@ -93,14 +93,20 @@ class LearnedFile:
         return content
 
     def save(self, learned: Mapping[str, Any]) -> None:
-        """Write what was learned; a server that cannot write logs that and serves."""
+        """Write what was learned; a server that cannot write logs that once and serves."""
+        if self._is_lost:
+            return
         content = {"format": _FORMAT, "pair": self._pair, **learned}
         try:
             # After a power cut the older file would do.
             write_atomically(self._path, json.dumps(content).encode(), sync=False)
         except OSError as error:
+            self._is_lost = True
             logger.warning(
-                "CAST: --cast-calibration-file %s: cannot be written: %s", self._path, error
+                "CAST: --cast-calibration-file %s: cannot be written, so the next start will not "
+                "know what this one learns: %s",
+                self._path,
+                error,
             )
 
 
