@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import CostModel, step_units
+from cast_sglang.costs.model import CostModel, extend_units, step_units
 from cast_sglang.costs.schema import CostProfile
 from cast_sglang.ops import reference
 from cast_sglang.policy.auto import AutoPolicy
@@ -97,6 +97,7 @@ class Recorder:
     ) -> None:
         self.policy, self.profile = policy, profile
         self.text = Text(batch_size, seed, ease=0.5)
+        self.num_missing = 0  # rows that the draft has not seen
         self.rng = np.random.default_rng(seed + 1)
         self.model = CostModel(profile, Limits(8, 1024 + TOKENS, TOKENS, TOPK, None, LAYERS + 1))
 
@@ -117,7 +118,11 @@ class Recorder:
         price = None
         if isinstance(self.policy, AutoPolicy):
             price = self.policy.price(batch_size)
-        if not self.policy.speculate(batch_size, costs):
+        # After plain steps the draft catches up, which `speculate` has to know.
+        catch_up = extend_units(costs, self.num_missing)
+        drafts = self.policy.speculate(batch_size, costs, catch_up)
+        self.num_missing = 0 if drafts else min(self.num_missing + 1, TOKENS)
+        if not drafts:
             time = step_units(costs, (), 1, 0) * costs.unit_us
             requests = [TracedRequest(request=b, context=200) for b in range(batch_size)]
             return TracedStep(

@@ -43,7 +43,7 @@ def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size
         accepted = sum(len(request.accepted) for request in step.requests) / batch_size
         assert outcome.accepted == pytest.approx(accepted)
         assert outcome.assumed_accepted == 0.0
-        # After a plain step the draft catches up, which the recorder does not know.
+        # After a plain step the draft catches up, which is not part of the predicted time.
         assert was_plain or outcome.time_us == pytest.approx(step.predicted_us)
         was_plain = step.is_plain
         reward = None if step.is_plain else pytest.approx(recorded_reward(step, TOPK))
