@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SAVE_EVERY", "Learned", "LearnedFile"]
 
-# Steps between two writes of the file, each of some milliseconds.
+# Steps between two writes of the file, each of which takes 1 ms.
 SAVE_EVERY = 1024
 _FORMAT = 1
 _OF_TABLES = ("tables", "corrections")
@@ -128,6 +128,8 @@ class Learned:
         self._file, self._policy = file, policy
         self._calibration, self._costs = calibration, costs
         self._before: Mapping[str, Any] = {}  # what the server went on from
+        # Tells the tables in use, to which corrections belong, from others.
+        self._tables = "" if costs.profile is None else tables_digest(costs.profile.profile)
 
     def start(self) -> Mapping[str, Any]:
         """Go on from what the file holds, or else from the short run of the profile.
@@ -171,10 +173,9 @@ class Learned:
             except ValueError as error:
                 logger.warning("CAST: profile %s: serving.learned: %s", found.path, error)
                 of_run = {}
-        digest = "" if found is None else tables_digest(found.profile)
         learned: dict[str, Any] = {}
         for source in (of_run, kept):
-            is_fit = source.get("tables") == digest
+            is_fit = source.get("tables") == self._tables
             learned |= {
                 name: part for name, part in source.items() if is_fit or name not in _OF_TABLES
             }
@@ -182,15 +183,14 @@ class Learned:
 
     def content(self) -> dict[str, Any]:
         """Return what was learned, as JSON can hold it."""
-        found, residuals = self._costs.profile, self._costs.residuals
         learned = dict(self._before)
         if self._calibration is not None:
             learned["acceptance"] = self._calibration.acceptance.state()
         if isinstance(self._policy, AutoPolicy):
             learned["prices"] = self._policy.state()
-        if residuals is not None and found is not None:
-            learned["tables"] = tables_digest(found.profile)
-            learned["corrections"] = residuals.state()
+        if self._costs.residuals is not None:
+            learned["tables"] = self._tables
+            learned["corrections"] = self._costs.residuals.state()
         return learned
 
     def save(self) -> None:
