@@ -27,8 +27,10 @@ arm for each shape of --static-grid) | adaptive (SGLang's --speculative-adaptive
 cast[:POLICY[:C1-C2-C3]]. Each takes settings: cast:auto+calibration=off gives --cast-calibration
 off, static+--random-seed=1 gives --random-seed 1.
 
-Tasks: code | hostile (random tokens) | humaneval | gsm8k | chat (two turns) | instruct |
-summarise | qa | reasoning | best-of-N[:TASK] | multi-round[-ROUNDS][:TASK] | FILE.jsonl[:CATEGORY].
+Tasks: code | hostile (random tokens) | humaneval | gsm8k | mt-bench (two turns) | sharegpt-instruct
+| sharegpt-summarise | sharegpt-qa | chat (two turns) | instruct | summarise | qa | reasoning |
+best-of-N[:TASK] | multi-round[-ROUNDS][:TASK] | FILE.jsonl[:CATEGORY]. What mt-bench and
+sharegpt-* need is fetched once.
 
 DIR gets results.json and results.csv, to which every run is added, after each cell. An arm that
 fails is left out from there on, and the exit code is 1; the other arms go on. --resume goes on with
@@ -56,11 +58,11 @@ from benchmarks.harness.dialogues import Encoder
 from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.options import parse_args, settings
 from benchmarks.harness.pairs import (
-    INFLATED_NOTE,
+    PAIRS,
+    TINY,
     CommandError,
     Pair,
     found_profile_covers,
-    inflated_pair,
     measured_profile,
     tiny_pair,
 )
@@ -124,7 +126,8 @@ def choose_pair(args: argparse.Namespace) -> tuple[Pair, str]:
     """Return the pair to serve and what must be said about it."""
     if args.model_path is not None:
         return Pair(args.model_path, args.draft_model_path), ""
-    return inflated_pair(), INFLATED_NOTE
+    known = PAIRS[args.pair or TINY]
+    return known.load(), known.note
 
 
 def choose_arms(args: argparse.Namespace, pair: Pair) -> list[Arm]:

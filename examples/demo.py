@@ -1,6 +1,7 @@
 """Plain decoding, SGLang's EAGLE-3 and CAST on this machine, cold and warm, within ten minutes.
 
     make demo
+    make demo ARGS="--pair smollm2"     # a published chat model in place of the tiny pair
 
 A server of each arm is up, and they take turns: in every round each serves the same few requests,
 greedily. Speeds are compared within a round, so a drift of the machine cancels, and rounds go on
@@ -26,28 +27,40 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from benchmarks.harness.arms import Arm, parse_arm
-from benchmarks.harness.cells import COLD, COLD_STEPS, WARM, Cell, Result, gather, take_turn
+from benchmarks.harness.cells import (
+    COLD,
+    COLD_STEPS,
+    WARM,
+    Cell,
+    Request,
+    Result,
+    gather,
+    take_turn,
+)
+from benchmarks.harness.dialogues import Encoder
 from benchmarks.harness.pairs import (
-    INFLATED_NOTE,
-    INFLATED_PARAMS,
     OUT,
+    PAIRS,
+    TINY,
     CommandError,
+    Pair,
     device_name,
     heldout_prompts,
-    inflated_pair,
 )
 from benchmarks.harness.rows import num_identical
 from benchmarks.harness.servers import Server, ServerError, exit_on_sigterm, serving
 from benchmarks.harness.streams import accept_length, num_steps
+from benchmarks.harness.tasks import load_task
 from benchmarks.harness.turns import Ratio, interval, is_settled, is_sure, quotients, rounds
 
-MODEL = f"tiny pair at {INFLATED_PARAMS}"
 ARMS = {"plain": "plain", "eagle3": "static:5-4-8", "cast": "cast"}  # as `parse_arm` takes them
 BATCHES = (1, 8)
 # A turn of two answers a place takes a second or two on two cores, so a round is over before the
 # machine has drifted far, and about six of them make the first 100 steps.
 PER_PLACE = 2
 MEAN_TOKENS = 40
+# Of a context of 1024, so that the longest answer fits.
+MAX_PROMPT_TOKENS = 768
 # What six cold and six warm rounds at batch 8 take on two cores. Where a batch size would get less,
 # it is not worth the start of other servers.
 LEAST_SECONDS = 90.0
@@ -65,6 +78,7 @@ Row = dict[str, Any]
 class Measured:
     """The rounds at one batch size."""
 
+    pair: str  # its name in `PAIRS`
     batch: int
     cold: list[Round] = dataclasses.field(default_factory=list)
     warm: list[Round] = dataclasses.field(default_factory=list)
@@ -93,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_on_sigterm()
     # A file or pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(f"Device: {device_name()}\n{INFLATED_NOTE}\n", highlight=False)
+    console.print(f"Device: {device_name()}\n{PAIRS[args.pair].note}\n", highlight=False)
     stages = Stages()
     try:
         with stages.progress:
@@ -115,6 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--pair",
+        choices=PAIRS,
+        default=TINY,
+        help="the models; smollm2 is fetched once (default: %(default)s)",
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -139,7 +159,8 @@ def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Mea
         until: when to be done, of `time.monotonic`.
     """
     with stages.stage("prepare the models"):
-        pair = inflated_pair()
+        pair = PAIRS[args.pair].load()
+        prompts = choose_prompts(args.pair, pair)
     arms = [parse_arm(text, pair.draft, args.profile) for text in ARMS.values()]
     measured: list[Measured] = []
     start_seconds = 0.0
@@ -160,8 +181,9 @@ def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Mea
                 starts_again = seconds >= LEAST_SECONDS
                 if not starts_again:
                     seconds = (until - time.monotonic()) / num_left
-                one = Measured(batch, is_fresh=is_fresh)
-                measure(one, arms, servers, args.tokens, time.monotonic() + seconds, stages)
+                one = Measured(args.pair, batch, is_fresh=is_fresh)
+                end = time.monotonic() + seconds
+                measure(one, arms, servers, prompts, args.tokens, end, stages)
                 measured.append(one)
                 is_fresh = False
                 if starts_again:
@@ -169,18 +191,26 @@ def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Mea
     return measured
 
 
+def choose_prompts(name: str, pair: Pair) -> list[Request]:
+    """Return what the pair is asked: its own task, of conversations the first turns."""
+    if name == TINY:
+        return list(heldout_prompts())
+    dialogues = load_task(PAIRS[name].task, Encoder(pair.target, MAX_PROMPT_TOKENS)).dialogues
+    return [dialogue._replace(num_turns=1) for dialogue in dialogues]
+
+
 def measure(
     measured: Measured,
     arms: Sequence[Arm],
     servers: Mapping[str, Server],
+    prompts: Sequence[Request],
     tokens: int,
     until: float,
     stages: Stages,
 ) -> None:
     """Let the arms take turns: cold, then warm until the rounds agree or the time is up."""
-    cell = Cell(measured.batch, 0.0, "code")
+    cell = Cell(measured.batch, 0.0, PAIRS[measured.pair].task)
     size = PER_PLACE * measured.batch
-    prompts = heldout_prompts()
     slowest = 0.0
 
     def take(arm: Arm, number: int) -> Result:
@@ -226,20 +256,20 @@ def steps(taken: Sequence[Round]) -> float:
 def as_rows(measured: Measured) -> list[Row]:
     """Compare the arms at one batch size, cold and warm."""
     return [
-        as_row(measured.batch, phase, taken, measured.is_fresh)
+        as_row(measured, phase, taken)
         for phase, taken in ((COLD, measured.cold), (WARM, measured.warm))
     ]
 
 
-def as_row(batch: int, phase: str, taken: Sequence[Round], is_fresh: bool) -> Row:
+def as_row(measured: Measured, phase: str, taken: Sequence[Round]) -> Row:
     """Compare the arms in the rounds of one phase."""
     results = {name: of_arm(taken, name) for name in ARMS}
     row: Row = {
         "device": device_name(),
-        "model": MODEL,
-        "batch": batch,
+        "model": PAIRS[measured.pair].name,
+        "batch": measured.batch,
         "phase": phase,
-        "fresh": is_fresh,
+        "fresh": measured.is_fresh,
         "rounds": len(taken),
         "cast_steps": round(steps(taken)),
     }
@@ -297,7 +327,7 @@ def in_words(row: Row) -> str:
 def as_table(rows: Sequence[Row]) -> Table:
     """Show the rows to a person."""
     table = Table(
-        title=f"{MODEL}, bf16, greedy, tokens/s",
+        title=f"{rows[0]['model']}, bf16, greedy, tokens/s",
         caption="medians of rounds; in brackets the 95 % confidence interval of the median, of "
         "fewer than six rounds the least and the greatest; same text: answers of CAST equal to "
         "plain decoding's, token by token; in bf16 a near tie between two tokens may fall either "

