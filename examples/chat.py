@@ -141,12 +141,14 @@ def show(pieces: Iterator[Piece], console: Console) -> str:
     began = time.monotonic()
     text, counts = "", []
     for number, piece in enumerate(pieces):
-        console.print(piece.text, style=COLORS[number % len(COLORS)], markup=False, end="")
+        console.print(
+            piece.text, style=COLORS[number % len(COLORS)], markup=False, end="", soft_wrap=True
+        )
         text += piece.text
         if piece.num_tokens:
             counts.append(piece.num_tokens)
     seconds = time.monotonic() - began
-    console.print(f"\n{in_numbers(counts, seconds)}\n", style="dim", markup=False)
+    console.print(f"\n{in_numbers(counts, seconds)}\n", style="dim", markup=False, soft_wrap=True)
     return text
 
 

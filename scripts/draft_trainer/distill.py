@@ -180,6 +180,8 @@ class DraftTask:
         self._heldout_rows = held_out[:num_heldout_rows]
         self._train_rows: list[Row] = []
         self._sort_rows()
+        if not self._heldout_rows or not self._train_rows:
+            raise ValueError("there are no answers yet to train on and to hold out")
 
     def batch(self, first_window: int, progress: float) -> BatchResult:
         """Train on a row drawn at random and the rows next to it in length."""
