@@ -9,7 +9,9 @@ The stages: `answers` lets the target answer the prompts of the data files and k
 (4.6 kB a token for a hidden size of 576), `vocabulary` picks the tokens that the draft can propose,
 `draft` trains, `eval` simulates SGLang's tree of 5 steps, topk 4 and 8 tokens on the prompts of
 --eval-data, `card` writes the model card. A stage that was stopped goes on where it was: repeat the
-command. `draft` may run beside `answers`, and takes up the answers that have come meanwhile.
+command. `draft` may run beside `answers`, and takes up the answers that have come meanwhile. Where
+there are more cores, run `answers` several times, each with data and a --work folder of its own,
+and name these folders by --other-work later.
 
 A data file has a JSON object a line: {"turns": [QUESTION, ...]}, {"prompt": TEXT} to be continued,
 or {"text": TEXT} to be learned as it is.
@@ -28,7 +30,7 @@ from draft_trainer.answers import Limits, Prompt, read_prompts, write_answers
 from draft_trainer.distill import DraftTask, heldout_steps, weighted_loss
 from draft_trainer.draft_model import Draft, init_from_target
 from draft_trainer.evaluate import TreeShape, simulate_accept_lens
-from draft_trainer.rows import Row, RowStore
+from draft_trainer.rows import Row, Rows, RowStore, RowStores
 from draft_trainer.vocabulary import (
     choose_vocabulary,
     coverage,
@@ -58,7 +60,9 @@ class Pipeline:
         self.output_dir: Path = args.out
         self.progress_bar = progress_bar
         self.target = export.load_target(args.target, torch.bfloat16, args.aux_layers)
-        self.store = RowStore(self.work_dir / "rows", self.target.shape.state_size)
+        folders = [path / "rows" for path in (args.work, *args.other_work)]
+        own, *others = [RowStore(folder, self.target.shape.state_size) for folder in folders]
+        self.own_store, self.store = own, RowStores([own, *others])
         self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def answers(self) -> None:
@@ -66,7 +70,7 @@ class Pipeline:
         args = self.args
         temperatures = tuple(args.temperatures)
         limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.slots, temperatures)
-        self._answer(read_prompts(args.data), self.store, limits, args.answer_tokens)
+        self._answer(read_prompts(args.data), self.own_store, limits, args.answer_tokens)
 
     def vocabulary(self) -> None:
         """Pick the draft's tokens, once: a trained head belongs to them."""
@@ -102,16 +106,17 @@ class Pipeline:
         """Measure the exported draft on the evaluation prompts, or on held-out answers."""
         args = self.args
         draft = export.load_draft(self.output_dir, self.target)
-        rows, store = [r for r in self._rows(held_out=True)][: args.heldout_rows], self.store
+        rows = self._rows(held_out=True)[: args.heldout_rows]
+        store: Rows = self.store
         steps = heldout_steps(draft, self.target, store, rows)
         tree = TreeShape()
         if args.eval_data:
-            store = RowStore(self.work_dir / "eval", self.target.shape.state_size)
+            answers = RowStore(self.work_dir / "eval", self.target.shape.state_size)
             num_new = EVAL_TOKENS + tree.num_steps + 1
             limits = Limits(4 * args.max_prompt_tokens, num_new, min(args.slots, 16), (0.0,))
             prompts = [replace(p, turns=p.turns[:1]) for p in read_prompts(args.eval_data)]
-            self._answer(prompts, store, limits, None)
-            rows = store.rows
+            self._answer(prompts, answers, limits, None)
+            rows, store = answers.rows, answers
         with torch.inference_mode():
             target = self.target.float()
             requests = [
@@ -184,6 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="gets the draft and its card")
     add("--work", type=Path, metavar="DIR", help="answers, optimizer (default: out/NAME of --out)")
+    add("--other-work", type=Path, nargs="+", default=[], metavar="DIR", help="more answers")
     add("--stage", choices=(*STAGES, "all"), default="all")
     add("--aux-layers", type=int, nargs=3, metavar="N", help="layers that the draft sees")
     add("--draft-vocab", type=int, default=16384, metavar="N", help="tokens (default: 16384)")

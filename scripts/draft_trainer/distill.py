@@ -10,7 +10,7 @@ import torch
 from .draft_model import Draft
 from .layers import LayerCache
 from .loop import BatchResult
-from .rows import Row, RowStore
+from .rows import Row, Rows
 from .target_model import Target
 
 NUM_STEPS = 5
@@ -47,7 +47,10 @@ class StepResults(NamedTuple):
 
 
 def make_batch(
-    store: RowStore, rows: list[Row], in_vocabulary: torch.Tensor, num_steps: int = NUM_STEPS
+    store: Rows,
+    rows: list[Row],
+    in_vocabulary: torch.Tensor,
+    num_steps: int = NUM_STEPS,
 ) -> Batch:
     """Lay rows side by side.
 
@@ -135,7 +138,11 @@ def weighted_loss(losses: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def heldout_steps(
-    draft: Draft, target: Target, store: RowStore, rows: list[Row], rows_at_once: int = 8
+    draft: Draft,
+    target: Target,
+    store: Rows,
+    rows: list[Row],
+    rows_at_once: int = 8,
 ) -> StepResults:
     """Return losses and agreement on rows that training never sees."""
     in_vocabulary = mark_vocabulary(draft)
@@ -163,7 +170,7 @@ class DraftTask:
         self,
         draft: Draft,
         target: Target,
-        store: RowStore,
+        store: Rows,
         is_held_out: Callable[[Row], bool],
         batch_tokens: int,
         num_heldout_rows: int,

@@ -12,7 +12,7 @@ import torch
 
 from .draft_model import Draft
 from .layers import LayerCache
-from .rows import Row, RowStore
+from .rows import Row, Rows
 from .target_model import Target
 
 
@@ -35,7 +35,11 @@ class DraftTrees:
 
 
 def simulate_accept_lens(
-    target: Target, draft: Draft, store: RowStore, row: Row, tree: TreeShape = TreeShape()
+    target: Target,
+    draft: Draft,
+    store: Rows,
+    row: Row,
+    tree: TreeShape = TreeShape(),
 ) -> list[int]:
     """Return the accepted tokens, bonus included, of every verify step of one greedy request.
 

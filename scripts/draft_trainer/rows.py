@@ -20,6 +20,7 @@ class Row:
     tokens: tuple[int, ...]
     answer_start: int  # the first token that the draft may be asked for
     first_state: int  # where its states begin in the file
+    folder: Path = Path()  # of the store that holds it
 
     @property
     def num_states(self) -> int:
@@ -38,6 +39,7 @@ class RowStore:
 
     def __init__(self, folder: Path, state_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self._index = folder / "rows.jsonl"
         self._states = folder / "states.bin"
         self._state_size = state_size
@@ -57,10 +59,8 @@ class RowStore:
                     break  # still being written
                 self._num_read += len(line)
                 record = json.loads(line)
-                row = Row(
-                    record["name"], tuple(record["tokens"]), record["answer_start"], self._end
-                )
-                self.rows.append(row)
+                tokens, start = tuple(record["tokens"]), record["answer_start"]
+                self.rows.append(Row(record["name"], tokens, start, self._end, self.folder))
         self._mapped = None
 
     def begin_writing(self) -> None:
@@ -98,3 +98,27 @@ class RowStore:
     @property
     def _end(self) -> int:
         return self.rows[-1].first_state + self.rows[-1].num_states if self.rows else 0
+
+
+class RowStores:
+    """The rows of several stores, to be read: answers that several processes wrote."""
+
+    def __init__(self, stores: list[RowStore]) -> None:
+        self._stores = {store.folder: store for store in stores}
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, store after store."""
+        return [row for store in self._stores.values() for row in store.rows]
+
+    def refresh(self) -> None:
+        """Read what has been appended since."""
+        for store in self._stores.values():
+            store.refresh()
+
+    def states(self, row: Row) -> torch.Tensor:
+        """Return [num_states, state_size] bfloat16."""
+        return self._stores[row.folder].states(row)
+
+
+Rows = RowStore | RowStores  # what training reads
