@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check profile bench clean
+.PHONY: help install demo chat test check profile bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/install
 
 demo: install ## plain, EAGLE-3 and CAST side by side on this machine, within ten minutes
 	$(PYTHON) -m examples.demo $(ARGS)
+
+chat: install ## talk to a model under CAST and see what each step brought
+	@$(PYTHON) -m examples.chat $(ARGS)
 
 # Two workers, each with servers of its own. A file's tests stay together, and files in their order:
 # the long ones, which start servers, come before many short ones.

@@ -39,7 +39,8 @@ POLICIES = {"auto": "auto.AutoPolicy", "fixed": "fixed.FixedPolicy", "eagle": "f
 # Policies that `cast-sglang replay` accepts.
 REPLAYED_POLICIES = {**POLICIES, "full-width": "full_width.FullWidthPolicy"}
 LOOKUPS = ("linear", "nearest")
-PENDING = "pending"  # `profile` of the engine that measures one; not for users
+# `profile` of the engine that measures one; no file or keyword that a user would name.
+PENDING = "(being measured)"
 GRAPHS = ("all", "passes", "off")
 MAX_VERIFY_ROWS = 4096
 

@@ -1,12 +1,13 @@
 """Plain decoding, SGLang's EAGLE-3 and CAST on this machine, cold and warm, within ten minutes.
 
-    make demo
-    make demo ARGS="--pair smollm2"     # a published chat model in place of the tiny pair
+    make demo                               # SmolLM2-135M-Instruct, fetched once
+    make demo ARGS="--pair tiny-170m"       # the trained tiny pair of this repository, no network
 
 A server of each arm is up, and they take turns: in every round each serves the same few requests,
 greedily. Speeds are compared within a round, so a drift of the machine cancels, and rounds go on
 until they agree. Cold are the rounds in which a fresh CAST server makes its first 100 steps; no
-server finds what an earlier one has learned. The last line of stdout says the same as JSON.
+server finds what an earlier one has learned. A chat model answers a question aloud before the
+table. The last line of stdout says the same as JSON.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from benchmarks.harness.dialogues import Encoder
 from benchmarks.harness.pairs import (
     OUT,
     PAIRS,
+    SMOLLM2,
     TINY,
     CommandError,
     Pair,
@@ -52,6 +54,7 @@ from benchmarks.harness.servers import Server, ServerError, exit_on_sigterm, ser
 from benchmarks.harness.streams import accept_length, num_steps
 from benchmarks.harness.tasks import load_task
 from benchmarks.harness.turns import Ratio, interval, is_settled, is_sure, quotients, rounds
+from examples import chat
 
 ARMS = {"plain": "plain", "eagle3": "static:5-4-8", "cast": "cast"}  # as `parse_arm` takes them
 BATCHES = (1, 8)
@@ -61,6 +64,8 @@ PER_PLACE = 2
 MEAN_TOKENS = 40
 # Of a context of 1024, so that the longest answer fits.
 MAX_PROMPT_TOKENS = 768
+QUESTION = "Why is the sky blue? Explain it to a child."
+CHAT_TOKENS = 160
 # What six cold and six warm rounds at batch 8 take on two cores. Where a batch size would get less,
 # it is not worth the start of other servers.
 LEAST_SECONDS = 90.0
@@ -111,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = Stages()
     try:
         with stages.progress:
-            measured = run_demo(args, stages, until)
+            measured = run_demo(args, stages, until, console)
     except (CommandError, ServerError, OSError, ValueError, httpx.HTTPError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
@@ -132,8 +137,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pair",
         choices=PAIRS,
-        default=TINY,
-        help="the models; smollm2 is fetched once (default: %(default)s)",
+        default=SMOLLM2,
+        help="the models; smollm2 is fetched once, tiny-170m needs no network (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--tokens",
@@ -152,8 +158,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Measured]:
+def run_demo(
+    args: argparse.Namespace, stages: Stages, until: float, console: Console
+) -> list[Measured]:
     """Measure every batch size, each with servers of its own if there is time to start them.
+
+    A chat model then answers a question on CAST's server.
 
     Args:
         until: when to be done, of `time.monotonic`.
@@ -188,6 +198,12 @@ def run_demo(args: argparse.Namespace, stages: Stages, until: float) -> list[Mea
                 is_fresh = False
                 if starts_again:
                     break
+            if len(measured) == len(BATCHES) and args.pair == SMOLLM2:
+                stages.progress.stop()
+                console.print(f"> {QUESTION}", highlight=False)
+                talk = [{"role": "user", "content": QUESTION}]
+                pieces = chat.ask(servers[ARMS["cast"]].url, talk, CHAT_TOKENS, 0.0)
+                chat.show(pieces, console)
     return measured
 
 

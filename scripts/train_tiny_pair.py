@@ -12,23 +12,19 @@ its files from the work folder.
 import argparse
 import json
 import platform
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import train_draft
+from draft_trainer import loop
+from draft_trainer.target_model import Target
 from rich.progress import Progress
-from tiny_pair import card, corpus, export, generate, loop, prompts, tokenizer
-from tiny_pair.draft_model import Draft, init_from_target
-from tiny_pair.evaluate import TreeShape, first_steps, simulate_accept_lens
-from tiny_pair.layers import Shape
-from tiny_pair.target_model import Target
-from tiny_pair.train_draft import DraftTask, heldout_steps, weighted_loss
+from tiny_pair import card, corpus, draft_data, prompts, target_checkpoint, tokenizer
 from tiny_pair.train_target import TargetTask, heldout_loss
 
-STAGES = ("tokenizer", "target", "generate", "draft", "eval", "card")
+STAGES = ("tokenizer", "target", "data", "draft", "card")
 SEED = 0
-EARLY_TOKENS = 32  # greedy text of so small a target repeats itself sooner or later, not here
 
 
 @dataclass(frozen=True)
@@ -37,19 +33,19 @@ class Sizes:
 
     batch_tokens: int = 4096
     num_heldout_windows: int = 64
-    num_continuations: int = 2048
-    row_tokens: int = generate.ROW_TOKENS
+    num_texts: int = 2048  # of each kind that the draft learns from
+    max_prompt_tokens: int = 320
+    max_new_tokens: int = 192
     num_prompts: int = prompts.NUM_PROMPTS
-    num_new_tokens: int = 128
 
 
 SMOKE_SIZES = Sizes(
     batch_tokens=512,
     num_heldout_windows=2,
-    num_continuations=4,
-    row_tokens=96,
+    num_texts=4,
+    max_prompt_tokens=200,
+    max_new_tokens=16,
     num_prompts=2,
-    num_new_tokens=16,
 )
 SMOKE_MINUTES = 0.05
 
@@ -63,6 +59,7 @@ class Pipeline:
         self.is_smoke: bool = args.smoke
         self.target_minutes: float = args.target_minutes
         self.draft_minutes: float = args.draft_minutes
+        self.num_threads: int = args.num_threads
         self.served_accept_length: float | None = args.served_accept_length
         self.sizes = SMOKE_SIZES if args.smoke else Sizes()
         self.progress_bar = progress_bar
@@ -83,102 +80,70 @@ class Pipeline:
 
     def target(self) -> None:
         """Train the target; the export follows every checkpoint."""
-        target = Target(Shape())
+        target = Target(target_checkpoint.SHAPE)
         fitted = tokenizer.load_tokenizer(self.work_dir / "tokenizer")
+        folder = self.output_dir / "target"
         task = TargetTask(
             target,
             tokenizer.read_tokens(self.work_dir, "train"),
             tokenizer.read_tokens(self.work_dir, "heldout"),
             self.sizes.batch_tokens,
             self.sizes.num_heldout_windows,
-            save=lambda: export.save_target(target, fitted, self.output_dir / "target"),
+            save=lambda: target_checkpoint.save_target(target, fitted, folder),
         )
         loop.train(task, self.work_dir, self.target_minutes, self.progress_bar)
+        heldout = tokenizer.read_tokens(self.work_dir, "heldout")
+        loss = heldout_loss(target, heldout, self.sizes.num_heldout_windows)
+        _write_json(self.work_dir / "target_loss.json", {"target_loss": loss})
 
-    def generate(self) -> None:
-        """Let the target continue training text."""
-        generate.write_continuations(
-            export.load_target(self.output_dir / "target"),
-            tokenizer.read_tokens(self.work_dir, "train"),
-            self.work_dir,
-            self.sizes.num_continuations,
-            self.progress_bar,
-            self.sizes.row_tokens,
-        )
+    def data(self) -> None:
+        """Cut what the draft learns from out of the corpus."""
+        fitted = tokenizer.load_tokenizer(self.work_dir / "tokenizer")
+        tokens = tokenizer.read_tokens(self.work_dir, "train")
+        sizes = self.sizes
+        path = self.work_dir / "draft_data.jsonl"
+        draft_data.write_data(tokens, fitted, sizes.num_texts, sizes.max_prompt_tokens, path)
 
     def draft(self) -> None:
-        """Distil the draft; the export follows every checkpoint."""
-        target = export.load_target(self.output_dir / "target")
-        draft = Draft(target.shape)
-        init_from_target(draft, target)
-        task = DraftTask(
-            draft,
-            target,
-            tokenizer.read_tokens(self.work_dir, "train"),
-            tokenizer.read_tokens(self.work_dir, "heldout"),
-            generate.read_continuations(self.work_dir, self.sizes.row_tokens),
-            self.sizes.batch_tokens,
-            self.sizes.num_heldout_windows,
-            save=lambda: export.save_draft(draft, self.output_dir / "draft"),
-        )
-        loop.train(task, self.work_dir, self.draft_minutes, self.progress_bar)
-
-    def eval(self) -> None:
-        """Measure the exported pair on held-out text."""
-        target = export.load_target(self.output_dir / "target")
-        draft = export.load_draft(self.output_dir / "draft", target.shape.num_layers)
-        heldout_tokens = tokenizer.read_tokens(self.work_dir, "heldout")
+        """Distil the draft, by the trainer that any pair has."""
         sizes = self.sizes
-        steps = heldout_steps(draft, target, heldout_tokens, sizes.num_heldout_windows)
-        requests = self._accept_lens(target, draft)
-        accept_lens = [length for request in requests for length in request]
-        early = [length for request in requests for length in first_steps(request, EARLY_TOKENS)]
+        options = {
+            "target": self.output_dir / "target",
+            "out": self.output_dir / "draft",
+            "work": self.work_dir / "draft",
+            "data": self.work_dir / "draft_data.jsonl",
+            "eval-data": self.output_dir / "heldout_prompts.jsonl",
+            "draft-vocab": target_checkpoint.SHAPE.vocab_size,
+            "max-prompt-tokens": sizes.max_prompt_tokens,
+            "max-new-tokens": sizes.max_new_tokens,
+            "minutes": self.draft_minutes,
+            "batch-tokens": sizes.batch_tokens,
+            "num-threads": self.num_threads,
+            "heldout-rows": sizes.num_heldout_windows,
+        }
+        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        layers = map(str, target_checkpoint.SHAPE.aux_layer_ids)
+        temperatures = map(str, draft_data.TEMPERATURES)
+        train_draft.main([*arguments, "--aux-layers", *layers, "--temperatures", *temperatures])
+
+    def card(self) -> None:
+        """Write the model card from what was measured."""
         counts = json.loads((self.work_dir / "counts.json").read_text())
         target_run = loop.read_state(self.work_dir, "target")
-        draft_run = loop.read_state(self.work_dir, "draft")
         evaluation = {
-            "target_loss": heldout_loss(target, heldout_tokens, sizes.num_heldout_windows),
-            "draft_loss": weighted_loss(steps.losses).item(),
-            "draft_agreement": steps.agreement.tolist(),
-            "accept_length": sum(accept_lens) / len(accept_lens),
-            "accept_length_early": sum(early) / len(early),
-            "accept_len_histogram": dict(sorted(Counter(accept_lens).items())),
-            "num_prompts": sizes.num_prompts,
-            "num_new_tokens": sizes.num_new_tokens,
-            "num_early_tokens": EARLY_TOKENS,
-            "tree": vars(TreeShape()),
-            "target_parameters": sum(p.numel() for p in target.parameters()),
-            "draft_parameters": sum(p.numel() for p in draft.parameters()),
+            **json.loads((self.work_dir / "target_loss.json").read_text()),
+            **json.loads((self.output_dir / "draft" / "evaluation.json").read_text()),
             "train_tokens": counts["train"],
             "heldout_tokens": counts["heldout"],
             "chat_percent": 100 * counts["chat"] / counts["train"],
-            "continuations": len(generate.read_continuations(self.work_dir, sizes.row_tokens)),
             "target_minutes": round(target_run.used_seconds / 60, 1),
             "target_steps": target_run.step,
-            "draft_minutes": round(draft_run.used_seconds / 60, 1),
-            "draft_steps": draft_run.step,
-            "batch_tokens": sizes.batch_tokens,
+            "target_parameters": target_checkpoint.num_parameters(),
+            "batch_tokens": self.sizes.batch_tokens,
             "python_version": platform.python_version(),
-            "torch_version": torch.__version__,
         }
         _write_json(self.output_dir / "evaluation.json", evaluation)
-        self.progress_bar.console.print(f"accept length {evaluation['accept_length']:.3f}")
-
-    def card(self) -> None:
-        """Write the model card from the evaluation."""
-        evaluation = json.loads((self.output_dir / "evaluation.json").read_text())
         card.write_card(self.output_dir, self.work_dir, evaluation, self.served_accept_length)
-
-    def _accept_lens(self, target: Target, draft: Draft) -> list[list[int]]:
-        """Return the accept lengths of each held-out request."""
-        fitted = tokenizer.load_tokenizer(self.work_dir / "tokenizer")
-        records = prompts.read_prompts(self.output_dir / "heldout_prompts.jsonl")
-        requests = []
-        for record in self.progress_bar.track(records, description="eval"):
-            prompt = fitted.encode(record["prompt"]).ids
-            num_new_tokens = self.sizes.num_new_tokens
-            requests.append(simulate_accept_lens(target, draft, prompt, num_new_tokens))
-        return requests
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

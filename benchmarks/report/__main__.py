@@ -6,6 +6,7 @@
 
 The page holds its pictures itself and asks nothing of any other place; beside it lie the pictures
 as files and copies of the numbers. What was not given is left out, and the page says what makes it.
+Files of another kind are named and left out.
 """
 
 import argparse
@@ -16,9 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.harness.pairs import OUT
 from benchmarks.report import ablation, figures, tables
-from benchmarks.report.bounds import Bounds, NamedProfile
-from benchmarks.report.data import ReportError, Run, arms_of, load_runs, read_json, workloads
+from benchmarks.report.data import (
+    OtherKindError,
+    ReportError,
+    Run,
+    arms_of,
+    load_runs,
+    read_json,
+    workloads,
+)
 from benchmarks.report.page import (
     Block,
     Bullets,
@@ -32,6 +41,7 @@ from benchmarks.report.page import (
 )
 from benchmarks.report.readme import update_docs
 from cast_sglang.costs.profiles import load_profile
+from cast_sglang.costs.schema import CostProfile
 from cast_sglang.errors import ProfileError
 
 TITLE = "CAST: how fast, and why"
@@ -54,13 +64,9 @@ COLD = (
     "arm the same text. Each cold repeat is another start of all arms. Every other table of this "
     "page is of servers that were warm."
 )
-BOUND = (
-    "The bound is what the trees are worth if every pass takes what the cost table says and "
-    "nothing else takes time: tokens gained in a step over its predicted time, relative to the "
-    "predicted rate of plain decoding at the same contexts. What was accepted was counted, so the "
-    "bound has no noise of the clock. Between it and the measured speed-up lies what the host and "
-    "the noise took. It is a bound by the table: where passes are faster than their entries, more "
-    "can be measured."
+TREES = (
+    "These are means over all steps of all repeats: one number for an arm and batch size, so they "
+    "have no spread. Only CAST counts its layers, its plain steps and the time of its steps."
 )
 
 
@@ -68,9 +74,8 @@ class Inputs(NamedTuple):
     """What the page is made of."""
 
     runs: list[Run]
-    profiles: list[NamedProfile]
+    profiles: list[tuple[str, CostProfile]]  # with the names of their files
     reliability: Path | None
-    bounds: Bounds
     styles: dict[str, figures.Style]
     copies: dict[Path, Path]  # of the files of numbers, relative to the page
 
@@ -79,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or the tables of the documents, or both; return the exit code."""
     args = parse_args(argv)
     try:
+        found = load_all(args.results)
         if args.update_docs:
-            update_docs(args.update_docs, args.results)
+            update_docs(args.update_docs, list(found))
             print(args.update_docs)
         if args.out:
-            print(write_report(args))
+            runs = [run for mine in found.values() for run in mine]
+            print(write_report(runs, args.profile, args.reliability, args.out))
     except (ReportError, ProfileError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1
@@ -99,16 +106,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("results", type=Path, nargs="+", help="results.json of bench_serving")
     parser.add_argument(
-        "--profile", type=Path, nargs="+", default=[], help="cost profiles that the servers used"
+        "--profile", type=Path, nargs="+", default=[], help="cost profiles, to draw their tables"
     )
     parser.add_argument("--reliability", type=Path, help="reliability.json of bench_calibration")
     parser.add_argument(
-        "--prompt-tokens",
-        type=float,
-        metavar="N",
-        help="mean prompt length of runs that do not state it, for their bounds by the table",
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"gets the page (default: {OUT.name}/report, unless documents are rewritten)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="gets the page")
     parser.add_argument(
         "--update-docs",
         type=Path,
@@ -118,29 +124,45 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if not (args.out or args.update_docs):
-        parser.error("--out or --update-docs is needed")
+        args.out = OUT / "report"
     return args
 
 
-def write_report(args: argparse.Namespace) -> Path:
+def load_all(paths: Sequence[Path]) -> dict[Path, list[Run]]:
+    """Return the runs of each file; name on stderr the files of another kind, which are left out.
+
+    Raises:
+        ReportError: a file cannot be read, or all are of another kind.
+    """
+    found = {}
+    for path in dict.fromkeys(paths):
+        try:
+            found[path] = load_runs(path)
+        except OtherKindError as error:
+            print(f"report: left out {error}", file=sys.stderr)
+    if not found:
+        raise ReportError("no file holds results of bench_serving, so there is nothing to report")
+    return found
+
+
+def write_report(
+    runs: list[Run], profiles: Sequence[Path], reliability: Path | None, out: Path
+) -> Path:
     """Write the page with what belongs to it and return where it is."""
-    runs = [run for path in args.results for run in load_runs(path)]
-    profiles = [NamedProfile(path.name, load_profile(path)) for path in args.profile]
-    sources = [path for path in (*args.results, args.reliability) if path]
+    sources = [*(run.source for run in runs), *([reliability] if reliability else [])]
     inputs = Inputs(
         runs,
-        profiles,
-        args.reliability,
-        Bounds(profiles, args.prompt_tokens),
+        [(path.name, load_profile(path)) for path in profiles],
+        reliability,
         figures.styles_of(arms_of(runs)),
-        copy_numbers(sources, args.out),
+        copy_numbers(sources, out),
     )
     blocks = compose(inputs)
-    (args.out / PICTURES).mkdir(exist_ok=True)
+    (out / PICTURES).mkdir(exist_ok=True)
     for picture in pictures_in(blocks):
-        (args.out / PICTURES / f"{picture.name}.svg").write_bytes(picture.svg)
-    (args.out / "report.md").write_text(as_markdown(TITLE, blocks, PICTURES))
-    page: Path = args.out / "report.html"
+        (out / PICTURES / f"{picture.name}.svg").write_bytes(picture.svg)
+    (out / "report.md").write_text(as_markdown(TITLE, blocks, PICTURES))
+    page = out / "report.html"
     page.write_text(as_html(TITLE, blocks))
     return page
 
@@ -172,8 +194,8 @@ def compose(inputs: Inputs) -> list[Block]:
     for number, run in enumerate(inputs.runs, start=1):
         if not is_only:
             origin = run.provenance
-            where = f"{origin['device']}, {origin['target']}, {origin['date'][:16]}"
-            blocks.append(Heading(f"Run {number}: {where}"))
+            when = origin["date"][:16].replace("T", " ")
+            blocks.append(Heading(f"Run {number}: {run.source.stem}, {when}"))
         blocks += run_chapter(inputs, run, f"run-{number}", 2 if is_only else 3)
     return [*blocks, *profile_chapter(inputs), *reliability_chapter(inputs)]
 
@@ -188,21 +210,14 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     if texts := tables.in_short(run):
         blocks.append(Bullets(texts))
     blocks += speed_pictures(inputs, run, name)
-    lacking = inputs.bounds.lacks(run)
     blocks.append(Heading("Speeds", level))
-    blocks += tables.headline(run, None if lacking else inputs.bounds)
+    blocks += tables.headline(run)
     blocks.append(Heading("Cold servers", level))
     blocks += (
         [Paragraph(COLD), *tables.cold(run)]
         if run.cold
         else [_missing("cold cells", "python -m benchmarks.bench_serving --cold 3 --out DIR")]
     )
-    blocks.append(Heading("What the costs allow", level))
-    if lacking:
-        blocks.append(Paragraph(f"No bounds by the table: {lacking}.", is_notice=True))
-    else:
-        blocks.append(Paragraph(BOUND))
-        blocks.append(Details("Measured over bound", tables.bounds(run, inputs.bounds)))
     blocks.append(Heading("Latency", level))
     blocks += tables.latency(run) or [
         _missing(
@@ -220,35 +235,32 @@ def run_chapter(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
 
 
 def speed_pictures(inputs: Inputs, run: Run, name: str) -> list[Block]:
-    """Return the speed-ups against the batch size, with the bounds by the table."""
+    """Return the speed-ups against the batch size."""
     blocks: list[Block] = []
     for number, (task, temperature, rows) in enumerate(workloads(run.rows), start=1):
-        found = {
-            (row["arm"], row["batch"]): bound
-            for row in rows
-            if (bound := inputs.bounds.of(run, row)) is not None
-        }
-        svg = figures.draw_speedups(rows, inputs.styles, found)
-        caption = f"Speed-up against batch size: {tables.workload_title(task, temperature)}"
-        blocks.append(Picture(f"{name}-speed-{number}", svg, caption))
+        if svg := figures.draw_speedups(rows, inputs.styles):
+            caption = f"Speed-up against batch size: {tables.workload_title(task, temperature)}"
+            blocks.append(Picture(f"{name}-speed-{number}", svg, caption))
     return blocks
 
 
 def tree_section(inputs: Inputs, run: Run, name: str, level: int) -> list[Block]:
     """Return what CAST's trees looked like."""
     blocks: list[Block] = [Heading("Trees", level)]
-    counted = False
     for number, (task, temperature, rows) in enumerate(workloads(run.rows), start=1):
         if all(row["mean_layers"] is None for row in rows):
             continue
-        counted = True
-        caption = f"Trees and steps against batch size: {tables.workload_title(task, temperature)}"
-        svg = figures.draw_trees(rows, inputs.styles)
-        blocks += [Picture(f"{name}-trees-{number}", svg, caption), tables.trees(rows)]
-    if not counted:
+        title = tables.workload_title(task, temperature)
+        if svg := figures.draw_trees(rows, inputs.styles):
+            caption = f"Trees and steps against batch size: {title}"
+            blocks.append(Picture(f"{name}-trees-{number}", svg, caption))
+        else:
+            blocks.append(Paragraph(f"**{title}**"))
+        blocks.append(tables.trees(rows))
+    if len(blocks) == 1:
         command = "python -m benchmarks.bench_serving --out DIR"
-        blocks.append(_missing("counters of CAST's trees", command))
-    return blocks
+        return [*blocks, _missing("counters of CAST's trees", command)]
+    return [blocks[0], Paragraph(TREES), *blocks[1:]]
 
 
 def ablation_section(run: Run, name: str, level: int) -> list[Block]:
@@ -259,9 +271,9 @@ def ablation_section(run: Run, name: str, level: int) -> list[Block]:
         if not found:
             continue
         title = tables.workload_title(task, temperature)
-        lines = len({one.arm for one in found})
+        lines = len({one.arm for one in found}) + len({one.base for one in found})
         svg = figures.draw(
-            10.0, 1.4 + 0.62 * lines, functools.partial(ablation.draw_switched, found=found)
+            10.0, 1.2 + 0.6 * lines, functools.partial(ablation.draw_switched, found=found)
         )
         caption = f"Speed relative to the arm without the setting: {title}"
         blocks.append(Picture(f"{name}-settings-{number}", svg, caption))

@@ -108,7 +108,8 @@ def draw_switched(figure: Figure, found: Sequence[Switched]) -> None:
     axes.set_yticks(range(len(ticks)), ticks)
     axes.set_ylim(len(ticks) - 0.4, -0.6)
     axes.axvline(1.0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_xlabel("speed relative to the arm without the setting (strokes: by the table)")
+    strokes = "; strokes: by the cost table" if any(one.by_table for one in found) else ""
+    axes.set_xlabel(f"tokens/s relative to the arm without the setting{strokes}")
     axes.grid(axis="x", alpha=0.25)
     _legend(figure, axes)
 
@@ -181,7 +182,7 @@ def draw_sweeps(
         axes.set_xticks(list(places.values()), [f"{value:g}" for value in places])
         axes.set_xlabel(f"{knob.upper()}, {own:g} in {label_of(base)}", fontsize="small")
         axes.grid(axis="y", alpha=0.25)
-    panels[0].set_ylabel("speed relative to the base")
+    panels[0].set_ylabel("tokens/s relative to the base")
     _legend(figure, *panels)
 
 

@@ -16,8 +16,26 @@ COMPARED = ("vs_plain", "vs_best_static")
 MEAN = "all"  # in place of a batch size: the geometric mean over batch sizes
 
 
+# What tells the results of `bench_serving` from other files of numbers.
+FIELDS = ("arm", "task", "temperature", "batch", "tok_s", "tok_s_median")
+ORIGIN = ("command", "date", "device", "target", "versions", "git_commit")
+# What else benchmarks leave behind, by a field of the file or of its rows.
+OTHER_KINDS = {
+    "points": "reliability curves of bench_calibration; give them with --reliability",
+    "draft_extend": "a cost profile; give it with --profile",
+}
+OTHER_ROWS = {
+    "setting": "replays of bench_sweep",
+    "machine": "simulated machines of bench_machines",
+}
+
+
 class ReportError(ValueError):
     """A file that the report was given is not what it takes."""
+
+
+class OtherKindError(ReportError):
+    """A file holds something else than results of `bench_serving`; the text says what."""
 
 
 class Run(NamedTuple):
@@ -36,10 +54,7 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     Raises:
         ReportError: names the file and what is wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ReportError(f"{path}: {error}") from error
+    content = _read(path)
     if not isinstance(content, dict) or key not in content:
         raise ReportError(f"{path}: no {key!r} in it")
     return content
@@ -49,10 +64,11 @@ def load_runs(path: Path) -> list[Run]:
     """Return the runs of a file of `bench_serving`, the latest first.
 
     Raises:
-        ReportError: the file holds something else.
+        OtherKindError: the file holds something else.
+        ReportError: the file cannot be read.
     """
     runs = []
-    for run in raw_runs(path, "arm"):
+    for run in _raw_runs(path):
         phases: dict[str, list[Mapping[str, Any]]] = {WARM: [], COLD: []}
         for row in run["rows"]:
             phases[row.get("phase", WARM)].append(row)  # older files have warm rows only
@@ -61,21 +77,41 @@ def load_runs(path: Path) -> list[Run]:
     return runs
 
 
-def raw_runs(path: Path, subject: str) -> list[dict[str, Any]]:
-    """Return the runs of a file as they are, the latest first, without those that have no row.
-
-    Args:
-        subject: the field that names what was measured; tells files of one benchmark from others.
-    """
-    try:
-        content = read_json(path, "runs")
-    except ReportError:
-        # Before runs were added, a file held one.
-        content = {"runs": [read_json(path, "rows")]}
-    runs = [run for run in reversed(content["runs"]) if run["rows"]]
-    if not runs or any(subject not in row for run in runs for row in run["rows"]):
-        raise ReportError(f"{path}: has no rows with the field {subject!r}")
+def _raw_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file as they are, the latest first, without those that have no row."""
+    content = _read(path)
+    # Before runs were added, a file held one.
+    runs = content.get("runs", [content]) if isinstance(content, dict) else []
+    runs = [run for run in reversed(runs) if isinstance(run, dict) and run.get("rows")]
+    if not runs or not all(_is_serving(run) for run in runs):
+        raise OtherKindError(f"{path}: {_other_kind(content)}")
     return runs
+
+
+def _is_serving(run: Mapping[str, Any]) -> bool:
+    origin = run.get("provenance")
+    has_origin = isinstance(origin, dict) and all(name in origin for name in ORIGIN)
+    return has_origin and all(
+        isinstance(row, dict) and all(name in row for name in FIELDS) for row in run["rows"]
+    )
+
+
+def _other_kind(content: Any) -> str:
+    if isinstance(content, dict):
+        rows = content.get("rows")
+        first = rows[0] if isinstance(rows, list) and rows else ()
+        named = [kind for field, kind in OTHER_KINDS.items() if field in content]
+        named += [kind for field, kind in OTHER_ROWS.items() if field in first]
+        if named:
+            return named[0]
+    return "no results of bench_serving"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: {error}") from error
 
 
 def latest(runs: Sequence[Run]) -> Run:

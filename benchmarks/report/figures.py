@@ -1,6 +1,8 @@
 """Pictures of the report, as SVG: one style for each arm in all of them."""
 
 import io
+import itertools
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.harness.arms import kind_of
 from benchmarks.report.data import Row, is_plain, label_of, ratio_of
@@ -23,8 +25,8 @@ from cast_sglang.report.profile_plot import plot_profiles
 COLORS = {
     "plain": ("0.35",),
     "adaptive": ("#e69f00",),
-    # The first is SGLang's default or the one that was named; the rest of a grid stays pale.
-    "static": ("#0072b2", "#9db7cf", "#b3b3c6", "#9fc5c1"),
+    # The first is SGLang's default or the one that was named; the rest of a grid is thinner.
+    "static": ("#0072b2", "#56b4e9", "#332288", "#999933"),
     "cast": ("#d55e00", "#009e73", "#cc79a7", "#882255"),
 }
 CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
@@ -32,25 +34,42 @@ MARKERS = {
     "plain": "x",
     "adaptive": "v",
     "static": "s^<>PX",
-    "cast": "oDph*8",
+    "cast": "oDph*d",
 }
 # Width of lines and size of markers, so that what the page is about is seen first.
 WEIGHTS = {"plain": (0.9, 6.0), "adaptive": (1.2, 6.0), "static": (1.2, 6.0), "cast": (1.9, 7.5)}
-PALE = (0.7, 4.0)
-# Of the space of a batch size, what its arms take side by side.
-DODGE = 0.6
+THIN = (0.8, 5.0)
+# Octaves of batch size between arms side by side, and the share of the least gap they may take.
+DODGE, MOST_DODGED = 0.06, 0.5
+
+
+class Panel(NamedTuple):
+    """What one panel shows of the rows."""
+
+    field: str
+    title: str
+    unit: str
+    factor: float = 1.0
+
+
 SPEED_PANELS = (
-    ("vs_plain", "plain decoding"),
-    ("vs_best_static", "the best static tree of each batch size, known only in hindsight"),
+    Panel("vs_plain", "Speed relative to plain decoding", "ratio of tokens/s"),
+    Panel(
+        "vs_best_static",
+        "Speed relative to the best static tree of each batch size, known only in hindsight",
+        "ratio of tokens/s",
+    ),
 )
 TREE_PANELS = (
-    ("mean_layers", "layers drafted", 1.0),
-    ("mean_verify_rows", "rows verified per request", 1.0),
-    ("accept_length", "accept length", 1.0),
-    ("predicted_to_measured", "predicted / measured step time", 1.0),
-    ("policy_share", "policy, % of a step", 100.0),
-    ("plain_share", "plain steps, %", 100.0),
+    Panel("mean_layers", "Layers drafted", "layers per step"),
+    Panel("mean_verify_rows", "Rows verified", "rows per request and step"),
+    Panel("accept_length", "Accept length", "tokens per request and step"),
+    Panel("predicted_to_measured", "Step time, predicted / measured", "ratio"),
+    Panel("policy_share", "Time of the policy", "% of a step", 100.0),
+    Panel("plain_share", "Plain steps", "% of steps", 100.0),
 )
+COLUMNS = 3  # of tree panels
+LEGEND_COLUMNS = 6
 
 
 class Style(NamedTuple):
@@ -75,71 +94,58 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
         # A marker per arm, so that arms which share a colour differ by it.
         marker = markers[number % len(markers)]
         line = "-" if number < len(colors) else "--"
-        is_pale = kind == "static" and number > 0
-        pale = colors[1:] or colors
-        color = pale[(number - 1) % len(pale)] if is_pale else colors[number % len(colors)]
-        styles[arm] = Style(color, marker, line, *(PALE if is_pale else WEIGHTS[kind]))
+        is_thin = kind == "static" and number > 0
+        rest = colors[1:] or colors
+        color = rest[(number - 1) % len(rest)] if is_thin else colors[number % len(colors)]
+        styles[arm] = Style(color, marker, line, *(THIN if is_thin else WEIGHTS[kind]))
     return styles
 
 
-def draw_speedups(
-    rows: Sequence[Row], styles: Mapping[str, Style], bounds: Mapping[tuple[str, int], float]
-) -> bytes:
+def draw_speedups(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes | None:
     """Draw the speed-ups of one task and temperature against the batch size.
 
-    Args:
-        bounds: the bound by the table against plain decoding, by arm and batch size; those of CAST
-            are drawn.
+    Returns:
+        None where there is nothing to draw: no ratio, or one batch size only.
     """
+    panels = [p for p in SPEED_PANELS if _arms_of(rows, p)]
+    batches = _batches(rows)
+    if not panels or len(batches) < 2:
+        return None
     with _settings():
-        figure = _empty(13.0, 9.0)
-        places = _places(rows)
-        arms = list(dict.fromkeys(row["arm"] for row in rows))
-        for axes, (name, title) in zip(figure.subplots(2, 1), SPEED_PANELS, strict=True):
-            for arm, shift in _dodged(arms):
-                _draw_ratios(axes, rows, arm, name, places, shift, styles[arm])
-                if name == "vs_plain" and kind_of(arm) == "cast":
-                    ends = {places[b] + shift: bounds.get((arm, b)) for b in places}
-                    _draw_bounds(axes, ends, styles[arm])
+        figure = _empty(13.0, 0.6 + 4.2 * len(panels))
+        places = figure.subplots(len(panels), squeeze=False).flat
+        for axes, panel in zip(places, panels, strict=True):
+            for arm, shift in _dodged(_arms_of(rows, panel), batches):
+                _draw_ratios(axes, rows, arm, panel.field, shift, styles[arm])
             axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-            axes.set_title(f"Speed relative to {title}", loc="left")
-            axes.set_ylabel("tokens/s over tokens/s")
-            _label_batches(axes, places)
-            if not any(row[name] is not None for row in rows):
-                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-        _add_legend(figure, bool(bounds))
+            _label(axes, panel, batches)
+        _add_legend(figure, rows)
         return _as_svg(figure)
 
 
-def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes:
-    """Draw what the trees of one task and temperature looked like."""
+def draw_trees(rows: Sequence[Row], styles: Mapping[str, Style]) -> bytes | None:
+    """Draw what the trees of one task and temperature looked like.
+
+    Returns:
+        None where there is nothing to draw: no counter, or one batch size only.
+    """
+    drafting = [row for row in rows if not is_plain(row)]
+    panels = [p for p in TREE_PANELS if _arms_of(drafting, p)]
+    batches = _batches(rows)
+    if not panels or len(batches) < 2:
+        return None
     with _settings():
-        figure = _empty(13.0, 6.6)
-        places = _places(rows)
-        drafting = [row for row in rows if not is_plain(row)]
-        arms = list(dict.fromkeys(row["arm"] for row in drafting))
-        for axes, (name, title, factor) in zip(
-            figure.subplots(2, 3).flat, TREE_PANELS, strict=True
-        ):
-            for arm in arms:
-                known = {
-                    places[row["batch"]]: factor * row[name]
-                    for row in drafting
-                    if row["arm"] == arm and row[name] is not None
-                }
-                if known:
-                    style = styles[arm]
-                    look: dict[str, Any] = {"color": style.color, "linestyle": style.line}
-                    look |= {"marker": style.marker, "linewidth": style.width}
-                    axes.plot(list(known), list(known.values()), label=label_of(arm), **look)
-            if name == "predicted_to_measured":
-                axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-            axes.set_title(title, loc="left")
-            # A share of steps is one of all of them; elsewhere the highest marker stays whole.
-            highest = 100.0 if name == "plain_share" else max(axes.dataLim.ymax, 1.0)
-            axes.set_ylim(0.0, 1.08 * highest)
-            _label_batches(axes, places)
-        _add_legend(figure, False)
+        lines = -(-len(panels) // COLUMNS)
+        figure = _empty(13.0, 0.6 + 3.0 * lines)
+        places = figure.subplots(lines, COLUMNS, squeeze=False).flat
+        for axes, panel in zip(places, panels, strict=False):
+            for arm in _arms_of(drafting, panel):
+                _draw_means(axes, drafting, arm, panel, styles[arm])
+            _scale(axes, panel)
+            _label(axes, panel, batches)
+        for axes in list(figure.axes)[len(panels) :]:
+            axes.remove()
+        _add_legend(figure, rows)
         return _as_svg(figure)
 
 
@@ -195,34 +201,36 @@ def _drawn_by(draw: Callable[[Path], None]) -> bytes:
         return path.read_bytes()
 
 
-def _places(rows: Sequence[Row]) -> dict[int, int]:
-    """Return where each batch size stands on the axis: beside each other, however far apart."""
-    return {batch: place for place, batch in enumerate(sorted({row["batch"] for row in rows}))}
+def _batches(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["batch"] for row in rows})
 
 
-def _dodged(arms: Sequence[str]) -> list[tuple[str, float]]:
-    middle = (len(arms) - 1) / 2
-    return [(arm, DODGE * (i - middle) / max(len(arms), 1)) for i, arm in enumerate(arms)]
+def _arms_of(rows: Sequence[Row], panel: Panel) -> list[str]:
+    """Return the arms that a panel shows, in order."""
+    known = [row for row in rows if row[panel.field] is not None]
+    if panel.field == "vs_plain":
+        # Relative to itself, plain decoding is the line at 1.
+        known = [row for row in known if not is_plain(row)]
+    return list(dict.fromkeys(row["arm"] for row in known))
+
+
+def _dodged(arms: Sequence[str], batches: Sequence[int]) -> list[tuple[str, float]]:
+    """Return by how many octaves each arm stands beside its batch size, so that bars are apart."""
+    gap = min(math.log2(high / low) for low, high in itertools.pairwise(batches))
+    each = min(DODGE, MOST_DODGED * gap / len(arms))
+    return [(arm, each * (i - (len(arms) - 1) / 2)) for i, arm in enumerate(arms)]
 
 
 def _draw_ratios(
-    axes: Axes,
-    rows: Sequence[Row],
-    arm: str,
-    name: str,
-    places: Mapping[int, int],
-    shift: float,
-    style: Style,
+    axes: Axes, rows: Sequence[Row], arm: str, name: str, shift: float, style: Style
 ) -> None:
     found = {row["batch"]: ratio_of(row, name) for row in rows if row["arm"] == arm}
     known = {batch: ratio for batch, ratio in sorted(found.items()) if ratio is not None}
-    if not known:
-        return
     middle = [ratio.median for ratio in known.values()]
     below = [0.0 if r.low is None else r.median - r.low for r in known.values()]
     above = [0.0 if r.high is None else r.high - r.median for r in known.values()]
     axes.errorbar(
-        [places[batch] + shift for batch in known],
+        [batch * 2.0**shift for batch in known],
         middle,
         [below, above],
         color=style.color,
@@ -237,41 +245,58 @@ def _draw_ratios(
     )
 
 
-def _draw_bounds(axes: Axes, ends: Mapping[float, float | None], style: Style) -> None:
-    known = {place: value for place, value in ends.items() if value is not None}
+def _draw_means(axes: Axes, rows: Sequence[Row], arm: str, panel: Panel, style: Style) -> None:
+    mine = [row for row in rows if row["arm"] == arm and row[panel.field] is not None]
+    # Rows come in the order in which cells were measured.
+    mine.sort(key=lambda row: row["batch"])
     axes.plot(
-        list(known),
-        list(known.values()),
-        linestyle="",
-        marker="_",
-        markersize=16,
-        markeredgewidth=2.0,
+        [row["batch"] for row in mine],
+        [panel.factor * row[panel.field] for row in mine],
         color=style.color,
+        marker=style.marker,
+        markersize=style.size,
+        linestyle=style.line,
+        linewidth=style.width,
+        clip_on=False,  # markers at 0 stay whole
+        label=label_of(arm),
     )
 
 
-def _label_batches(axes: Axes, places: Mapping[int, int]) -> None:
-    axes.set_xticks(list(places.values()), [str(batch) for batch in places])
-    axes.set_xlim(-0.5, len(places) - 0.5)
-    axes.set_xlabel("batch size")
+def _scale(axes: Axes, panel: Panel) -> None:
+    if panel.unit == "ratio":
+        # From 0 on, all lines would be one.
+        axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
+        axes.margins(y=0.15)
+        return
+    # A share of steps is one of all of them; elsewhere the highest marker stays whole.
+    highest = 100.0 if panel.field == "plain_share" else max(axes.dataLim.ymax, 1.0)
+    axes.set_ylim(0.0, 1.08 * highest)
+
+
+def _label(axes: Axes, panel: Panel, batches: Sequence[int]) -> None:
+    axes.set_title(panel.title, loc="left")
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel("batch size, requests")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(batches[0] / 2.0**0.4, batches[-1] * 2.0**0.4)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", alpha=0.25)
 
 
-def _add_legend(figure: Figure, has_bounds: bool) -> None:
+def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    if has_bounds:
-        # Drawn nowhere: it only stands for the marks of all arms.
-        (mark,) = figure.axes[0].plot([], [], "_", color="0.2", markersize=12, markeredgewidth=2.0)
-        entries["CAST's bound by the table"] = mark
-    if entries:
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside lower center",
-            ncols=min(len(entries), 5),
-            frameon=False,
-        )
+    labels = list(dict.fromkeys(label_of(row["arm"]) for row in rows))
+    names = [label for label in labels if label in entries]
+    lines = math.ceil(len(names) / LEGEND_COLUMNS)
+    figure.legend(
+        [entries[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=math.ceil(len(names) / lines),
+        frameon=False,
+    )

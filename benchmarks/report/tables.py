@@ -6,7 +6,6 @@ from typing import Any
 from benchmarks.harness.arms import kind_of
 from benchmarks.harness.cells import COLD
 from benchmarks.harness.rows import shown
-from benchmarks.report.bounds import Bounds
 from benchmarks.report.data import (
     COMPARED,
     MEAN,
@@ -28,7 +27,6 @@ COLD_HEADINGS = (
     *("batch", "arm", "tokens/s, cold", "vs plain, cold", "vs plain, warm"),
     *("vs best static, cold", "vs best static, warm", "steps"),
 )
-BOUND = "bound"  # a column between the two ratios
 LATENCY = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LATENCY_HEADINGS = ("TTFT p50, ms", "TTFT p99, ms", "inter-token p50, ms", "inter-token p99, ms")
 TREE_HEADINGS = (
@@ -82,23 +80,13 @@ def in_short(run: Run) -> list[str]:
     return texts
 
 
-def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
-    """Return the table of speeds, one for each task and temperature.
-
-    Args:
-        bounds: to show what the table allows beside each measured speed-up.
-    """
-
-    def bound_cells(row: Row) -> list[str]:
-        return [] if bounds is None else [shown(bounds.of(run, row), "x")]
-
-    heading = (*HEADLINE[:4], *([] if bounds is None else [BOUND]), *HEADLINE[4:])
-    between = [""] * (bounds is not None)
+def headline(run: Run) -> list[Block]:
+    """Return the table of speeds, one for each task and temperature."""
     blocks: list[Block] = []
     for title, rows in titled(run.rows):
         fastest = {batch: _fastest(mine) for batch, mine in by_batch(rows)}
         lines = [
-            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch], *bound_cells(row)))
+            (str(batch), *_headline_cells(row, row["arm"] == fastest[batch]))
             for batch, mine in by_batch(rows)
             for row in mine
         ]
@@ -107,8 +95,8 @@ def headline(run: Run, bounds: Bounds | None = None) -> list[Block]:
             everywhere = [a for a in arms_in(rows) if len(rows_of(rows, a)) == len(fastest)]
             for arm in everywhere:
                 plain, best = (shown(mean_of(rows, arm, name), "x") for name in COMPARED)
-                lines.append((MEAN, label_of(arm), "", plain, *between, best, ""))
-        blocks += [*title, _grid(heading, lines)]
+                lines.append((MEAN, label_of(arm), "", plain, best, ""))
+        blocks += [*title, _grid(HEADLINE, lines)]
     return blocks
 
 
@@ -170,29 +158,6 @@ def trees(rows: Sequence[Row]) -> Grid:
                 )
             )
     return _grid(("batch", "arm", *TREE_HEADINGS), lines)
-
-
-def bounds(run: Run, allowed: Bounds) -> list[Block]:
-    """Return measured speed-ups beside what the table allows, for each task and temperature."""
-    headings = ("batch", "arm", "measured vs plain", "bound by the table", "measured / bound")
-    blocks: list[Block] = []
-    for title, rows in titled(run.rows):
-        lines = []
-        for batch, mine in by_batch(rows):
-            for row in mine:
-                bound = allowed.of(run, row)
-                if bound is not None:
-                    lines.append(
-                        (
-                            str(batch),
-                            label_of(row["arm"]),
-                            spread(ratio_of(row, "vs_plain")),
-                            shown(bound, "x"),
-                            shown(_scaled(row["vs_plain"], 1 / bound)),
-                        )
-                    )
-        blocks += [*title, _grid(headings, lines)]
-    return blocks
 
 
 def how_measured(run: Run) -> Grid:
@@ -279,12 +244,11 @@ def _name(row: Row) -> str:
     return label_of(row["arm"]) + (" (best static)" if is_best else "")
 
 
-def _headline_cells(row: Row, is_fastest: bool, *bound: str) -> tuple[str, ...]:
+def _headline_cells(row: Row, is_fastest: bool) -> tuple[str, ...]:
     return (
         _name(row),
         speed_of(row, is_fastest),
         spread(ratio_of(row, "vs_plain")),
-        *bound,
         spread(ratio_of(row, "vs_best_static")),
         "" if is_plain(row) else shown(row["accept_length"]),
     )

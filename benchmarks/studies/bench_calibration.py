@@ -9,7 +9,9 @@ Writes `reliability.json` and the picture `reliability.png`.
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,13 @@ from benchmarks.harness.servers import ServerError, exit_on_sigterm, serving
 from benchmarks.harness.streams import stream_batch
 
 Row = Mapping[str, Any]  # as `acceptance.Reliability`
+FEWEST_NODES = 10  # of a point that is drawn; a handful says nothing
+Z = 1.96  # standard deviations of a 95 % interval
+# A colour and a marker for each bucket of depths; colour-blind readers can tell them apart.
+LOOKS = (
+    *(("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "D"), ("#cc79a7", "^")),
+    *(("#e69f00", "v"), ("#56b4e9", "P"), ("#332288", "X"), ("#882255", "*")),
+)
 
 
 class Point(NamedTuple):
@@ -125,23 +134,63 @@ def error_of(points: Sequence[Point], name: str) -> float:
 
 
 def draw(points: Sequence[Point], path: str) -> None:
-    """Draw the share accepted against both predictions, a line for each bucket of depths."""
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    """Draw the share accepted against both predictions, a colour for each bucket of depths."""
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = {"drafted": "draft's own probability", "calibrated": "calibrated on other prompts"}
+    titles = {"drafted": "Draft's own probability", "calibrated": "Calibrated on other prompts"}
+    names = depth_names(sorted({point.first_depth for point in points}))
     for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
-        for index, depth in enumerate(sorted({point.first_depth for point in points})):
-            # A handful of nodes says nothing.
-            mine = [p for p in points if p.first_depth == depth and p.num_nodes >= 10]
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="as predicted")
+        for (depth, label), (color, marker) in zip(names.items(), LOOKS, strict=False):
+            mine = [p for p in points if p.first_depth == depth and p.num_nodes >= FEWEST_NODES]
             mine.sort(key=lambda point: getattr(point, name))
-            shares = [getattr(point, name) for point in mine], [p.accepted for p in mine]
-            axes.plot(*shares, "o-", color=f"C{index}", label=f"depth {depth} on", markersize=3)
-        axes.set_title(f"{title}: off by {error_of(points, name):.3f} in the mean")
-        axes.set_xlabel("predicted acceptance, given the parent")
-    figure.axes[0].set_ylabel("accepted")
-    figure.axes[0].legend(fontsize="small")
+            ends = [confidence(point) for point in mine]
+            axes.errorbar(
+                [getattr(point, name) for point in mine],
+                [point.accepted for point in mine],
+                [
+                    [max(0.0, p.accepted - low) for p, (low, _) in zip(mine, ends, strict=True)],
+                    [max(0.0, high - p.accepted) for p, (_, high) in zip(mine, ends, strict=True)],
+                ],
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=0.6,
+                elinewidth=0.9,
+                label=label,
+            )
+        axes.set_title(f"{title}: off by {error_of(points, name):.3f} in the mean", loc="left")
+        axes.set_xlabel("predicted chance of acceptance, given that the parent was accepted")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("share accepted")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        title="nodes of each depth; bars: 95 % confidence, if nodes were independent",
+        loc="outside lower center",
+        ncols=len(names) + 1,
+        frameon=False,
+    )
     figure.savefig(path)
+
+
+def depth_names(first_depths: Sequence[int]) -> dict[int, str]:
+    """Name buckets of depths, each of which ends where the next one begins."""
+    names = {}
+    for first, following in itertools.zip_longest(first_depths, first_depths[1:]):
+        last = first if following is None else following - 1
+        names[first] = f"depth {first}" + ("" if last == first else f" to {last}")
+    if first_depths:
+        names[first_depths[-1]] += " and deeper"
+    return names
+
+
+def confidence(point: Point) -> tuple[float, float]:
+    """Return the ends of Wilson's 95 % interval of the share that was accepted."""
+    share, nodes = point.accepted, point.num_nodes
+    middle = share + Z**2 / (2 * nodes)
+    half = Z * math.sqrt(share * (1 - share) / nodes + Z**2 / (4 * nodes**2))
+    return (middle - half) / (1 + Z**2 / nodes), (middle + half) / (1 + Z**2 / nodes)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ BASE = {"c1": 2.0, "c2": 2.0, "c3": 1.5, "r": 16}
 RULES = {"without DR": ("c3",), "without DP": ("c2",), "without BP": ("c1",)}
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 POLICIES = ("auto", "full-width", "eagle")
+# Of a batch size that is drawn; fewer, such as those while requests end, say nothing.
+FEWEST_STEPS = 20
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+MARKERS = "osD^"
+RELATIVE = "tokens/s relative to the base"
 
 
 class Setting(NamedTuple):
@@ -164,27 +169,38 @@ def relate(rows: Sequence[dict[str, Any]]) -> None:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw speed against each setting's factor, and what the rules bring, per batch size."""
-    batches = sorted({row["batch"] for row in rows if row["batch"]})
+    steps = drawn_batches(rows)
     figure, panels = pyplot.subplots(
-        2, len(batches), figsize=(4.6 * len(batches), 6.4), squeeze=False, layout="constrained"
+        2, len(steps), figsize=(6.0 * len(steps), 7.2), squeeze=False, layout="constrained"
     )
-    for column, batch in enumerate(batches):
+    for column, (batch, num_steps) in enumerate(steps.items()):
         ours = [row for row in rows if row["batch"] == batch]
         lines, bars = panels[0][column], panels[1][column]
-        for key in BASE:
+        for key, color, marker in zip(BASE, COLORS, MARKERS, strict=True):
             points = [(1.0, 1.0)] + [(r["factor"], r["vs_base"]) for r in ours if r["group"] == key]
-            lines.plot(*zip(*sorted(points), strict=True), marker="o", label=key.upper())
+            look = {"color": color, "marker": marker, "label": key.upper()}
+            lines.plot(*zip(*sorted(points), strict=True), **look)
         lines.set_xscale("log", base=2)
         lines.set_xticks([1.0, *FACTORS], [f"{f:g}" for f in (1.0, *FACTORS)])
-        lines.set(title=f"batch {batch}", xlabel="times its base value", ylabel="speed / base")
+        lines.minorticks_off()
+        lines.set_title(f"Batch size {batch}: {num_steps} steps, replayed", loc="left")
+        lines.set(xlabel="setting, as a multiple of its base value", ylabel=RELATIVE)
+        lines.grid(axis="y", alpha=0.25)
         lines.legend(frameon=False)
         named = [row for row in ours if row["group"] in ("rules", "policies")]
-        bars.barh([row["setting"] for row in named], [row["vs_base"] for row in named])
+        bars.barh([row["setting"] for row in named], [row["vs_base"] for row in named], color="0.6")
         bars.axvline(1.0, color="black", linewidth=0.8)
         bars.invert_yaxis()
-        bars.set(xlabel="speed / base")
-    figure.savefig(path)
+        bars.set(xlabel=RELATIVE)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
+
+
+def drawn_batches(rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Return the steps of each batch size that has enough of them, or of the one with the most."""
+    found = {r["batch"]: r["steps"] for r in rows if r["group"] == "base" and r["batch"]}
+    least = min(FEWEST_STEPS, max(found.values()))
+    return {batch: steps for batch, steps in sorted(found.items()) if steps >= least}
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:

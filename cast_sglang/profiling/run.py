@@ -54,6 +54,8 @@ __all__ = [
 # The coarse grid and the refinement stop after these shares of the time budget.
 COARSE_SHARE = 0.4
 REFINE_SHARE = 0.6
+# A line in batch size and tokens has three unknowns.
+LEAST_POINTS = 3
 # Token counts measured at each context beyond the first.
 COUNTS_BEYOND = 3
 
@@ -77,6 +79,7 @@ def run_profile(
     journal: Path | None = None,
     host: str = "",
     progress: bool = False,
+    allow_partial: bool = False,
 ) -> Measured:
     """Measure the tables of one host.
 
@@ -88,6 +91,8 @@ def run_profile(
         journal: file to resume from and to append to; None for none.
         host: text that identifies the host and its settings; a journal of another host is refused.
         progress: show a progress bar on stderr.
+        allow_partial: predict the grid points that the budget left out from those it did not, if
+            each pass has `LEAST_POINTS` of them.
 
     Raises:
         ProfileError: the budget is too small for one visit to each grid point, the meter returned
@@ -105,10 +110,10 @@ def run_profile(
     references = choose_references(grid)
     with Sampler(meter, sampling, references, budget_seconds, progress) as sampler:
         if journal is None:
-            return _Run(sampler, limits, grid).measure()
+            return _Run(sampler, limits, grid).measure(allow_partial)
         with Journal(journal, settings) as opened:
             sampler.record_to(opened)
-            return _Run(sampler, limits, grid).measure()
+            return _Run(sampler, limits, grid).measure(allow_partial)
 
 
 def choose_references(grid: Grid) -> list[Point]:
@@ -201,7 +206,7 @@ class _Run:
         }
         self._heldout = self._choose_heldout()
 
-    def measure(self) -> Measured:
+    def measure(self, allow_partial: bool) -> Measured:
         sampler = self._sampler
         overhead = (STEP_OVERHEAD,) if self._supports(STEP_OVERHEAD) else ()
         coarse = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
@@ -209,7 +214,8 @@ class _Run:
         # the tables, their error would contain the drift of the machine.
         heldout = sorted(self._heldout)
         sampler.visit_once("grid", [*coarse, *heldout], share=1.0)
-        if (measured := sampler.num_measured(coarse)) < len(coarse):
+        measured = sampler.num_measured(coarse)
+        if measured < len(coarse) and not (allow_partial and self._has_enough()):
             advice = "; run the same command again to resume, with a larger --budget-seconds"
             raise ProfileError(
                 f"the time budget ended after {measured} of {len(coarse)} grid points"
@@ -229,6 +235,14 @@ class _Run:
             num_points=len(points),
             seconds=sampler.seconds,
             sampling={**sampler.describe(), "heldout_standard_error": self._heldout_noise()},
+        )
+
+    def _has_enough(self) -> bool:
+        """Return whether each pass was measured at shapes enough to predict the others."""
+        overheads = self._points(STEP_OVERHEAD) if self._supports(STEP_OVERHEAD) else []
+        measured = [self._sampler.num_measured(self._points(name)) for name in NAMES]
+        return min(measured) >= LEAST_POINTS and (
+            not overheads or self._sampler.num_measured(overheads) > 0
         )
 
     def _supports(self, operation: str) -> bool:
@@ -371,7 +385,14 @@ class _Run:
     def _tables(self) -> CostTables:
         overhead = None
         if self._supports(STEP_OVERHEAD):
-            points = self._points(STEP_OVERHEAD)
-            overhead = [round(self._sampler.median_us(point), 3) for point in points]
+            overhead = self._overhead_us(self._points(STEP_OVERHEAD))
         tables = {each.table: self._tabulate(each.name) for each in PASSES}
         return CostTables(**tables, step_overhead_us=overhead)
+
+    def _overhead_us(self, points: list[Point]) -> list[float]:
+        """Return the times of the points; one that was not measured has that of the nearest."""
+        known = [index for index, point in enumerate(points) if self._sampler.has(point)]
+        return [
+            round(self._sampler.median_us(points[min(known, key=lambda k: abs(k - index))]), 3)
+            for index in range(len(points))
+        ]

@@ -11,6 +11,7 @@ smaller batch or a shorter context (`complete`). Such a table would make larger 
 """
 
 from collections.abc import Collection
+from itertools import product
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -44,17 +45,21 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
     """Return the table of one operation, with smoothed times.
 
     Args:
-        axes: the grid, of which all points of the first context were measured and some of the
-            others.
+        axes: the grid. Points of the first context that were not measured are predicted.
         heldout: measured points that must not contribute.
     """
     measured = [point for point in sampler.points(operation) if point not in heldout]
     error = np.array([sampler.standard_error(point) for point in measured])
     median_us = np.array([sampler.median_us(point) for point in measured])
-    smoothed = smooth(_shapes(measured), median_us, error)
+    missing = [
+        point
+        for b, n in product(axes.batch_size, axes.num_tokens)
+        if not sampler.has(point := Point(operation, b, axes.context[0], n))
+    ]
+    smoothed, predicted = smooth(_shapes(measured), median_us, error, _shapes(missing))
     # Neighbours may move a time within its error, no further.
     smoothed = np.clip(smoothed, median_us * (1 - 2 * error), median_us * (1 + 2 * error))
-    known = dict(zip(measured, smoothed, strict=True))
+    known = dict(zip([*measured, *missing], [*smoothed, *predicted], strict=True))
 
     shape = tuple(map(len, axes))
     time_us, spread_us = np.zeros(shape), np.zeros(shape)
@@ -62,9 +67,10 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
     for index in np.ndindex(*shape):
         values = (axis[i] for axis, i in zip(axes, index, strict=True))
         if (point := Point(operation, *values)) in known:
-            _, spread_us[index], samples[index] = sampler.summary(point)
             time_us[index] = known[point]
-    time_us = complete(time_us, samples > 0, axes)
+            if sampler.has(point):
+                _, spread_us[index], samples[index] = sampler.summary(point)
+    time_us = complete(time_us, time_us > 0, axes)
     return CostTable(
         batch_sizes=axes.batch_size,
         contexts=axes.context,
@@ -148,22 +154,26 @@ def _fit_context(
 
 def _shapes(points: list[Point]) -> np.ndarray:
     """Return [P, 3], the batch size, context and tokens of each point."""
-    return np.array([point[1:] for point in points], dtype=float)
+    return np.array([point[1:] for point in points], dtype=float).reshape(-1, 3)
 
 
-def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Estimate the times of shapes from noisy measurements of all of them.
+def smooth(
+    shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the times of shapes from noisy measurements of some of them.
 
     Args:
         shapes: [P, 3] measured shapes (batch size, context, tokens), each >= 1.
         time_us: [P] their times, positive.
         noise: [P] relative standard errors of the times, >= 0.
+        wanted: [Q, 3] shapes that were not measured.
 
     Returns:
-        [P] times in microseconds.
+        [P] and [Q] times in microseconds, of the measured and of the other shapes.
     """
     x, y = np.log(shapes), np.log(time_us)
-    x -= x.mean(axis=0)
+    center = x.mean(axis=0)
+    x -= center
     mean = y.mean()
     variance = np.maximum(noise, LEAST_NOISE) ** 2
     prior, width = np.array(list(PRIOR.values())).T
@@ -181,8 +191,12 @@ def smooth(shapes: np.ndarray, time_us: np.ndarray, noise: np.ndarray) -> np.nda
     bounds = list(zip(prior - 3 * width, prior + 3 * width, strict=True))
     parameters = minimize(misfit, prior, method="L-BFGS-B", bounds=bounds).x
     weights = cho_solve(cho_factor(covariance(parameters), lower=True), y - mean)
-    estimate: np.ndarray = np.exp(mean + _kernel(x, x, parameters) @ weights)
-    return estimate
+
+    def estimate(at: np.ndarray) -> np.ndarray:
+        times_us: np.ndarray = np.exp(mean + _kernel(at, x, parameters) @ weights)
+        return times_us
+
+    return estimate(x), estimate(np.log(wanted) - center)
 
 
 def _kernel(a: np.ndarray, b: np.ndarray, parameters: np.ndarray) -> np.ndarray:

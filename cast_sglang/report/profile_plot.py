@@ -28,6 +28,10 @@ __all__ = ["plot_profiles"]
 # Curves extend to this multiple of the last grid point, to show how the cost model extrapolates.
 BEYOND = 1.25
 CONTEXT_POINTS = 64
+# More batch sizes are not told apart, by neither colour nor place.
+MOST_SIZES = 6
+# Ticks of contexts that are nearer than this, in octaves, would overlap.
+TICK_GAP = 0.3
 # The time axis is logarithmic if the largest time is this multiple of the smallest; otherwise small
 # batches would be flat lines at the bottom.
 LOG_FROM_RATIO = 8.0
@@ -62,10 +66,11 @@ class _Scene(NamedTuple):
 
     sources: list[_Source]
     colors: dict[int, str]  # by batch size
+    num_sizes: int  # that could be drawn
     context: int
 
     def curves(self) -> Iterator[tuple[_Source, int, str]]:
-        """Yield each profile with each batch size that it covers."""
+        """Yield each profile with each drawn batch size that it covers."""
         for source in self.sources:
             for batch_size, color in self.colors.items():
                 if batch_size <= source.profile.target.batch_sizes[-1]:
@@ -76,9 +81,10 @@ def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
     """Draw one profile, or two on top of each other, into a file.
 
     Lines are what `CostModel` returns at every token count and context; markers are the entries of
-    the tables, hollow where they were not measured. Lines are dotted where they are extrapolated:
-    beyond the grid, and beyond the last context that was measured at a batch size. Two profiles are
-    compared at the batch sizes and at the context that both have, the second one dashed.
+    the tables, hollow where they were not measured; bars are the samples' inter-quartile range.
+    Lines are dotted where they are extrapolated: beyond the grid, and beyond the last context that
+    was measured at a batch size. Two profiles are compared at the batch sizes and at the context
+    that both have, the second one dashed. Of many batch sizes, some are drawn.
 
     Args:
         profiles: one or two that `load_profile` accepted.
@@ -123,12 +129,13 @@ def _scene(profiles: Sequence[CostProfile]) -> _Scene:
         _Source(profile, _model(profile), style, marker)
         for profile, style, marker in zip(profiles, LINE_STYLES, MARKERS, strict=False)
     ]
-    sizes = _shared([profile.target.batch_sizes for profile in profiles])
+    every_size = _shared([profile.target.batch_sizes for profile in profiles])
+    sizes = _spread_out(every_size)
     contexts = _shared([profile.quotable_contexts for profile in profiles])
     colormap = matplotlib.colormaps["viridis"]
     shades = np.linspace(*COLOR_RANGE, len(sizes))
     colors = {size: to_hex(colormap(shade)) for size, shade in zip(sizes, shades, strict=True)}
-    return _Scene(sources, colors, contexts[len(contexts) // 2])
+    return _Scene(sources, colors, len(every_size), contexts[len(contexts) // 2])
 
 
 def _model(profile: CostProfile) -> CostModel:
@@ -146,6 +153,14 @@ def _shared(grids: Sequence[list[int]]) -> list[int]:
     return sorted(set(grids[0]).intersection(*grids[1:])) or grids[0]
 
 
+def _spread_out(sizes: Sequence[int]) -> list[int]:
+    """Return at most MOST_SIZES of the sizes, about as many octaves apart."""
+    if len(sizes) <= MOST_SIZES:
+        return list(sizes)
+    ideal = np.geomspace(sizes[0], sizes[-1], MOST_SIZES)
+    return sorted({min(sizes, key=lambda size: abs(math.log(size / place))) for place in ideal})
+
+
 def _beyond(grid: list[int]) -> int:
     return max(grid[-1] + 1, math.ceil(BEYOND * grid[-1]))
 
@@ -157,10 +172,9 @@ def _draw_times(axes: Axes, scene: _Scene, of: Pass) -> None:
         _draw_line(axes, times_ms, table.token_counts[-1], color, source.style)
         if batch_size in table.batch_sizes and scene.context in table.contexts:
             b, c = table.batch_sizes.index(batch_size), table.contexts.index(scene.context)
-            _draw_entries(
-                axes, source, color, table.token_counts, table.time_us[b][c], table.samples[b][c]
-            )
-    _label(axes, f"{of.title}, context {scene.context}", f"{of.unit} per request", "ms")
+            cells = table.time_us[b][c], table.spread_us[b][c], table.samples[b][c]
+            _draw_entries(axes, source, color, table.token_counts, *cells)
+    _label(axes, f"{of.title}, context {scene.context}", f"{of.unit} per request", "time, ms")
     _scale_times(axes)
 
 
@@ -177,10 +191,14 @@ def _draw_entries(
     color: str,
     positions: Sequence[int],
     times_us: Sequence[float],
+    spreads_us: Sequence[float],
     samples: Sequence[int],
 ) -> None:
     """Draw the entries of a table, hollow where `samples` is 0 (not measured)."""
-    for position, time_us, count in zip(positions, times_us, samples, strict=True):
+    cells = zip(positions, times_us, spreads_us, samples, strict=True)
+    for position, time_us, spread_us, count in cells:
+        low, high = (time_us - spread_us / 2) / 1e3, (time_us + spread_us / 2) / 1e3
+        axes.vlines(position, low, high, color=color, linewidth=1.0)
         axes.plot(
             position,
             time_us / 1e3,
@@ -224,14 +242,15 @@ def _draw_contexts(axes: Axes, scene: _Scene) -> None:
             if batch_size in table.batch_sizes:
                 b, n = table.batch_sizes.index(batch_size), table.token_counts.index(count)
                 times_us = [row[n] for row in table.time_us[b]]
+                spreads_us = [row[n] for row in table.spread_us[b]]
                 samples = [row[n] for row in table.samples[b]]
-                _draw_entries(axes, source, color, table.contexts, times_us, samples)
+                _draw_entries(axes, source, color, table.contexts, times_us, spreads_us, samples)
     most = dict.fromkeys(str(s.profile.target.token_counts[-1]) for s in scene.sources)
     title = f"target: {' / '.join(most)} rows (thick) and 1 row (thin)"
-    _label(axes, title, "context, tokens", "ms")
+    _label(axes, title, "context, tokens", "time, ms")
     axes.set_xscale("log", base=2)
     ticks = sorted({c for source in scene.sources for c in source.profile.target.contexts})
-    axes.xaxis.set_major_locator(FixedLocator([float(tick) for tick in ticks]))
+    axes.xaxis.set_major_locator(FixedLocator(_apart(ticks)))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_locator(NullLocator())
     _scale_times(axes)
@@ -247,6 +266,15 @@ def _last_measured(table: CostTable, batch_size: int) -> int:
     return contexts[-1] if contexts else table.contexts[-1]
 
 
+def _apart(ticks: Sequence[int]) -> list[float]:
+    """Return the ticks of a logarithmic axis whose labels do not overlap."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or math.log2(tick / kept[-1]) >= TICK_GAP:
+            kept.append(float(tick))
+    return kept
+
+
 def _short(value: float, _: object = None) -> str:
     return f"{value:.0f}" if value < 4096 else f"{value / 1024:.3g}k"
 
@@ -258,7 +286,7 @@ def _draw_layer_price(axes: Axes, scene: _Scene) -> None:
     axes.set_ylim(bottom=0.0)
     title = f"draft: cost of one layer, context {scene.context}"
     _label(axes, title, "nodes per request", "in 1-row target passes")
-    _draw_limit(axes, "C2", CastConfig().c2, "a layer that costs more never pays")
+    _draw_limit(axes, "C2", CastConfig().c2, "a layer that costs more never pays", "left")
 
 
 def _draw_ratio(axes: Axes, scene: _Scene) -> None:
@@ -274,26 +302,24 @@ def _draw_ratio(axes: Axes, scene: _Scene) -> None:
     _label(axes, title, "rows per request", "ratio of times")
 
 
-def _draw_limit(axes: Axes, name: str, price: float, meaning: str) -> None:
+def _draw_limit(axes: Axes, name: str, price: float, meaning: str, side: str = "right") -> None:
     """Mark the cost 1 / price: above it even a token that is surely accepted is not worth it."""
+    place = 0.01 if side == "left" else 0.99
     limit = 1.0 / price
     low, high = axes.get_ylim()
     text = f"1 / {name} = {limit:.2g}: {meaning}"
-    style: dict[str, Any] = {"color": "crimson", "fontsize": "small", "ha": "right"}
+    style: dict[str, Any] = {"color": "crimson", "fontsize": "small", "ha": side}
     if limit < 1.5 * high:
         axes.set_ylim(low, max(high, 1.1 * limit))
         axes.axhline(limit, color="crimson", linewidth=1.0, linestyle=(0, (6, 3)))
         low, high = axes.get_ylim()
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        where: dict[str, Any] = {
-            "transform": axes.get_yaxis_transform(),
-            "va": "bottom",
-            "bbox": box,
-        }
-        axes.text(0.99, limit + 0.01 * (high - low), text, **where, **style)
+        where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "bbox": box}
+        where["va"] = "bottom"
+        axes.text(place, limit + 0.01 * (high - low), text, **where, **style)
     else:
         axes.set_ylim(low, high + 0.12 * (high - low))
-        axes.text(0.99, 0.97, f"all below {text}", transform=axes.transAxes, va="top", **style)
+        axes.text(place, 0.97, f"all below {text}", transform=axes.transAxes, va="top", **style)
 
 
 def _label(axes: Axes, title: str, x_label: str, y_label: str) -> None:
@@ -321,15 +347,19 @@ def _add_legends(figure: Figure, scene: _Scene) -> None:
     styles = [
         _mark("o", "measured"),
         _mark("o", "not measured", fill="white"),
+        Line2D([], [], color=GREY, marker="|", linestyle="", label="inter-quartile range"),
         Line2D([], [], color=GREY, label="cost model"),
         Line2D([], [], color=GREY, linestyle=":", label="extrapolated"),
     ]
     if len(scene.sources) > 1:
         styles[0] = _mark("o", "measured, first")
         styles.insert(1, _mark("s", "measured, second"))
-        styles[3].set_label("cost model, first")
-        styles.insert(4, Line2D([], [], color=GREY, linestyle="--", label="cost model, second"))
-    figure.legend(handles=sizes, title="batch size", loc="outside right upper", frameon=False)
+        styles[4].set_label("cost model, first")
+        styles.insert(5, Line2D([], [], color=GREY, linestyle="--", label="cost model, second"))
+    title = "batch size"
+    if len(sizes) < scene.num_sizes:
+        title += f",\n{len(sizes)} of {scene.num_sizes}"
+    figure.legend(handles=sizes, title=title, loc="outside right upper", frameon=False)
     figure.legend(handles=styles, loc="outside right lower", frameon=False)
 
 

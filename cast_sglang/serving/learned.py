@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.served_costs import ServedCosts
 
-__all__ = ["SAVE_EVERY", "Learned", "LearnedFile"]
+__all__ = ["Learned", "LearnedFile"]
 
-# Steps between two writes of the file, each of which takes 1 ms.
-SAVE_EVERY = 1024
+# The file is written at step 64, 128, 256 and so on, so that a short life is remembered too, and
+# later every 1,024 steps. A write takes 1 ms.
+FIRST_SAVE, SAVE_EVERY = 64, 1024
 _FORMAT = 1
 _OF_TABLES = ("tables", "corrections")
 
@@ -128,6 +129,7 @@ class Learned:
         self._file, self._policy = file, policy
         self._calibration, self._costs = calibration, costs
         self._before: Mapping[str, Any] = {}  # what the server went on from
+        self._next_save = FIRST_SAVE  # a step
         # Tells the tables in use, to which corrections belong, from others.
         self._tables = "" if costs.profile is None else tables_digest(costs.profile.profile)
 
@@ -192,6 +194,12 @@ class Learned:
             learned["tables"] = self._tables
             learned["corrections"] = self._costs.residuals.state()
         return learned
+
+    def save_when_due(self, num_steps: int) -> None:
+        """Write the file at some of the server's steps."""
+        if num_steps >= self._next_save:
+            self._next_save += min(self._next_save, SAVE_EVERY)
+            self.save()
 
     def save(self) -> None:
         """Write the file, if there is one; rank 0 does."""

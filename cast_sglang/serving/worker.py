@@ -37,7 +37,7 @@ from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
 from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.identity import host_identity
-from cast_sglang.serving.learned import SAVE_EVERY, Learned, LearnedFile
+from cast_sglang.serving.learned import Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import mean_context, request_weights
 from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
@@ -230,8 +230,7 @@ class CastWorker(EAGLEWorkerV2):
         if self.calibration is not None:
             self.calibration.begin_step(batch.sampling_info.top_ks)
         self.costs.correct(self._num_steps)
-        if self._num_steps % SAVE_EVERY == 0:
-            self.learned.save()
+        self.learned.save_when_due(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
         are_new = batch.reqs != self._running
         if are_new or is_due:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from draft_trainer.loop import BatchResult
+from draft_trainer.target_model import Target
 
-from .loop import BatchResult
-from .target_model import Target
 from .windows import WindowSampler, fixed_windows
 
 SHORT_WINDOW = 256
@@ -21,7 +21,7 @@ SEED = 1
 def next_token_loss(target: Target, windows: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of windows [B, T + 1], in nats a token."""
     with torch.autocast("cpu", torch.bfloat16):
-        logits = target(windows[:, :-1]).logits
+        logits = target.logits(target(windows[:, :-1]).states)
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 

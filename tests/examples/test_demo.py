@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness.cells import Result
-from benchmarks.harness.pairs import PAIRS, TINY, Pair
+from benchmarks.harness.pairs import PAIRS, SMOLLM2, TINY, Pair
 from benchmarks.harness.servers import ServerError
 from benchmarks.harness.streams import Answer
-from examples import demo
+from examples import chat, demo
 
 ARMS = ["plain", "static:5-4-8", "cast"]
 
@@ -71,7 +71,7 @@ def machine(monkeypatch) -> Machine:
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
     """Run the demo; return its rows by batch size and phase, and what it printed."""
-    assert demo.main(["--out", str(tmp_path), "--tokens", "40"]) == 0
+    assert demo.main(["--pair", TINY, "--out", str(tmp_path), "--tokens", "40"]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(printed.splitlines()[-1])["rows"]
     return {(row["batch"], row["phase"]): row for row in rows}, printed
@@ -131,10 +131,44 @@ def test_where_starts_take_long_both_sizes_share_one_and_it_is_said(machine, tmp
     assert [row["rounds"] for row in rows.values()] == [1] * 4
 
 
+def test_a_chat_model_answers_on_the_cast_server_before_the_table(
+    machine, tmp_path, capsys, monkeypatch
+):
+    known = PAIRS[SMOLLM2]._replace(load=lambda: Pair("target", "draft"))
+    monkeypatch.setitem(PAIRS, SMOLLM2, known)
+    monkeypatch.setattr(demo, "choose_prompts", lambda name, pair: [name, "other"])
+    asked = []
+
+    def ask(url, messages, max_tokens, temperature):
+        asked.append((url, messages[0]["content"], len(machine.turns)))
+        yield chat.Piece("Because of the air.", 5)
+
+    monkeypatch.setattr(chat, "ask", ask)
+    url_of = lambda name: SimpleNamespace(url=f"http://{name}")  # noqa: E731
+    serving = machine.serving
+
+    @contextlib.contextmanager
+    def with_addresses(*arguments):
+        with serving(*arguments) as servers:
+            yield {name: url_of(name) for name in servers}
+
+    take_turn = machine.take_turn
+    monkeypatch.setattr(demo, "serving", with_addresses)
+    monkeypatch.setattr(
+        demo, "take_turn", lambda arm, server, *rest: take_turn(arm, arm.name, *rest)
+    )
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert asked == [("http://cast", demo.QUESTION, len(machine.turns))]
+    assert printed.index("Because of the air.") < printed.index("bf16, greedy, tokens/s")
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert {row["model"] for row in rows} == {"SmolLM2-135M-Instruct"}
+
+
 def test_what_fails_is_one_line(machine, tmp_path, capsys, monkeypatch):
     def fail(*words):
         raise ServerError("server cast ended")
 
     monkeypatch.setattr(demo, "take_turn", fail)
-    assert demo.main(["--out", str(tmp_path)]) == 1
+    assert demo.main(["--pair", TINY, "--out", str(tmp_path)]) == 1
     assert "demo: error: server cast ended" in capsys.readouterr().err

@@ -236,6 +236,23 @@ def test_budget_ends_the_run_in_time(clock):
     assert measured.heldout is not None
 
 
+def test_a_budget_too_small_for_the_grid_leaves_tables_of_the_right_size(clock):
+    """A busy machine at a first start: some of the grid was visited, the rest is predicted."""
+    meter = StaircaseMeter(limits=FEW, clock=clock)
+    with pytest.raises(ProfileError, match="after .* grid points"):
+        run_profile(meter, budget_seconds=0.2, sampling=BRIEF)
+    partial = run_profile(meter, budget_seconds=0.2, sampling=BRIEF, allow_partial=True)
+    for each in PASSES:
+        table = getattr(partial.tables, each.table)
+        times, samples = np.array(table.time_us), np.array(table.samples)
+        assert (times > 0).all()
+        assert (samples == 0).any() or each.model == "draft"
+        for b, batch_size in enumerate(table.batch_sizes):
+            for n, tokens in enumerate(table.token_counts):
+                true = true_us(each.name, batch_size, table.contexts[0], tokens)
+                assert 0.4 < times[b][0][n] / true < 2.5
+
+
 def test_budget_too_small_for_the_grid_says_so_and_resumes(tmp_path, clock):
     journal = journal_path(tmp_path / "p.json")
     options = {"journal": journal, "sampling": BRIEF}

@@ -13,6 +13,7 @@ from cast_sglang.profiling.tables import complete, smooth
 
 AXES = ((1, 2, 4, 8, 16, 32), (128, 1024), (1, 2, 4, 8, 16, 32))
 SHAPES = np.array(list(itertools.product(*AXES)), dtype=float)
+NONE = np.empty((0, 3))
 
 
 def flat_then_linear(shapes):
@@ -29,7 +30,7 @@ def staircase(shapes, tile=8):
 @pytest.mark.parametrize("surface", [flat_then_linear, staircase])
 def test_precise_times_are_kept(surface):
     times = surface(SHAPES)
-    smoothed = smooth(SHAPES, times, np.full(len(times), 1e-3))
+    smoothed, _ = smooth(SHAPES, times, np.full(len(times), 1e-3), NONE)
     assert np.abs(smoothed / times - 1).max() < 0.01
 
 
@@ -37,7 +38,7 @@ def test_noise_is_averaged_out():
     rng = np.random.default_rng(0)
     truth = flat_then_linear(SHAPES)
     noisy = truth * np.exp(rng.normal(0, 0.1, len(truth)))
-    smoothed = smooth(SHAPES, noisy, np.full(len(truth), 0.1))
+    smoothed, _ = smooth(SHAPES, noisy, np.full(len(truth), 0.1), NONE)
     before, after = (np.abs(np.log(times / truth)).mean() for times in (noisy, smoothed))
     assert after < 0.6 * before
 
@@ -45,14 +46,24 @@ def test_noise_is_averaged_out():
 def test_units_do_not_matter():
     times = flat_then_linear(SHAPES)
     noise = np.full(len(times), 0.02)
-    ratio = smooth(SHAPES, 1e3 * times, noise) / smooth(SHAPES, times, noise)
+    ratio = smooth(SHAPES, 1e3 * times, noise, NONE)[0] / smooth(SHAPES, times, noise, NONE)[0]
     assert np.allclose(ratio, 1e3, rtol=5e-3)
 
 
 def test_a_single_time_is_returned():
     shape = np.array([[1.0, 128.0, 1.0]])
-    (estimated,) = smooth(shape, np.array([5000.0]), np.array([0.01]))
+    ((estimated,), _) = smooth(shape, np.array([5000.0]), np.array([0.01]), NONE)
     assert math.isclose(estimated, 5000.0, rel_tol=0.01)
+
+
+def test_shapes_that_were_not_measured_are_predicted():
+    times = flat_then_linear(SHAPES)
+    is_measured = np.random.default_rng(0).random(len(SHAPES)) < 0.5
+    noise = np.full(is_measured.sum(), 0.02)
+    _, predicted = smooth(SHAPES[is_measured], times[is_measured], noise, SHAPES[~is_measured])
+    errors = np.abs(np.log(predicted / times[~is_measured]))
+    assert np.median(errors) < 0.05
+    assert errors.max() < 0.5
 
 
 # Completing

@@ -1,5 +1,7 @@
 """The figure of a profile: what is drawn is what the cost model returns and the tables hold."""
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
@@ -132,6 +134,30 @@ def test_what_was_not_measured_is_dotted_and_never_the_panels_context(draw):
             assert low <= line.get_xdata()[0] and line.get_xdata()[-1] <= high
     assert {marker.get_xdata()[0] for marker in markers(contexts, hollow=True)} == {1024, 4096}
     assert len(markers(contexts, hollow=True)) == 2 * 3
+
+
+def test_many_batch_sizes_and_contexts_stay_legible(draw):
+    sizes = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32)
+    table = make_table(batch_sizes=sizes, contexts=(128, 192, 320, 512, 576, 704, 960))
+    tables = {"target": table, "draft": table, "draft_extend": table}
+    figure = draw(make_profile(**tables, step_overhead_us=None))
+    assert len(lines(figure.axes[0], "-")) == 6
+    drawn, _ = figure.legends
+    assert [text.get_text() for text in drawn.get_texts()] == ["1", "2", "4", "8", "16", "32"]
+    assert drawn.get_title().get_text().endswith("6 of 15")
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in figure.axes[4].get_xticklabels() if t.get_text()]
+    assert len(boxes) > 3
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_entries_have_the_spread_of_their_samples(draw):
+    profile = make_profile()
+    bars = [segment for c in draw(profile).axes[0].collections for segment in c.get_segments()]
+    table = profile.target
+    assert len(bars) == 2 * len(table.token_counts)
+    (_, low), (_, high) = bars[0]
+    assert high - low == pytest.approx(table.spread_us[0][1][0] / 1e3)
 
 
 def test_a_file_that_cannot_be_written(tmp_path):

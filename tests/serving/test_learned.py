@@ -82,6 +82,17 @@ def test_what_was_learned_outlives_the_server(tmp_path):
     assert set(start) == {"prices", "corrections"}
 
 
+def test_the_file_is_written_soon_and_then_rarely(tmp_path):
+    path, written = tmp_path / "pair.json", []
+    server = Server(path)
+    for step in range(1, 4200):
+        server.learned.save_when_due(step)
+        if path.exists():
+            written.append(step)
+            path.unlink()
+    assert written == [64, 128, 256, 512, 1024, 2048, 3072, 4096]
+
+
 def test_only_rank_0_writes(tmp_path, parallel):
     path = tmp_path / "pair.json"
     server = Server(path)

@@ -86,6 +86,7 @@ def _measured(meter: Any, identity: HostIdentity) -> CostProfile | None:
             grid=default_grid(meter.limits(), quick=True),
             sampling=SAMPLING,
             budget_seconds=BUDGET_SECONDS,
+            allow_partial=True,
         )
     except CastError as error:
         logger.warning("CAST: measuring failed: %s", error)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks.studies.bench_calibration import Point, draw, error_of, parse_args, predict
+from benchmarks.studies.bench_calibration import (
+    Point,
+    confidence,
+    depth_names,
+    draw,
+    error_of,
+    parse_args,
+    predict,
+)
 
 
 def row(depth, nodes, drafted, calibrated, accepted):
@@ -34,6 +42,20 @@ def test_error_is_the_mean_distance_by_nodes():
 def test_the_picture_is_written(tmp_path):
     draw(predict(LEARNED, SEEN), str(tmp_path / "reliability.png"))
     assert (tmp_path / "reliability.png").stat().st_size > 5000
+
+
+def test_points_are_drawn_with_names_and_confidence():
+    assert depth_names([1, 2, 3, 5]) == {
+        1: "depth 1",
+        2: "depth 2",
+        3: "depth 3 to 4",
+        5: "depth 5 and deeper",
+    }
+    assert depth_names([]) == {}
+    # Wilson's interval of 8 of 10, as in any table of it.
+    assert confidence(Point(1, 10, 0.5, 0.5, 0.8)) == pytest.approx((0.490, 0.943), abs=1e-3)
+    low, high = confidence(Point(1, 20, 0.5, 0.5, 1.0))
+    assert low < 0.9 and high == pytest.approx(1.0)
 
 
 def test_a_target_without_its_draft_is_refused(capsys):

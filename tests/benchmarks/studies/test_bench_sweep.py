@@ -44,6 +44,13 @@ def test_every_setting_is_compared_with_the_base(swept):
     assert content["provenance"]["command"].startswith("python -m benchmarks.studies.bench_sweep")
 
 
+def test_batch_sizes_of_a_few_steps_are_not_drawn():
+    rows = [{"group": "base", "batch": b, "steps": n} for b, n in ((0, 70), (8, 51), (1, 19))]
+    assert bench_sweep.drawn_batches(rows) == {8: 51}
+    few = [{**row, "steps": row["steps"] // 10} for row in rows]
+    assert bench_sweep.drawn_batches(few) == {8: 5}
+
+
 def test_what_cannot_be_read_is_told(tmp_path, capsys):
     assert bench_sweep.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 1
     assert "none.jsonl" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from cast_sglang.config import PENDING
 from cast_sglang.costs.profiles import load_profile, user_profile_path
 from cast_sglang.costs.schema import ModelIdentity, ServingRecord
 from cast_sglang.errors import HostError, ProfileError
@@ -90,7 +91,7 @@ def test_an_engine_is_started_that_waits_for_its_profile(engine, tmp_path, monke
     facts = command.profile_server(argv, "p.json", quick=True, budget_seconds=9.0, command="C")
     assert facts == {"seconds": 1.5}
     assert engine.last.server_args == [*argv, "--speculative-algorithm", "CAST"]
-    assert engine.last.settings == {"CAST_PROFILE": "pending", "CAST_CALIBRATION_FILE": "none"}
+    assert engine.last.settings == {"CAST_PROFILE": PENDING, "CAST_CALIBRATION_FILE": "none"}
     assert engine.last.method == command.RPC_METHOD and engine.last.is_shut_down
     # The engine's processes may run in another directory.
     assert engine.last.parameters["output"] == str(tmp_path / "p.json")

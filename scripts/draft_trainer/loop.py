@@ -21,6 +21,7 @@ class RunState:
 
     step: int = 0
     windows_drawn: int = 0
+    tokens_seen: int = 0
     used_seconds: float = 0.0
 
 
@@ -88,6 +89,7 @@ def train(
         optimizer.step(lr_factor(clock.progress))
         state.step += 1
         state.windows_drawn += result.num_windows
+        state.tokens_seen += result.num_tokens
         state.used_seconds = clock.used_seconds
         log.add_batch(state, result)
         progress_bar.update(bar, completed=clock.used_seconds)

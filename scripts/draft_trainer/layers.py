@@ -12,20 +12,31 @@ Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each broadcasting to [B
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the pair. The draft shares all of them but the number of layers, which is one."""
+    """Sizes of a pair. The draft has the target's, but one layer and its own vocabulary."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 8
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 4096
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
     # Layers whose *output* the draft sees; SGLang takes it as the input of the layer after.
-    aux_layer_ids: tuple[int, ...] = (1, 3, 6)
+    aux_layer_ids: tuple[int, ...]
+    ties_embeddings: bool = False  # the target's head is its embedding
+
+    @property
+    def state_size(self) -> int:
+        """Numbers kept of each token: the outputs of the aux layers, and the normed last state."""
+        return (len(self.aux_layer_ids) + 1) * self.hidden_size
+
+
+def usual_aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """Return an early, a middle and a late layer, the ones SGLang takes where none are named."""
+    return (1, num_layers // 2 - 1, num_layers - 4)
 
 
 class LayerCache(NamedTuple):

@@ -21,9 +21,8 @@ from .layers import (
 class TargetOutput(NamedTuple):
     """What the target says about each position."""
 
-    logits: torch.Tensor  # [B, T, V]
-    features: torch.Tensor  # [B, T, 3 * hidden]: outputs of the aux layers, side by side
-    cache: list[LayerCache]
+    states: torch.Tensor  # [B, T, state_size]: outputs of the aux layers, then the normed last one
+    cache: list[LayerCache]  # of these T slots, an entry a layer
 
 
 class TargetLayer(nn.Module):
@@ -36,14 +35,14 @@ class TargetLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(
-        self, x: torch.Tensor, rope: Rope, cache: LayerCache | None
-    ) -> tuple[torch.Tensor, LayerCache]:
-        queries, new = self.self_attn.project(self.input_layernorm(x), rope)
-        if cache is not None:
-            new = LayerCache(*(torch.cat(pair, dim=2) for pair in zip(cache, new, strict=True)))
-        x = x + self.self_attn.merge(attend_causal(queries, new))
-        return x + self.mlp(self.post_attention_layernorm(x)), new
+    def forward(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, LayerCache]:
+        queries, cache = self.self_attn.project(self.input_layernorm(x), rope)
+        return self.finish(x, attend_causal(queries, cache)), cache
+
+    def finish(self, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Add attention and feed-forward to the residual."""
+        x = x + self.self_attn.merge(heads)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class TargetBackbone(nn.Module):
@@ -64,30 +63,30 @@ class Target(nn.Module):
         self.shape = shape
         self.model = TargetBackbone(shape)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        if shape.ties_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.apply(init_weights)
         for layer in self.model.layers:
             depth_scale = (2 * shape.num_layers) ** -0.5
             layer.self_attn.o_proj.weight.data.mul_(depth_scale)
             layer.mlp.down_proj.weight.data.mul_(depth_scale)
 
-    def forward(
-        self, input_ids: torch.Tensor, cache: list[LayerCache] | None = None
-    ) -> TargetOutput:
-        """Run tokens through the model.
+    def forward(self, input_ids: torch.Tensor) -> TargetOutput:
+        """Run sequences from their first token on.
 
         Args:
-            input_ids: [B, T] int64; T = 1 behind a cache.
-            cache: what an earlier call returned, one entry a layer; never modified.
+            input_ids: [B, T] int64.
         """
-        num_cached = 0 if cache is None else cache[0].keys.shape[2]
-        rope = rope_tables(num_cached + torch.arange(input_ids.shape[1]), self.shape)
+        rope = rope_tables(torch.arange(input_ids.shape[1]), self.shape)
         x = self.model.embed_tokens(input_ids)
-        features = []
-        new_cache = []
+        states, caches = [], []
         for index, layer in enumerate(self.model.layers):
-            x, layer_cache = layer(x, rope, None if cache is None else cache[index])
-            new_cache.append(layer_cache)
+            x, cache = layer(x, rope)
+            caches.append(cache)
             if index in self.shape.aux_layer_ids:
-                features.append(x)
-        logits = self.lm_head(self.model.norm(x))
-        return TargetOutput(logits, torch.cat(features, dim=-1), new_cache)
+                states.append(x)
+        return TargetOutput(torch.cat([*states, self.model.norm(x)], dim=-1), caches)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return logits [..., V] for states [..., state_size], as `forward` returns them."""
+        return self.lm_head(states[..., -self.shape.hidden_size :])

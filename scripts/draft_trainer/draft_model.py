@@ -30,7 +30,6 @@ from .target_model import Target
 class DraftOutput(NamedTuple):
     """What one pass of the draft leaves behind."""
 
-    logits: torch.Tensor  # [B, T, V]
     hidden: torch.Tensor  # [B, T, hidden]: before the last norm; the next step is fed with it
     cache: LayerCache  # of these T slots only
 
@@ -60,17 +59,23 @@ class DraftLayer(nn.Module):
 
 
 class Draft(nn.Module):
-    """The EAGLE-3 head; embeddings come from the target."""
+    """The EAGLE-3 head; embeddings come from the target.
 
-    def __init__(self, shape: Shape) -> None:
+    It proposes the tokens of its own `vocabulary` only: target ids [D] int64, ascending.
+    """
+
+    vocabulary: torch.Tensor
+
+    def __init__(self, shape: Shape, vocabulary: torch.Tensor) -> None:
         super().__init__()
         self.shape = shape
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.fc = nn.Linear(
             len(shape.aux_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False
         )
         self.midlayer = DraftLayer(shape)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = nn.Linear(shape.hidden_size, len(vocabulary), bias=False)
         self.apply(init_weights)
 
     def extend(self, embeds: torch.Tensor, features: torch.Tensor) -> DraftOutput:
@@ -78,12 +83,12 @@ class Draft(nn.Module):
 
         Args:
             embeds: [B, T, hidden], of the tokens one ahead of the features.
-            features: [B, T, 3 * hidden], from the target.
+            features: [B, T, 3 * hidden], outputs of the target's aux layers.
         """
         hidden = self.fc(features)
         rope = rope_tables(torch.arange(embeds.shape[1]), self.shape)
         queries, cache = self.midlayer.project(embeds, hidden, rope)
-        return self._finish(hidden, attend_causal(queries, cache), cache)
+        return DraftOutput(self.midlayer.finish(hidden, attend_causal(queries, cache)), cache)
 
     def step(
         self,
@@ -99,19 +104,19 @@ class Draft(nn.Module):
         Args:
             embeds: [B, T, hidden], of the drafted tokens.
             hidden: [B, T, hidden], the states that predicted them.
-            positions: [T].
+            positions: [T] or [B, T].
             committed: what `extend` returned, S slots.
-            committed_mask: [T, S] boolean, true where a slot may look.
+            committed_mask: [T, S] or [B, T, S] boolean, true where a slot may look.
             chain: what the earlier steps returned: slot t of each precedes slot t of this one.
         """
         rope = rope_tables(positions, self.shape)
         queries, cache = self.midlayer.project(embeds, hidden, rope)
         heads = attend_chain(queries, committed, committed_mask, [*chain, cache])
-        return self._finish(hidden, heads, cache)
+        return DraftOutput(self.midlayer.finish(hidden, heads), cache)
 
-    def _finish(self, hidden: torch.Tensor, heads: torch.Tensor, cache: LayerCache) -> DraftOutput:
-        hidden = self.midlayer.finish(hidden, heads)
-        return DraftOutput(self.lm_head(self.norm(hidden)), hidden, cache)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [..., D] over the draft's vocabulary for states [..., hidden]."""
+        return self.lm_head(self.norm(hidden))
 
 
 def attend_chain(
@@ -125,7 +130,7 @@ def attend_chain(
     Args:
         queries: [B, num_heads, T, head_dim].
         committed: S slots.
-        mask: [T, S] boolean.
+        mask: [T, S] or [B, T, S] boolean.
         chain: at least one entry, T slots each.
 
     Returns:
@@ -136,7 +141,8 @@ def attend_chain(
     keys, values = (repeat_heads(x, num_heads) for x in committed)
     own_keys = [repeat_heads(cache.keys, num_heads) for cache in chain]
     own_values = [repeat_heads(cache.values, num_heads) for cache in chain]
-    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
+    hidden_slots = ~mask if mask.ndim == 2 else ~mask[:, None]
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(hidden_slots, float("-inf"))
     own_scores = torch.stack([(queries * own).sum(-1) for own in own_keys], dim=-1)
     weights = torch.cat([scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32)
     weights = weights.to(values.dtype)
@@ -155,7 +161,7 @@ def init_from_target(draft: Draft, target: Target) -> None:
     last = target.model.layers[-1]
     hidden_size = draft.shape.hidden_size
     with torch.no_grad():
-        draft.lm_head.load_state_dict(target.lm_head.state_dict())
+        draft.lm_head.weight.copy_(target.lm_head.weight[draft.vocabulary])
         draft.norm.load_state_dict(target.model.norm.state_dict())
         draft.midlayer.mlp.load_state_dict(last.mlp.state_dict())
         draft.midlayer.post_attention_layernorm.load_state_dict(

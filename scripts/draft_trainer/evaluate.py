@@ -3,17 +3,16 @@
 The simulation is greedy and drafts as SGLang 0.5.23 does for `--speculative-num-steps 5
 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8`: `topk` nodes a layer, the
 `num_draft_tokens - 1` candidates of highest path probability verified. Because decoding is greedy,
-what verification accepts is known once the target's continuation is, so the target runs once.
+what verification accepts is known once the target's answer is, so the target need not run again.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 
 from .draft_model import Draft
-from .generate import continue_prompts
 from .layers import LayerCache
+from .rows import Row, RowStore
 from .target_model import Target
 
 
@@ -36,46 +35,40 @@ class DraftTrees:
 
 
 def simulate_accept_lens(
-    target: Target,
-    draft: Draft,
-    prompt: list[int],
-    num_new_tokens: int,
-    tree: TreeShape = TreeShape(),
+    target: Target, draft: Draft, store: RowStore, row: Row, tree: TreeShape = TreeShape()
 ) -> list[int]:
     """Return the accepted tokens, bonus included, of every verify step of one greedy request.
 
     Args:
-        prompt: token ids, at least two.
-        num_new_tokens: tokens to decode; an end token does not stop the request.
+        row: a greedy answer; its last `tree.num_steps` tokens are what the last trees are held
+            against, so they are decoded by no step of their own.
     """
-    total = len(prompt) + num_new_tokens
-    length = total + tree.num_steps + 1  # the last tree may look past the end
-    prompts = torch.tensor([prompt])
-    greedy = torch.zeros(1)
-    tokens = continue_prompts(target, prompts, length, greedy, torch.Generator())
-    bases = torch.arange(len(prompt) - 1, total)
-    trees = draft_trees(target, draft, tokens, bases, tree)
+    states = store.states(row)
+    tokens = torch.tensor([row.tokens])
+    # Slot `answer_start - 1` drafts behind the first token, which prefill yields.
+    first, last = row.answer_start - 1, len(row.tokens) - 3 - tree.num_steps
+    if last < first:
+        return []
+    bases = torch.arange(first, last + 1)
+    trees = draft_trees(target, draft, tokens, states, bases, tree)
     follows = torch.stack([tokens[0, bases + 2 + depth] for depth in range(tree.num_steps)], dim=1)
     num_correct = count_correct_drafts(trees, follows, tree)
     accept_lens = []
-    decoded = 1  # prefill yields the first token
-    while decoded < num_new_tokens:
-        accept_lens.append(int(num_correct[decoded - 1]) + 1)
-        decoded += accept_lens[-1]
+    position = 0
+    while position < len(bases):
+        accept_lens.append(int(num_correct[position]) + 1)
+        position += accept_lens[-1]
     return accept_lens
-
-
-def first_steps(accept_lens: list[int], num_tokens: int) -> list[int]:
-    """Return the verify steps that begin within the first `num_tokens` tokens of a request."""
-    begins = itertools.accumulate(accept_lens, initial=1)
-    return [
-        length for begin, length in zip(begins, accept_lens, strict=False) if begin < num_tokens
-    ]
 
 
 @torch.inference_mode()
 def draft_trees(
-    target: Target, draft: Draft, tokens: torch.Tensor, bases: torch.Tensor, tree: TreeShape
+    target: Target,
+    draft: Draft,
+    tokens: torch.Tensor,
+    states: torch.Tensor,
+    bases: torch.Tensor,
+    tree: TreeShape,
 ) -> DraftTrees:
     """Draft from several bases of one sequence at once.
 
@@ -84,6 +77,7 @@ def draft_trees(
 
     Args:
         tokens: [1, T] int64.
+        states: [T - 1, state_size], the target's.
         bases: [R] int64: last committed slot, whose token one ahead is the root.
 
     Returns:
@@ -91,13 +85,13 @@ def draft_trees(
     """
     num_bases, topk = len(bases), tree.topk
     embed = target.model.embed_tokens
-    features = target(tokens).features
-    committed = draft.extend(embed(tokens[:, 1:]), features[:, :-1])
+    features = states[None, :, : -target.shape.hidden_size].float()
+    committed = draft.extend(embed(tokens[:, 1:]).float(), features)
     rows = bases.repeat_interleave(topk)  # row r * topk + k is branch k of base r
     mask = torch.arange(tokens.shape[1] - 1) <= rows[:, None]
 
-    best = committed.logits[0, bases].softmax(-1).topk(topk)
-    frontier_scores, frontier_tokens = best.values, best.indices  # [R, K]
+    best = draft.logits(committed.hidden[0, bases]).softmax(-1).topk(topk)
+    frontier_scores, frontier_tokens = best.values, draft.vocabulary[best.indices]  # [R, K]
     frontier_index = torch.arange(topk).expand(num_bases, topk)
     hidden = committed.hidden[0, rows]
     tokens_list, scores_list = [frontier_tokens], [frontier_scores]
@@ -105,7 +99,7 @@ def draft_trees(
     chain: list[LayerCache] = []
     for depth in range(1, tree.num_steps):
         output = draft.step(
-            embed(frontier_tokens.reshape(1, -1)),
+            embed(frontier_tokens.reshape(1, -1)).float(),
             hidden[None],
             rows + depth,
             committed.cache,
@@ -113,9 +107,9 @@ def draft_trees(
             chain,
         )
         chain.append(output.cache)
-        best = output.logits[0].softmax(-1).topk(topk)
+        best = draft.logits(output.hidden[0]).softmax(-1).topk(topk)
         scores = (frontier_scores.reshape(-1, 1) * best.values).view(num_bases, topk * topk)
-        candidates = best.indices.view(num_bases, topk * topk)
+        candidates = draft.vocabulary[best.indices].view(num_bases, topk * topk)
         tokens_list.append(candidates)
         scores_list.append(scores)
         parents_list.append(frontier_index.repeat_interleave(topk, dim=1))

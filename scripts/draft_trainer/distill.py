@@ -1,0 +1,212 @@
+"""Training of the draft: distillation from the target over self-fed steps (training-time test)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .draft_model import Draft
+from .layers import LayerCache
+from .loop import BatchResult
+from .rows import Row, RowStore
+from .target_model import Target
+
+NUM_STEPS = 5
+STEP_DECAY = 0.8
+ROW_TOKENS = 512  # longer rows are cut there
+# The target's likeliest tokens that the draft learns from. Beyond them lie 2 % of the chance at
+# temperature 1 on chat answers, and the full vocabulary takes a fifth more time.
+NUM_TARGET_TOKENS = 128
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of B texts, padded behind their ends to T tokens."""
+
+    tokens: torch.Tensor  # [B, T] int64
+    states: torch.Tensor  # [B, T, state_size] bfloat16
+    bases: torch.Tensor  # [B, N] int64: slots that draft; a row with fewer repeats its first
+    counts: torch.Tensor  # [S, B, N] boolean: whether the token that step s proposes there counts
+
+
+class TargetTokens(NamedTuple):
+    """What the target would put behind each token, among the draft's own tokens."""
+
+    indices: torch.Tensor  # [B, T, K] int64, into the draft's vocabulary, likeliest first
+    probs: torch.Tensor  # [B, T, K] float32, of sum 1
+
+
+class StepResults(NamedTuple):
+    """Mean over positions for each self-fed step, [S]."""
+
+    losses: torch.Tensor  # cross-entropy against the target's distribution, nats
+    agreement: torch.Tensor  # part of the positions where both put the same token first
+
+
+def make_batch(
+    store: RowStore, rows: list[Row], in_vocabulary: torch.Tensor, num_steps: int = NUM_STEPS
+) -> Batch:
+    """Lay rows side by side.
+
+    A token counts if the target wrote it (it lies at or behind `answer_start`), if it has a place
+    in the draft's vocabulary [V] boolean, and if the target's state there is known.
+    """
+    length = min(ROW_TOKENS, max(len(row.tokens) for row in rows))
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    known = torch.zeros(len(rows), length + num_steps + 1, dtype=torch.bool)
+    states = []
+    firsts, lasts = [], []
+    for index, row in enumerate(rows):
+        num_tokens = min(len(row.tokens), length)
+        tokens[index, :num_tokens] = torch.tensor(row.tokens[:num_tokens])
+        known[index, row.answer_start : num_tokens] = True
+        row_states = store.states(row)[: num_tokens - 1]
+        states.append(torch.nn.functional.pad(row_states, (0, 0, 0, length - len(row_states))))
+        # As in serving: the first base is the slot whose root is the first token of the answer.
+        firsts.append(max(row.answer_start - 1, 0))
+        lasts.append(max(num_tokens - 3, firsts[-1]))
+    known[:, :length] &= in_vocabulary[tokens]
+    first, last = torch.tensor(firsts)[:, None], torch.tensor(lasts)[:, None]
+    bases = first + torch.arange(int((last - first).max()) + 1)
+    is_base = bases <= last
+    bases = torch.where(is_base, bases, first)
+    proposed = [bases + 2 + step for step in range(num_steps)]
+    counts = torch.stack([known.gather(1, index) & is_base for index in proposed])
+    return Batch(tokens, torch.stack(states), bases, counts)
+
+
+@torch.no_grad()
+def target_tokens(target: Target, draft: Draft, states: torch.Tensor) -> TargetTokens:
+    """Return what the target expects behind states [B, T, state_size], among the draft's tokens."""
+    head = target.lm_head.weight[draft.vocabulary]
+    hidden = states[..., -target.shape.hidden_size :]
+    logits = (hidden.to(head.dtype) @ head.T).float()
+    best = logits.topk(min(NUM_TARGET_TOKENS, len(draft.vocabulary)))
+    return TargetTokens(best.indices, best.values.softmax(-1))
+
+
+def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
+    """Run the draft from the bases of a batch, each step fed by the one before.
+
+    Step s at base b consumes token b + 1 + s and is compared with the target's distribution there.
+    It attends to the committed slots up to b and to steps 1..s of its own base, as in serving.
+    """
+    tokens, states, bases, counts = batch.tokens, batch.states, batch.bases, batch.counts
+    num_features = states.shape[-1] - target.shape.hidden_size
+    row = torch.arange(len(tokens))[:, None]
+    last = tokens.shape[1] - 1
+    losses, agreement = [], []
+    chain: list[LayerCache] = []
+    expected = target_tokens(target, draft, states)
+    with torch.no_grad():
+        embeds = target.model.embed_tokens(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = draft.extend(embeds[:, 1:], states[:, :-1, :num_features])
+        committed = result.cache
+        hidden = result.hidden[row, bases]
+        mask = torch.arange(last) <= bases[..., None]
+        for step in range(len(counts)):
+            slots = (bases + 1 + step).clamp(max=last)
+            if step:
+                result = draft.step(
+                    embeds[row, slots], hidden, bases + step, committed, mask, chain
+                )
+                chain.append(result.cache)
+                hidden = result.hidden
+            counted = counts[step]
+            logits = draft.logits(hidden[counted]).float()
+            indices, probs = (x[row, slots][counted] for x in expected)
+            loss = logits.logsumexp(-1) - (probs * logits.gather(-1, indices)).sum(-1)
+            same = logits.argmax(-1) == indices[:, 0]
+            num_counted = counted.sum().clamp(min=1)
+            losses.append(loss.sum() / num_counted)
+            agreement.append(same.sum() / num_counted)
+    return StepResults(torch.stack(losses), torch.stack(agreement))
+
+
+def weighted_loss(losses: torch.Tensor) -> torch.Tensor:
+    """Average over self-fed steps [S], later ones counting less."""
+    weights = STEP_DECAY ** torch.arange(len(losses))
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def heldout_steps(
+    draft: Draft, target: Target, store: RowStore, rows: list[Row], rows_at_once: int = 8
+) -> StepResults:
+    """Return losses and agreement on rows that training never sees."""
+    in_vocabulary = mark_vocabulary(draft)
+    rows = sorted(rows, key=lambda row: len(row.tokens))
+    parts = [
+        self_fed_steps(draft, target, make_batch(store, rows[i : i + rows_at_once], in_vocabulary))
+        for i in range(0, len(rows), rows_at_once)
+    ]
+    return StepResults(*(torch.stack(column).mean(0) for column in zip(*parts, strict=True)))
+
+
+def mark_vocabulary(draft: Draft) -> torch.Tensor:
+    """Return [V] boolean: the target's tokens that the draft can propose."""
+    marks = torch.zeros(draft.shape.vocab_size, dtype=torch.bool)
+    marks[draft.vocabulary] = True
+    return marks
+
+
+class DraftTask:
+    """Distillation on the rows of a store, which may grow meanwhile."""
+
+    name = "draft"
+
+    def __init__(
+        self,
+        draft: Draft,
+        target: Target,
+        store: RowStore,
+        is_held_out: Callable[[Row], bool],
+        batch_tokens: int,
+        num_heldout_rows: int,
+        save: Callable[[], None],
+    ) -> None:
+        self.model = draft
+        self.on_checkpoint = save
+        self._target = target.requires_grad_(False)
+        self._store = store
+        self._is_held_out = is_held_out
+        self._in_vocabulary = mark_vocabulary(draft)
+        self._batch_tokens = batch_tokens
+        held_out = [row for row in store.rows if is_held_out(row)]
+        self._heldout_rows = held_out[:num_heldout_rows]
+        self._train_rows: list[Row] = []
+        self._sort_rows()
+        if not self._heldout_rows or not self._train_rows:
+            raise ValueError("there are no answers yet to train on and to hold out")
+
+    def batch(self, first_window: int, progress: float) -> BatchResult:
+        """Train on a row drawn at random and the rows next to it in length."""
+        draw = np.random.default_rng((SEED, first_window))
+        first = int(draw.integers(len(self._train_rows)))
+        length = min(ROW_TOKENS, len(self._train_rows[first].tokens))
+        count = max(1, self._batch_tokens // length)
+        first = max(0, min(first - count // 2, len(self._train_rows) - count))
+        rows = self._train_rows[first : first + count]
+        losses = self_fed_steps(
+            self.model, self._target, make_batch(self._store, rows, self._in_vocabulary)
+        ).losses
+        num_tokens = sum(min(ROW_TOKENS, len(row.tokens)) for row in rows)
+        return BatchResult(weighted_loss(losses), len(rows), num_tokens)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out numbers, and take up the rows that have come meanwhile."""
+        self._store.refresh()
+        self._sort_rows()
+        steps = heldout_steps(self.model, self._target, self._store, self._heldout_rows)
+        values = {"heldout_loss": weighted_loss(steps.losses).item()}
+        return values | {f"agreement_{s}": a.item() for s, a in enumerate(steps.agreement, start=1)}
+
+    def _sort_rows(self) -> None:
+        """Sort rows by length, in an order that is another one each time among equals."""
+        rows = [row for row in self._store.rows if not self._is_held_out(row)]
+        order = np.random.default_rng(len(rows)).permutation(len(rows))
+        self._train_rows = sorted((rows[i] for i in order), key=lambda row: len(row.tokens))

@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""Train an EAGLE-3 draft for a Llama target, on a CPU, from the target's own answers.
+
+    python scripts/train_draft.py --target DIR --data FILE... --out DIR
+    python scripts/train_draft.py ... --stage answers --answer-tokens 1000000   # hours, resumable
+    python scripts/train_draft.py ... --stage draft --minutes 120               # hours, resumable
+
+The stages: `answers` lets the target answer the prompts of the data files and keeps its states
+(4.6 kB a token for a hidden size of 576), `vocabulary` picks the tokens that the draft can propose,
+`draft` trains, `eval` simulates SGLang's tree of 5 steps, topk 4 and 8 tokens on the prompts of
+--eval-data, `card` writes the model card. A stage that was stopped goes on where it was: repeat the
+command. `draft` may run beside `answers`, and takes up the answers that have come meanwhile.
+
+A data file has a JSON object a line: {"turns": [QUESTION, ...]}, {"prompt": TEXT} to be continued,
+or {"text": TEXT} to be learned as it is.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from draft_trainer import card, export, loop
+from draft_trainer.answers import Limits, Prompt, read_prompts, write_answers
+from draft_trainer.distill import DraftTask, heldout_steps, weighted_loss
+from draft_trainer.draft_model import Draft, init_from_target
+from draft_trainer.evaluate import TreeShape, simulate_accept_lens
+from draft_trainer.rows import Row, RowStore
+from draft_trainer.vocabulary import (
+    choose_vocabulary,
+    coverage,
+    load_vocabulary,
+    save_vocabulary,
+)
+from rich.progress import Progress
+
+STAGES = ("answers", "vocabulary", "draft", "eval", "card")
+SEED = 0
+HELD_OUT_EVERY = 50  # the answers to the first prompt of each fifty are kept from training
+EVAL_TOKENS = 128
+
+
+def is_held_out(row: Row) -> bool:
+    """Say whether a row is kept from training: a fixed part, all turns of a prompt alike."""
+    first_turn = row.name.partition("/")[0]
+    return int(first_turn.rpartition(":")[2]) % HELD_OUT_EVERY == 1
+
+
+class Pipeline:
+    """The stages, each from files to files."""
+
+    def __init__(self, args: argparse.Namespace, progress_bar: Progress) -> None:
+        self.args = args
+        self.work_dir: Path = args.work
+        self.output_dir: Path = args.out
+        self.progress_bar = progress_bar
+        self.target = export.load_target(args.target, torch.bfloat16, args.aux_layers)
+        self.store = RowStore(self.work_dir / "rows", self.target.shape.state_size)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def answers(self) -> None:
+        """Let the target answer the prompts."""
+        args = self.args
+        temperatures = tuple(args.temperatures)
+        limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.slots, temperatures)
+        self._answer(read_prompts(args.data), self.store, limits, args.answer_tokens)
+
+    def vocabulary(self) -> None:
+        """Pick the draft's tokens, once: a trained head belongs to them."""
+        path = self.work_dir / "vocabulary.json"
+        if not path.exists():
+            rows = self._rows(held_out=False)
+            vocabulary = choose_vocabulary(
+                rows, self.target.shape.vocab_size, self.args.draft_vocab
+            )
+            save_vocabulary(vocabulary, path)
+        part = coverage(self._rows(held_out=True), load_vocabulary(path))
+        self.progress_bar.console.print(f"the draft can propose {part:.1%} of held-out answers")
+
+    def draft(self) -> None:
+        """Distil the draft; the export follows every checkpoint."""
+        args = self.args
+        draft = Draft(self.target.shape, load_vocabulary(self.work_dir / "vocabulary.json"))
+        init_from_target(draft, self.target)
+        task = DraftTask(
+            draft,
+            self.target,
+            self.store,
+            is_held_out,
+            args.batch_tokens,
+            args.heldout_rows,
+            save=lambda: export.save_draft(draft, self.output_dir),
+        )
+        loop.train(
+            task, self.work_dir, args.minutes, self.progress_bar, 60 * args.checkpoint_minutes
+        )
+
+    def eval(self) -> None:
+        """Measure the exported draft on the evaluation prompts, or on held-out answers."""
+        args = self.args
+        draft = export.load_draft(self.output_dir, self.target)
+        rows, store = [r for r in self._rows(held_out=True)][: args.heldout_rows], self.store
+        steps = heldout_steps(draft, self.target, store, rows)
+        tree = TreeShape()
+        if args.eval_data:
+            store = RowStore(self.work_dir / "eval", self.target.shape.state_size)
+            num_new = EVAL_TOKENS + tree.num_steps + 1
+            limits = Limits(4 * args.max_prompt_tokens, num_new, min(args.slots, 16), (0.0,))
+            prompts = [replace(p, turns=p.turns[:1]) for p in read_prompts(args.eval_data)]
+            self._answer(prompts, store, limits, None)
+            rows = store.rows
+        with torch.inference_mode():
+            target = self.target.float()
+            requests = [
+                simulate_accept_lens(target, draft, store, row, tree)
+                for row in self.progress_bar.track(rows, description="eval")
+            ]
+        lengths = [length for request in requests for length in request]
+        run = loop.read_state(self.work_dir, "draft")
+        evaluation = {
+            "heldout_loss": weighted_loss(steps.losses).item(),
+            "agreement": steps.agreement.tolist(),
+            "accept_length": sum(lengths) / max(1, len(lengths)),
+            "accept_len_histogram": dict(sorted(Counter(lengths).items())),
+            "eval_data": [path.name for path in args.eval_data] or ["held-out answers"],
+            "num_prompts": len(rows),
+            "num_new_tokens": EVAL_TOKENS,
+            "tree": vars(tree),
+            "parameters": sum(p.numel() for p in draft.parameters()),
+            "vocabulary": len(draft.vocabulary),
+            "coverage": coverage(self._rows(held_out=True), draft.vocabulary),
+            "answers": len(self.store.rows),
+            "answer_tokens": sum(len(r.tokens) - r.answer_start for r in self.store.rows),
+            "row_tokens": sum(r.num_states for r in self.store.rows),
+            "minutes": round(run.used_seconds / 60, 1),
+            "steps": run.step,
+            "token_passes": run.tokens_seen,
+            "torch_version": torch.__version__,
+        }
+        export.write_json(self.output_dir / "evaluation.json", evaluation)
+        print(f"accept length {evaluation['accept_length']:.3f}, agreement", end=" ")
+        print(", ".join(f"{part:.1%}" for part in evaluation["agreement"]))
+
+    def card(self) -> None:
+        """Write the model card from the evaluation."""
+        evaluation = json.loads((self.output_dir / "evaluation.json").read_text())
+        card.write_card(self.output_dir, self.work_dir, evaluation, self.args.about)
+
+    def _answer(
+        self, prompts: list[Prompt], store: RowStore, limits: Limits, max_tokens: int | None
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.args.target)
+        generation = json.loads((self.args.target / "generation_config.json").read_text())
+        stop_ids = generation["eos_token_id"]
+        stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
+        write_answers(
+            self.target, tokenizer, prompts, stop_ids, store, limits, self.progress_bar, max_tokens
+        )
+
+    def _rows(self, held_out: bool) -> list[Row]:
+        return [row for row in self.store.rows if is_held_out(row) == held_out]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", type=Path, required=True, metavar="DIR", help="a Llama checkpoint")
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="prompts to learn from")
+    add(
+        "--eval-data",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prompts of `eval`, first turns",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="gets the draft and its card")
+    add("--work", type=Path, metavar="DIR", help="answers, optimizer (default: out/NAME of --out)")
+    add("--stage", choices=(*STAGES, "all"), default="all")
+    add("--aux-layers", type=int, nargs=3, metavar="N", help="layers that the draft sees")
+    add("--draft-vocab", type=int, default=16384, metavar="N", help="tokens (default: 16384)")
+    add("--answer-tokens", type=int, metavar="N", help="stop `answers` there (default: no limit)")
+    add("--max-prompt-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="an answer (default: 256)")
+    add("--temperatures", type=float, nargs="+", default=[0.0, 0.7], help="(default: 0 0.7)")
+    add("--slots", type=int, default=96, metavar="N", help="answers at once (default: 96)")
+    add("--minutes", type=float, default=240, help="of training in all (default: 240)")
+    add("--batch-tokens", type=int, default=2048, metavar="N", help="(default: 2048)")
+    add("--heldout-rows", type=int, default=64, metavar="N", help="(default: 64)")
+    add("--checkpoint-minutes", type=float, default=5, help="between checkpoints (default: 5)")
+    add("--about", type=Path, metavar="FILE", help="Markdown for the top of the card")
+    add("--num-threads", type=int, default=1, help="threads of PyTorch (default: 1)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages that were asked for."""
+    args = make_parser().parse_args(argv)
+    args.aux_layers = tuple(args.aux_layers) if args.aux_layers else None
+    args.work = args.work or Path("out") / args.out.name
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    if "answers" in stages and not args.data:
+        sys.exit("train_draft: --data FILE is needed to let the target answer")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(SEED)
+    with loop.make_progress_bar() as progress_bar:
+        pipeline = Pipeline(args, progress_bar)
+        for stage in stages:
+            progress_bar.console.print(f"stage {stage}")
+            getattr(pipeline, stage)()
+
+
+if __name__ == "__main__":
+    main()
