@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 from draft_trainer import card, export, loop
 from draft_trainer.answers import Limits, Prompt, read_prompts, write_answers
-from draft_trainer.distill import DraftTask, heldout_steps, weighted_loss
+from draft_trainer.distill import DraftTask, heldout_steps
 from draft_trainer.draft_model import Draft, init_from_target
 from draft_trainer.evaluate import TreeShape, simulate_accept_lens
+from draft_trainer.optim import Rates
 from draft_trainer.rows import Row, Rows, RowStore, RowStores
 from draft_trainer.vocabulary import (
     choose_vocabulary,
@@ -99,7 +100,12 @@ class Pipeline:
             save=lambda: export.save_draft(draft, self.output_dir),
         )
         loop.train(
-            task, self.work_dir, args.minutes, self.progress_bar, 60 * args.checkpoint_minutes
+            task,
+            self.work_dir,
+            args.minutes,
+            self.progress_bar,
+            60 * args.checkpoint_minutes,
+            Rates(args.matrix_lr, args.head_lr),
         )
 
     def eval(self) -> None:
@@ -126,7 +132,7 @@ class Pipeline:
         lengths = [length for request in requests for length in request]
         run = loop.read_state(self.work_dir, "draft")
         evaluation = {
-            "heldout_loss": weighted_loss(steps.losses).item(),
+            "heldout_loss": steps.loss.item(),
             "agreement": steps.agreement.tolist(),
             "accept_length": sum(lengths) / max(1, len(lengths)),
             "accept_len_histogram": dict(sorted(Counter(lengths).items())),
@@ -200,6 +206,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--slots", type=int, default=96, metavar="N", help="answers at once (default: 96)")
     add("--minutes", type=float, default=240, help="of training in all (default: 240)")
     add("--batch-tokens", type=int, default=2048, metavar="N", help="(default: 2048)")
+    add("--matrix-lr", type=float, default=Rates.matrices, help="Muon's (default: %(default)s)")
+    add("--head-lr", type=float, default=Rates.others, help="AdamW's (default: %(default)s)")
     add("--heldout-rows", type=int, default=64, metavar="N", help="(default: 64)")
     add("--checkpoint-minutes", type=float, default=5, help="between checkpoints (default: 5)")
     add("--about", type=Path, metavar="FILE", help="Markdown for the top of the card")

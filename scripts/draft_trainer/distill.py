@@ -10,14 +10,15 @@ import torch
 from .draft_model import Draft
 from .layers import LayerCache
 from .loop import BatchResult
+from .loss import head_loss
 from .rows import Row, Rows
 from .target_model import Target
 
 NUM_STEPS = 5
 STEP_DECAY = 0.8
 ROW_TOKENS = 512  # longer rows are cut there
-# The target's likeliest tokens that the draft learns from. Beyond them lie 2 % of the chance at
-# temperature 1 on chat answers, and the full vocabulary takes a fifth more time.
+# The target's likeliest tokens that the draft learns from; what lies beyond them it would hardly
+# propose.
 NUM_TARGET_TOKENS = 128
 SEED = 3
 
@@ -40,8 +41,9 @@ class TargetTokens(NamedTuple):
 
 
 class StepResults(NamedTuple):
-    """Mean over positions for each self-fed step, [S]."""
+    """Means over positions for each self-fed step, [S], and the loss that is trained."""
 
+    loss: torch.Tensor  # [], the mean of the steps' losses, later ones counting less
     losses: torch.Tensor  # cross-entropy against the target's distribution, nats
     agreement: torch.Tensor  # part of the positions where both put the same token first
 
@@ -101,7 +103,9 @@ def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
     num_features = states.shape[-1] - target.shape.hidden_size
     row = torch.arange(len(tokens))[:, None]
     last = tokens.shape[1] - 1
-    losses, agreement = [], []
+    step_weights = STEP_DECAY ** torch.arange(len(counts))
+    num_counted = counts.sum(dim=(1, 2)).clamp(min=1)
+    row_weights = step_weights / step_weights.sum() / num_counted
     chain: list[LayerCache] = []
     expected = target_tokens(target, draft, states)
     with torch.no_grad():
@@ -111,6 +115,7 @@ def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
         committed = result.cache
         hidden = result.hidden[row, bases]
         mask = torch.arange(last) <= bases[..., None]
+        normed, sought = [], []
         for step in range(len(counts)):
             slots = (bases + 1 + step).clamp(max=last)
             if step:
@@ -119,21 +124,19 @@ def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
                 )
                 chain.append(result.cache)
                 hidden = result.hidden
-            counted = counts[step]
-            logits = draft.logits(hidden[counted]).float()
-            indices, probs = (x[row, slots][counted] for x in expected)
-            loss = logits.logsumexp(-1) - (probs * logits.gather(-1, indices)).sum(-1)
-            same = logits.argmax(-1) == indices[:, 0]
-            num_counted = counted.sum().clamp(min=1)
-            losses.append(loss.sum() / num_counted)
-            agreement.append(same.sum() / num_counted)
-    return StepResults(torch.stack(losses), torch.stack(agreement))
-
-
-def weighted_loss(losses: torch.Tensor) -> torch.Tensor:
-    """Average over self-fed steps [S], later ones counting less."""
-    weights = STEP_DECAY ** torch.arange(len(losses))
-    return (losses * weights).sum() / weights.sum()
+            normed.append(draft.norm(hidden[counts[step]]))
+            sought.append([x[row, slots][counts[step]] for x in expected])
+        parts = [len(rows) for rows in normed]
+        indices, probs = (torch.cat(column) for column in zip(*sought, strict=True))
+        weights = row_weights.repeat_interleave(torch.tensor(parts))
+        head = draft.lm_head.weight.to(torch.bfloat16)
+        found = head_loss(torch.cat(normed).to(torch.bfloat16), head, indices, probs, weights)
+    sums = [
+        [part.float().sum() for part in column.split(parts)]
+        for column in (found.losses, found.is_same)
+    ]
+    losses, agreement = (torch.stack(column) / num_counted for column in sums)
+    return StepResults(found.total, losses, agreement)
 
 
 @torch.no_grad()
@@ -198,18 +201,18 @@ class DraftTask:
         count = max(1, self._batch_tokens // length)
         first = max(0, min(first - count // 2, len(self._train_rows) - count))
         rows = self._train_rows[first : first + count]
-        losses = self_fed_steps(
+        loss = self_fed_steps(
             self.model, self._target, make_batch(self._store, rows, self._in_vocabulary)
-        ).losses
+        ).loss
         num_tokens = sum(min(ROW_TOKENS, len(row.tokens)) for row in rows)
-        return BatchResult(weighted_loss(losses), len(rows), num_tokens)
+        return BatchResult(loss, len(rows), num_tokens)
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out numbers, and take up the rows that have come meanwhile."""
         self._store.refresh()
         self._sort_rows()
         steps = heldout_steps(self.model, self._target, self._store, self._heldout_rows)
-        values = {"heldout_loss": weighted_loss(steps.losses).item()}
+        values = {"heldout_loss": steps.loss.item()}
         return values | {f"agreement_{s}": a.item() for s, a in enumerate(steps.agreement, start=1)}
 
     def _sort_rows(self) -> None:

@@ -10,9 +10,10 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from .optim import Clock, OptimizerPair, lr_factor
+from .optim import Clock, OptimizerPair, Rates, lr_factor
 
 LOG_SECONDS = 20.0
+DEFAULT_RATES = Rates()
 
 
 @dataclass
@@ -56,6 +57,7 @@ def train(
     minutes: float,
     progress_bar: Progress,
     checkpoint_seconds: float = 120.0,
+    rates: Rates = DEFAULT_RATES,
 ) -> None:
     """Train a task's model for a time, or finish a run that was stopped.
 
@@ -65,9 +67,10 @@ def train(
         minutes: training time of all runs together, evaluation included.
         progress_bar: shows time used and loss.
         checkpoint_seconds: time between checkpoints.
+        rates: peak learning rates.
     """
     state_path = work_dir / f"{task.name}.pt"
-    optimizer = OptimizerPair(task.model)
+    optimizer = OptimizerPair(task.model, rates)
     state = _resume(state_path, task.model, optimizer)
     clock = Clock(minutes, state.used_seconds)
     bar = progress_bar.add_task(task.name, total=60 * minutes, completed=state.used_seconds)

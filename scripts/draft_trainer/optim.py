@@ -1,14 +1,21 @@
 """The optimizers and the learning rate, which follows the clock and not a step count."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-MATRIX_LR = 0.02
-VECTOR_LR = 2e-3
 WARMUP_FRACTION = 0.02
 HOLD_FRACTION = 0.4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates; the defaults are those of the tiny pair."""
+
+    matrices: float = 0.02
+    others: float = 2e-3
 
 
 class Clock:
@@ -35,14 +42,14 @@ class OptimizerPair:
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rates: Rates) -> None:
         matrices, vectors = [], []
         for name, parameter in model.named_parameters():
             is_hidden = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if is_hidden else vectors).append(parameter)
-        muon = torch.optim.Muon(matrices, lr=MATRIX_LR, momentum=0.95, weight_decay=0.01)
+        muon = torch.optim.Muon(matrices, lr=rates.matrices, momentum=0.95, weight_decay=0.01)
         adamw = torch.optim.AdamW(
-            vectors, lr=VECTOR_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            vectors, lr=rates.others, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self._optimizers = [muon, adamw]
         self._peaks = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]

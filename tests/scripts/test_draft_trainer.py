@@ -16,6 +16,7 @@ from draft_trainer import answers, distill, evaluate, export, loop, vocabulary  
 from draft_trainer.decoder import Decoder, Request  # noqa: E402
 from draft_trainer.draft_model import Draft, init_from_target  # noqa: E402
 from draft_trainer.layers import Shape, usual_aux_layers  # noqa: E402
+from draft_trainer.loss import head_loss  # noqa: E402
 from draft_trainer.rows import Row, RowStore  # noqa: E402
 from draft_trainer.target_model import Target  # noqa: E402
 
@@ -307,12 +308,32 @@ def test_training_losses_are_those_of_a_chain(target, store):
     torch.testing.assert_close(losses, mean, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 130])
+def test_the_loss_of_the_head_and_its_gradient_are_those_of_autograd(num_rows):
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden = torch.randn(num_rows, 12, generator=generator, requires_grad=True)
+    head = torch.randn(50, 12, generator=generator, requires_grad=True)
+    best = torch.randn(num_rows, 50, generator=generator).topk(5)
+    indices, probs = best.indices, best.values.softmax(-1)
+    weights = torch.rand(num_rows, generator=generator)
+
+    logits = hidden @ head.T
+    losses = logits.logsumexp(-1) - (probs * logits.gather(1, indices)).sum(-1)
+    expected = torch.autograd.grad(3 * (weights * losses).sum(), (hidden, head))
+
+    found = head_loss(hidden, head, indices, probs, weights)
+    torch.testing.assert_close(found.losses, losses.detach())
+    torch.testing.assert_close(found.total, (weights * losses).sum())
+    assert torch.equal(found.is_same, logits.argmax(-1) == indices[:, 0])
+    torch.testing.assert_close(torch.autograd.grad(3 * found.total, (hidden, head)), expected)
+
+
 def test_training_reaches_every_draft_weight(target, store):
     draft = Draft(SMALL, ALL_TOKENS[::2])
     init_from_target(draft, target)
     batch = distill.make_batch(store, store.rows, distill.mark_vocabulary(draft), num_steps=3)
     results = distill.self_fed_steps(draft, target, batch)
-    results.losses.sum().backward()
+    results.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in draft.parameters())
     assert results.agreement.shape == (3,)
 
@@ -325,14 +346,10 @@ def test_training_brings_the_draft_nearer(target, store, tmp_path):
         draft, target, store, lambda row: row.name == "p:3", 64, 8, save=lambda: None
     )
     before = task.evaluate()["heldout_loss"]
-    trained = distill.weighted_loss(
-        distill.heldout_steps(draft, target, store, store.rows[:2]).losses
-    )
+    trained = distill.heldout_steps(draft, target, store, store.rows[:2]).loss
     with Progress(disable=True) as bar:
         loop.train(task, tmp_path, minutes=0.05, progress_bar=bar, checkpoint_seconds=60)
-    after = distill.weighted_loss(
-        distill.heldout_steps(draft, target, store, store.rows[:2]).losses
-    )
+    after = distill.heldout_steps(draft, target, store, store.rows[:2]).loss
     assert after < trained
     assert before != task.evaluate()["heldout_loss"]
 
