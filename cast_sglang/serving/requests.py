@@ -6,20 +6,40 @@ parameters from the client to the scheduler whether or not a custom logit proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_exec, get_spec
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import THROUGHPUT, mode_weights, parse_mode
+from cast_sglang.policy.request_modes import OFF, THROUGHPUT, mode_weights, parse_mode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-__all__ = ["check_mode", "mean_context", "modes_of", "request_weights"]
+__all__ = [
+    "RunningRequests",
+    "SamplingNeeds",
+    "check_mode",
+    "mean_context",
+    "modes_of",
+    "request_weights",
+    "why_plain",
+]
+
+
+logger = logging.getLogger(__name__)
+
+
+class SamplingNeeds(NamedTuple):
+    """What SGLang's verify lacks for the requests of a batch."""
+
+    truncates: bool  # one that samples cuts by top-k and top-p, or by min-p
+    is_plain: np.ndarray | None  # [B] bool, those that are decoded plainly; None for no one
 
 
 def mean_context(batch: ScheduleBatch) -> float:
@@ -55,11 +75,92 @@ def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
 def request_weights(reqs: Iterable[Req]) -> np.ndarray | None:
     """Return [B], what the tokens of each request are worth: `mode_weights`.
 
-    0 for one that wants no drafts; None where all are worth the same.
+    0 for one that wants no drafts or cannot be served exactly with them; None where all are worth
+    the same.
     """
-    modes = modes_of(reqs)
+    requests = list(reqs)
+    modes = [
+        mode if why_plain(req) is None else OFF
+        for req, mode in zip(requests, modes_of(requests), strict=True)
+    ]
     differ = any(mode != THROUGHPUT for mode in modes)
     return np.array(mode_weights(modes)) if differ else None
+
+
+def why_plain(req: Req) -> str | None:
+    """Return why a request has to be decoded plainly at the moment; None where drafts are exact.
+
+    Penalties depend on the tokens before a node, which differ within a tree, and a custom processor
+    sees one position of a request at a time. Until `min_new_tokens` are there, tokens are counted
+    by steps. With deterministic inference a seed gives each position its own noise, which the
+    plain sampler alone knows.
+    """
+    params = req.sampling_params
+    if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0:
+        return "a penalty"
+    if len(req.output_ids) < params.min_new_tokens:
+        return "min_new_tokens"
+    if req.custom_logit_processor:
+        return "a custom logit processor"
+    if params.top_k != 1 and get_exec().deterministic.enable_deterministic_inference:
+        return "a seed"
+    return None
+
+
+class RunningRequests:
+    """The requests of the last step that were read, and what SGLang's verify lacks for them.
+
+    Attributes:
+        sampling: None where verify samples as plain decoding does.
+    """
+
+    def __init__(self) -> None:
+        self.sampling: SamplingNeeds | None = None
+        self._reqs: list[Req] = []
+        self._plain: set[str] = set()  # ids of those that drafts would not serve exactly
+        self._told: set[str] = set()  # reasons
+
+    def are(self, reqs: Sequence[Req]) -> bool:
+        """Return whether these are the requests of the last update."""
+        return self._reqs == reqs
+
+    def update(self, reqs: Sequence[Req], count: Callable[[int], None]) -> np.ndarray | None:
+        """Read the requests of a step; log why some of them have to be decoded plainly.
+
+        Args:
+            reqs: the batch's requests.
+            count: told how many of these are new.
+
+        Returns:
+            what they are worth, as `request_weights`.
+        """
+        self._reqs, weights = list(reqs), request_weights(reqs)
+        self.sampling = _sampling_needs(reqs, weights)
+        reasons = {req.rid: reason for req in reqs if (reason := why_plain(req)) is not None}
+        if num_new := len(reasons.keys() - self._plain):
+            count(num_new)
+        self._plain = set(reasons)
+        for reason in set(reasons.values()) - self._told:
+            self._told.add(reason)
+            logger.info(
+                "CAST: a request is decoded without drafts, because of %s; others like it are "
+                "counted as plain_requests",
+                reason,
+            )
+        return weights
+
+
+def _sampling_needs(reqs: Sequence[Req], weights: np.ndarray | None) -> SamplingNeeds | None:
+    """Return what SGLang's verify lacks for a batch; None for nothing."""
+    truncates = any(
+        params.top_k != 1
+        and (params.min_p > 0.0 or (params.top_k != TOP_K_ALL and params.top_p < 1.0))
+        for params in (req.sampling_params for req in reqs)
+    )
+    is_plain = None if weights is None else weights == 0.0
+    if is_plain is not None and not is_plain.any():
+        is_plain = None
+    return SamplingNeeds(truncates, is_plain) if truncates or is_plain is not None else None
 
 
 def _mode_of(custom_params: Any) -> str:

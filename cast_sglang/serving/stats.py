@@ -25,6 +25,7 @@ _TOTALS = {
     "layers_grown": ("layers_grown", "Draft layers grown."),
     "nodes_drafted": ("nodes_drafted", "Draft nodes proposed."),
     "nodes_verified": ("nodes_verified", "Rows verified by the target, roots included."),
+    "plain_requests": ("plain_requests", "Requests that no drafts could serve exactly."),
     "accepted_requests": None,
     "drafts_accepted": ("drafts_accepted", "Draft tokens accepted, bonus tokens excluded."),
     "timed_steps": None,
@@ -116,6 +117,10 @@ class StepStats:
         if metrics := self._exported():
             metrics.last_layers.set(num_layers)
             metrics.last_verify_rows.set(num_verify_rows)
+
+    def record_plain_requests(self, count: int) -> None:
+        """Count requests that are decoded without drafts, because drafts would not be exact."""
+        self._count(plain_requests=count)
 
     def record_accepts(self, accept_lens: Iterable[int]) -> None:
         """Count what the target accepted.

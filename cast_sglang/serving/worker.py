@@ -33,13 +33,14 @@ from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
 from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
+from cast_sglang.serving.host_patches.sampling import sampling_as_plain
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
 from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
-from cast_sglang.serving.requests import mean_context, request_weights
+from cast_sglang.serving.requests import RunningRequests, mean_context
 from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
@@ -48,7 +49,7 @@ from cast_sglang.serving.step_room import Envelope
 from cast_sglang.serving.trace_recorder import Recording, TraceRecorder
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
@@ -84,10 +85,9 @@ class CastWorker(EAGLEWorkerV2):
         self.costs = ServedCosts(self.config, self.clock, self.cast_stats)
         self.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
-        self.calibration = None
-        if self.config.policy == "auto" and self.config.calibration == "on":
-            self.calibration = Calibration(self.reads)
-        self._running: list[Req] = []  # requests of the last step
+        calibrates = self.config.policy == "auto" and self.config.calibration == "on"
+        self.calibration = Calibration(self.reads) if calibrates else None
+        self._running = RunningRequests()
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
         self._pending: deque[PendingStep] = deque()
@@ -232,10 +232,9 @@ class CastWorker(EAGLEWorkerV2):
         self.costs.correct(self._num_steps)
         self.learned.save_when_due(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
-        are_new = batch.reqs != self._running
+        are_new = not self._running.are(batch.reqs)
         if are_new or is_due:
-            self._running = list(batch.reqs)
-            tools.weights = request_weights(batch.reqs)
+            tools.weights = self._running.update(batch.reqs, self.cast_stats.record_plain_requests)
             costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
         pending = [step.max_tokens for step in self._pending]
         tools.room = self._envelope.room(batch.reqs, pending, are_new)
@@ -344,7 +343,11 @@ class CastWorker(EAGLEWorkerV2):
             runner = self.target_worker.model_runner
             if (graphs := self.verify_graphs) is not None:
                 set_verify_graph(runner, graphs.runner(len(batch.reqs), rows))
-            with self.clock.time("verify", mean_rows), packed_pass(runner, packed_rows):
+            with (
+                self.clock.time("verify", mean_rows),
+                packed_pass(runner, packed_rows),
+                sampling_as_plain(self._running.sampling, runner.sampler),
+            ):
                 result = super().verify(batch, *args, **kwargs)
             verified = Verified(
                 num_draft_tokens=rows,

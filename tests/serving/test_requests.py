@@ -1,12 +1,15 @@
-"""What is read from requests: their modes."""
+"""What is read from requests: their modes, and whether drafts serve them exactly."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from cast_sglang.errors import ConfigError
 from cast_sglang.policy.request_modes import LATENCY, OFF, THROUGHPUT
 from cast_sglang.serving import requests
+from cast_sglang.serving.stats import StepStats
 from tests.support.request_modes import BAD_CUSTOM_PARAMS, BAD_MODES
 
 
@@ -39,3 +42,79 @@ def test_only_a_cast_server_checks_modes(monkeypatch, algorithm):
             requests.check_mode(None, bad, 32_000)
     else:
         requests.check_mode(None, bad, 32_000)
+
+
+@pytest.fixture
+def determinism(monkeypatch):
+    """Whether inference is deterministic; off unless a test changes it."""
+    state = SimpleNamespace(enable_deterministic_inference=False)
+    monkeypatch.setattr(requests, "get_exec", lambda: SimpleNamespace(deterministic=state))
+    return state
+
+
+def request(rid="a", num_tokens=1, processor=None, **params):
+    return SimpleNamespace(
+        rid=rid,
+        sampling_params=SamplingParams(**params),
+        output_ids=[0] * num_tokens,
+        custom_logit_processor=processor,
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({}, None),
+        ({"temperature": 0.0}, None),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.2, "logit_bias": {"3": 1.0}}, None),
+        ({"sampling_seed": 3}, None),
+        ({"frequency_penalty": 0.1}, "a penalty"),
+        ({"presence_penalty": -0.1}, "a penalty"),
+        ({"repetition_penalty": 1.1, "temperature": 0.0}, "a penalty"),
+        ({"min_new_tokens": 5}, "min_new_tokens"),
+        ({"min_new_tokens": 5, "num_tokens": 5}, None),
+        ({"processor": "{}"}, "a custom logit processor"),
+    ],
+)
+def test_what_drafts_cannot_serve_exactly_is_decoded_plainly(determinism, params, reason):
+    assert requests.why_plain(request(**params)) == reason
+    weights = requests.request_weights([request(), request(**params)])
+    assert (weights is None) if reason is None else (weights.tolist() == [1.0, 0.0])
+
+
+def test_seeds_matter_where_inference_is_deterministic(determinism):
+    determinism.enable_deterministic_inference = True
+    assert requests.why_plain(request()) == "a seed"
+    assert requests.why_plain(request(temperature=0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "truncates"),
+    [
+        ({}, False),
+        ({"top_k": 5}, False),
+        ({"top_p": 0.5}, False),
+        ({"top_k": 5, "top_p": 0.5}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1, "temperature": 0.0}, False),
+    ],
+)
+def test_only_cuts_that_verify_lacks_are_made_here(determinism, params, truncates):
+    running = requests.RunningRequests()
+    running.update([request(), request(**params)], lambda count: None)
+    assert (running.sampling is not None) == truncates
+    if truncates:
+        assert running.sampling == (True, None)
+
+
+def test_a_request_is_counted_once_and_a_reason_is_told_once(determinism, caplog):
+    running, stats = requests.RunningRequests(), StepStats()
+    first, other = request("a", frequency_penalty=1.0), request("b")
+    with caplog.at_level(logging.INFO, logger=requests.logger.name):
+        for reqs in ([other], [other, first], [first], [first, request("c", presence_penalty=1)]):
+            assert not running.are(reqs)
+            running.update(reqs, stats.record_plain_requests)
+            assert running.are(reqs)
+    assert stats.snapshot()["plain_requests"] == 2
+    assert caplog.text.count("because of a penalty") == 1
+    assert running.sampling.is_plain.tolist() == [True, True]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.config import CastConfig
@@ -23,6 +24,7 @@ from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.worker import StepTools
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
+from cast_sglang.serving.requests import RunningRequests
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import DraftShape
@@ -82,12 +84,13 @@ def worker(monkeypatch):
     worker.speculative_num_draft_tokens = worker.max_draft_tokens = ROWS
     runner = SimpleNamespace(model_config=SimpleNamespace(context_len=1024))
     runner.attn_backend = SimpleNamespace(packed_rows=None)
-    runner.forward = None
+    runner.forward = runner.sampler = None
     worker._target_worker = SimpleNamespace(model_runner=runner)
     worker.cast_stats, worker.clock = StepStats(), PassClock("cpu")
     worker.costs = ServedCosts(worker.config, worker.clock, worker.cast_stats)
     worker.calibration = worker.verify_graphs = worker._last_done = None
-    worker._running = []
+    worker._running = RunningRequests()
+    worker.learned = SimpleNamespace(save_when_due=lambda num_steps: None)
     worker._verify_sizes = tuple(range(2, ROWS + 1))
     worker._envelope = Envelope(STEPS, TOPK, ROWS)
     worker._pending, worker._observing = deque(), 0.0
@@ -130,8 +133,10 @@ def passes(monkeypatch):
 
 def request(left=500):
     return SimpleNamespace(
-        sampling_params=SimpleNamespace(max_new_tokens=left, custom_params=None),
+        sampling_params=SamplingParams(max_new_tokens=left, temperature=0.0),
         output_ids=[],
+        custom_logit_processor=None,
+        rid="a",
         kv=SimpleNamespace(kv_committed_len=100, kv_allocated_len=200),
         finished=lambda: False,
     )

@@ -47,6 +47,7 @@ def register_hooks() -> None:
         (f"{_SCHEDULE_BATCH}._new_tokens_required_next_decode_spec_v2", _tokens_required),
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
+        (f"{_EAGLE_UTILS}.eagle_sample", _sample),
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
@@ -145,6 +146,13 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
         original(batch)
     finally:
         _reserve = None
+
+
+def _sample(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Sample as plain decoding does; imported late, as the kernels need a device."""
+    from cast_sglang.serving.host_patches.sampling import sample_as_plain
+
+    return sample_as_plain(original, *args, **kwargs)
 
 
 def _reserve_of_batch(original: Callable[[], int]) -> int:

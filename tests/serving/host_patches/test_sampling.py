@@ -1,0 +1,175 @@
+"""Sampling in a verify pass cuts as plain decoding does and leaves lone tokens to its sampler."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.layers import sampler as sglang_sampler
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+from cast_sglang.cpu.sampling import top_k_renorm, top_p_renorm
+from cast_sglang.serving.host_patches import sampling
+from cast_sglang.serving.host_patches.sampling import sample_as_plain, sampling_as_plain
+from cast_sglang.serving.requests import SamplingNeeds
+
+VOCAB, ROWS = 40, 3
+
+
+@dataclass
+class Info:
+    """SGLang's `SamplingBatchInfo`, as far as it is read here."""
+
+    temperatures: torch.Tensor
+    top_ks: torch.Tensor
+    top_ps: torch.Tensor
+    min_ps: torch.Tensor
+    need_top_k_sampling: bool = True
+    need_top_p_sampling: bool = True
+    need_min_p_sampling: bool = True
+    is_all_greedy: bool = False
+    acc_additive_penalties: torch.Tensor | None = None
+    acc_scaling_penalties: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    sampling_info: Info
+    forward_mode: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(is_idle=lambda: False)
+    )
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    """The kernels of the CPU platform, one rank, and plain decoding's backend, to be changed."""
+    kernel = SimpleNamespace(sampling_backend="pytorch")
+    monkeypatch.setattr(sampling, "get_exec", lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(sampling, "get_parallel", lambda: SimpleNamespace(tp_size=1))
+    monkeypatch.setattr(sampling, "top_k_renorm_prob", top_k_renorm)
+    monkeypatch.setattr(sampling, "top_p_renorm_prob", top_p_renorm)
+    return kernel
+
+
+def make_info(*rows: tuple[float, int, float, float]) -> Info:
+    """Return the parameters of requests: temperature, top_k, top_p, min_p."""
+    columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
+    return Info(columns[0][:, None], columns[1], columns[2], columns[3])
+
+
+REQUESTS = (
+    (1.0, TOP_K_ALL, 1.0, 0.0),
+    (0.7, 5, 0.8, 0.0),
+    (1.5, TOP_K_ALL, 0.6, 0.1),
+    (1.0, 1, 1.0, 0.0),
+    (2.0, 12, 0.95, 0.3),
+)
+
+
+def make_logits(seed: int, info: Info) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(ROWS * len(info.top_ks), VOCAB, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_node_is_cut_as_the_plain_sampler_cuts(seed):
+    info = make_info(*REQUESTS)
+    logits = make_logits(seed, info)
+    kept = sampling._truncated(logits, info, ROWS)
+    expand = lambda values: values.repeat_interleave(ROWS, dim=0)  # noqa: E731
+    probs = (logits / expand(info.temperatures)).softmax(-1)
+    _, weights, tokens, _ = sglang_sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        probs,
+        *(expand(values) for values in (info.top_ks, info.top_ps, info.min_ps)),
+        True,
+        None,
+        None,
+        return_filtered_probs=True,
+    )
+    expected = torch.zeros_like(probs).scatter_(1, tokens.long(), weights)
+    torch.testing.assert_close(
+        kept / kept.sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True)
+    )
+
+
+def test_flashinfer_cuts_by_top_k_first_where_it_cuts_by_min_p(host):
+    info = make_info((1.0, 3, 0.75, 0.01))
+    logits = torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.1]]).log()
+    assert (sampling._truncated(logits, info, 1) > 0).sum() == 3
+    host.sampling_backend = "flashinfer"
+    # 0.3 + 0.25 of 0.75 is below the 0.75 asked, the third token ends it either way.
+    assert (sampling._truncated(logits, info, 1) > 0).sum() == 3
+    info.top_ps = torch.tensor([0.7])
+    # Before the cut by top-k three tokens are needed for 0.7, behind it two have 0.73.
+    assert (sampling._truncated(logits, info, 1) > 0).sum() == 2
+    host.sampling_backend = "pytorch"
+    assert (sampling._truncated(logits, info, 1) > 0).sum() == 3
+
+
+def run(info: Info, logits: torch.Tensor, needs: SamplingNeeds | None):
+    """Sample as SGLang would call it; return what its own function saw, and the result."""
+    seen = {}
+    num = len(info.top_ks)
+
+    def original(verify_input, batch, logits_output, grammar_mask):
+        seen.update(info=batch.sampling_info, logits=logits_output.next_token_logits.clone())
+        seen["grammar_mask"] = grammar_mask
+        index = torch.arange(num * ROWS, dtype=torch.int32).view(num, ROWS)
+        return torch.full((num * ROWS,), 7, dtype=torch.int32), torch.full((num,), ROWS), index
+
+    def sampler(output, info, return_logprob, top, ids, positions):
+        seen.update(root_logits=output.next_token_logits.clone(), positions=positions)
+        output.next_token_logits.zero_()  # SGLang's own works in place
+        return torch.arange(num) + 20
+
+    batch, output = Batch(info), SimpleNamespace(next_token_logits=logits.clone())
+    verify_input = SimpleNamespace(
+        draft_token_num=ROWS, positions=torch.arange(num * ROWS), retrieve_index=None
+    )
+    with sampling_as_plain(needs, sampler):
+        result = sample_as_plain(original, verify_input, batch, output)
+    assert batch.sampling_info is info
+    return seen, result, output.next_token_logits
+
+
+def test_what_needs_nothing_is_left_to_sglang():
+    info = make_info(*REQUESTS)
+    logits = make_logits(0, info)
+    seen, _, after = run(info, logits, None)
+    assert seen["info"] is info and torch.equal(seen["logits"], logits)
+    assert torch.equal(after, logits)
+
+
+def test_the_cut_is_made_before_sglang_samples_and_leaves_the_logits_for_logprobs():
+    info = make_info(*REQUESTS)
+    info.logit_bias = torch.randn(len(REQUESTS), VOCAB)
+    info.acc_additive_penalties = -torch.rand(len(REQUESTS), VOCAB)
+    logits = make_logits(1, info)
+    seen, _, after = run(info, logits, SamplingNeeds(True, None))
+    biased = logits + (info.acc_additive_penalties + info.logit_bias).repeat_interleave(ROWS, 0)
+    torch.testing.assert_close(after, biased)
+    expected = sampling._truncated(biased, info, ROWS)
+    torch.testing.assert_close(
+        seen["logits"].softmax(-1), expected / expected.sum(-1, keepdim=True)
+    )
+    assert seen["info"].logit_bias is None and seen["info"].acc_additive_penalties is None
+    assert not (seen["info"].need_top_k_sampling or seen["info"].need_top_p_sampling)
+    assert (seen["info"].temperatures == 1).all()
+
+
+def test_plain_requests_get_the_plain_samplers_token_and_no_draft():
+    info = make_info(*REQUESTS)
+    logits = make_logits(2, info)
+    is_plain = np.array([False, True, False, True, False])
+    seen, (predict, accept_lens, accept_index), after = run(
+        info, logits, SamplingNeeds(False, is_plain)
+    )
+    assert torch.equal(seen["root_logits"], logits[::ROWS])
+    assert seen["positions"].tolist() == [0, 3, 6, 9, 12]
+    assert torch.equal(after, logits)
+    assert predict.view(-1, ROWS)[:, 0].tolist() == [7, 21, 7, 23, 7]
+    assert (predict.view(-1, ROWS)[:, 1:] == 7).all()
+    assert accept_lens.tolist() == [ROWS, 1, ROWS, 1, ROWS]
+    assert accept_index[1].tolist() == [3, -1, -1] and accept_index[2].tolist() == [6, 7, 8]
