@@ -24,6 +24,7 @@ from rich.progress import track
 from benchmarks.harness import sharegpt
 
 SEED = 7
+MAN_PAGES = Path("/usr/share/man")
 MAX_CHARS = 700  # some 200 tokens: longer passages are cut at the end of a sentence or line
 TWO_TURNS_PART = 0.25
 SKIPPED_COMMANDS = ("gcloud_",)  # thousands of pages of one vendor, where they are installed
@@ -89,7 +90,7 @@ def reference_passages() -> Iterator[str]:
 
 def man_pages() -> Iterator[str]:
     """Yield questions about commands and about passages of their man pages."""
-    paths = sorted(Path("/usr/share/man").glob("man[1578]/*.gz"))
+    paths = sorted(MAN_PAGES.glob("man[1578]/*.gz"))
     for path in track(paths, description="man pages"):
         try:
             text = gzip.decompress(path.read_bytes()).decode()
