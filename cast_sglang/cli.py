@@ -14,8 +14,8 @@ from cast_sglang.errors import CastError
 
 __all__ = ["main"]
 
-# Limits of the measuring time; measuring ends sooner if the times are steady. With the start of the
-# engine, `profile` takes less than six minutes even on a noisy shared machine.
+# Limits of the measuring time; measuring ends sooner if the times are steady. The start of the
+# engine and the short real run at the end come on top.
 BUDGET_SECONDS = 300.0
 QUICK_BUDGET_SECONDS = 60.0
 # Median error at held-out points above which `profile` advises more measuring time.
@@ -29,7 +29,8 @@ the flags of the server that the profile is for:
   cast-sglang profile --model-path TARGET --speculative-draft-model-path DRAFT
 
 A run that was interrupted resumes from FILE.partial.jsonl. The last line on stdout is a JSON object
-with the output path, the seconds, the number of points and the error at held-out points.
+with the output path, the seconds, the number of points and the errors, at held-out points and in a
+short real run.
 """
 
 DOCTOR_DESCRIPTION = """\
@@ -118,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-seconds",
         type=_positive_seconds,
         metavar="S",
-        help="time for measuring, without loading the models (default: 300; with --quick 60)",
+        help="time for measuring, without loading the models and the short real run at the end, "
+        "which takes a minute at most (default: 300; with --quick 60)",
     )
     profile.set_defaults(run=_profile)
 

@@ -133,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--pair",
         choices=PAIRS,
@@ -153,7 +157,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "earlier demo, else the server measures one before its first request)",
     )
     parser.add_argument(
-        "--out", type=Path, default=OUT / "demo", help="directory of logs and cost profiles"
+        "--out",
+        type=Path,
+        default=OUT / "demo",
+        help="directory of logs and cost profiles (default: out/demo)",
     )
     return parser.parse_args(argv)
 

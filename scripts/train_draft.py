@@ -195,20 +195,40 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="gets the draft and its card")
     add("--work", type=Path, metavar="DIR", help="answers, optimizer (default: out/NAME of --out)")
-    add("--other-work", type=Path, nargs="+", default=[], metavar="DIR", help="more answers")
-    add("--stage", choices=(*STAGES, "all"), default="all")
+    add(
+        "--other-work",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="work folders of other runs of `answers`",
+    )
+    add("--stage", choices=(*STAGES, "all"), default="all", help="(default: all, in this order)")
     add("--aux-layers", type=int, nargs=3, metavar="N", help="layers that the draft sees")
-    add("--draft-vocab", type=int, default=16384, metavar="N", help="tokens (default: 16384)")
+    add("--draft-vocab", type=int, default=16384, metavar="N", help="its tokens (default: 16384)")
     add("--answer-tokens", type=int, metavar="N", help="stop `answers` there (default: no limit)")
-    add("--max-prompt-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longer prompts are left out (default: 256)",
+    )
     add("--max-new-tokens", type=int, default=256, metavar="N", help="an answer (default: 256)")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 0.7], help="(default: 0 0.7)")
+    add(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.7],
+        metavar="T",
+        help="of the prompts in turn; 0 is greedy (default: 0 0.7)",
+    )
     add("--slots", type=int, default=96, metavar="N", help="answers at once (default: 96)")
     add("--minutes", type=float, default=240, help="of training in all (default: 240)")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="(default: 2048)")
+    add("--batch-tokens", type=int, default=2048, metavar="N", help="a step (default: 2048)")
     add("--matrix-lr", type=float, default=Rates.matrices, help="Muon's (default: %(default)s)")
     add("--head-lr", type=float, default=Rates.others, help="AdamW's (default: %(default)s)")
-    add("--heldout-rows", type=int, default=64, metavar="N", help="(default: 64)")
+    add("--heldout-rows", type=int, default=64, metavar="N", help="to evaluate on (default: 64)")
     add("--checkpoint-minutes", type=float, default=5, help="between checkpoints (default: 5)")
     add("--about", type=Path, metavar="FILE", help="Markdown for the top of the card")
     add("--num-threads", type=int, default=1, help="threads of PyTorch (default: 1)")

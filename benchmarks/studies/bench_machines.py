@@ -89,11 +89,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--machines", type=lambda text: text.split(","), default=list(MACHINES))
+    parser.add_argument(
+        "--machines",
+        type=lambda text: text.split(","),
+        default=list(MACHINES),
+        metavar="LIST",
+        help="(default: all)",
+    )
     parser.add_argument(
         "--batches",
         type=lambda text: [int(part) for part in text.split(",")],
         default=list(BATCH_SIZES),
+        metavar="LIST",
+        help="(default: 1,8,32)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of machines and texts (default: 0)")
     parser.add_argument("--out", type=Path, default=OUT / "machines", help="(default: %(default)s)")

@@ -115,7 +115,9 @@ def announce_profile(config: CastConfig, server_args: ServerArgs) -> None:
         logger.info("CAST: %s", error)
         next_step = "policy eagle needs none"
         if is_used:
-            next_step = "a quick one is measured before the first request (about a minute) and kept"
+            next_step = (
+                "a quick one is measured before the first request (a minute or two) and kept"
+            )
             next_step += f" in {user_profile_path(identity)}"
         logger.info("CAST: no cost profile of this device and pair; %s", next_step)
         return

@@ -128,7 +128,7 @@ def test_without_a_profile_a_launch_says_that_one_will_be_measured(host, caplog)
     why, line = announced(caplog)
     assert line[0] == (
         "CAST: no cost profile of this device and pair; a quick one is measured before the first "
-        f"request (about a minute) and kept in {user_profile_path(host)}"
+        f"request (a minute or two) and kept in {user_profile_path(host)}"
     )
     assert "the nearest" in why[0] and "device_name B200, here NVIDIA H200" in why[0]
     assert {why[1], line[1]} == {"INFO"}
