@@ -100,7 +100,14 @@ def talk(url: str, max_tokens: int, temperature: float, console: Console) -> Non
         if not is_person:
             console.print(f"> {line.strip()}", markup=False)
         messages.append({"role": "user", "content": line.strip()})
-        answer = show(ask(url, messages, max_tokens, temperature), console)
+        try:
+            answer = show(ask(url, messages, max_tokens, temperature), console)
+        except ValueError as error:
+            if len(messages) == 1:
+                raise
+            console.print(f"{error}\nThe talk begins anew.", style="red", markup=False)
+            messages = []
+            continue
         messages.append({"role": "assistant", "content": answer})
 
 

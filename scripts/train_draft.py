@@ -122,7 +122,8 @@ class Pipeline:
             limits = Limits(4 * args.max_prompt_tokens, num_new, min(args.slots, 16), (0.0,))
             prompts = [replace(p, turns=p.turns[:1]) for p in read_prompts(args.eval_data)]
             self._answer(prompts, answers, limits, None)
-            rows, store = answers.rows, answers
+            asked = {prompt.name for prompt in prompts}
+            rows, store = [row for row in answers.rows if row.name in asked], answers
         with torch.inference_mode():
             target = self.target.float()
             requests = [

@@ -206,7 +206,7 @@ class _Run:
         }
         self._heldout = self._choose_heldout()
 
-    def measure(self, allow_partial: bool) -> Measured:
+    def measure(self, allow_partial: bool = False) -> Measured:
         sampler = self._sampler
         overhead = (STEP_OVERHEAD,) if self._supports(STEP_OVERHEAD) else ()
         coarse = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]

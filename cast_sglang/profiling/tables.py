@@ -56,6 +56,9 @@ def tabulate(sampler: Sampler, operation: str, axes: Axes, heldout: Collection[P
         for b, n in product(axes.batch_size, axes.num_tokens)
         if not sampler.has(point := Point(operation, b, axes.context[0], n))
     ]
+    if missing:
+        # Too little time for a second visit: nobody knows how much these times scatter.
+        error = np.maximum(error, sampler.sampling.tolerance)
     smoothed, predicted = smooth(_shapes(measured), median_us, error, _shapes(missing))
     # Neighbours may move a time within its error, no further.
     smoothed = np.clip(smoothed, median_us * (1 - 2 * error), median_us * (1 + 2 * error))

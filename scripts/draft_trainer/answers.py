@@ -9,8 +9,9 @@ A prompt file has a JSON object a line, with one of these:
 
 import json
 import time
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,10 +61,13 @@ def read_prompts(paths: Iterable[Path]) -> list[Prompt]:
     """Read prompt files; a prompt is named by its file and line.
 
     Raises:
-        ValueError: a line is no prompt; file and line are named.
+        ValueError: a line is no prompt (file and line are named), or two files have one name.
     """
-    prompts = []
+    prompts, stems = [], set()
     for path in paths:
+        if path.stem in stems:
+            raise ValueError(f"{path}: another file has this name, after which answers are named")
+        stems.add(path.stem)
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             place = f"{path}:{number}"
             try:
@@ -103,7 +107,7 @@ def write_answers(
         max_tokens: of all rows; none begins behind it.
     """
     store.begin_writing()
-    done = {row.name for row in store.rows}
+    done = {row.name: row.tokens for row in store.rows}
     maker = _RequestMaker(tokenizer, frozenset(stop_ids), limits)
     waiting: deque[Request] = deque()
     sources: dict[str, tuple[Prompt, int]] = {}
@@ -134,7 +138,7 @@ def write_answers(
         )
         num_new += len(request.tokens) - request.num_prompt_tokens
         num_all += len(request.states)
-        follow_up = maker.make(prompt, turn + 1, request)
+        follow_up = maker.make(prompt, turn + 1, request.tokens)
         if follow_up is not None:
             sources[follow_up.name] = (prompt, turn + 1)
             waiting.appendleft(follow_up)
@@ -145,15 +149,20 @@ def write_answers(
 
 
 def _requests_to_do(
-    maker: "_RequestMaker", prompts: list[Prompt], done: set[str]
+    maker: "_RequestMaker", prompts: list[Prompt], done: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[Request, Prompt, int]]:
-    """Yield the first turn of each prompt that has no row yet."""
-    for index, prompt in enumerate(prompts):
-        if maker.name(prompt, 0) in done:
-            continue
-        request = maker.make(prompt, 0, None, index)
+    """Yield the first turn of each prompt that has no row yet.
+
+    Args:
+        done: tokens of the rows that are there, by name.
+    """
+    for prompt in prompts:
+        turn, before = 0, None
+        while (name := maker.name(prompt, turn)) in done:
+            turn, before = turn + 1, done[name]
+        request = maker.make(prompt, turn, before)
         if request is not None:
-            yield request, prompt, 0
+            yield request, prompt, turn
 
 
 class _RequestMaker:
@@ -169,21 +178,19 @@ class _RequestMaker:
         """Return the name of the row of a turn."""
         return prompt.name if turn == 0 else f"{prompt.name}/{turn + 1}"
 
-    def make(
-        self, prompt: Prompt, turn: int, before: Request | None, index: int = 0
-    ) -> Request | None:
+    def make(self, prompt: Prompt, turn: int, before: Sequence[int] | None) -> Request | None:
         """Return the request for a turn, or None where there is none or it is too long.
 
         Args:
             prompt: where the turn comes from.
             turn: from 0 on.
-            before: the finished request of the turn before.
-            index: of the prompt; it chooses the temperature, which later turns keep.
+            before: all tokens up to the end of the turn before.
         """
         limits, stop_ids = self._limits, self._stop_ids
         max_new_tokens = limits.max_new_tokens
         temperatures = limits.temperatures
-        temperature = before.temperature if before else temperatures[index % len(temperatures)]
+        # By name, so that the answers that are held out have all temperatures too.
+        temperature = temperatures[zlib.crc32(prompt.name.encode()) % len(temperatures)]
         if prompt.turns:
             if turn >= len(prompt.turns):
                 return None
@@ -200,7 +207,7 @@ class _RequestMaker:
             return None
         return Request(self.name(prompt, turn), tokens, max_new_tokens, temperature, stop_ids)
 
-    def _chat(self, question: str, before: Request | None) -> list[int]:
+    def _chat(self, question: str, before: Sequence[int] | None) -> list[int]:
         """Return the tokens of a conversation up to where the assistant speaks."""
         conversation = [{"role": "user", "content": question}]
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
@@ -211,5 +218,5 @@ class _RequestMaker:
         # behind an empty answer, and what comes after that is put behind the tokens really there.
         with_answer = [*conversation, {"role": "assistant", "content": ""}, *conversation]
         longer = list(self._tokenizer.apply_chat_template(with_answer, **template))
-        has_end = before.tokens[-1] in self._stop_ids
-        return [*before.tokens, *longer[len(tokens) + has_end :]]
+        has_end = before[-1] in self._stop_ids
+        return [*before, *longer[len(tokens) + has_end :]]

@@ -71,7 +71,8 @@ def make_batch(
         row_states = store.states(row)[: num_tokens - 1]
         states.append(torch.nn.functional.pad(row_states, (0, 0, 0, length - len(row_states))))
         # As in serving: the first base is the slot whose root is the first token of the answer.
-        firsts.append(max(row.answer_start - 1, 0))
+        # A row whose answer lies behind the cut counts nowhere.
+        firsts.append(min(max(row.answer_start - 1, 0), length - 1))
         lasts.append(max(num_tokens - 3, firsts[-1]))
     known[:, :length] &= in_vocabulary[tokens]
     first, last = torch.tensor(firsts)[:, None], torch.tensor(lasts)[:, None]

@@ -134,7 +134,7 @@ def _save(path: Path, model: nn.Module, optimizer: OptimizerPair, state: RunStat
 
 def _drop_rows_after(step: int, loss_table: Path) -> None:
     """Forget what a stopped run logged behind its last checkpoint: those steps are run again."""
-    if loss_table.exists():
+    if loss_table.exists() and loss_table.stat().st_size:
         header, *rows = loss_table.read_text().splitlines(keepends=True)
         kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
         loss_table.write_text("".join([header, *kept]))

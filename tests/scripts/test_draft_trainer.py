@@ -218,6 +218,39 @@ def test_answers_go_on_where_they_were(target, tmp_path):
     assert {row.name for row in store.rows} == {f"p:{i}" for i in range(1, 7)}
 
 
+def test_a_later_turn_that_was_not_begun_is_made_up_for(target, tmp_path):
+    path = _write_prompts(tmp_path / "p.jsonl", {"turns": ["ab", "cd"]})
+    whole = RowStore(tmp_path / "whole", SMALL.state_size)
+    _answer(target, whole, path)
+    stopped = RowStore(tmp_path / "stopped", SMALL.state_size)
+    stopped.begin_writing()
+    first = whole.rows[0]
+    stopped.append(first.name, list(first.tokens), first.answer_start, whole.states(first))
+    _answer(target, stopped, path)
+    assert [(row.name, row.tokens) for row in stopped.rows] == [
+        (row.name, row.tokens) for row in whole.rows
+    ]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    paths = [_write_prompts(tmp_path / folder / "p.jsonl", {"text": "x"}) for folder in "ab"]
+    with pytest.raises(ValueError, match="another file has this name"):
+        answers.read_prompts(paths)
+
+
+def test_a_prompt_longer_than_a_row_counts_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "ROW_TOKENS", 12)
+    store = RowStore(tmp_path, SMALL.state_size)
+    store.begin_writing()
+    for name, start in (("p:1", 15), ("p:2", 4)):
+        store.append(name, list(range(20)), start, torch.ones(19, SMALL.state_size))
+    known = torch.ones(64, dtype=torch.bool)
+    batch = distill.make_batch(store, store.rows, known, num_steps=3)
+    assert not batch.counts[:, 0].any() and batch.counts[:, 1].any()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

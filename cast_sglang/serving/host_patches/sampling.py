@@ -18,6 +18,7 @@ import torch
 from sglang.kernels.ops.sampling.renorm import top_k_renorm_prob, top_p_renorm_prob
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
 
@@ -149,9 +150,16 @@ def _with_plain_tokens(
     predict, accept_lens, accept_index = found
     assert _sampler is not None
     roots = torch.arange(len(is_plain), device=logits.device) * rows
+    mask = torch.from_numpy(is_plain).to(logits.device, non_blocking=True)
+    info, root_logits = batch.sampling_info, logits[roots]
+    if info.has_custom_logit_processor:
+        # Into the logits as well, from which log probabilities are read.
+        apply_custom_logit_processor(root_logits, info)
+        logits[roots] = torch.where(mask[:, None], root_logits, logits[roots])
+        info = dataclasses.replace(info, has_custom_logit_processor=False)
     tokens = _sampler(
-        LogitsProcessorOutput(next_token_logits=logits[roots]),
-        batch.sampling_info,
+        LogitsProcessorOutput(next_token_logits=root_logits),
+        info,
         False,
         [],
         [],
@@ -159,7 +167,6 @@ def _with_plain_tokens(
     )
     if get_parallel().tp_size > 1:
         get_tp_group().broadcast(tokens, src=0)
-    mask = torch.from_numpy(is_plain).to(logits.device, non_blocking=True)
     predict[roots] = torch.where(mask, tokens.to(predict.dtype), predict[roots])
     accept_lens.masked_fill_(mask, 1)
     accept_index[:, 1:].masked_fill_(mask[:, None], -1)

@@ -32,6 +32,7 @@ class Info:
     acc_additive_penalties: torch.Tensor | None = None
     acc_scaling_penalties: torch.Tensor | None = None
     logit_bias: torch.Tensor | None = None
+    has_custom_logit_processor: bool = False
 
 
 @dataclass
@@ -173,3 +174,18 @@ def test_plain_requests_get_the_plain_samplers_token_and_no_draft():
     assert (predict.view(-1, ROWS)[:, 1:] == 7).all()
     assert accept_lens.tolist() == [ROWS, 1, ROWS, 1, ROWS]
     assert accept_index[1].tolist() == [3, -1, -1] and accept_index[2].tolist() == [6, 7, 8]
+
+
+def test_a_custom_processor_changes_the_logits_of_plain_rows_for_logprobs_too(monkeypatch):
+    info = make_info(*REQUESTS)
+    info.has_custom_logit_processor = True
+    monkeypatch.setattr(
+        sampling, "apply_custom_logit_processor", lambda logits, info: logits[:, 3].fill_(-9.0)
+    )
+    logits = make_logits(3, info)
+    is_plain = np.array([False, True, False, False, False])
+    seen, _, after = run(info, logits, SamplingNeeds(False, is_plain))
+    assert (seen["root_logits"][:, 3] == -9.0).all()
+    expected = logits.clone()
+    expected[ROWS, 3] = -9.0
+    assert torch.equal(after, expected)
