@@ -111,7 +111,7 @@ class Pipeline:
     def eval(self) -> None:
         """Measure the exported draft on the evaluation prompts, or on held-out answers."""
         args = self.args
-        draft = export.load_draft(self.output_dir, self.target)
+        draft = export.load_draft(self.output_dir, self.target.shape.num_layers)
         rows = self._rows(held_out=True)[: args.heldout_rows]
         store: Rows = self.store
         steps = heldout_steps(draft, self.target, store, rows)

@@ -67,11 +67,11 @@ def load_target(
     return target.to(dtype).eval()
 
 
-def load_draft(folder: Path, target: Target) -> Draft:
-    """Read the draft of a target that `save_draft` wrote, in float32."""
+def load_draft(folder: Path, num_target_layers: int) -> Draft:
+    """Read a draft that `save_draft` wrote, in float32."""
     config = json.loads((folder / "config.json").read_text())
     aux_layer_ids = tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
-    shape = replace(target.shape, aux_layer_ids=aux_layer_ids)
+    shape = replace(_shape_of(config, aux_layer_ids), num_layers=num_target_layers)
     state = _load_weights(folder)
     offsets = state.pop("d2t")
     del state["t2d"]

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import inflate_model
-from tiny_pair import export
-from tiny_pair.draft_model import Draft
-from tiny_pair.layers import Shape
+from draft_trainer import export
+from draft_trainer.draft_model import Draft
+from draft_trainer.layers import Shape
 
 SHAPE = Shape(
     vocab_size=96,
@@ -23,6 +23,8 @@ SHAPE = Shape(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
     max_position_embeddings=128,
     aux_layer_ids=(1, 3, 6),
 )
@@ -58,7 +60,7 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
     target = LlamaForCausalLM(config)
     randomize(target, seed=1)
     target.save_pretrained(folder / "target")
-    draft = Draft(SHAPE)
+    draft = Draft(SHAPE, torch.arange(SHAPE.vocab_size))
     randomize(draft, seed=2)
     export.save_draft(draft, folder / "draft")
     return folder / "target", folder / "draft"
@@ -79,13 +81,13 @@ def draft_logits(target_path: Path, draft_path: Path, tokens: torch.Tensor) -> t
     embeds = target.get_input_embeddings()(tokens)
     causal = torch.ones(num_bases, num_bases, dtype=torch.bool).tril()
     output = draft.extend(embeds[:, 1 : 1 + num_bases], features[:, :num_bases])
-    committed, chain, logits = output.cache, [], [output.logits[0]]
+    committed, chain, logits = output.cache, [], [draft.logits(output.hidden)[0]]
     for step in range(1, 1 + NUM_STEPS):
         slots = embeds[:, 1 + step : 1 + step + num_bases]
         positions = torch.arange(num_bases) + step
         output = draft.step(slots, output.hidden, positions, committed, causal, chain)
         chain.append(output.cache)
-        logits.append(output.logits[0])
+        logits.append(draft.logits(output.hidden)[0])
     return torch.stack(logits)
 
 

@@ -78,6 +78,9 @@ def test_functions_and_topics_of_the_library_become_questions():
 
 def test_the_file_has_as_many_questions_as_asked(people, tmp_path, monkeypatch):
     monkeypatch.setattr(make_prompts, "MAN_PAGES", tmp_path)
+    # The whole library takes a minute to parse.
+    functions = (f"Write the function f{i}." for i in range(99))
+    monkeypatch.setattr(make_prompts, "library_functions", lambda: functions)
     out = tmp_path / "new" / "prompts.jsonl"
     monkeypatch.setattr(sys, "argv", ["make_prompts", "--out", str(out), "--count", "20"])
     make_prompts.main()

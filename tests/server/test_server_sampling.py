@@ -16,7 +16,7 @@ from tests.server.homogeneity import homogeneity_p_value
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 ALPHA = 1e-6
-NUM_SAMPLES = 1200
+NUM_SAMPLES = 720
 SAMPLES_PER_REQUEST = 24
 NUM_TOKENS = 64
 PROCESSOR = DisallowedTokensLogitsProcessor.to_str()
