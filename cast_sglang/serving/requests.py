@@ -136,7 +136,9 @@ class RunningRequests:
         """
         self._reqs, weights = list(reqs), request_weights(reqs)
         self.sampling = _sampling_needs(reqs, weights)
-        reasons = {req.rid: reason for req in reqs if (reason := why_plain(req)) is not None}
+        reasons = {}
+        if self.sampling is not None and self.sampling.is_plain is not None:
+            reasons = {req.rid: reason for req in reqs if (reason := why_plain(req)) is not None}
         if num_new := len(reasons.keys() - self._plain):
             count(num_new)
         self._plain = set(reasons)
