@@ -139,6 +139,13 @@ class CastConfig:
         "file that keeps what serving learned for the next start; auto for one of this device and "
         "pair in the user's cache, or none",
     )
+    draws: str = _knob(
+        "on",
+        "choice",
+        "policy auto: draw the drafts of requests that sample at random, rather than propose the "
+        "draft's likeliest tokens",
+        choices=("on", "off"),
+    )
     joint_budget: str = _knob(
         "off",
         "choice",

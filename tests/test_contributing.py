@@ -47,6 +47,7 @@ def test_the_policy_of_the_example_serves_and_is_replayed(monkeypatch):
 
 
 def test_the_drafter_of_the_example_grows_trees():
+    from cast_sglang.serving.drafting.draws import Draws
     from cast_sglang.serving.drafting.grow import Growth, grow_tree
     from cast_sglang.serving.host_reads import HostReads
     from cast_sglang.serving.pass_clock import PassClock
@@ -67,6 +68,7 @@ def test_the_drafter_of_the_example_grows_trees():
         recorder=None,
         room=StepRoom(STEPS, 1 + TOPK * STEPS),
         forward_batch=batch,
+        draws=Draws("cpu", seed=0, topk=TOPK),
     )
     tree, widths = grow_tree(growth)
     assert widths == (2, 1)

@@ -11,9 +11,11 @@ At most one of a node's children is accepted. A map of p itself would ignore thi
 of siblings could sum to more than 1. Instead, a node's chance given its parent is g(x) times
 (1 - sum of the chances of its earlier siblings).
 
-The kind of a request is how its target chooses: greedily, or by sampling. The chances differ up to
-twofold: of first children with x from 0.1 to 0.3 the target of the tiny pair accepts 0.42 greedily,
-and 0.21 sampling at temperature 1. So each kind has its own curves, and a batch may mix the kinds.
+The kind of a request is how its target chooses: greedily, or by sampling; and of those that sample,
+whether the draft's likeliest tokens are proposed or draws of it. The chances differ up to twofold:
+of first children with x from 0.1 to 0.3 the target of the tiny pair accepts 0.42 greedily, and 0.21
+sampling at temperature 1. So each kind has its own curves, and a batch may mix the kinds. Of drawn
+children x says how sure the draft is, not of which token (`ops.sampled`).
 
 The calibrated score of a node is its parent's score times its chance, so it never exceeds the
 parent's.
@@ -32,11 +34,11 @@ from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import AcceptanceCurve
 from cast_sglang.policy.outcomes import VerifiedNodes
 
-__all__ = ["GREEDY", "KINDS", "SAMPLED", "Acceptance", "Reliability"]
+__all__ = ["DRAWN", "GREEDY", "KINDS", "SAMPLED", "Acceptance", "Reliability"]
 
-# How the target chooses the tokens of a request.
-KINDS = ("greedy", "sampled")
-GREEDY, SAMPLED = range(len(KINDS))
+# How the target chooses the tokens of a request; of `drawn` the drafts are drawn at random too.
+KINDS = ("greedy", "sampled", "drawn")
+GREEDY, SAMPLED, DRAWN = range(len(KINDS))
 
 # Knots of g, evenly spaced in arcsin(sqrt(x)), the transform that makes the variance of an observed
 # share independent of its size. They are dense near 0 and 1, where most drafts are.
@@ -46,7 +48,7 @@ _WIDTHS = np.diff(_KNOTS)
 _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(KINDS), len(_DEPTH_ENDS) + 1, len(_KNOTS))
 # Of `state`; the earlier ones did not tell kinds of requests apart.
-_FORMAT = 3
+_FORMAT = 4
 
 # Small, so that g adapts fast to an underconfident draft, whose trees stay small and yield little
 # data. An overconfident draft is corrected soon in any case, since many of its nodes are verified.

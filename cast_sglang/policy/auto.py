@@ -41,6 +41,8 @@ MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose. On the same machines 0.003
 # lost 8 % where hard text becomes easy, and 0.03 gained 0.4 % (0.5) in all.
 PROBE_SHARE = 0.01
+# A node of this score is accepted once in a hundred thousand steps; no row is as cheap.
+LEAST_CUT = 1e-5
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,8 @@ class _Bucket:
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
+    # Logarithm of the score of the last node worth its time, mean of the last steps.
+    log_cut: float | None = None
     turns: Turns = field(default_factory=Turns)
 
     @property
@@ -103,6 +107,7 @@ class AutoPolicy(TreePolicy):
     """
 
     takes_turns = True  # with other trees
+    settles_layers = True
 
     def __init__(
         self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
@@ -228,6 +233,25 @@ class AutoPolicy(TreePolicy):
         chosen = np.argsort(-worth.ravel(), kind="stable")[:count]
         self._close_step()
         return 1 + np.bincount(chosen // worth.shape[1], minlength=batch_size)
+
+    def cut(self, batch_size: int, costs: Costs | None) -> float:
+        """Return the score of the last node that was worth its time, mean of the last steps.
+
+        At first it is the price of a row, in the mean over all rows.
+        """
+        bucket = self._bucket(batch_size)
+        if bucket.log_cut is not None:
+            return math.exp(bucket.log_cut)
+        verify = self._read(costs).costs.verify
+        row = float(verify[-1] - verify[0]) / max(1, len(verify) - 1)
+        return max(LEAST_CUT, bucket.price * row)
+
+    def learn_cut(self, batch_size: int, score: float) -> None:
+        """Note the score of the last node that was worth its time in this step."""
+        bucket, log_cut = self._bucket(batch_size), math.log(max(score, LEAST_CUT))
+        if self._turn is None:
+            before = log_cut if bucket.log_cut is None else bucket.log_cut
+            bucket.log_cut = KEEP * before + (1.0 - KEEP) * log_cut
 
     def _worth(self, scores: torch.Tensor, view: _View) -> np.ndarray:
         """Return [B, n] float32, what nodes of these scores are worth, in tokens.

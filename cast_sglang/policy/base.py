@@ -45,6 +45,18 @@ class TreePolicy(ABC):
     draft pass, `expanded`; then `depth`, `share_out` or `rerank`, and `observe`.
     """
 
+    # Whether it says of each layer what is verified of it before the next is drafted, as drawn
+    # children need (`DraftTree.settle`); then it has a `cut`, and keeps all layers.
+    settles_layers = False
+
+    def cut(self, batch_size: int, costs: Costs | None) -> float:
+        """Return the score that a node must have to be verified, as the last steps had it."""
+        raise NotImplementedError
+
+    def learn_cut(self, batch_size: int, score: float) -> None:
+        """Note the score of the last node that was worth its time in this step."""
+        return
+
     def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
         """Return whether to draft in this step; else the step decodes plainly.
 

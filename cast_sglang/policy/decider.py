@@ -46,6 +46,7 @@ class StepFacts(NamedTuple):
     missing_rows: int  # the most rows that the draft of any request has not seen
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
+    is_drawn: np.ndarray | None = None  # [B] bool, whose drafts are drawn at random; None for none
 
 
 class Plan(NamedTuple):
@@ -96,6 +97,8 @@ class Decider:
         self._is_ragged, self._shares_out = is_ragged, shares_out
         self._facts: StepFacts | None = None
         self._num_layers = 0  # of the tree that grows
+        self._cut = 0.0  # of drawn requests in this step
+        self._last_size: dict[int, int] = {}  # N of the last step, by octave of batch sizes
 
     def begin_step(self, facts: StepFacts) -> Plan:
         """Decide whether to draft, and whether the draft is brought up to date first.
@@ -116,8 +119,27 @@ class Decider:
             is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0
+        if drafts and facts.is_drawn is not None:
+            self._cut = policy.cut(batch_size, costs)
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
+
+    def settlement(self, is_last: bool) -> tuple[float, int]:
+        """Return the least score and the most nodes that a drawn request verifies.
+
+        Both come from earlier steps. Where all requests have equally many rows, one whose draft is
+        sure of itself may not make the others' rows more.
+
+        Args:
+            is_last: of the newest layer, below which there is none; then no score is too low, and
+                `rows` takes the best as it sees fit.
+        """
+        facts = self._step()
+        most = facts.max_rows - 1
+        if not self._is_ragged:
+            last = self._last_size.get((facts.batch_size - 1).bit_length(), facts.max_rows)
+            most = min(most, max(1, last - 1))
+        return 0.0 if is_last else self._cut, most
 
     def width(self, scores: torch.Tensor) -> int | None:
         """Return how many of the newest layer's best nodes are expanded; None for no more layer.
@@ -151,11 +173,13 @@ class Decider:
         self.seconds += time.perf_counter() - began
         return depth
 
-    def rows(self, scores: torch.Tensor) -> VerifyRows:
+    def rows(self, scores: torch.Tensor, settled: torch.Tensor | None = None) -> VerifyRows:
         """Decide how many rows of each request are verified.
 
         Args:
             scores: [B, n] float32 on the host, the best candidates of the tree, descending.
+            settled: [B, n] float32, the same as drawn requests may verify them
+                (`DraftTree.ranked_settled`); where there are such requests.
         """
         began = time.perf_counter()
         facts, most = self._step(), scores.shape[1] + 1
@@ -166,8 +190,19 @@ class Decider:
             size = min(self.policy.rerank(scores, costs), most)
         else:
             size = math.ceil(num_rows.mean())
-        if num_rows is None and self.verify_graphs is not None:
+        if settled is not None:
+            num_rows = self._settled_rows(scores, settled, size, num_rows)
+            size = int(num_rows.max())
+        if (num_rows is None or not self._is_ragged) and self.verify_graphs is not None:
             size = self.verify_graphs.fit(len(scores), size, most) or size
+        if settled is not None and not self._is_ragged:
+            # Rows that are paid for are filled, with what the last layer has left.
+            assert facts.is_drawn is not None
+            allowed = 1 + (settled > 0.0).sum(1).numpy()
+            num_rows = np.where(facts.is_drawn, np.minimum(size, allowed), size)
+            self._last_size[(facts.batch_size - 1).bit_length()] = size
+            self.seconds += time.perf_counter() - began
+            return VerifyRows(size, None if num_rows.min() == size else num_rows)
         if num_rows is None and self._is_ragged and facts.weights is not None:
             num_rows = np.where(facts.weights > 0.0, size, 1)
         if num_rows is not None:
@@ -175,6 +210,27 @@ class Decider:
             num_rows = None if num_rows.min() == size else num_rows
         self.seconds += time.perf_counter() - began
         return VerifyRows(size, num_rows)
+
+    def _settled_rows(
+        self, scores: torch.Tensor, settled: torch.Tensor, size: int, num_rows: np.ndarray | None
+    ) -> np.ndarray:
+        """Return [B], rows of each request where some are drawn.
+
+        A drawn request verifies all that was settled, and of the last layer what is worth as much
+        as the policy's last node.
+        """
+        facts = self._step()
+        assert facts.is_drawn is not None
+        chosen = np.full(len(scores), size) if num_rows is None else num_rows
+        places = np.maximum(chosen - 2, 0)
+        last = scores.numpy()[np.arange(len(chosen)), places][facts.is_drawn & (chosen > 1)]
+        cut = self._cut
+        if len(last):
+            now = float(np.exp(np.log(np.maximum(last, 1e-12)).mean()))
+            self.policy.learn_cut(facts.batch_size, now)
+            cut = min(cut, now)
+        own = 1 + ((settled >= cut) & (settled > 0.0)).sum(1).numpy()
+        return np.where(facts.is_drawn, own, chosen)
 
     def end_step(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Learn what a step with a tree brought; arguments of `TreePolicy.observe`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
+from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED, Acceptance
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.serving.host_reads import HostReads, Read
 
@@ -69,21 +69,26 @@ class Calibration:
         self._num_learned = self._num_drafted = 0
         # Of the step's requests.
         self._top_ks: torch.Tensor | None = None
+        self._is_drawn: torch.Tensor | None = None
         self._kinds: torch.Tensor | None = None
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._lesson: _Lesson | None = None  # of the step that runs
         self._lessons: list[_Lesson] = []
         self._read: Read | None = None  # of all lessons
 
-    def begin_step(self, top_ks: torch.Tensor) -> None:
+    def begin_step(self, top_ks: torch.Tensor, is_drawn: torch.Tensor | None = None) -> None:
         """Count `seconds` anew, and note how the target chooses.
 
         Args:
             top_ks: [B] int, of each request, on the draft's device; another tensor when they
                 change. SGLang makes a temperature of 0 a top-k of 1.
+            is_drawn: [B] bool, whose drafts are drawn at random; None where no one's are.
         """
-        if top_ks is not self._top_ks:
-            self._top_ks, self._kinds = top_ks, torch.where(top_ks <= 1, GREEDY, SAMPLED)
+        if top_ks is not self._top_ks or is_drawn is not self._is_drawn:
+            self._top_ks, self._is_drawn = top_ks, is_drawn
+            self._kinds = torch.where(top_ks <= 1, GREEDY, SAMPLED)
+            if is_drawn is not None:
+                self._kinds = self._kinds.masked_fill_(is_drawn, DRAWN)
         self.seconds = 0.0
 
     def curve_at(self, probs: torch.Tensor, depth: int) -> AcceptanceCurve:

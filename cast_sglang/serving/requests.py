@@ -110,11 +110,17 @@ def why_plain(req: Req) -> str | None:
 class RunningRequests:
     """The requests of the last step that were read, and what SGLang's verify lacks for them.
 
+    Args:
+        draws: whether the drafts of requests that sample are drawn at random.
+
     Attributes:
         sampling: None where verify samples as plain decoding does.
+        drawn: [B] bool, whose drafts are drawn at random; None where no one's are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draws: bool = False) -> None:
+        self.drawn: np.ndarray | None = None
+        self._draws = draws
         self.sampling: SamplingNeeds | None = None
         self._reqs: list[Req] = []
         self._plain: set[str] = set()  # ids of those that drafts would not serve exactly
@@ -136,6 +142,11 @@ class RunningRequests:
         """
         self._reqs, weights = list(reqs), request_weights(reqs)
         self.sampling = _sampling_needs(reqs, weights)
+        self.drawn = None
+        if self._draws:
+            samples = np.array([req.sampling_params.top_k != 1 for req in reqs])
+            samples &= True if weights is None else weights > 0.0
+            self.drawn = samples if samples.any() else None
         reasons = {}
         if self.sampling is not None and self.sampling.is_plain is not None:
             reasons = {req.rid: reason for req in reqs if (reason := why_plain(req)) is not None}

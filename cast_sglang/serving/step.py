@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.step_room import StepRoom
     from cast_sglang.tree import DraftTree, Selection
 
-__all__ = ["PLAIN_SHAPE", "DraftShape", "Drafted", "PendingStep", "StepReport", "Verified"]
+__all__ = ["PLAIN_SHAPE", "DraftShape", "Drafted", "Drawn", "PendingStep", "StepReport", "Verified"]
 
 
 class DraftShape(NamedTuple):
@@ -43,6 +43,15 @@ class Drafted(NamedTuple):
     widths: tuple[int, ...]  # as of `DraftShape`, of the layers that stay
     selection: Selection
     wants_drafts: torch.Tensor | None = None  # [B] bool; None where all requests do
+
+
+class Drawn(NamedTuple):
+    """What verify needs to know of a step's draws."""
+
+    proposals: torch.Tensor  # [B, E, M] float32, distributions that children were drawn from
+    tokens: torch.Tensor  # [B, E, M] int64
+    proposers: torch.Tensor  # [B, N] int64, whose children the verified nodes are
+    is_drawn: torch.Tensor  # [B] bool
 
 
 class Verified(NamedTuple):

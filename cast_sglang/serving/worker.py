@@ -28,6 +28,7 @@ from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.draws import Draws, draws_children
 from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
@@ -87,7 +88,7 @@ class CastWorker(EAGLEWorkerV2):
         self.verify_graphs: PassGraphs | None = None
         calibrates = self.config.policy == "auto" and self.config.calibration == "on"
         self.calibration = Calibration(self.reads) if calibrates else None
-        self._running = RunningRequests()
+        self._running = RunningRequests(draws_children(self.config))
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
         self._pending: deque[PendingStep] = deque()
@@ -100,8 +101,8 @@ class CastWorker(EAGLEWorkerV2):
     def init_cuda_graphs(self) -> None:
         """Hand the draft worker its tools; capture the passes where the device can."""
         target_runner = self.target_worker.model_runner
-        first, sizes = target_runner.decode_cuda_graph_runner, self._verify_sizes
-        plan = plan_graphs(first, self.limits, self.config, sizes, self.costs.model)
+        first = target_runner.decode_cuda_graph_runner
+        plan = plan_graphs(first, self.limits, self.config, self._verify_sizes, self.costs.model)
         self.tools = self._draft_worker.tools = self._make_tools(plan)
         self._go_on()
         super().init_cuda_graphs()
@@ -154,6 +155,7 @@ class CastWorker(EAGLEWorkerV2):
             graph_plan=plan,
             verify_sizes=self._verify_sizes,
             room=self._envelope.whole,
+            draws=Draws(self.device, self.server_args.random_seed, self.topk),
         )
 
     @property
@@ -199,18 +201,17 @@ class CastWorker(EAGLEWorkerV2):
 
     def cast_state(self) -> dict[str, Any]:
         """Return what an operator wants to see of this process, as JSON."""
-        policy, reliability = self.tools.decider.policy, []
+        policy, calibration = self.tools.decider.policy, self.calibration
         if self.tools.recorder is not None:
             self.costs.take_times(self._on_pass())
             self.tools.recorder.flush()
             self._drop_full_recorder()
-        if self.calibration is not None:
-            reliability = [row._asdict() for row in self.calibration.acceptance.reliability()]
+        rows = [] if calibration is None else calibration.acceptance.reliability()
         return {
             **self.cast_stats.snapshot(),
             **self.costs.state(),
             "prices": policy.state() if isinstance(policy, AutoPolicy) else [],
-            "reliability": reliability,
+            "reliability": [row._asdict() for row in rows],
         }
 
     def forward_batch_generation(
@@ -227,8 +228,6 @@ class CastWorker(EAGLEWorkerV2):
         self._num_steps += 1
         if tools.recorder is not None:
             tools.recorder.begin_step(batch)
-        if self.calibration is not None:
-            self.calibration.begin_step(batch.sampling_info.top_ks)
         self.costs.correct(self._num_steps)
         self.learned.save_when_due(self._num_steps)
         is_due = self._num_steps % LOOK_UP_EVERY == 0 or self.config.trace != "none"
@@ -236,6 +235,9 @@ class CastWorker(EAGLEWorkerV2):
         if are_new or is_due:
             tools.weights = self._running.update(batch.reqs, self.cast_stats.record_plain_requests)
             costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
+        tools.draws.begin_step(self._running.drawn, batch.sampling_info)
+        if self.calibration is not None:
+            self.calibration.begin_step(batch.sampling_info.top_ks, tools.draws.is_drawn)
         pending = [step.max_tokens for step in self._pending]
         tools.room = self._envelope.room(batch.reqs, pending, are_new)
         plan = decider.begin_step(
@@ -246,6 +248,7 @@ class CastWorker(EAGLEWorkerV2):
                 missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
                 max_layers=tools.room.max_layers,
                 max_rows=tools.room.max_rows,
+                is_drawn=self._running.drawn,
             )
         )
         # The decider counts its own time until the step has run.
@@ -261,9 +264,7 @@ class CastWorker(EAGLEWorkerV2):
             self.clock.end_step()
         began = time.perf_counter()
         shape = draft.last_shape if plan.drafts else PLAIN_SHAPE
-        tree_seconds = decider.seconds
-        if self.calibration is not None:
-            tree_seconds += self.calibration.seconds
+        tree_seconds = decider.seconds + (self.calibration.seconds if self.calibration else 0.0)
         num_layers = len(shape.widths) + plan.drafts
         predicted_us, units, expected_us, unit_us = None, None, None, 0.0
         if costs.table is not None and costs.current is not None:
@@ -298,7 +299,6 @@ class CastWorker(EAGLEWorkerV2):
                 max_tokens=min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1,
             )
         )
-        self._prefill_since_step = False
         policy_seconds += tree_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
             batch_size=batch_size,
@@ -307,7 +307,7 @@ class CastWorker(EAGLEWorkerV2):
             num_verify_rows=shape.mean_rows,
             policy_us=(policy_seconds + self._observing) * 1e6,
         )
-        self._observing = 0.0
+        self._prefill_since_step, self._observing = False, 0.0
         return result
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.fixed import FixedPolicy
 from cast_sglang.serving import worker as module
 from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.worker import StepTools
 from cast_sglang.serving.host_reads import HostReads
@@ -107,6 +108,7 @@ def worker(monkeypatch):
         graph_plan=None,
         verify_sizes=worker._verify_sizes,
         room=worker._envelope.whole,
+        draws=Draws("cpu", seed=0, topk=TOPK),
     )
     return worker
 

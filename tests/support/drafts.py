@@ -9,6 +9,7 @@ from cast_sglang.ops import reference
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.drafting.base import Drafter
+from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.grow import Growth, grow_tree
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
@@ -48,7 +49,7 @@ class FakeAttention:
 class FakeModel:
     """A draft model that mixes token, position, slots read and written, and states."""
 
-    device, topk = "cpu", TOPK
+    device, topk, num_proposed = "cpu", TOPK, TOPK
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -188,6 +189,7 @@ def grow(drafter, model, widths, batch, seed, calibration=None):
         recorder=None,
         room=StepRoom(STEPS, 1 + TOPK * STEPS),
         forward_batch=forward_batch(batch, seed),
+        draws=Draws("cpu", seed=seed, topk=TOPK),
     )
     tree, grown = grow_tree(growth)
     ranked = tree.ranked(tree.num_candidates)

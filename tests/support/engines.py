@@ -53,7 +53,7 @@ def make_worker(num_rows=5, num_slots=90):
         draft_worker=SimpleNamespace(
             draft_runner=SimpleNamespace(model_config=draft_config, spec_algorithm=eagle),
             drafter=SimpleNamespace(graphs=None),
-            model=SimpleNamespace(),
+            model=SimpleNamespace(num_proposed=TOPK),
             tree_mask_mode=None,
             parallel_layout=None,
         ),

@@ -55,9 +55,10 @@ class Layers(Protocol):
             width: W, in 1..K; of the captured widths where there are any.
 
         Returns:
-            probs [B * W, K] float32 and tokens [B * W, K] int64, in the target's vocabulary, of
-            each node's best children, most probable first, request-major. The tree keeps both
-            until the step ends, so they must not be overwritten.
+            probs [B * W, M] float32 and tokens [B * W, M] int64, in the target's vocabulary, of
+            each node's best children, most probable first, request-major; M >= K, and the more of
+            them, the closer what is drawn comes to the draft's distribution (`draws.Draws`). The
+            tree keeps both until the step ends, so they must not be overwritten.
         """
 
 

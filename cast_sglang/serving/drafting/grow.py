@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cast_sglang.policy.decider import Decider
     from cast_sglang.serving.calibration import Calibration
     from cast_sglang.serving.drafting.base import Drafter
+    from cast_sglang.serving.drafting.draws import Draws
     from cast_sglang.serving.drafting.model import DraftModel
     from cast_sglang.serving.host_reads import HostReads
     from cast_sglang.serving.pass_clock import PassClock
@@ -38,6 +39,7 @@ class Growth(NamedTuple):
     recorder: TraceRecorder | None  # None without recording
     room: StepRoom  # of the step that runs
     forward_batch: ForwardBatch  # as SGLang prepares it; `spec_info` holds the root's children
+    draws: Draws
 
 
 def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
@@ -52,10 +54,11 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     model, decider, calibration = growth.model, growth.decider, growth.calibration
     reads, recorder = growth.reads, growth.recorder
     spec_info = growth.forward_batch.spec_info
-    probs = spec_info.topk_p
-    tokens = model.to_target_vocab(spec_info.topk_index)
+    draws = growth.draws
+    probs, tokens = draws.children(spec_info.topk_p, model.to_target_vocab(spec_info.topk_index))
     curve = _curve(calibration, probs, 1)
-    tree = DraftTree(tokens, probs, growth.max_layers, ops_for(model.device), curve)
+    ops = ops_for(model.device)
+    tree = DraftTree(tokens, probs, growth.max_layers, ops, curve, draws.is_drawn)
     if recorder is not None:
         recorder.on_layer(1, probs, probs if calibration is None else tree.scores)
     layers = growth.drafter.layers(growth.forward_batch)
@@ -73,12 +76,14 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         if chances_read:
             decider.expanded(above, *chances_read)
         width = decider.width(scores)
+        if draws.is_drawn is not None:
+            tree.settle(*decider.settlement(is_last=width is None))
         if width is None:
             return tree, tuple(widths)
 
         # The time of growing the tree is part of the layer's: a layer that is not run saves both.
         with growth.clock.time("draft", width):
-            probs, tokens = layers.run(frontier, width)
+            probs, tokens = draws.children(*layers.run(frontier, width))
             curve = _curve(calibration, probs, tree.num_layers + 1)
             chances = tree.grow(frontier, width, tokens, probs, curve)
         if recorder is not None:

@@ -23,15 +23,22 @@ class DraftModel:
     Args:
         runner: SGLang's runner of the draft model.
         attention: the tree's attention backend, of `create_tree_backend`.
-        topk: K, children proposed for each node.
+        topk: K, children that a node of the tree has.
+        num_proposed: M >= K, tokens that the draft's distribution is kept of.
         token_map: [draft vocabulary] int64, the target's number of each of the draft's tokens; None
             where the numbers are the same. Weight updates write to it in place.
     """
 
     def __init__(
-        self, runner: ModelRunner, attention: Any, topk: int, token_map: torch.Tensor | None
+        self,
+        runner: ModelRunner,
+        attention: Any,
+        topk: int,
+        num_proposed: int,
+        token_map: torch.Tensor | None,
     ) -> None:
         self.runner, self.attention, self.topk = runner, attention, topk
+        self.num_proposed = num_proposed
         self._token_map = token_map
 
     @property
@@ -49,7 +56,7 @@ class DraftModel:
             path_slots: [B, W, depth] int64, cache slots from a node's topmost ancestor to itself.
 
         Returns:
-            probs [B * W, K] float32 and tokens [B * W, K] int64 of each node's best children, and
+            probs [B * W, M] float32 and tokens [B * W, M] int64 of each node's best children, and
             hidden_states [B * W, H].
         """
         self.attention.init_tree_metadata(forward_batch, path_slots)
@@ -65,7 +72,7 @@ class DraftModel:
             forward_batch.mark_forward_metadata_ready()
             output = self.runner.forward(forward_batch).logits_output
         probs = renorm_draft_probs(output.next_token_logits, forward_batch.sampling_info, False)
-        top_probs, top_index = fast_topk(probs, self.topk, dim=-1)
+        top_probs, top_index = fast_topk(probs, self.num_proposed, dim=-1)
         return top_probs, self.to_target_vocab(top_index), output.hidden_states
 
     def to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,9 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
+from cast_sglang.config import CastConfig
 from cast_sglang.serving.drafting.attention import create_tree_backend
+from cast_sglang.serving.drafting.draws import Draws, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.drafting.model import DraftModel
@@ -77,6 +79,7 @@ class StepTools:
     graph_plan: GraphPlan | None  # None where all passes are launched kernel by kernel
     verify_sizes: tuple[int, ...]  # ascending sizes that verify may have
     room: StepRoom  # of the step that runs
+    draws: Draws
     weights: np.ndarray | None = None  # [B], what a token of each of its requests is worth
 
 
@@ -86,6 +89,7 @@ class CastDraftWorker(EagleDraftWorker):
     tools: StepTools  # handed over by the worker of the target before graphs are captured
     model: DraftModel
     drafter: Drafter
+    topk: int
     last_shape: DraftShape  # of the last step with a tree
     last_extend_rows: float  # of the last step, 0 where draft extend was put off
 
@@ -99,6 +103,15 @@ class CastDraftWorker(EagleDraftWorker):
         self._last_layer = last_layer(self.draft_runner.model)
         self._plain_input: EagleDraftInput | None = None  # a plain step's, while it runs
 
+    @contextlib.contextmanager
+    def _proposing(self) -> Iterator[None]:
+        """Let SGLang keep as many of the next root's children as are kept of other nodes."""
+        topk, self.topk = self.topk, self.model.num_proposed
+        try:
+            yield
+        finally:
+            self.topk = topk
+
     def init_attention_backend(self) -> None:
         """Build the backend of the tree's layers and the one of draft extend."""
         self.draft_attn_backend = create_tree_backend(self.draft_runner, self.topk)
@@ -108,7 +121,11 @@ class CastDraftWorker(EagleDraftWorker):
         if self.draft_extend_attn_backend is not None:
             self.draft_runner.attn_backend = self.draft_extend_attn_backend
         self.model = DraftModel(
-            self.draft_runner, self.draft_attn_backend, self.topk, self.hot_token_id
+            self.draft_runner,
+            self.draft_attn_backend,
+            self.topk,
+            num_proposed(CastConfig.load(), self.draft_runner, self.topk),
+            self.hot_token_id,
         )
         self.drafter = EagleDrafter(self.model, self.speculative_num_steps)
 
@@ -163,8 +180,14 @@ class CastDraftWorker(EagleDraftWorker):
         num_layers = decider.depth(tree.num_layers)
         widths = widths[: num_layers - 1]
         ranked = tree.ranked(tools.room.max_rows - 1, num_layers)
-        (scores,) = tools.reads.start(ranked.scores).wait()
-        num_draft_tokens, num_rows = decider.rows(scores)
+        settled = None
+        if tools.draws.is_drawn is not None:
+            settled = tree.ranked_settled(tools.room.max_rows - 1)
+            read = tools.reads.start(ranked.scores, settled.scores).wait()
+            ranked = settled
+        else:
+            read = tools.reads.start(ranked.scores).wait()
+        num_draft_tokens, num_rows = decider.rows(*read)
         selection = tree.select(
             ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
         )
@@ -193,7 +216,8 @@ class CastDraftWorker(EagleDraftWorker):
         )
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
         verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
-        verify_input.num_rows = num_rows
+        verify_input.num_rows = num_rows if tools.is_ragged else None
+        verify_input.drawn = tools.draws.drawn(selection)
         siblings = verify_input.retrieve_next_sibling
         # Known for free where nothing is in flight.
         verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
@@ -215,6 +239,7 @@ class CastDraftWorker(EagleDraftWorker):
             recorder=tools.recorder,
             room=tools.room,
             forward_batch=forward_batch,
+            draws=tools.draws,
         )
 
     @contextlib.contextmanager
@@ -240,7 +265,7 @@ class CastDraftWorker(EagleDraftWorker):
         if is_eager and self._last_layer is not None:
             last = torch.tensor(batch.extend_lens).cumsum(0) - 1
             ending = last_rows_only(self.draft_runner.model.model.norm, self._last_layer, last)
-        with ending:
+        with ending, self._proposing():
             return super()._draft_extend_for_prefill(batch, *args, **kwargs)
 
     def _draft_extend_for_decode(
@@ -273,6 +298,7 @@ class CastDraftWorker(EagleDraftWorker):
             self._width(rows, len(batch.reqs)),
             self.tools.clock.time("draft_extend", self.last_extend_rows),
             self._extending(batch_result.accept_lens, rows, packed_rows),
+            self._proposing(),
         ):
             super()._draft_extend_for_decode(
                 batch, first_columns(batch, batch_result, rows), **kwargs
@@ -328,6 +354,7 @@ class CastDraftWorker(EagleDraftWorker):
         with (
             self._width(width, len(batch.reqs)),
             self._extending(result.accept_lens, width, packed_rows),
+            self._proposing(),
         ):
             super()._draft_extend_for_decode(past, result)
         for name in _NEXT_CHILDREN:

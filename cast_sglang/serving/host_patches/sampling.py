@@ -1,8 +1,9 @@
 """Sampling in a verify pass, as plain decoding samples.
 
 SGLang's verify knows temperature, top-k and top-p, and cuts by top-k before top-p. Here it cuts as
-the sampler of plain decoding does, min-p included, at every node of a tree; and a request that the
-tree cannot serve exactly gets its one token from that sampler itself.
+the sampler of plain decoding does, min-p included, at every node of a tree; drafts that were drawn
+at random are accepted by rejection; and a request that the tree cannot serve exactly gets its one
+token from that sampler itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sglang.kernels.ops.sampling.renorm import top_k_renorm_prob, top_p_renorm_prob
 from sglang.srt.distributed import get_tp_group
@@ -21,6 +21,9 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
+from sglang.srt.utils.async_probe import sanitize_nan_logits
+
+from cast_sglang.ops.sampled import sampled_ops_for
 
 if TYPE_CHECKING:
     from sglang.srt.layers.sampler import Sampler
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     from cast_sglang.serving.requests import SamplingNeeds
+    from cast_sglang.serving.step import Drawn
 
 __all__ = ["sample_as_plain", "sampling_as_plain"]
 
@@ -64,18 +68,25 @@ def sample_as_plain(
         [B * N] int32 tokens that follow the nodes, [B] accepted nodes with the root, [B, S] int32
         indices of the accepted nodes.
     """
-    if _needs is None or batch.forward_mode.is_idle():
+    info, drawn = batch.sampling_info, getattr(verify_input, "drawn", None)
+    if kwargs.get("watermark_state") is not None and info.has_watermark_candidates:
+        drawn = None  # SGLang's verify, which marks the text, is exact for any drafts
+    if (_needs is None and drawn is None) or batch.forward_mode.is_idle():
         return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
-    info, rows = batch.sampling_info, verify_input.draft_token_num
-    logits = logits_output.next_token_logits
+    rows, logits = verify_input.draft_token_num, logits_output.next_token_logits
+    if drawn is not None:
+        sanitize_nan_logits(logits, "verify: target model logits")
     _bias(logits, info, rows, grammar_mask)
+    if drawn is not None:
+        found = _accept_drawn(drawn, logits, batch, verify_input)
+        return _with_plain_tokens(found, logits, batch, verify_input, rows)
     changed: dict[str, Any] = {
         "acc_additive_penalties": None,
         "acc_scaling_penalties": None,
         "logit_bias": None,
     }
     sampled_output = logits_output
-    if _needs.truncates and not info.is_all_greedy:
+    if _needs is not None and _needs.truncates and not info.is_all_greedy:
         # The answer's log probabilities are read from the logits, so those stay whole.
         sampled_output = copy.copy(logits_output)
         sampled_output.next_token_logits = _truncated(logits, info, rows).log()
@@ -89,9 +100,51 @@ def sample_as_plain(
         found = original(verify_input, batch, sampled_output, None, *args, **kwargs)
     finally:
         batch.sampling_info = info
-    if _needs.is_plain is None:
-        return found
-    return _with_plain_tokens(found, _needs.is_plain, logits, batch, verify_input, rows)
+    return _with_plain_tokens(found, logits, batch, verify_input, rows)
+
+
+def _accept_drawn(
+    drawn: Drawn, logits: torch.Tensor, batch: ScheduleBatch, verify_input: Any
+) -> Sampled:
+    """Sample along the trees of a batch of which some drafts were drawn at random.
+
+    Args:
+        logits: [B * N, V], biased.
+    """
+    info, device = batch.sampling_info, logits.device
+    batch_size, rows = verify_input.retrieve_next_token.shape
+    probs = _truncated(logits, info, rows)
+    probs /= probs.sum(dim=-1, keepdim=True)
+    candidates = verify_input.draft_token.view(batch_size, rows)
+    found = sampled_ops_for(device).accept_draws(
+        probs.view(batch_size, rows, -1),
+        candidates,
+        verify_input.retrieve_next_token,
+        verify_input.retrieve_next_sibling,
+        drawn.proposers,
+        drawn.proposals,
+        drawn.tokens,
+        drawn.is_drawn,
+        torch.rand((batch_size, rows), device=device),
+        torch.rand(batch_size, device=device),
+        verify_input.max_tree_depth,
+    )
+    nodes, is_end = found.nodes, found.num_drafts.unsqueeze(1)
+    places = torch.arange(nodes.shape[1], device=device)
+    # What follows a node of the path is its successor there, and the drawn token at its end.
+    successors = torch.nn.functional.pad(nodes[:, 1:], (0, 1), value=-1).clamp(min=0)
+    follows = candidates.gather(1, successors).to(torch.int32)
+    follows = torch.where(places == is_end, found.tokens.unsqueeze(1).to(torch.int32), follows)
+    first_rows = torch.arange(0, batch_size * rows, rows, device=device).unsqueeze(1)
+    accept_index = torch.where(nodes >= 0, nodes + first_rows, -1)
+    # The last entry takes what belongs to no node.
+    predict = torch.zeros(batch_size * rows + 1, dtype=torch.int32, device=device)
+    predict.scatter_(0, accept_index.flatten() % len(predict), follows.flatten())
+    sampled = predict[:-1], found.num_drafts.to(torch.int32) + 1, accept_index.to(torch.int32)
+    if get_parallel().tp_size > 1:
+        for part in sampled:
+            get_tp_group().broadcast(part, src=0)
+    return sampled
 
 
 def _bias(logits: torch.Tensor, info: SamplingBatchInfo, rows: int, grammar_mask: Any) -> None:
@@ -135,18 +188,18 @@ def _truncated(logits: torch.Tensor, info: SamplingBatchInfo, rows: int) -> torc
 
 def _with_plain_tokens(
     found: Sampled,
-    is_plain: np.ndarray,
     logits: torch.Tensor,
     batch: ScheduleBatch,
     verify_input: Any,
     rows: int,
 ) -> Sampled:
-    """Give some requests the token that the sampler of plain decoding draws behind their root.
+    """Give requests that need it the token that the sampler of plain decoding draws at their root.
 
     Args:
-        is_plain: [B] bool.
         logits: [B * N, V], biased.
     """
+    if _needs is None or (is_plain := _needs.is_plain) is None:
+        return found
     predict, accept_lens, accept_index = found
     assert _sampler is not None
     roots = torch.arange(len(is_plain), device=logits.device) * rows

@@ -93,9 +93,10 @@ class Rows:
 
         worker, device = self._worker, self._worker.device
         hidden_size, dtype = get_draft_recurrent_hidden_state_spec(worker.draft_worker.draft_runner)
+        shape = batch_size, worker.draft_worker.model.num_proposed
         return EagleDraftInput(
-            topk_p=torch.full((batch_size, worker.topk), 0.5, device=device),
-            topk_index=torch.ones((batch_size, worker.topk), dtype=torch.int64, device=device),
+            topk_p=torch.full(shape, 0.5, device=device),
+            topk_index=torch.ones(shape, dtype=torch.int64, device=device),
             hidden_states=torch.zeros((batch_size, hidden_size), dtype=dtype, device=device),
             bonus_tokens=torch.ones(batch_size, dtype=torch.int32, device=device),
         )

@@ -82,7 +82,8 @@ class EngineMeter:
 
     def _captured_layer(self, layers: Layers, forward_batch: ForwardBatch, width: int) -> float:
         """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
-        scores, tokens = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
+        children = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
+        scores, tokens = (part[:, : self.worker.topk] for part in children)
         frontier = Frontier(scores, tokens, tokens, torch.zeros_like(tokens))
         layers.prepare(frontier)
         with self._draft_context():

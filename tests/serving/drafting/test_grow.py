@@ -3,6 +3,7 @@
 import pytest
 
 from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.host_reads import HostReads
@@ -32,6 +33,7 @@ def growth(drafter, policy, max_layers=STEPS, recorder=None, batch=2):
         recorder=recorder,
         room=StepRoom(max_layers, 1 + TOPK * STEPS),
         forward_batch=forward_batch(batch, 0),
+        draws=Draws("cpu", seed=0, topk=TOPK),
     )
 
 

@@ -46,7 +46,7 @@ def draft_model(log, token_map=None):
         return SimpleNamespace(logits_output=output)
 
     attention = SimpleNamespace(init_tree_metadata=lambda batch, slots: log.append(slots))
-    return DraftModel(SimpleNamespace(forward=forward, device="cpu"), attention, 2, token_map)
+    return DraftModel(SimpleNamespace(forward=forward, device="cpu"), attention, 2, 2, token_map)
 
 
 def test_a_layer_returns_the_best_children(log):

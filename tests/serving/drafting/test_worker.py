@@ -13,6 +13,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.serving.drafting import worker as module
 from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
 from cast_sglang.serving.graphs.passes import PassGraphs
@@ -48,6 +49,7 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
         graph_plan=None,
         verify_sizes=(2, 5, ROWS),
         room=StepRoom(STEPS, max_rows),
+        draws=Draws("cpu", seed=0, topk=TOPK),
     )
     return worker
 

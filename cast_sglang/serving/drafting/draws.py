@@ -1,0 +1,139 @@
+"""Draws: the children of a step's tree, drawn at random for the requests that sample.
+
+Whose drafts are drawn is settled before the step. Requests of temperature 0 get the draft's
+likeliest tokens, as do all where no request of the batch is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cast_sglang.ops.sampled import sampled_ops_for
+from cast_sglang.ops.sampled.contract import DrawCuts
+from cast_sglang.serving.step import Drawn
+from cast_sglang.tree import proposer_of
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    from cast_sglang.config import CastConfig
+    from cast_sglang.tree import Selection
+
+__all__ = ["Draws", "draws_children", "num_proposed"]
+
+# Tokens that a draft's distribution is kept of. At temperature 1 the likeliest 32 of the tiny
+# pair's draft hold 0.97 of its mass in the mean; a token beyond them is never proposed, and still
+# comes from verify as often as the target wants it.
+MAX_KEPT = 32
+# The exponential distribution may round to 0, by which nothing can be divided.
+_LEAST_NOISE = 1e-30
+
+
+def draws_children(config: CastConfig) -> bool:
+    """Return whether a server of these settings draws the drafts of requests that sample.
+
+    Only policy `auto` settles a layer before the next one is drafted, which draws need.
+    """
+    return config.policy == "auto" and config.draws == "on" and not config.trace_full
+
+
+def num_proposed(config: CastConfig, runner: ModelRunner, topk: int) -> int:
+    """Return M, tokens of the draft that are kept for each node: K where no children are drawn.
+
+    Args:
+        runner: of the draft model.
+    """
+    if not draws_children(config):
+        return topk
+    vocab_size = getattr(runner.model_config.hf_config, "draft_vocab_size", None)
+    return max(topk, min(MAX_KEPT, vocab_size or runner.model_config.vocab_size))
+
+
+class Draws:
+    """Draws the children of one step's tree after the other.
+
+    All ranks of a tensor parallel group hold generators of one seed, and so draw alike.
+
+    Args:
+        device: of the draft model.
+        seed: of the server.
+        topk: K, children of a node.
+    """
+
+    def __init__(self, device: torch.device | str, seed: int, topk: int) -> None:
+        self._ops, self._topk = sampled_ops_for(device), topk
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device = device
+        self._whose: np.ndarray | None = None
+        self._info: SamplingBatchInfo | None = None
+        self._cuts: DrawCuts | None = None
+        # Of the tree that grows, one entry a layer: [B, W, M].
+        self._proposals: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor] = []
+
+    @property
+    def is_drawn(self) -> torch.Tensor | None:
+        """[B] bool, whose drafts are drawn in this step; None where no one's are."""
+        return None if self._cuts is None else self._cuts.is_drawn
+
+    def begin_step(self, whose: np.ndarray | None, info: SamplingBatchInfo) -> None:
+        """Note how the step's requests sample.
+
+        Args:
+            whose: [B] bool, whose drafts are drawn; the same array as long as that is the same.
+            info: of the batch.
+        """
+        self._proposals, self._tokens = [], []
+        if whose is not self._whose or info is not self._info:
+            self._whose, self._info = whose, info
+            self._cuts = None
+            if whose is not None:
+                self._cuts = DrawCuts(
+                    temperatures=info.temperatures.reshape(-1).float(),
+                    top_ks=info.top_ks,
+                    top_ps=info.top_ps,
+                    min_ps=info.min_ps,
+                    is_drawn=torch.from_numpy(whose).to(self._device, non_blocking=True),
+                )
+
+    def children(
+        self, probs: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return probs and tokens [B * W, K] of the children of a layer's nodes.
+
+        Args:
+            probs: [B * W, M] float32, the draft's probabilities, descending; M >= K.
+            tokens: [B * W, M] int64, in the target's vocabulary.
+        """
+        if self._cuts is None:
+            if probs.shape[1] == self._topk:
+                return probs, tokens
+            return probs[:, : self._topk].contiguous(), tokens[:, : self._topk].contiguous()
+        noise = torch.empty_like(probs).exponential_(generator=self._generator)
+        noise.clamp_(min=_LEAST_NOISE)
+        drawn = self._ops.draw_children(probs, tokens, self._cuts, noise, self._topk)
+        batch_size = len(self._cuts.is_drawn)
+        self._proposals.append(drawn.proposals.view(batch_size, -1, probs.shape[1]))
+        self._tokens.append(tokens.view(batch_size, -1, probs.shape[1]))
+        return drawn.probs, drawn.tokens
+
+    def drawn(self, selection: Selection) -> Drawn | None:
+        """Return what verify needs to know of the step's draws; None where there are none."""
+        if self._cuts is None:
+            return None
+        most = max(part.shape[2] for part in self._proposals)
+
+        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+            padded = [torch.nn.functional.pad(x, (0, most - x.shape[2])) for x in parts]
+            return torch.cat(padded, dim=1)
+
+        proposals = joined(self._proposals)
+        proposers = proposer_of(selection.top_scores_index, self._topk)
+        # A place that no candidate fills hangs nowhere; its proposer is only to be one that exists.
+        proposers = proposers.clamp_(max=proposals.shape[1] - 1)
+        proposers = torch.nn.functional.pad(proposers, (1, 0))
+        return Drawn(proposals, joined(self._tokens), proposers, self._cuts.is_drawn)
