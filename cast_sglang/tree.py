@@ -102,9 +102,8 @@ class DraftTree:
         max_layers: D, layers the tree may grow to (`--speculative-num-steps`).
         ops: `ops.ops_for` of the tensors' device.
         curve: `ops.contract.AcceptanceCurve` to calibrate `probs` by; None to take them as given.
-        is_drawn: [B] bool, requests whose children are drawn at random; None where none are. Of
-            these a layer is settled (`settle`) before the next one is drafted. `probs` are what
-            `ops.sampled` gives.
+        is_drawn: [B] bool, requests whose children are drawn at random; None where none are. Their
+            `probs` are what `ops.sampled` gives, and `ranked_settled` says what they may verify.
 
     Source: Li et al., "EAGLE-2" (arXiv 2406.16858), sections 4.1 and 4.2.
     """
@@ -132,14 +131,9 @@ class DraftTree:
         self._num_candidates = self.topk
         # The draft's probabilities are sorted, calibrated ones need not be.
         grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, curve)
-        self._scores, self._frontier = [grown.scores], grown.frontier
+        self._frontier = grown.frontier
         self._is_drawn = None if is_drawn is None else is_drawn.unsqueeze(1)
-        # For each layer [B, W * K]: candidates that drawn requests may still verify.
-        self._may_stay: list[torch.Tensor] = []
-        if self._is_drawn is not None:
-            self._num_settled = tokens.new_zeros(len(tokens), 1)
-            self._may_stay.append(torch.ones_like(tokens, dtype=torch.bool))
-            self._scores = [self._ordered(grown.scores)]
+        self._scores = [self._ordered(grown.scores)]
 
     def _ordered(self, scores: torch.Tensor) -> torch.Tensor:
         """Return scores [B, W * K] where no later draw of a node is above an earlier one.
@@ -147,7 +141,8 @@ class DraftTree:
         They are that already but for rounding. Verify goes through the draws in their order, and
         leaves out none before another.
         """
-        assert self._is_drawn is not None
+        if self._is_drawn is None:
+            return scores
         by_node = scores.view(len(scores), -1, self.topk).cummin(2).values
         return torch.where(self._is_drawn, by_node.view(scores.shape), scores)
 
@@ -213,40 +208,11 @@ class DraftTree:
             )
         grown = self._ops.grow_layer(kept.scores, probs, tokens, self._num_candidates, curve)
         self._kept.append((kept.node_index, width))
-        scores = grown.scores
-        if self._is_drawn is not None:
-            scores = self._ordered(scores)
-            places = kept.node_index[:, :width] - self._num_candidates
-            above = self._may_stay[-1].gather(1, places + self._may_stay[-1].shape[1])
-            self._may_stay.append(above.repeat_interleave(self.topk, dim=1))
-        self._scores.append(scores)
+        self._scores.append(self._ordered(grown.scores))
         self._tokens.append(tokens)
         self._num_candidates += width * self.topk
         self._frontier = grown.frontier
         return grown.probs
-
-    def settle(self, least_score: float, max_nodes: int) -> None:
-        """Settle which candidates of the newest layer drawn requests verify.
-
-        Those of `least_score` or more stay, the best first, up to `max_nodes` with those of the
-        layers above. What is found below them later changes nothing: it would be found more often
-        below some tokens than below others, and they would then be dropped more or less often than
-        the law of the output allows.
-        """
-        if self._is_drawn is None:
-            return
-        scores, may_stay = self._scores[-1], self._may_stay[-1]
-        order = scores.masked_fill(~may_stay, -1.0).argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order)
-        rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-        may_stay &= (scores >= least_score) & (scores > 0.0)
-        may_stay &= rank < max_nodes - self._num_settled
-        may_stay |= ~self._is_drawn
-        self._num_settled = self._num_settled + may_stay.sum(1, keepdim=True)
-
-    def settled_scores(self) -> torch.Tensor:
-        """Return [B, M] float32, the scores, 0 for candidates that drawn requests do not verify."""
-        return self.scores.masked_fill(~torch.cat(self._may_stay, dim=1), 0.0)
 
     def ranked(self, num_nodes: int, num_layers: int | None = None) -> RankedNodes:
         """Rank all candidates; return each request's best `num_nodes`, or all if there are fewer.
@@ -260,9 +226,19 @@ class DraftTree:
         scores = torch.cat(self._scores[:num_layers], dim=1)
         return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
 
-    def ranked_settled(self, num_nodes: int) -> RankedNodes:
-        """Rank the candidates as `ranked`; those that drawn requests do not verify come last."""
-        scores = self.settled_scores()
+    def ranked_settled(self, num_nodes: int, least_score: float, max_nodes: int) -> RankedNodes:
+        """Rank the candidates as `ranked`, those that drawn requests may not verify with score 0.
+
+        They may verify those of `least_score` or more, the first `max_nodes` of them in the order
+        of proposal. Both numbers must come from before the step. So whether a draw is verified
+        depends on nothing that was drawn in its place, after it or below it (docs/sampling.md); by
+        rank, a node might have to go because of what was found below another one.
+        """
+        scores = self.scores
+        may_stay = scores >= least_score
+        may_stay &= (may_stay.cumsum(1) <= max_nodes) & (scores > 0.0)
+        if self._is_drawn is not None:
+            scores = scores.masked_fill(self._is_drawn & ~may_stay, 0.0)
         return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
 
     def select(

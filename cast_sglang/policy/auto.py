@@ -31,7 +31,7 @@ from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
 from cast_sglang.policy.turns import PLAIN, Shape, Turns
 
-__all__ = ["AutoPolicy"]
+__all__ = ["LEAST_CUT", "AutoPolicy"]
 
 # Target passes that speculation may lose against plain decoding before it stops, at batch size 1:
 # more than chance takes, less than a second. In larger batches chance averages out, so the limit
@@ -107,7 +107,6 @@ class AutoPolicy(TreePolicy):
     """
 
     takes_turns = True  # with other trees
-    settles_layers = True
 
     def __init__(
         self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
@@ -248,7 +247,7 @@ class AutoPolicy(TreePolicy):
 
     def learn_cut(self, batch_size: int, score: float) -> None:
         """Note the score of the last node that was worth its time in this step."""
-        bucket, log_cut = self._bucket(batch_size), math.log(max(score, LEAST_CUT))
+        bucket, log_cut = self._bucket(batch_size), math.log(score)
         if self._turn is None:
             before = log_cut if bucket.log_cut is None else bucket.log_cut
             bucket.log_cut = KEEP * before + (1.0 - KEEP) * log_cut

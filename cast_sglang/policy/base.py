@@ -45,12 +45,11 @@ class TreePolicy(ABC):
     draft pass, `expanded`; then `depth`, `share_out` or `rerank`, and `observe`.
     """
 
-    # Whether it says of each layer what is verified of it before the next is drafted, as drawn
-    # children need (`DraftTree.settle`); then it has a `cut`, and keeps all layers.
-    settles_layers = False
-
     def cut(self, batch_size: int, costs: Costs | None) -> float:
-        """Return the score that a node must have to be verified, as the last steps had it."""
+        """Return the score that a drawn node must have to be verified, by earlier steps alone.
+
+        Policies without one cannot have drawn drafts.
+        """
         raise NotImplementedError
 
     def learn_cut(self, batch_size: int, score: float) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cast_sglang.costs.model import extend_units
-from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -124,22 +124,18 @@ class Decider:
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
 
-    def settlement(self, is_last: bool) -> tuple[float, int]:
-        """Return the least score and the most nodes that a drawn request verifies.
+    def settlement(self) -> tuple[float, int]:
+        """Return the least score and the most nodes that a drawn request verifies in this step.
 
         Both come from earlier steps. Where all requests have equally many rows, one whose draft is
         sure of itself may not make the others' rows more.
-
-        Args:
-            is_last: of the newest layer, below which there is none; then no score is too low, and
-                `rows` takes the best as it sees fit.
         """
         facts = self._step()
         most = facts.max_rows - 1
         if not self._is_ragged:
             last = self._last_size.get((facts.batch_size - 1).bit_length(), facts.max_rows)
             most = min(most, max(1, last - 1))
-        return 0.0 if is_last else self._cut, most
+        return self._cut, most
 
     def width(self, scores: torch.Tensor) -> int | None:
         """Return how many of the newest layer's best nodes are expanded; None for no more layer.
@@ -192,21 +188,17 @@ class Decider:
             size = math.ceil(num_rows.mean())
         if settled is not None:
             num_rows = self._settled_rows(scores, settled, size, num_rows)
-            size = int(num_rows.max())
+            size = max(2, int(num_rows.max()))
         if (num_rows is None or not self._is_ragged) and self.verify_graphs is not None:
             size = self.verify_graphs.fit(len(scores), size, most) or size
         if settled is not None and not self._is_ragged:
-            # Rows that are paid for are filled, with what the last layer has left.
-            assert facts.is_drawn is not None
-            allowed = 1 + (settled > 0.0).sum(1).numpy()
-            num_rows = np.where(facts.is_drawn, np.minimum(size, allowed), size)
-            self._last_size[(facts.batch_size - 1).bit_length()] = size
-            self.seconds += time.perf_counter() - began
-            return VerifyRows(size, None if num_rows.min() == size else num_rows)
+            # Rows that a drawn request has no node for run empty.
+            assert num_rows is not None
+            num_rows = np.where(facts.is_drawn, num_rows, size)
         if num_rows is None and self._is_ragged and facts.weights is not None:
             num_rows = np.where(facts.weights > 0.0, size, 1)
         if num_rows is not None:
-            size = int(num_rows.max())
+            size = max(size if settled is not None else 0, int(num_rows.max()))
             num_rows = None if num_rows.min() == size else num_rows
         self.seconds += time.perf_counter() - began
         return VerifyRows(size, num_rows)
@@ -216,21 +208,18 @@ class Decider:
     ) -> np.ndarray:
         """Return [B], rows of each request where some are drawn.
 
-        A drawn request verifies all that was settled, and of the last layer what is worth as much
-        as the policy's last node.
+        A drawn request verifies all that it may, by the score of the last node that was worth its
+        time in earlier steps. This step's goes into that of the next.
         """
         facts = self._step()
         assert facts.is_drawn is not None
         chosen = np.full(len(scores), size) if num_rows is None else num_rows
+        self._last_size[(facts.batch_size - 1).bit_length()] = int(chosen.max())
         places = np.maximum(chosen - 2, 0)
         last = scores.numpy()[np.arange(len(chosen)), places][facts.is_drawn & (chosen > 1)]
-        cut = self._cut
         if len(last):
-            now = float(np.exp(np.log(np.maximum(last, 1e-12)).mean()))
-            self.policy.learn_cut(facts.batch_size, now)
-            cut = min(cut, now)
-        own = 1 + ((settled >= cut) & (settled > 0.0)).sum(1).numpy()
-        return np.where(facts.is_drawn, own, chosen)
+            self.policy.learn_cut(facts.batch_size, _geometric_mean(last))
+        return np.where(facts.is_drawn, 1 + (settled.numpy() > 0.0).sum(1), chosen)
 
     def end_step(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Learn what a step with a tree brought; arguments of `TreePolicy.observe`."""
@@ -243,3 +232,7 @@ class Decider:
     def _step(self) -> StepFacts:
         assert self._facts is not None, "begin_step comes first"
         return self._facts
+
+
+def _geometric_mean(values: np.ndarray) -> float:
+    return float(np.exp(np.log(np.maximum(values, LEAST_CUT)).mean()))

@@ -36,7 +36,7 @@ _LEAST_NOISE = 1e-30
 def draws_children(config: CastConfig) -> bool:
     """Return whether a server of these settings draws the drafts of requests that sample.
 
-    Only policy `auto` settles a layer before the next one is drafted, which draws need.
+    Only policy `auto` says before a step what is verified in it, which draws need.
     """
     return config.policy == "auto" and config.draws == "on" and not config.trace_full
 

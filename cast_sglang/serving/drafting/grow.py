@@ -76,8 +76,6 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         if chances_read:
             decider.expanded(above, *chances_read)
         width = decider.width(scores)
-        if draws.is_drawn is not None:
-            tree.settle(*decider.settlement(is_last=width is None))
         if width is None:
             return tree, tuple(widths)
 

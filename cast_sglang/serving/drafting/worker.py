@@ -182,7 +182,7 @@ class CastDraftWorker(EagleDraftWorker):
         ranked = tree.ranked(tools.room.max_rows - 1, num_layers)
         settled = None
         if tools.draws.is_drawn is not None:
-            settled = tree.ranked_settled(tools.room.max_rows - 1)
+            settled = tree.ranked_settled(tools.room.max_rows - 1, *decider.settlement())
             read = tools.reads.start(ranked.scores, settled.scores).wait()
             ranked = settled
         else:
