@@ -193,10 +193,10 @@ class Decider:
             size = self.verify_graphs.fit(len(scores), size, most) or size
         if settled is not None and not self._is_ragged:
             # Rows that a drawn request has no node for run empty.
-            assert num_rows is not None
+            assert num_rows is not None and facts.is_drawn is not None
             num_rows = np.where(facts.is_drawn, num_rows, size)
-        if num_rows is None and self._is_ragged and facts.weights is not None:
-            num_rows = np.where(facts.weights > 0.0, size, 1)
+        if self._is_ragged and facts.weights is not None and not self._shares_out:
+            num_rows = np.where(facts.weights > 0.0, size if num_rows is None else num_rows, 1)
         if num_rows is not None:
             size = max(size if settled is not None else 0, int(num_rows.max()))
             num_rows = None if num_rows.min() == size else num_rows
