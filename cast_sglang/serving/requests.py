@@ -7,6 +7,7 @@ parameters from the client to the scheduler whether or not a custom logit proces
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,14 +92,14 @@ def why_plain(req: Req) -> str | None:
     """Return why a request has to be decoded plainly at the moment; None where drafts are exact.
 
     Penalties depend on the tokens before a node, which differ within a tree, and a custom processor
-    sees one position of a request at a time. Until `min_new_tokens` are there, tokens are counted
-    by steps. With deterministic inference a seed gives each position its own noise, which the
-    plain sampler alone knows.
+    sees one position of a request at a time. SGLang counts `min_new_tokens` by decode steps, and
+    anew after a retraction, so this counts the same steps. With deterministic inference a seed
+    gives each position its own noise, which the plain sampler alone knows.
     """
     params = req.sampling_params
     if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0:
         return "a penalty"
-    if len(req.output_ids) < params.min_new_tokens:
+    if req.decode_batch_idx < params.min_new_tokens:
         return "min_new_tokens"
     if req.custom_logit_processor:
         return "a custom logit processor"
@@ -123,7 +124,8 @@ class RunningRequests:
         self._draws = draws
         self.sampling: SamplingNeeds | None = None
         self._reqs: list[Req] = []
-        self._plain: set[str] = set()  # ids of those that drafts would not serve exactly
+        # Those that drafts would not serve exactly; one that SGLang retracts comes back as it was.
+        self._counted: weakref.WeakSet[Req] = weakref.WeakSet()
         self._told: set[str] = set()  # reasons
 
     def are(self, reqs: Sequence[Req]) -> bool:
@@ -135,7 +137,7 @@ class RunningRequests:
 
         Args:
             reqs: the batch's requests.
-            count: told how many of these are new.
+            count: told how many of these are decoded plainly for the first time.
 
         Returns:
             what they are worth, as `request_weights`.
@@ -149,10 +151,10 @@ class RunningRequests:
             self.drawn = samples if samples.any() else None
         reasons = {}
         if self.sampling is not None and self.sampling.is_plain is not None:
-            reasons = {req.rid: reason for req in reqs if (reason := why_plain(req)) is not None}
-        if num_new := len(reasons.keys() - self._plain):
-            count(num_new)
-        self._plain = set(reasons)
+            reasons = {req: reason for req in reqs if (reason := why_plain(req)) is not None}
+        if new := reasons.keys() - self._counted:
+            count(len(new))
+            self._counted |= new
         for reason in set(reasons.values()) - self._told:
             self._told.add(reason)
             logger.info(

@@ -1,9 +1,11 @@
 """What is read from requests: their modes, and whether drafts serve them exactly."""
 
 import logging
+from array import array
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from cast_sglang.errors import ConfigError
@@ -52,13 +54,13 @@ def determinism(monkeypatch):
     return state
 
 
-def request(rid="a", num_tokens=1, processor=None, **params):
-    return SimpleNamespace(
-        rid=rid,
-        sampling_params=SamplingParams(**params),
-        output_ids=[0] * num_tokens,
-        custom_logit_processor=processor,
-    )
+class Request:
+    """Like SGLang's, one that equals itself alone."""
+
+    def __init__(self, num_steps=1, processor=None, **params):
+        self.sampling_params = SamplingParams(**params)
+        self.decode_batch_idx = num_steps
+        self.custom_logit_processor = processor
 
 
 @pytest.mark.parametrize(
@@ -72,20 +74,20 @@ def request(rid="a", num_tokens=1, processor=None, **params):
         ({"presence_penalty": -0.1}, "a penalty"),
         ({"repetition_penalty": 1.1, "temperature": 0.0}, "a penalty"),
         ({"min_new_tokens": 5}, "min_new_tokens"),
-        ({"min_new_tokens": 5, "num_tokens": 5}, None),
+        ({"min_new_tokens": 5, "num_steps": 5}, None),
         ({"processor": "{}"}, "a custom logit processor"),
     ],
 )
 def test_what_drafts_cannot_serve_exactly_is_decoded_plainly(determinism, params, reason):
-    assert requests.why_plain(request(**params)) == reason
-    weights = requests.request_weights([request(), request(**params)])
+    assert requests.why_plain(Request(**params)) == reason
+    weights = requests.request_weights([Request(), Request(**params)])
     assert (weights is None) if reason is None else (weights.tolist() == [1.0, 0.0])
 
 
 def test_seeds_matter_where_inference_is_deterministic(determinism):
     determinism.enable_deterministic_inference = True
-    assert requests.why_plain(request()) == "a seed"
-    assert requests.why_plain(request(temperature=0.0)) is None
+    assert requests.why_plain(Request()) == "a seed"
+    assert requests.why_plain(Request(temperature=0.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_seeds_matter_where_inference_is_deterministic(determinism):
 )
 def test_only_cuts_that_verify_lacks_are_made_here(determinism, params, truncates):
     running = requests.RunningRequests()
-    running.update([request(), request(**params)], lambda count: None)
+    running.update([Request(), Request(**params)], lambda count: None)
     assert (running.sampling is not None) == truncates
     if truncates:
         assert running.sampling == (True, None)
@@ -109,12 +111,28 @@ def test_only_cuts_that_verify_lacks_are_made_here(determinism, params, truncate
 
 def test_a_request_is_counted_once_and_a_reason_is_told_once(determinism, caplog):
     running, stats = requests.RunningRequests(), StepStats()
-    first, other = request("a", frequency_penalty=1.0), request("b")
+    other, first, second = Request(), Request(frequency_penalty=1.0), Request(presence_penalty=1.0)
+    # The first one is retracted for a step, and comes back.
+    batches = ([other], [other, first], [other], [first], [first, second])
     with caplog.at_level(logging.INFO, logger=requests.logger.name):
-        for reqs in ([other], [other, first], [first], [first, request("c", presence_penalty=1)]):
+        for reqs in batches:
             assert not running.are(reqs)
             running.update(reqs, stats.record_plain_requests)
             assert running.are(reqs)
     assert stats.snapshot()["plain_requests"] == 2
     assert caplog.text.count("because of a penalty") == 1
     assert running.sampling.is_plain.tolist() == [True, True]
+
+
+def test_min_new_tokens_are_counted_as_the_penalty_counts_them(determinism):
+    """A retracted request keeps its tokens, and SGLang's count of its steps begins again."""
+    params = SamplingParams(max_new_tokens=20, min_new_tokens=3)
+    req = Req("a", "", array("q", [1, 2]), params)
+    steps = []
+    for _ in range(2):
+        for _ in range(5):
+            req.output_ids.append(7)
+            req.decode_batch_idx += 1  # as SGLang's penalty counts, before each step
+            steps.append(requests.why_plain(req) is not None)
+        req.reset_for_retract()
+    assert steps == 2 * [True, True, False, False, False]

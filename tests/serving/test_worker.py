@@ -137,6 +137,7 @@ def request(left=500):
     return SimpleNamespace(
         sampling_params=SamplingParams(max_new_tokens=left, temperature=0.0),
         output_ids=[],
+        decode_batch_idx=1,
         custom_logit_processor=None,
         rid="a",
         kv=SimpleNamespace(kv_committed_len=100, kv_allocated_len=200),
