@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from scripts.gpu_host.runner import Runner
@@ -83,6 +84,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--stages: {name!r} is none of {', '.join(names)}")
     if args.carried is not None and not args.carried.is_dir():
         parser.error(f"--carried {args.carried} is no directory; scripts/pack_gpu_host.sh makes it")
+    if find_spec("psutil") is None:
+        parser.error(f"{sys.executable} lacks the package psutil, which ends stages that hang")
     return args
 
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 # A stage ends with this code when it has nothing to do here, and says why in its result.
 SKIP_CODE = 77
@@ -155,6 +153,8 @@ def run_limited(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process that still runs, and its descendants."""
+    import psutil  # here, so that --help works without it
+
     descendants = []
     # Asked for while it lives: after its end they are nobody's children.
     with contextlib.suppress(psutil.NoSuchProcess):

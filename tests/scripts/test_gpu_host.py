@@ -22,7 +22,7 @@ from scripts.gpu_host.checks import CHECKS
 from scripts.gpu_host.install import InstallError, install
 from scripts.gpu_host.runner import SKIP_CODE, Outcome, Runner, Stage
 from scripts.gpu_host.serving import partings
-from scripts.gpu_host.settings import Settings, dry_settings
+from scripts.gpu_host.settings import ROOT, Settings, dry_settings
 from scripts.gpu_host.stages import STAGES
 from scripts.gpu_host.trace import device_times, read_events
 
@@ -110,6 +110,15 @@ def test_the_whole_ends_in_time(tmp_path):
     assert not is_good and time.monotonic() - began < 20
     found = summary(tmp_path)
     assert found["late"]["status"] == "skipped" and "no time" in found["late"]["message"]
+
+
+def test_help_needs_no_package():
+    """-S leaves out all installed packages."""
+    command = [sys.executable, "-S", "-m", "scripts.gpu_host"]
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--dry-run" in shown.stdout
+    refused = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "psutil" in refused.stderr.splitlines()[-1]
 
 
 def test_a_second_run_keeps_what_the_first_one_found(tmp_path):
