@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import math
 import random
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,6 @@ import numpy as np
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, pass_us
 from cast_sglang.costs.passes import NAMES, PASSES
-from cast_sglang.costs.profiles import save_profile
 from cast_sglang.costs.schema import (
     CostProfile,
     CostTable,
@@ -37,7 +37,7 @@ from cast_sglang.costs.schema import (
 )
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling.grid import AXES, Axes, Grid, Interval, default_grid, log_uniform, spread
-from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point, journal_path
+from cast_sglang.profiling.journal import STEP_OVERHEAD, Journal, Point
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.sampler import Sampler
 from cast_sglang.profiling.tables import tabulate
@@ -48,7 +48,6 @@ __all__ = [
     "make_profile",
     "run_profile",
     "summarize",
-    "write_profile",
 ]
 
 # The coarse grid and the refinement stop after these shares of the time budget.
@@ -107,6 +106,11 @@ def run_profile(
         "grid": grid._asdict(),
         "sampling": dataclasses.asdict(sampling),
     }
+    # The device cannot serve a batch size that does not fit at the shortest context.
+    batch_sizes = [b for b in grid.batch_sizes if _fits(grid, limits, b, grid.contexts[0])]
+    if not batch_sizes:
+        raise ProfileError("no batch size of the grid fits the device's memory")
+    grid = grid._replace(batch_sizes=tuple(batch_sizes))
     references = choose_references(grid)
     with Sampler(meter, sampling, references, budget_seconds, progress) as sampler:
         if journal is None:
@@ -116,10 +120,18 @@ def run_profile(
             return _Run(sampler, limits, grid).measure(allow_partial)
 
 
+def _fits(grid: Grid, limits: Limits, batch_size: int, context: int) -> bool:
+    """Return whether the device holds a batch with the most tokens that any pass adds."""
+    longest = context + max(counts[-1] for counts in grid.token_counts.values())
+    capacity = limits.max_tokens
+    return longest <= limits.max_context and (capacity is None or batch_size * longest <= capacity)
+
+
 def choose_references(grid: Grid) -> list[Point]:
     """Return two passes whose times show how fast the machine is at a moment.
 
-    Reading the weights bounds one of them, arithmetic the other, in the middle of the grid.
+    Reading the weights bounds one of them, arithmetic the other, in the middle of the grid, whose
+    batch sizes fit.
     """
     batch_size, rows = (
         math.isqrt(axis[0] * axis[-1]) for axis in (grid.batch_sizes, grid.token_counts["verify"])
@@ -171,20 +183,6 @@ def make_profile(
     return CostProfile(**fields, provenance=provenance)
 
 
-def write_profile(
-    measured: Measured, identity: HostIdentity, output: str | Path, command: str
-) -> CostProfile:
-    """Save what was measured with its provenance, and delete the journal that it came from.
-
-    Raises:
-        ProfileError: the tables are invalid, or the file cannot be written.
-    """
-    profile = make_profile(measured, identity, command)
-    save_profile(profile, output)
-    journal_path(output).unlink(missing_ok=True)
-    return profile
-
-
 class _Run:
     """One run through grid, refinement and held-out points.
 
@@ -194,14 +192,9 @@ class _Run:
 
     def __init__(self, sampler: Sampler, limits: Limits, grid: Grid) -> None:
         self._sampler = sampler
-        self._limits = limits
-        self._most_tokens = max(counts[-1] for counts in grid.token_counts.values())
-        # The device cannot serve a batch size that does not fit at the shortest context.
-        batch_sizes = [b for b in grid.batch_sizes if self._fits(b, grid.contexts[0])]
-        if not batch_sizes:
-            raise ProfileError("no batch size of the grid fits the device's memory")
+        self._fits = partial(_fits, grid, limits)
         self._axes = {
-            operation: Axes(list(batch_sizes), list(grid.contexts), list(values))
+            operation: Axes(list(grid.batch_sizes), list(grid.contexts), list(values))
             for operation, values in grid.token_counts.items()
         }
         self._heldout = self._choose_heldout()
@@ -247,13 +240,6 @@ class _Run:
 
     def _supports(self, operation: str) -> bool:
         return self._sampler.supports(self._points(operation)[0])
-
-    def _fits(self, batch_size: int, context: int) -> bool:
-        longest = context + self._most_tokens
-        capacity = self._limits.max_tokens
-        return longest <= self._limits.max_context and (
-            capacity is None or batch_size * longest <= capacity
-        )
 
     def _points(self, operation: str) -> list[Point]:
         """Return the points that a table needs with its present axes."""

@@ -10,7 +10,7 @@ import pytest
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.passes import NAMES, PASSES
-from cast_sglang.costs.profiles import load_profile
+from cast_sglang.costs.profiles import load_profile, save_profile
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling import run, sampler
 from cast_sglang.profiling.grid import default_grid
@@ -19,9 +19,9 @@ from cast_sglang.profiling.meter import Sampling
 from cast_sglang.profiling.run import (
     Measured,
     choose_references,
+    make_profile,
     run_profile,
     summarize,
-    write_profile,
 )
 from tests.support.builders import make_identity
 from tests.support.meters import LIMITS, Clock, StaircaseMeter, make_grid, true_us
@@ -135,6 +135,13 @@ def test_shapes_that_do_not_fit_are_filled_but_never_run():
         # What the context adds is linear in batch size and context, so the corner is found.
         corner = [true_us(each.name, 4, 960, count) for count in table.token_counts]
         assert times_us[-1, -1] == pytest.approx(corner, rel=0.1)
+
+
+def test_references_fit_where_few_batch_sizes_do():
+    limits = Limits(64, 1024, 24, 8, max_tokens=700)  # the fake asserts that this is kept
+    grid = make_grid((1, 2, 4, 64), (128,), (1, 24), (1, 8), (1, 24))
+    tables = run_profile(StaircaseMeter(limits=limits), grid=grid, sampling=BRIEF).tables
+    assert tables.target.batch_sizes == [1, 2, 4]
 
 
 def test_no_batch_fits():
@@ -278,17 +285,16 @@ def test_quick_is_much_quicker(whole):
     assert len(quick.calls) < len(whole.meter.calls) / 3
 
 
-def test_write_profile_saves_provenance_and_drops_the_journal(tmp_path, brief):
-    output, measured = tmp_path / "deep" / "p.json", brief.measured
-    output.parent.mkdir()
-    journal_path(output).write_bytes(brief.journal)
-    profile = write_profile(measured, make_identity(), output, "cast-sglang profile --x")
-    assert load_profile(output) == profile and not journal_path(output).exists()
+def test_a_profile_holds_provenance(tmp_path, brief):
+    measured = brief.measured
+    profile = make_profile(measured, make_identity(), "cast-sglang profile --x")
+    save_profile(profile, tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == profile
     assert profile.provenance.command == "cast-sglang profile --x"
     assert profile.provenance.heldout == measured.heldout
     assert profile.provenance.sampling["seed"] == 0
     assert profile.provenance.device_name == make_identity().device_name
-    facts = summarize(measured, output)
+    facts = summarize(measured, tmp_path / "p.json")
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
     assert facts["resumed_visits"] == 0
     CostModel(profile, FEW).step_costs(1, 500)

@@ -17,7 +17,7 @@ from cast_sglang.errors import HostError
 from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
-from cast_sglang.profiling.run import Measured, run_profile, summarize, write_profile
+from cast_sglang.profiling.run import Measured, make_profile, run_profile, summarize
 from cast_sglang.serving.launch.identity import (
     command_without_local_paths,
     host_identity,
@@ -135,15 +135,18 @@ def _measure_and_serve(scheduler: Scheduler, parameters: dict[str, Any]) -> None
     )
     profile = None
     if measured is not None:
-        # Saved before and after the short run, so that nothing is measured twice.
+        # Saved before and after the short run, and the journal is kept until then, so that a run
+        # that ends in between resumes and measures nothing twice.
         command = command_without_local_paths(parameters["command"])
-        profile = write_profile(measured, identity, output, command)
+        profile = make_profile(measured, identity, command)
+        save_profile(profile, output)
     if group.world_size > 1:
         profile = group.broadcast_object(profile, src=0)
     assert profile is not None
     found = complete_profile(scheduler, FoundProfile(profile, Path(output), []))
     if measured is not None:
         save_profile(found.profile, output)
+        journal_path(output).unlink(missing_ok=True)
         facts = summarize(measured, output, found.profile.serving)
         Path(parameters["facts"]).write_text(json.dumps(facts))
 

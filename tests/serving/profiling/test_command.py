@@ -67,7 +67,8 @@ def scheduler_of(monkeypatch):
     """Return a function that makes the scheduler of an engine that this meter measures."""
 
     def complete(scheduler, found):
-        assert load_profile(found.path) == found.profile  # so that a failure loses no measurement
+        # So that a failure loses no measurement, and a second run need not repeat it.
+        assert load_profile(found.path) == found.profile and journal_path(found.path).exists()
         return found._replace(profile=msgspec.structs.replace(found.profile, serving=RECORD))
 
     monkeypatch.setattr(command, "complete_profile", complete)
