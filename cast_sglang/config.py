@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,6 +29,7 @@ __all__ = [
     "REPLAYED_POLICIES",
     "CastConfig",
     "add_flags",
+    "flag_of",
     "given_flags",
     "user_cache_dir",
 ]
@@ -253,8 +254,13 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
             options = {"action": "store_true"}
         elif knob.kind == "sizes":
             options = {"metavar": "M,N,..."}
-        flag = f"--cast-{field.name.replace('_', '-')}"
+        flag = flag_of(field.name)
         parser.add_argument(flag, default=None, help=f"{knob.help} (default: {shown})", **options)
+
+
+def flag_of(key: str) -> str:
+    """Return the launch flag of a setting."""
+    return f"--cast-{key.replace('_', '-')}"
 
 
 def given_flags(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -276,7 +282,7 @@ def _knobs() -> dict[str, _Knob]:
 
 
 def _flag_name(key: str) -> str:
-    return f"flag --cast-{key.replace('_', '-')}"
+    return f"flag {flag_of(key)}"
 
 
 def _variable_name(key: str) -> str:
@@ -292,14 +298,15 @@ def _cast_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_unknown(
-    entries: Mapping[str, Any], name: Any, known: Iterable[str] | None = None
+    entries: Mapping[str, Any], name: Callable[[str], str], known: Iterable[str] | None = None
 ) -> None:
     known = list(known) if known is not None else [_CONFIG_KEY, *_knobs()]
     for key, value in entries.items():
         if key in known:
             continue
         close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        wanted = name(close[0]).removeprefix("flag ").removeprefix("environment ") if close else ""
+        hint = f"did you mean {wanted}? " if close else ""
         raise ConfigError(
             f"{name(key)}={_shown(value)}: unknown setting; {hint}known: {', '.join(known)}"
         )

@@ -120,9 +120,12 @@ def test_constructor_checks_too():
     [
         (
             (None, {"CAST_PROFIL": "x"}),
-            "environment CAST_PROFIL='x': unknown setting; did you mean",
+            "environment CAST_PROFIL='x': unknown setting; did you mean CAST_PROFILE?",
         ),
-        (({"log_intervall": 1}, {}), "flag --cast-log-intervall=1: unknown setting; did you mean"),
+        (
+            ({"log_intervall": 1}, {}),
+            "flag --cast-log-intervall=1: unknown setting; did you mean --cast-log-interval?",
+        ),
     ],
 )
 def test_unknown_setting_suggests_the_nearest(sources, expected):

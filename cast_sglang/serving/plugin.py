@@ -8,15 +8,18 @@ SGLang executes `register` in every process before it parses arguments. It only 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from cast_sglang.config import CastConfig, add_flags, given_flags
+from cast_sglang.config import CastConfig, add_flags, flag_of, given_flags
 from cast_sglang.errors import CastError
+
+logger = logging.getLogger(__name__)
 
 _SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -45,6 +48,18 @@ def register() -> None:
 
 def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("CAST (--speculative-algorithm CAST)"))
+    error = parser.error
+
+    def explain(message: str) -> NoReturn:
+        """Raise a ConfigError for a mistyped flag of ours; argparse would print all of SGLang's."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        for flag, value in zip(unknown, [*unknown[1:], ""], strict=False):
+            if flag.startswith("--cast-"):
+                name, _, given = flag.removeprefix("--cast-").partition("=")
+                CastConfig.load({name.replace("-", "_"): given or value}, environ={})
+        error(message)
+
+    parser.error = explain  # type: ignore[method-assign]
 
 
 def _export_flags(*args: Any, **kwargs: Any) -> None:
@@ -64,6 +79,10 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
         check_device()
         check_flags(namespace)
         choose_attention_backend(namespace)
+    elif flags := [flag_of(key) for key, value in given.items() if value is not None]:
+        logger.warning(
+            "CAST: %s has no effect without --speculative-algorithm CAST", ", ".join(flags)
+        )
     for key, value in given.items():
         if value is not None:
             os.environ[f"CAST_{key.upper()}"] = str(value)

@@ -75,6 +75,32 @@ def test_every_flag_is_in_the_help():
         assert f"--cast-{key.replace('_', '-')}" in text
 
 
+@pytest.mark.parametrize(
+    "flags", [["--cast-polcy", "fixed"], ["--cast-polcy=fixed"], ["--tp", "2", "--cast-polcy"]]
+)
+def test_a_mistyped_flag_ends_in_one_line(flags):
+    with pytest.raises(ConfigError, match="--cast-polcy.*did you mean --cast-policy?"):
+        launch(*flags)
+
+
+def test_flags_of_others_are_argparses_to_refuse(capsys):
+    with pytest.raises(SystemExit):
+        launch("--polcy", "fixed")
+    assert "unrecognized arguments: --polcy fixed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        launch("--cast-c1")
+    assert "--cast-c1: expected one argument" in capsys.readouterr().err
+
+
+def test_a_flag_without_cast_is_told_to_have_no_effect(monkeypatch, caplog):
+    launch("--cast-c1", "2", "--cast-trace-full", "--cast-trace", "f", algorithm=None)
+    assert "--cast-c1, --cast-trace, --cast-trace-full has no effect" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("CAST_C2", "3")  # for another server of this shell, maybe
+    launch(algorithm=None)
+    assert not caplog.text
+
+
 def test_a_launch_of_cast_is_checked_before_it_is_exported(monkeypatch):
     seen = []
     monkeypatch.setattr(arguments, "check_device", lambda: seen.append("device"))
