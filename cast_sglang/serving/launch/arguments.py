@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cast_sglang.config import CastConfig
-from cast_sglang.cpu.names import PLATFORM_NAME
+from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import read_draft_config
 
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
-TARGET_ATTENTION_BACKENDS = ("triton", "flashinfer", "cast_cpu")
-DRAFT_ATTENTION_BACKENDS = ("triton", "cast_cpu")
+# Backends of the target by device; the draft runs on the first. It is also the one with graphs.
+ATTENTION_BACKENDS = {"cpu": (ATTENTION_BACKEND,), "cuda": ("triton", "flashinfer")}
 GRAPH_ATTENTION_BACKEND = "triton"
 _NOT_PLAIN = (
     "the states at hand are the ones that the draft reads, not those of plain decoding; "
@@ -144,24 +144,25 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     Raises:
         HostError: names the flag and the fix.
     """
+    allowed = ATTENTION_BACKENDS["cpu" if server_args.device == "cpu" else "cuda"]
     given = {
         "--attention-backend": server_args.attention_backend,
         "--prefill-attention-backend": server_args.prefill_attention_backend,
         "--decode-attention-backend": server_args.decode_attention_backend,
     }
     for flag, name in given.items():
-        if name is not None and name not in TARGET_ATTENTION_BACKENDS:
+        if name is not None and name not in allowed:
             raise HostError(
-                f"{flag} {name}: its tree verify has one fixed width; CAST verifies on "
-                f"{', '.join(TARGET_ATTENTION_BACKENDS)}, pass --attention-backend triton"
+                f"{flag} {name}: CAST verifies trees of every width here on "
+                f"{' and '.join(allowed)} alone; pass --attention-backend {allowed[0]}"
             )
     draft = server_args.speculative_draft_attention_backend
-    if draft is None and server_args.attention_backend not in DRAFT_ATTENTION_BACKENDS:
-        server_args.speculative_draft_attention_backend = "triton"
-    elif draft is not None and draft not in DRAFT_ATTENTION_BACKENDS:
+    if draft is None and server_args.attention_backend != allowed[0]:
+        server_args.speculative_draft_attention_backend = allowed[0]
+    elif draft is not None and draft != allowed[0]:
         raise HostError(
-            f"--speculative-draft-attention-backend {draft}: CAST drafts trees on "
-            f"{', '.join(DRAFT_ATTENTION_BACKENDS)}; pass triton, or drop the flag"
+            f"--speculative-draft-attention-backend {draft}: CAST drafts trees here on "
+            f"{allowed[0]} alone; pass {allowed[0]}, or drop the flag"
         )
 
 

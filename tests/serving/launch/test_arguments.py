@@ -17,25 +17,33 @@ def made_up(**given):
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     values = dict.fromkeys((*names, "speculative_draft_attention_backend"))
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
-    return SimpleNamespace(**{**values, "cuda_graph_config": graphs, **given})
+    return SimpleNamespace(**{**values, "device": "cuda", "cuda_graph_config": graphs, **given})
 
 
-@pytest.mark.parametrize("backend", ["triton", "flashinfer", "cast_cpu"])
-def test_backends_of_the_target(backend):
-    server_args = made_up(attention_backend=backend)
+@pytest.mark.parametrize(
+    ("device", "backend", "draft"),
+    [
+        ("cuda", "triton", None),
+        ("cuda", "flashinfer", "triton"),
+        ("cpu", "cast_cpu", None),
+        ("cpu", None, "cast_cpu"),
+    ],
+)
+def test_backends_of_the_target(device, backend, draft):
+    server_args = made_up(attention_backend=backend, device=device)
     arguments.set_attention_backends(server_args)
-    draft = server_args.speculative_draft_attention_backend
-    assert draft == ("triton" if backend == "flashinfer" else None)
+    assert server_args.speculative_draft_attention_backend == draft
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "flashmla", "trtllm_mha", "torch_native"])
 @pytest.mark.parametrize(
     "flag", ["--attention-backend", "--prefill-attention-backend", "--decode-attention-backend"]
 )
-def test_other_backends_of_the_target_are_refused(flag, backend):
-    server_args = made_up(**{flag.removeprefix("--").replace("-", "_"): backend})
-    with pytest.raises(HostError, match=f"{flag} {backend}.*pass --attention-backend triton"):
-        arguments.set_attention_backends(server_args)
+@pytest.mark.parametrize(("device", "advised"), [("cuda", "triton"), ("cpu", "cast_cpu")])
+def test_other_backends_of_the_target_are_refused(flag, backend, device, advised):
+    given = {flag.removeprefix("--").replace("-", "_"): backend}
+    with pytest.raises(HostError, match=f"{flag} {backend}.*--attention-backend {advised}"):
+        arguments.set_attention_backends(made_up(device=device, **given))
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "fa3", "trtllm_mha"])
