@@ -71,8 +71,10 @@ def write_gallery(
         for request in step.requests
         if (request is step.requests[0] if wanted is None else request.request in wanted)
     ]
-    if not trees:
-        raise TraceError(f"--requests {requests}: none of them takes part in the chosen steps")
+    if absent := set(wanted or ()) - {request.request for _, request in trees}:
+        raise TraceError(
+            f"--requests {requests}: {min(absent)} takes part in none of the chosen steps"
+        )
     if len(trees) > MAX_TREES:
         raise TraceError(f"{len(trees)} trees are more than {MAX_TREES}; choose fewer by --steps")
     course = _course(trace)
@@ -124,10 +126,9 @@ def _chosen_steps(trace: Trace, steps: str | None) -> list[TracedStep]:
         return [drafted[place] for place in sorted({int(place) for place in places})]
     numbers = set(parse_numbers(steps, "--steps"))
     chosen = [step for step in trace.steps if step.step in numbers]
-    if not chosen:
-        raise TraceError(
-            f"--steps {steps}: the trace holds {trace.steps[0].step} to {trace.steps[-1].step}"
-        )
+    if absent := numbers - {step.step for step in chosen}:
+        held = f"{trace.steps[0].step} to {trace.steps[-1].step}"
+        raise TraceError(f"--steps {steps}: the trace holds {held}, and no {min(absent)}")
     return chosen
 
 

@@ -96,9 +96,11 @@ def test_tokens_need_a_trace_with_tokens(trace, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"steps": "900"}, "the trace holds 1 to 40"),
+        ({"steps": "900"}, "the trace holds 1 to 40, and no 900"),
+        ({"steps": "7,38-42"}, "the trace holds 1 to 40, and no 41"),
         ({"steps": "x"}, "expected numbers"),
-        ({"requests": "9"}, "none of them"),
+        ({"requests": "9"}, "9 takes part in none"),
+        ({"requests": "0,9"}, "9 takes part in none"),
     ],
 )
 def test_bad_choices(trace, tmp_path, options, reason):
