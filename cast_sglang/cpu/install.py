@@ -4,6 +4,7 @@
 `SGLANG_PLATFORM=cast_cpu`.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -84,7 +85,12 @@ def install() -> None:
         CastCpuDraftBackendFactory,
         HookType.REPLACE,
     )
+    # SGLang logs a line for each replacement, which tells an operator nothing.
+    hook_logger = logging.getLogger(HookRegistry.__module__)
+    level = hook_logger.level
+    hook_logger.setLevel(logging.WARNING)
     HookRegistry.apply_hooks()
+    hook_logger.setLevel(level)
     for name, (home, implementation) in FILLED.items():
         fill_missing(name, import_module(home), implementation)
     torch.set_grad_enabled(False)

@@ -72,6 +72,13 @@ CASES = {
     "threshold file out of range": Case(
         ("settings.toml", "c1"), flags=("--cast-config", "{dir}/settings.toml")
     ),
+    "mistyped flag": Case(
+        ("--cast-polcy", "did you mean --cast-policy?"), flags=("--cast-polcy", "fixed")
+    ),
+    "backend of a GPU": Case(
+        ("--attention-backend fa3", "pass --attention-backend cast_cpu"),
+        flags=("--attention-backend", "fa3"),
+    ),
     "settings file missing": Case(("none.toml",), flags=("--cast-config", "{dir}/none.toml")),
     "unknown variable": Case(("CAST_C7", "unknown"), env={"CAST_C7": "1"}),
     "unknown policy": Case(("policy", "best"), flags=("--cast-policy", "best")),
@@ -191,6 +198,11 @@ def test_a_bad_server_ends_before_it_loads_a_model(launch, name, tmp_path):
 def test_a_server_says_that_it_loads_a_model(plain):
     """The test above looks for a line that there is."""
     assert LOADS_WEIGHTS in plain.log_path.read_text()
+
+
+def test_a_server_lists_no_hooks(plain):
+    """SGLang logs one line for each, the platform's dozen among them."""
+    assert "Applied 1 hook" not in plain.log_path.read_text()
 
 
 @pytest.mark.skipif(device_kind() == "cuda", reason="this machine has a GPU")
