@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cast_sglang.ops import reference
 from cast_sglang.policy.fixed import EaglePolicy
-from cast_sglang.tree import DraftTree
+from cast_sglang.tree import DraftTree, parents_of
 
 
 def children(generator, rows, topk, vocab=1000, certain=False):
@@ -20,11 +20,12 @@ def children(generator, rows, topk, vocab=1000, certain=False):
     return tokens, probs
 
 
-def grown(generator, batch, topk, widths, max_layers=None, certain=False):
+def grown(generator, batch, topk, widths, max_layers=None, certain=False, is_drawn=None):
     tree = DraftTree(
         *children(generator, batch, topk, certain=certain),
         max_layers or len(widths) + 1,
         reference,
+        is_drawn=is_drawn,
     )
     for width in widths:
         kept = tree.frontier()
@@ -116,6 +117,52 @@ def test_requests_of_unequal_numbers_of_nodes(batch, topk, seed, shape):
                 todo.append(child)
                 child = int(links[2, row, child])
         assert reached == set(range(count))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    topk=st.integers(2, 4),
+    seed=st.integers(0, 2**31),
+    least_score=st.sampled_from([0.0, 1e-3, 0.02, 0.2, 2.0]),
+    max_nodes=st.integers(1, 40),
+    shape=st.data(),
+)
+def test_what_hangs_below_a_draw_does_not_decide_about_it(
+    batch, topk, seed, least_score, max_nodes, shape
+):
+    """And the draws of a node that are verified are the first ones, and form a tree."""
+    widths = shape.draw(st.lists(st.integers(1, topk), min_size=1, max_size=4))
+    is_drawn = torch.arange(batch) % 2 == 0
+
+    def settled(num_equal_layers):
+        generator = torch.Generator().manual_seed(seed)
+        tree = grown(generator, batch, topk, widths[:num_equal_layers], 6, is_drawn=is_drawn)
+        generator.manual_seed(seed + num_equal_layers)  # other children from here on
+        for width in widths[num_equal_layers:]:
+            tree.grow(tree.frontier(), width, *children(generator, batch * width, topk))
+        ranked = tree.ranked_settled(tree.num_candidates, least_score, max_nodes)
+        return tree, [
+            set(nodes[scores > 0.0].tolist())
+            for nodes, scores in zip(ranked.node_index, ranked.scores, strict=True)
+        ]
+
+    tree, whole = settled(len(widths))
+    for equal in range(len(widths)):
+        end = topk + topk * sum(widths[:equal])
+        for b, (ours, theirs) in enumerate(zip(whole, settled(equal)[1], strict=True)):
+            if is_drawn[b]:
+                assert {n for n in ours if n < end} == {n for n in theirs if n < end}
+    expanded = torch.cat(tree.expanded, dim=1)
+    for b, nodes in enumerate(whole):
+        if not is_drawn[b]:
+            assert len(nodes) == tree.num_candidates
+            continue
+        assert len(nodes) <= max_nodes
+        parents = parents_of(expanded[b].numpy(), topk)
+        for node in nodes:
+            assert parents[node] == -1 or parents[node] in nodes
+            assert node % topk == 0 or node - 1 in nodes
 
 
 def test_a_ranking_may_leave_deep_layers_out():

@@ -155,7 +155,7 @@ class CastWorker(EAGLEWorkerV2):
             graph_plan=plan,
             verify_sizes=self._verify_sizes,
             room=self._envelope.whole,
-            draws=Draws(self.device, self.server_args.random_seed, self.topk),
+            draws=Draws(self.device, self.target_worker.random_seed, self.topk),
         )
 
     @property

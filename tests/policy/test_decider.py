@@ -42,6 +42,12 @@ class Scripted(TreePolicy):
     def rerank(self, scores, costs):
         return self.size
 
+    def cut(self, batch_size, costs):
+        return 0.35
+
+    def learn_cut(self, batch_size, score):
+        self.asked.append(("learn_cut", batch_size, round(score, 3)))
+
     def observe(self, batch_size, accepted_mean, time_units):
         self.asked.append(("observe", batch_size, accepted_mean, time_units))
 
@@ -155,6 +161,45 @@ def test_who_wants_no_drafts_has_its_root_alone():
     even = decider(Scripted())  # all requests have the same number of rows there
     even.begin_step(weighted)
     assert even.rows(scores(11)) == (6, None)
+
+
+def settled(limit: float) -> torch.Tensor:
+    found = scores(10)
+    return found.masked_fill(found < limit, 0.0)
+
+
+def test_a_drawn_request_verifies_what_earlier_steps_settled():
+    policy = Scripted(size=6)
+    made = decider(policy, is_ragged=True)
+    made.begin_step(facts(is_drawn=np.array([True, False])))
+    assert made.settlement() == (0.35, MOST - 1)
+    size, rows = made.rows(scores(10), settled(0.35))
+    assert size == 8 and rows.tolist() == [8, 6]
+    # The fifth of ten scores from 1.0 to 0.1, the last one of six rows; for the next step.
+    assert policy.asked[-1] == ("learn_cut", 2, 0.6)
+    # Nothing reaches the limit: the root alone, in a tree of the least size.
+    size, rows = made.rows(scores(10), settled(1.5))
+    assert size == 6 and rows.tolist() == [1, 6]
+    made.begin_step(facts(is_drawn=np.array([True, True])))
+    size, rows = made.rows(scores(10), settled(1.5))
+    assert size == 2 and rows.tolist() == [1, 1]
+
+
+def test_where_all_have_equal_rows_a_drawn_request_stays_within_those_of_the_last_step():
+    made = decider(Scripted(size=6), verify_graphs=GraphSizes({4: (7, 12)}))
+    made.begin_step(facts(is_drawn=np.array([True, False])))
+    assert made.settlement() == (0.35, MOST - 1)
+    size, rows = made.rows(scores(11), settled(0.7))
+    assert size == 7 and rows.tolist() == [5, 7]
+    assert made.settlement() == (0.35, 5)
+    made.begin_step(facts())
+    assert made.rows(scores(11)) == (7, None)
+
+
+def test_who_wants_no_drafts_has_its_root_alone_beside_drawn_requests():
+    made = decider(Scripted(size=6), is_ragged=True)
+    made.begin_step(facts(weights=np.array([1.0, 0.0]), is_drawn=np.array([True, False])))
+    assert made.rows(scores(10), settled(0.35)).num_rows.tolist() == [8, 1]
 
 
 def test_a_small_tree_is_verified_as_it_is():

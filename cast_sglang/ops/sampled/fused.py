@@ -196,7 +196,7 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
     last = first
     path = 0
     goes_on = True
-    # Of the last node, as in `loops.walk_draws`.
+    # Of the last node, as in `loops.accept_draws`.
     inside = tl.zeros([KEPT], tl.float32)
     places = tl.zeros([KEPT], tl.int64)
     has_place = m < 0

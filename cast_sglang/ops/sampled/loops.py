@@ -112,7 +112,7 @@ def accept_draws(
     ends = np.zeros((2, batch_size), np.int64)
     chances = np.full((batch_size, num_nodes), np.nan, np.float32)
     residual = np.empty((batch_size, target_probs.shape[2]), np.float32)
-    walk_draws(
+    _walk_draws(
         target_probs.numpy(),
         candidates.to(torch.int64).numpy(),
         next_token.numpy(),
@@ -138,7 +138,7 @@ def accept_draws(
     "void(f4[:, :, :], i8[:, :], i8[:, :], i8[:, :], i8[:, :], f4[:, :, :], i8[:, :, :], b1[:], "
     "f4[:, :], f4[:], i8[:, :], i8[:], i8[:], f4[:, :], f4[:, :])"
 )
-def walk_draws(
+def _walk_draws(
     target_probs: np.ndarray,
     candidates: np.ndarray,
     next_token: np.ndarray,

@@ -1,8 +1,9 @@
 """Drawn drafts keep the law of the target: all draws and all coins of a step, added up exactly.
 
-The step is that of the server: `draw_children` draws, `DraftTree` settles each layer, `Decider` and
-policy `auto` choose widths and rows, `build_tree` links, and `walk_draws` verifies, here as Python
-in float64. Draws are forced by their noise, coins by values outside of 0..1.
+The step is that of the server: `draw_children` draws, `Decider` and policy `auto` choose widths,
+`DraftTree` and the decider what is verified, `build_tree` links, and the walk of `accept_draws`
+verifies, here as Python in float64. Draws are forced by their noise, coins by values outside of
+0..1.
 """
 
 import copy
@@ -155,7 +156,7 @@ class Step:
             nodes = np.full((1, self.max_layers + 1), -1)
             ends, chances = np.zeros((2, 1), np.int64), np.full((1, size), np.nan)
             residual = np.empty((1, vocab))
-            loops.walk_draws.py_func(
+            loops._walk_draws.py_func(
                 target, candidates, next_token, next_sibling, proposers, proposals, tokens,
                 np.array([True]), coins, np.zeros(1), nodes, ends[0], ends[1], chances, residual,
             )  # fmt: skip
