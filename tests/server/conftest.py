@@ -17,6 +17,12 @@ NUM_PROMPTS = 50
 NUM_TOKENS = 48
 # Prompts of some hundred tokens are then prefilled in several chunks.
 COMMON_FLAGS = ("--max-total-tokens", "16384", "--chunked-prefill-size", "128")
+# What some requests need; the others are served as without.
+REQUEST_FLAGS = (
+    *("--enable-custom-logit-processor", "--constrained-json-disable-any-whitespace"),
+    # This one reasons only where the request says so.
+    *("--tool-call-parser", "qwen25", "--reasoning-parser", "deepseek-v3"),
+)
 
 ServerFactory = Callable[..., contextlib.AbstractContextManager[Server]]
 
@@ -44,12 +50,15 @@ def start_server(
     log_dir = tmp_path_factory.mktemp("servers")
 
     def start(
-        arm: str, *flags: str, name: str = "", profile: Path | str = made_up_profile, **env: str
+        arm: str,
+        *flags: str,
+        name: str = "",
+        profile: Path | str = made_up_profile,
+        kind: type[Server] = PreloadedServer,
+        **env: str,
     ) -> Server:
         chosen = parse_arm(arm, pair.draft, str(profile))
         dtype = () if "--dtype" in flags else ("--dtype", "float32")
-        # Where the environment changes what Python imports, the server imports it itself.
-        kind = Server if "PYTHONPATH" in env else PreloadedServer
         return kind(
             name or chosen.name,
             ["--model-path", pair.target, *chosen.flags, *COMMON_FLAGS, *dtype, *flags],
@@ -70,13 +79,14 @@ def start_server(
 
 @pytest.fixture(scope="session")
 def plain(start_server: ServerFactory) -> Iterator[Server]:
-    with start_server("plain") as server:
+    with start_server("plain", *REQUEST_FLAGS) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def cast(start_server: ServerFactory) -> Iterator[Server]:
-    with start_server("cast", "--enable-metrics", "--random-seed", "1") as server:
+    flags = (*REQUEST_FLAGS, "--enable-metrics", "--random-seed", "1")
+    with start_server("cast", *flags) as server:
         yield server
 
 

@@ -1,12 +1,11 @@
 """What a client of a CAST server sees, through the interfaces that clients use."""
 
-import json
-import re
+from itertools import pairwise
 
 import pytest
 from openai import OpenAI
 
-from tests.server.client import generate, in_parallel
+from tests.server.client import generate, in_parallel, stream
 from tests.server.conftest import NUM_TOKENS
 
 # The limit includes the start of servers, which a busy machine stretches.
@@ -33,12 +32,50 @@ def test_completions(client, plain_client, prompts):
     assert complete(client, prompts[0]) == complete(plain_client, prompts[0])
 
 
-def test_streamed_completions_add_up(client, prompts):
-    options = {"model": "default", "temperature": 0.0, "max_tokens": NUM_TOKENS}
-    chunks = list(client.completions.create(prompt=prompts[1], stream=True, **options))
-    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
-    assert len(chunks) > 3
-    assert text == complete(client, prompts[1])
+STREAMED = {
+    "usual": {},
+    "sampling nothing": {"max_tokens": 1},
+    "stop": {"stop": ["return", "import"]},
+    "two answers": {"n": 2},
+    "regex": {"extra_body": {"regex": r"[a-z ]{10,40}\n"}},
+    "penalty": {"frequency_penalty": 1.0},
+    "log probabilities": {"logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_completions_add_up(client, plain_client, prompts, name):
+    options = {"model": "default", "prompt": prompts[1], "temperature": 0.0}
+    options |= {"max_tokens": NUM_TOKENS, **STREAMED[name]}
+    texts, tokens, reasons = {}, {}, {}
+    for chunk in client.completions.create(stream=True, **options):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            found = choice.logprobs.tokens if choice.logprobs else []
+            tokens[choice.index] = tokens.get(choice.index, []) + found
+            reasons[choice.index] = choice.finish_reason
+    for asked in (client, plain_client):
+        choices = asked.completions.create(**options).choices
+        assert texts == {choice.index: choice.text for choice in choices}
+        assert reasons == {choice.index: choice.finish_reason for choice in choices}
+        if "logprobs" in options:
+            assert tokens == {choice.index: choice.logprobs.tokens for choice in choices}
+
+
+@pytest.mark.parametrize("interval", [None, 1, 7])
+def test_chunks_of_a_stream_grow_to_the_answer(plain, cast, prompts, interval):
+    """Several at once, each of them through SGLang's native interface."""
+    fields = {"max_new_tokens": NUM_TOKENS, "stream_interval": interval}
+    expected = generate(plain, prompts[:6], **fields)
+    streams = in_parallel(lambda prompt: stream(cast, prompt, **fields), prompts[:6], workers=6)
+    for chunks, answer in zip(streams, expected, strict=True):
+        assert len(chunks) > 3
+        for earlier, later in pairwise(chunks):
+            assert later["text"].startswith(earlier["text"])
+            assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
+        assert chunks[-1]["text"] == answer["text"]
+        assert chunks[-1]["output_ids"] == answer["output_ids"]
+        assert chunks[-1]["meta_info"]["finish_reason"] == answer["meta_info"]["finish_reason"]
 
 
 def test_chat(client, plain_client):
@@ -106,33 +143,3 @@ def test_short_answers(cast, prompts, expected_ids, length):
     assert [answer["output_ids"] for answer in answers] == [
         ids[:length] for ids in expected_ids[:4]
     ]
-
-
-def test_log_probabilities_are_those_of_plain_decoding(plain, cast, prompts):
-    values = []
-    for server in (plain, cast):
-        answer = generate(server, prompts[4], max_new_tokens=24, return_logprob=True)
-        rows = answer["meta_info"]["output_token_logprobs"]
-        assert [token for _, token, *_ in rows] == answer["output_ids"]
-        values.append([logprob for logprob, *_ in rows])
-    assert values[1] == pytest.approx(values[0], abs=1e-3)
-
-
-def test_a_grammar_constrains_the_answer(cast, prompts):
-    answer = generate(cast, prompts[5], regex=r"[a-c]{12}", ignore_eos=False, max_new_tokens=32)
-    assert re.fullmatch(r"[a-c]{12}", answer["text"])
-
-
-def test_a_json_schema_constrains_the_answer(cast, plain, prompts):
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]}
-    answers = [
-        generate(
-            server,
-            prompts[6],
-            json_schema=json.dumps(schema),
-            ignore_eos=False,
-            max_new_tokens=48,
-        )
-        for server in (plain, cast)
-    ]
-    assert answers[1]["output_ids"] == answers[0]["output_ids"]

@@ -13,12 +13,13 @@ from cast_sglang.trace.file import read_trace
 from cast_sglang.trace.records import Trace, unpacked
 from cast_sglang.trace.replay import Replay, make_policy
 from tests.server.client import generate, in_parallel
+from tests.support.altered_servers import GraphSizesServer
+from tests.support.preloaded import PreloadedServer
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 NUM_TOKENS = 40
-FORCED_GRAPHS = Path(__file__).resolve().parents[1] / "support" / "forced_graphs"
 
 
 def record(server: Server, prompts: list[str], path: Path) -> Trace:
@@ -74,8 +75,8 @@ def test_replay_makes_the_choices_of_the_server(
     start_server, prompts, made_up_profile, tmp_path, arm, has_graphs
 ):
     path = tmp_path / "t.jsonl"
-    env = {"PYTHONPATH": str(FORCED_GRAPHS)} if has_graphs else {}
-    with start_server(arm, "--cast-trace", str(path), name="decided", **env) as server:
+    kind = GraphSizesServer if has_graphs else PreloadedServer
+    with start_server(arm, "--cast-trace", str(path), name="decided", kind=kind) as server:
         for batch in (1, 3, 1, 4, 2, 6):
             generate(server, prompts[:batch], max_new_tokens=2 * NUM_TOKENS)
             prompts = prompts[batch:]

@@ -60,14 +60,19 @@ class ForkedProcess:
         return self._process.exitcode
 
 
+Program = Callable[[Sequence[str]], object]
+
+
 class PreloadedServer(Server):
     """A Server forked from a process that has imported SGLang."""
 
+    @staticmethod
+    def program(argv: Sequence[str]) -> None:
+        """Run this command of `sglang`; another kind of server may change something before."""
+        serve(argv)
+
     def _start_process(self, command: Sequence[str], log: IO[bytes]) -> ForkedProcess:
-        return start(serve, command, self._env, log.name)
-
-
-Program = Callable[[Sequence[str]], object]
+        return start(self.program, command, self._env, log.name)
 
 
 def start(
@@ -104,10 +109,14 @@ def serve(argv: Sequence[str]) -> None:
     from sglang.cli.main import main
 
     sys.argv = list(argv)
-    # SGLang asks for "spawn", whose processes import everything again.
+    fork_all()
+    main()
+
+
+def fork_all() -> None:
+    """Let SGLang fork its processes; it asks for "spawn", whose processes import all again."""
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force=False: None  # type: ignore[assignment]
-    main()
 
 
 def _run(program: Program, argv: Sequence[str], env: Mapping[str, str], log_path: str) -> None:
