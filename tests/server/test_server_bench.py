@@ -4,13 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 from benchmarks import bench_serving
-from benchmarks.harness import servers
+from benchmarks.harness import pairs, servers
 from benchmarks.harness.pairs import ROOT
-from tests.support.preloaded import PreloadedServer
+from tests.support.launches import examine, profile
+from tests.support.preloaded import PreloadedServer, run
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
@@ -22,10 +24,26 @@ def test_it_runs_as_a_script(tmp_path):
     assert done.returncode == 0 and "--smoke" in done.stdout, done.stderr
 
 
-def test_smoke(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def preloaded(monkeypatch, tmp_path) -> None:
+    """Let the benchmark fork its servers, and the commands that find or measure a profile."""
+
+    def run_command(command: Sequence[str], env: dict[str, str], ok: Sequence[int] = (0,)) -> str:
+        name, *flags = command[1:]
+        program = {"doctor": examine, "profile": profile}[name]
+        if program is examine:
+            flags.remove("--json")  # which it adds
+        code, output = run(program, flags, env, tmp_path / f"{name}.log")
+        assert code in ok, output
+        return output
+
     monkeypatch.setattr(servers, "Server", PreloadedServer)
+    monkeypatch.setattr(pairs, "_run", run_command)
     # A run of tests has a handler of its own.
     monkeypatch.setattr(bench_serving, "exit_on_sigterm", lambda: None)
+
+
+def test_smoke(preloaded, tmp_path, capsys):
     argv = ["--smoke", "--out", str(tmp_path), "--temperatures", "0,1"]
     code = bench_serving.main([*argv, "--tasks", "code,best-of-2", "--requests", "2"])
     out, err = capsys.readouterr()
@@ -59,12 +77,12 @@ def test_smoke(tmp_path, monkeypatch, capsys):
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
-def test_cold_smoke(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.bench_serving", "--smoke", "--out", str(tmp_path)]
-    command += ["--batches", "2", "--requests", "2", "--tokens", "32", "--cold", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 of 2 servers are up") == 2
+def test_cold_smoke(preloaded, tmp_path, capsys):
+    argv = ["--smoke", "--out", str(tmp_path), "--batches", "2", "--requests", "2"]
+    code = bench_serving.main([*argv, "--tokens", "32", "--cold", "1"])
+    err = capsys.readouterr().err
+    assert code == 0, err
+    assert err.count("2 of 2 servers are up") == 2
     content = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["arm"], row["phase"]): row for row in content["rows"]}
     assert set(rows) == {

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 # Far below what chance produces in the life of this suite, far above what a bias produces.
 ALPHA = 1e-6
 NUM_SAMPLES = 2400
-SAMPLES_PER_REQUEST = 24
+SAMPLES_PER_REQUEST = 240
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -14,7 +14,6 @@ TOOL = {
     "function": {
         "name": "find",
         "description": "Find a function.",
-        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {
@@ -54,15 +53,15 @@ def chat(client: OpenAI, **options: Any) -> dict[str, Any]:
     choice = client.chat.completions.create(**{**OPTIONS, **options}).choices[0]
     message = choice.message
     return {
-        "content": message.content or "",
-        "reasoning": getattr(message, "reasoning_content", None) or "",
+        "content": (message.content or "").strip(),
+        "reasoning": (getattr(message, "reasoning_content", None) or "").strip(),
         "calls": [(c.function.name, c.function.arguments) for c in message.tool_calls or []],
         "reason": choice.finish_reason,
     }
 
 
 def streamed_chat(client: OpenAI, **options: Any) -> dict[str, Any]:
-    """Put together what a streamed chat answers, as `chat`."""
+    """Put together what a streamed chat answers, as `chat`, which drops space at the ends."""
     found: dict[str, Any] = {"content": "", "reasoning": "", "reason": None}
     calls: dict[int, list[str]] = {}
     for chunk in client.chat.completions.create(**{**OPTIONS, **options}, stream=True):
@@ -74,18 +73,21 @@ def streamed_chat(client: OpenAI, **options: Any) -> dict[str, Any]:
                 pieces[0] += call.function.name or ""
                 pieces[1] += call.function.arguments or ""
             found["reason"] = choice.finish_reason or found["reason"]
+    found |= {key: found[key].strip() for key in ("content", "reasoning")}
     return {**found, "calls": [tuple(calls[index]) for index in sorted(calls)]}
 
 
 def finds_what_was_asked_for(name: str, found: dict[str, Any]) -> bool:
     """Return whether the parsers found in an answer what its grammar made the model write."""
-    calls = [(tool, json.loads(arguments).keys()) for tool, arguments in found["calls"]]
+    calls = [(tool, json.loads(arguments)) for tool, arguments in found["calls"]]
+    depths = [list(arguments) for _, arguments in calls]
     return {
-        "tool required": calls == [("find", {"name", "depth"})],
-        "tool by itself": calls == [("find", {"depth"})] and found["reason"] == "tool_calls",
+        # Of the arguments SGLang asks for no more than JSON.
+        "tool required": [tool for tool, _ in calls] == ["find"],
+        "tool by itself": depths == [["depth"]] and found["reason"] == "tool_calls",
         "tool not used": not calls and bool(found["content"]),
         "reasoning": bool(found["reasoning"] and found["content"]) and not calls,
-        "reasoning and tool": bool(found["reasoning"]) and calls == [("find", {"depth"})],
+        "reasoning and tool": bool(found["reasoning"]) and depths == [["depth"]],
         "reasoning without end": bool(found["reasoning"]) and not found["content"],
     }[name]
 

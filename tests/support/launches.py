@@ -5,6 +5,8 @@ Each is a program for `tests.support.preloaded`, as importing SGLang takes most 
 
 from collections.abc import Sequence
 
+from tests.support.preloaded import fork_all
+
 
 def resolve(argv: Sequence[str]) -> None:
     """Parse and resolve the server arguments, as `sglang serve` does."""
@@ -20,3 +22,11 @@ def examine(argv: Sequence[str]) -> int:
     from cast_sglang.cli import main
 
     return main(["doctor", "--json", *argv])
+
+
+def profile(argv: Sequence[str]) -> int:
+    """Run `cast-sglang profile` with these flags."""
+    from cast_sglang.cli import main
+
+    fork_all()
+    return main(["profile", *argv])
