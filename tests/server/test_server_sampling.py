@@ -16,17 +16,15 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 ALPHA = 1e-6
 NUM_SAMPLES = 720
 SAMPLES_PER_REQUEST = 240
-NUM_TOKENS = 64
+NUM_TOKENS = 48
 PROCESSOR = DisallowedTokensLogitsProcessor.to_str()
 
 # Greedy requests, whose answers are equal token for token.
 GREEDY = {
-    "frequency_penalty": {"frequency_penalty": 1.0},
-    "presence_penalty": {"presence_penalty": 1.5},
     "repetition_penalty": {"repetition_penalty": 1.3},
     # Not with repetition_penalty: SGLang applies it before or after these, as a process happens to
     # order its classes.
-    "two penalties": {"frequency_penalty": 0.4, "presence_penalty": 0.6},
+    "frequency_penalty, presence_penalty": {"frequency_penalty": 0.4, "presence_penalty": 0.6},
     "logit_bias": {"logit_bias": {"65": -100.0, "221": 3.0}},
     "stop": {"stop": ["return"], "ignore_eos": False},
     "stop_token_ids": {"stop_token_ids": [201, 221], "ignore_eos": False},
@@ -40,12 +38,11 @@ GREEDY = {
     "min_p and top_k": {"min_p": 0.5, "top_k": 3},
     "no_stop_trim": {"stop": ["return"], "no_stop_trim": True, "ignore_eos": False},
     # The bias puts special tokens, which a text has only where they are asked for, among others.
-    "special tokens": {"logit_bias": {"2": 9.0}, "skip_special_tokens": False},
-    "spaces between special tokens": {
-        **{"logit_bias": {"2": 9.0}, "skip_special_tokens": False},
+    "special tokens": {
+        **{"logit_bias": {"2": 12.0}, "skip_special_tokens": False},
         "spaces_between_special_tokens": False,
     },
-    "no special tokens": {"logit_bias": {"2": 9.0}},
+    "no special tokens": {"logit_bias": {"2": 12.0}},
     "n": {"n": 2},
 }
 # Requests that sample, whose laws are equal. That of top_k alone is in test_server_lossless.py.
@@ -66,6 +63,15 @@ def test_a_greedy_answer_is_that_of_plain_decoding(plain, cast, prompts, name):
     assert answers_of(cast, prompts[:6], NUM_TOKENS, **GREEDY[name]) == expected
     first = len(expected) // 6
     assert answers_of(cast, prompts[:1], NUM_TOKENS, **GREEDY[name]) == expected[:first]
+
+
+def test_special_tokens_are_in_a_text_where_they_are_asked_for(cast, prompts):
+    [shown], [hidden] = (
+        answers_of(cast, prompts[:1], NUM_TOKENS, **GREEDY[name])
+        for name in ("special tokens", "no special tokens")
+    )
+    assert shown[0] == hidden[0]
+    assert "<|assistant|>" in shown[1] and "<|assistant|>" not in hidden[1]
 
 
 def test_requests_of_one_batch_keep_their_own_parameters(plain, cast, prompts):
