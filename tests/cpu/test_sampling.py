@@ -128,6 +128,67 @@ def test_emitted_tokens_are_samples_of_the_target():
     assert chisquare(second, expected).pvalue > 1e-3
 
 
+EDGE = 1e-12
+
+
+def outcome(probs, coins, final_coin):
+    """Return the accepted nodes and the token behind them, of the code in float64."""
+    path, predicts = np.full((1, DEPTH), -1, np.int32), np.zeros(NUM_NODES, np.int32)
+    sampling._sample_paths.py_func(
+        np.array([TOKENS]), np.arange(NUM_NODES)[None], np.array([NEXT_TOKEN]),
+        np.array([NEXT_SIBLING]), np.array([coins]), np.array([final_coin]), probs[None], 1.0, 1.0,
+        np.zeros((1, NUM_NODES, VOCAB)), predicts, path, np.zeros(1, np.int32),
+    )  # fmt: skip
+    nodes = path[0][path[0] >= 0].tolist()
+    return tuple(nodes), int(predicts[nodes[-1]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_its_law_is_the_target_s_up_to_rounding(seed, monkeypatch):
+    """Every outcome has coins for just what the target gives it, so its law is exact.
+
+    The outcome changes with a coin at these edges only: both ends of each stretch give the same.
+    """
+    monkeypatch.setattr(sampling, "_draw", sampling._draw.py_func)
+    generator = np.random.default_rng(seed)
+    probs = generator.dirichlet(np.full(VOCAB, 0.5), size=NUM_NODES)
+    children = {n: [c for c, parent in enumerate(PARENT) if parent == n] for n in range(NUM_NODES)}
+
+    def ends(path):
+        """Check what may follow a path of accepted nodes, with coins that lead there."""
+        last = path[-1]
+        accepted = np.cumsum([0.0, *(probs[last, TOKENS[child]] for child in children[last])])
+        for child, low, high in zip(children[last], accepted, accepted[1:], strict=False):
+            # Longer paths check the rest.
+            for coin in (low + EDGE, high - EDGE):
+                coins = coins_of(path) | {last: coin}
+                found, _ = outcome(probs, [coins.get(n, 1 - EDGE) for n in range(NUM_NODES)], 0.5)
+                assert found[: len(path) + 1] == (*path, child)
+            ends((*path, child))
+        if accepted[-1] > 1 - 2 * EDGE:
+            return
+        left = probs[last].copy()
+        left[[TOKENS[child] for child in children[last]]] = 0.0
+        steps = np.cumsum([0.0, *left]) / left.sum()
+        coins = coins_of(path)
+        for token in np.flatnonzero(np.diff(steps) > 1e-9):
+            for final_coin in (steps[token] + EDGE, steps[token + 1] - EDGE):
+                for coin in (accepted[-1] + EDGE, 1 - EDGE):
+                    ours = [(coins | {last: coin}).get(n, 1 - EDGE) for n in range(NUM_NODES)]
+                    assert outcome(probs, ours, final_coin) == (path, token)
+
+    def coins_of(path):
+        """Return coins that accept this path."""
+        coins = {}
+        for node, child in zip(path, path[1:], strict=False):
+            place = children[node].index(child)
+            before = sum(probs[node, TOKENS[c]] for c in children[node][:place])
+            coins[node] = before + probs[node, TOKENS[child]] / 2
+        return coins
+
+    ends((0,))
+
+
 def test_greedy_rows_emit_the_argmax():
     probs = sampling.top_k_renorm(random_probs(3), torch.ones(NUM_NODES, dtype=torch.int32))
     coins = torch.rand(50, NUM_NODES)
