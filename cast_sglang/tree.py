@@ -147,6 +147,11 @@ class DraftTree:
         return torch.where(self._is_drawn, by_node.view(scores.shape), scores)
 
     @property
+    def is_drawn(self) -> torch.Tensor | None:
+        """[B] bool, requests whose children are drawn at random; None where none are."""
+        return None if self._is_drawn is None else self._is_drawn.squeeze(1)
+
+    @property
     def num_layers(self) -> int:
         """Layers grown so far; layer 1 holds the root's children."""
         return len(self._tokens)

@@ -286,6 +286,8 @@ class TraceRecorder:
         expanded = by_request(layers) if layers else np.empty((batch_size, 0), dtype=np.int64)
         index = drafted.selection.top_scores_index.numpy(force=True)
         rows = index.shape[1] + 1
+        drawn = drafted.tree.is_drawn
+        is_drawn = [False] * batch_size if drawn is None else drawn.tolist()
         requests, continuations = [], {}
         for b, number in enumerate(numbers):
             # Row 0 is the root, and candidate M stands for none.
@@ -302,6 +304,7 @@ class TraceRecorder:
                     target_probs=packed(outcome.target_probs[b][is_verified], "float32"),
                     accepted=[int(index[b, row - 1]) for row in accepted_rows if row > 0],
                     weight=weights[b],
+                    is_drawn=is_drawn[b],
                     tokens=packed(tokens[b], "int32") if self._has_tokens else b"",
                 )
             )

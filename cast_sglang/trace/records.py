@@ -103,6 +103,7 @@ class TracedRequest(_Record, frozen=True, kw_only=True):
     follows: list[int] = []  # candidates that the text went through; begins with `accepted`
     is_open: bool = False  # the request ended inside the tree, so `follows` may be incomplete
     weight: float = 1.0  # worth of one of its tokens to the policy
+    is_drawn: bool = False  # its drafts were drawn at random
     tokens: bytes = b""  # [M] int32
 
 

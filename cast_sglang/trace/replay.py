@@ -9,6 +9,9 @@ recorded candidates is known. Two things are not known, and replay assumes them:
 - Such children, and candidates after the recorded end of a text, are accepted with their calibrated
   chance.
 
+Of requests whose drafts were drawn at random, a tree of other nodes would have made the target draw
+other tokens; replay takes the recorded text for it too.
+
 `ReplayedStep.assumed_accepted` is the part of the accepted drafts that rests on these assumptions.
 """
 
@@ -186,6 +189,10 @@ class Replay:
         costs = corrected if self._decides_by_corrected else raw
         policy, batch_size = self._policy, step.batch_size
         weights = np.array([request.weight for request in step.requests])
+        is_drawn: np.ndarray | None = None
+        # Another policy would have had the draft's likeliest tokens; it takes the draws as such.
+        if isinstance(policy, AutoPolicy) and any(request.is_drawn for request in step.requests):
+            is_drawn = np.array([request.is_drawn for request in step.requests])
         facts = StepFacts(
             batch_size=batch_size,
             costs=costs,
@@ -193,6 +200,7 @@ class Replay:
             missing_rows=max(self._missing.get(request.request, 0) for request in step.requests),
             max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
+            is_drawn=is_drawn,
         )
         plan = self._decider.begin_step(facts)
         price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan
@@ -202,11 +210,15 @@ class Replay:
             return ReplayedStep(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
-        grown = self._grow(step, weights)
+        grown = self._grow(step, weights, is_drawn)
         num_layers = self._decider.depth(grown.tree.num_layers)
         widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]
         ranked = grown.tree.ranked(facts.max_rows - 1, num_layers)
-        rows = self._decider.rows(ranked.scores)
+        settled = None
+        if is_drawn is not None:
+            settled = grown.tree.ranked_settled(facts.max_rows - 1, *self._decider.settlement())
+        rows = self._decider.rows(ranked.scores, None if settled is None else settled.scores)
+        ranked = ranked if settled is None else settled
         num_rows = rows.num_rows
         if num_rows is None:
             num_rows = np.full(batch_size, rows.num_draft_tokens)
@@ -263,7 +275,9 @@ class Replay:
             before = 0 if plan.catch_up else self._missing.get(request.request, 0)
             self._missing[request.request] = min(before + 1, self._header.num_draft_tokens)
 
-    def _grow(self, step: TracedStep, weights: np.ndarray) -> ReplayedTree:
+    def _grow(
+        self, step: TracedStep, weights: np.ndarray, is_drawn: np.ndarray | None
+    ) -> ReplayedTree:
         recorded = RecordedTrees(step, self._header.topk)
         if not step.is_plain:
             self._drawn_from = recorded
@@ -274,7 +288,8 @@ class Replay:
         nodes, scored, chances = self._children(recorded, first, depth=1)
         probs = torch.from_numpy(scored).view(batch_size, -1)
         tokens = torch.from_numpy(nodes).view(batch_size, -1)
-        tree = DraftTree(tokens, probs, header.num_steps, loops)
+        drawn = None if is_drawn is None else torch.from_numpy(is_drawn)
+        tree = DraftTree(tokens, probs, header.num_steps, loops, is_drawn=drawn)
         grown.add(nodes, chances, np.ones((batch_size, 1)))
         while (width := decider.width(tree.frontier().scores)) is not None:
             frontier = tree.frontier()

@@ -121,6 +121,29 @@ class Draws:
         self._tokens.append(tokens.view(batch_size, -1, probs.shape[1]))
         return drawn.probs, drawn.tokens
 
+    def compile_ops(self, num_tokens: int) -> None:
+        """Run the ops once at the shapes they are compiled for; `num_tokens` is M."""
+        device = self._device
+        one = torch.ones(1, device=device)
+        cuts = DrawCuts(one, one.to(torch.int32), one, one, one.bool())
+        probs = torch.full((1, num_tokens), 1.0 / num_tokens, device=device)
+        tokens = torch.arange(num_tokens, device=device).unsqueeze(0)
+        drawn = self._ops.draw_children(probs, tokens, cuts, probs, self._topk)
+        nodes = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        self._ops.accept_draws(
+            probs.expand(1, 2, -1).contiguous(),
+            nodes,
+            nodes - 1,
+            nodes - 1,
+            nodes,
+            drawn.proposals.unsqueeze(0),
+            tokens.unsqueeze(0),
+            cuts.is_drawn,
+            probs[:, :2].contiguous(),
+            one / 2,
+            2,
+        )
+
     def drawn(self, selection: Selection) -> Drawn | None:
         """Return what verify needs to know of the step's draws; None where there are none."""
         if self._cuts is None:

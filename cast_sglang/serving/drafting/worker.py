@@ -150,6 +150,7 @@ class CastDraftWorker(EagleDraftWorker):
         compile_ops(
             self.model,
             self.tools.calibration,
+            self.tools.draws,
             max_layers=self.speculative_num_steps,
             max_rows=self.max_draft_tokens,
             verify_sizes=self.tools.verify_sizes,
@@ -188,9 +189,8 @@ class CastDraftWorker(EagleDraftWorker):
         else:
             read = tools.reads.start(ranked.scores).wait()
         num_draft_tokens, num_rows = decider.rows(*read)
-        selection = tree.select(
-            ranked, num_draft_tokens, None if num_rows is None else torch.from_numpy(num_rows)
-        )
+        rows = None if num_rows is None else torch.from_numpy(num_rows).to(self.device)
+        selection = tree.select(ranked, num_draft_tokens, rows)
         wants_drafts = None
         if tools.weights is not None:
             wants_drafts = torch.from_numpy(tools.weights > 0.0).to(self.device)

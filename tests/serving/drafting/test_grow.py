@@ -74,4 +74,6 @@ def test_tokens_are_the_targets():
 
 def test_ops_can_be_compiled_before_the_first_request():
     sizes = (2, 5, 12)
-    compile_ops(FakeModel(), Calibration(), max_layers=STEPS, max_rows=12, verify_sizes=sizes)
+    model, draws = FakeModel(), Draws("cpu", seed=0, topk=TOPK)
+    model.num_proposed = TOPK + 2
+    compile_ops(model, Calibration(), draws, max_layers=STEPS, max_rows=12, verify_sizes=sizes)
