@@ -231,8 +231,8 @@ class DraftTree:
         scores = torch.cat(self._scores[:num_layers], dim=1)
         return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
 
-    def ranked_settled(self, num_nodes: int, least_score: float, max_nodes: int) -> RankedNodes:
-        """Rank the candidates as `ranked`, those that drawn requests may not verify with score 0.
+    def settled_scores(self, least_score: float, max_nodes: int) -> torch.Tensor:
+        """Return [B, M] float32, the scores, 0 for candidates that drawn requests may not verify.
 
         They may verify those of `least_score` or more, the first `max_nodes` of them in the order
         of proposal. Both numbers must come from before the step. So whether a draw is verified
@@ -240,11 +240,18 @@ class DraftTree:
         rank, a node might have to go because of what was found below another one.
         """
         scores = self.scores
-        may_stay = scores >= least_score
-        may_stay &= (may_stay.cumsum(1) <= max_nodes) & (scores > 0.0)
-        if self._is_drawn is not None:
-            scores = scores.masked_fill(self._is_drawn & ~may_stay, 0.0)
-        return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
+        if self._is_drawn is None:
+            return scores
+        may_stay = (scores >= least_score) & (scores > 0.0)
+        may_stay &= may_stay.cumsum(1) <= max_nodes
+        return scores.masked_fill(self._is_drawn & ~may_stay, 0.0)
+
+    def ranked_settled(self, settled_scores: torch.Tensor, num_nodes: int) -> RankedNodes:
+        """Rank the candidates as `ranked`; those that a drawn request may not verify come last.
+
+        They come in the order of proposal there, so that any first k nodes are a tree still.
+        """
+        return self._ops.rank_nodes(settled_scores, min(num_nodes, settled_scores.shape[1]))
 
     def select(
         self, ranked: RankedNodes, num_draft_tokens: int, num_rows: torch.Tensor | None = None

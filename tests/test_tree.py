@@ -141,7 +141,8 @@ def test_what_hangs_below_a_draw_does_not_decide_about_it(
         generator.manual_seed(seed + num_equal_layers)  # other children from here on
         for width in widths[num_equal_layers:]:
             tree.grow(tree.frontier(), width, *children(generator, batch * width, topk))
-        ranked = tree.ranked_settled(tree.num_candidates, least_score, max_nodes)
+        scores = tree.settled_scores(least_score, max_nodes)
+        ranked = tree.ranked_settled(scores, tree.num_candidates)
         return tree, [
             set(nodes[scores > 0.0].tolist())
             for nodes, scores in zip(ranked.node_index, ranked.scores, strict=True)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.config import MAX_VERIFY_ROWS
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
@@ -59,6 +60,7 @@ class _Bucket:
     is_plain: bool = False
     # Logarithm of the score of the last node worth its time, mean of the last steps.
     log_cut: float | None = None
+    num_rows: int = MAX_VERIFY_ROWS  # of the request that had most in the last step
     turns: Turns = field(default_factory=Turns)
 
     @property
@@ -107,6 +109,7 @@ class AutoPolicy(TreePolicy):
     """
 
     takes_turns = True  # with other trees
+    settles = True
 
     def __init__(
         self, verify_sizes: tuple[int, ...], max_layers: int, extends_by_accepted: bool = False
@@ -233,24 +236,29 @@ class AutoPolicy(TreePolicy):
         self._close_step()
         return 1 + np.bincount(chosen // worth.shape[1], minlength=batch_size)
 
-    def cut(self, batch_size: int, costs: Costs | None) -> float:
-        """Return the score of the last node that was worth its time, mean of the last steps.
+    def settlement(self, batch_size: int, costs: Costs | None) -> tuple[float, int]:
+        """Return the least score and, root included, the most nodes that drawn requests verify.
 
-        At first it is the price of a row, in the mean over all rows.
+        The score is that of the last node that was worth its time, mean of the last steps; at first
+        the price of a row, in the mean over all rows. The nodes are as many as in the last step, or
+        in the tree whose turn it is.
         """
         bucket = self._bucket(batch_size)
+        num_rows = bucket.num_rows if self._turn is None else self._turn.num_draft_tokens
         if bucket.log_cut is not None:
-            return math.exp(bucket.log_cut)
+            return math.exp(bucket.log_cut), num_rows
         verify = self._read(costs).costs.verify
         row = float(verify[-1] - verify[0]) / max(1, len(verify) - 1)
-        return max(LEAST_CUT, bucket.price * row)
+        return max(LEAST_CUT, bucket.price * row), num_rows
 
-    def learn_cut(self, batch_size: int, score: float) -> None:
-        """Note the score of the last node that was worth its time in this step."""
-        bucket, log_cut = self._bucket(batch_size), math.log(score)
-        if self._turn is None:
+    def learn_settlement(self, batch_size: int, score: float, num_rows: int) -> None:
+        """Note the score of the last node that was worth its time in this step, and the rows."""
+        bucket = self._bucket(batch_size)
+        if self._turn is None and score >= LEAST_CUT:
+            log_cut = math.log(score)
             before = log_cut if bucket.log_cut is None else bucket.log_cut
             bucket.log_cut = KEEP * before + (1.0 - KEEP) * log_cut
+            bucket.num_rows = num_rows
 
     def _worth(self, scores: torch.Tensor, view: _View) -> np.ndarray:
         """Return [B, n] float32, what nodes of these scores are worth, in tokens.

@@ -45,15 +45,18 @@ class TreePolicy(ABC):
     draft pass, `expanded`; then `depth`, `share_out` or `rerank`, and `observe`.
     """
 
-    def cut(self, batch_size: int, costs: Costs | None) -> float:
-        """Return the score that a drawn node must have to be verified, by earlier steps alone.
+    # Whether drafts may be drawn at random, for which it needs `settlement`.
+    settles = False
 
-        Policies without one cannot have drawn drafts.
+    def settlement(self, batch_size: int, costs: Costs | None) -> tuple[float, int]:
+        """Return the least score and, root included, the most nodes that drawn requests verify.
+
+        Both by earlier steps alone.
         """
         raise NotImplementedError
 
-    def learn_cut(self, batch_size: int, score: float) -> None:
-        """Note the score of the last node that was worth its time in this step."""
+    def learn_settlement(self, batch_size: int, score: float, num_rows: int) -> None:
+        """Note the score of the last node that was worth its time in this step, and the rows."""
         return
 
     def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:

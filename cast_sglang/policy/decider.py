@@ -97,8 +97,7 @@ class Decider:
         self._is_ragged, self._shares_out = is_ragged, shares_out
         self._facts: StepFacts | None = None
         self._num_layers = 0  # of the tree that grows
-        self._cut = 0.0  # of drawn requests in this step
-        self._last_size: dict[int, int] = {}  # N of the last step, by octave of batch sizes
+        self._cut, self._most_rows = 0.0, 0  # of drawn requests in this step
 
     def begin_step(self, facts: StepFacts) -> Plan:
         """Decide whether to draft, and whether the draft is brought up to date first.
@@ -120,7 +119,7 @@ class Decider:
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0
         if drafts and facts.is_drawn is not None:
-            self._cut = policy.cut(batch_size, costs)
+            self._cut, self._most_rows = policy.settlement(batch_size, costs)
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
 
@@ -130,12 +129,8 @@ class Decider:
         Both come from earlier steps. Where all requests have equally many rows, one whose draft is
         sure of itself may not make the others' rows more.
         """
-        facts = self._step()
-        most = facts.max_rows - 1
-        if not self._is_ragged:
-            last = self._last_size.get((facts.batch_size - 1).bit_length(), facts.max_rows)
-            most = min(most, max(1, last - 1))
-        return self._cut, most
+        most = self._step().max_rows
+        return self._cut, max(2, most if self._is_ragged else min(most, self._most_rows)) - 1
 
     def width(self, scores: torch.Tensor) -> int | None:
         """Return how many of the newest layer's best nodes are expanded; None for no more layer.
@@ -214,11 +209,11 @@ class Decider:
         facts = self._step()
         assert facts.is_drawn is not None
         chosen = np.full(len(scores), size) if num_rows is None else num_rows
-        self._last_size[(facts.batch_size - 1).bit_length()] = int(chosen.max())
         places = np.maximum(chosen - 2, 0)
         last = scores.numpy()[np.arange(len(chosen)), places][facts.is_drawn & (chosen > 1)]
         if len(last):
-            self.policy.learn_cut(facts.batch_size, _geometric_mean(last))
+            rows = int(chosen.max())
+            self.policy.learn_settlement(facts.batch_size, _geometric_mean(last), rows)
         return np.where(facts.is_drawn, 1 + (settled.numpy() > 0.0).sum(1), chosen)
 
     def end_step(self, batch_size: int, accepted_mean: float, time_units: float) -> None:

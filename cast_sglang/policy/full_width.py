@@ -74,6 +74,7 @@ class FullWidthPolicy(AutoPolicy):
     """
 
     takes_turns = False
+    settles = False
     _layer_scores: list[torch.Tensor]  # [B, M_d] of each layer grown in this step
     _choice: Choice
 

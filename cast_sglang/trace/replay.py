@@ -191,7 +191,8 @@ class Replay:
         weights = np.array([request.weight for request in step.requests])
         is_drawn: np.ndarray | None = None
         # Another policy would have had the draft's likeliest tokens; it takes the draws as such.
-        if isinstance(policy, AutoPolicy) and any(request.is_drawn for request in step.requests):
+        draws = any(request.is_drawn for request in step.requests)
+        if draws and isinstance(policy, AutoPolicy) and policy.settles:
             is_drawn = np.array([request.is_drawn for request in step.requests])
         facts = StepFacts(
             batch_size=batch_size,
@@ -216,7 +217,8 @@ class Replay:
         ranked = grown.tree.ranked(facts.max_rows - 1, num_layers)
         settled = None
         if is_drawn is not None:
-            settled = grown.tree.ranked_settled(facts.max_rows - 1, *self._decider.settlement())
+            settled_scores = grown.tree.settled_scores(*self._decider.settlement())
+            settled = grown.tree.ranked_settled(settled_scores, facts.max_rows - 1)
         rows = self._decider.rows(ranked.scores, None if settled is None else settled.scores)
         ranked = ranked if settled is None else settled
         num_rows = rows.num_rows
@@ -224,6 +226,8 @@ class Replay:
             num_rows = np.full(batch_size, rows.num_draft_tokens)
         nodes = ranked.node_index.numpy()
         is_verified = np.arange(nodes.shape[1]) < num_rows[:, None] - 1
+        if not self._header.is_ragged:  # rows that a drawn request has no node for run empty
+            num_rows = np.full(batch_size, rows.num_draft_tokens)
         reach = np.take_along_axis(np.concatenate(grown.reach, axis=1), nodes, axis=1) * is_verified
         is_known = np.take_along_axis(np.concatenate(grown.is_known, axis=1), nodes, axis=1)
         accepted = reach.sum(axis=1)

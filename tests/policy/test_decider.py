@@ -42,11 +42,11 @@ class Scripted(TreePolicy):
     def rerank(self, scores, costs):
         return self.size
 
-    def cut(self, batch_size, costs):
-        return 0.35
+    def settlement(self, batch_size, costs):
+        return 0.35, 7
 
-    def learn_cut(self, batch_size, score):
-        self.asked.append(("learn_cut", batch_size, round(score, 3)))
+    def learn_settlement(self, batch_size, score, num_rows):
+        self.asked.append(("learn", batch_size, round(score, 3), num_rows))
 
     def observe(self, batch_size, accepted_mean, time_units):
         self.asked.append(("observe", batch_size, accepted_mean, time_units))
@@ -176,7 +176,7 @@ def test_a_drawn_request_verifies_what_earlier_steps_settled():
     size, rows = made.rows(scores(10), settled(0.35))
     assert size == 8 and rows.tolist() == [8, 6]
     # The fifth of ten scores from 1.0 to 0.1, the last one of six rows; for the next step.
-    assert policy.asked[-1] == ("learn_cut", 2, 0.6)
+    assert policy.asked[-1] == ("learn", 2, 0.6, 6)
     # Nothing reaches the limit: the root alone, in a tree of the least size.
     size, rows = made.rows(scores(10), settled(1.5))
     assert size == 6 and rows.tolist() == [1, 6]
@@ -188,10 +188,9 @@ def test_a_drawn_request_verifies_what_earlier_steps_settled():
 def test_where_all_have_equal_rows_a_drawn_request_stays_within_those_of_the_last_step():
     made = decider(Scripted(size=6), verify_graphs=GraphSizes({4: (7, 12)}))
     made.begin_step(facts(is_drawn=np.array([True, False])))
-    assert made.settlement() == (0.35, MOST - 1)
+    assert made.settlement() == (0.35, 6)
     size, rows = made.rows(scores(11), settled(0.7))
     assert size == 7 and rows.tolist() == [5, 7]
-    assert made.settlement() == (0.35, 5)
     made.begin_step(facts())
     assert made.rows(scores(11)) == (7, None)
 

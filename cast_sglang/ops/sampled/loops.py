@@ -186,11 +186,11 @@ def _walk_draws(
                 token = candidates[request, child]
                 place = 0
                 if uses_draft:
-                    while place < num_kept - 1 and (
-                        proposal_tokens[request, row, place] != token or draft[place] == 0.0
-                    ):
+                    while place < num_kept - 1 and proposal_tokens[request, row, place] != token:
                         place += 1
-                    chance = left[place] / total * mass / draft[place] if draft[place] > 0 else 0.0
+                    chance = 0.0  # of a token that could not be drawn
+                    if draft[place] > 0.0 and proposal_tokens[request, row, place] == token:
+                        chance = left[place] / total * mass / draft[place]
                 else:
                     chance = out[token] / total if total > 0.0 else 0.0
                 chance = min(chance, 1.0)
@@ -201,7 +201,7 @@ def _walk_draws(
                 if uses_draft:
                     after = outside / total
                     for m in range(num_kept):
-                        left[m] = max(left[m] / total - draft[m] / mass, 0.0)
+                        left[m] = max(left[m] / total - draft[m] / max(mass, 1e-300), 0.0)
                         after += left[m]
                     if after <= 0.0:  # only by rounding: then p is q, and any draw of p will do
                         uses_draft, factor = False, 1.0

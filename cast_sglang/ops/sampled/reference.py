@@ -139,7 +139,8 @@ def accept_draws(
                 if not is_drawn[b]:
                     proposal = torch.zeros_like(probs)
                     proposal[token] = 1.0
-                chance = (probs[token] / proposal[token]).clamp(max=1.0)
+                # A token that could not be drawn is not accepted.
+                chance = (probs[token] / proposal[token]).clamp(max=1.0) if proposal[token] else 0.0
                 chances[b, child] = chance
                 if coins[b, child] < chance:
                     accepted = child

@@ -6,10 +6,13 @@ likeliest tokens, as do all where no request of the batch is drawn.
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sglang.srt.runtime_context import get_spec
 
 from cast_sglang.ops.sampled import sampled_ops_for
 from cast_sglang.ops.sampled.contract import DrawCuts
@@ -19,6 +22,7 @@ from cast_sglang.tree import proposer_of
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
     from cast_sglang.config import CastConfig
     from cast_sglang.tree import Selection
@@ -36,9 +40,29 @@ _LEAST_NOISE = 1e-30
 def draws_children(config: CastConfig) -> bool:
     """Return whether a server of these settings draws the drafts of requests that sample.
 
-    Only policy `auto` says before a step what is verified in it, which draws need.
+    Only policy `auto` says before a step what is verified in it, which draws need. Thresholds of
+    acceptance, which change the law, are known to SGLang's verify alone.
     """
-    return config.policy == "auto" and config.draws == "on" and not config.trace_full
+    is_on = config.policy == "auto" and config.draws == "on" and not config.trace_full
+    return is_on and get_spec().speculative_accept_threshold_single == 1.0 == (
+        get_spec().speculative_accept_threshold_acc
+    )
+
+
+def cut_links(
+    verify_input: EagleVerifyInput, index: torch.Tensor, settled_scores: torch.Tensor
+) -> None:
+    """Take the nodes that a drawn request may not verify out of its tree.
+
+    Of a node's children they are the last, so that a link to one of them ends the list.
+
+    Args:
+        index: [B, N - 1] int64, candidate numbers of the nodes.
+        settled_scores: [B, M] float32, 0 for such nodes.
+    """
+    may_stay = torch.nn.functional.pad(settled_scores.gather(1, index) > 0.0, (1, 0), value=True)
+    for links in (verify_input.retrieve_next_token, verify_input.retrieve_next_sibling):
+        links.masked_fill_((links >= 0) & ~may_stay.gather(1, links.clamp(min=0)), -1)
 
 
 def num_proposed(config: CastConfig, runner: ModelRunner, topk: int) -> int:
@@ -56,7 +80,8 @@ def num_proposed(config: CastConfig, runner: ModelRunner, topk: int) -> int:
 class Draws:
     """Draws the children of one step's tree after the other.
 
-    All ranks of a tensor parallel group hold generators of one seed, and so draw alike.
+    Each step draws from a stream of its own, which is the same on all ranks of a tensor parallel
+    group, and none of those that verify takes its coins from.
 
     Args:
         device: of the draft model.
@@ -66,10 +91,11 @@ class Draws:
 
     def __init__(self, device: torch.device | str, seed: int, topk: int) -> None:
         self._ops, self._topk = sampled_ops_for(device), topk
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device)
+        self._seed, self._num_steps = seed, 0
         self._device = device
         self._whose: np.ndarray | None = None
-        self._info: SamplingBatchInfo | None = None
+        self._how: tuple[torch.Tensor, ...] = ()
         self._cuts: DrawCuts | None = None
         # Of the tree that grows, one entry a layer: [B, W, M].
         self._proposals: list[torch.Tensor] = []
@@ -88,17 +114,20 @@ class Draws:
             info: of the batch.
         """
         self._proposals, self._tokens = [], []
-        if whose is not self._whose or info is not self._info:
-            self._whose, self._info = whose, info
-            self._cuts = None
-            if whose is not None:
-                self._cuts = DrawCuts(
-                    temperatures=info.temperatures.reshape(-1).float(),
-                    top_ks=info.top_ks,
-                    top_ps=info.top_ps,
-                    min_ps=info.min_ps,
-                    is_drawn=torch.from_numpy(whose).to(self._device, non_blocking=True),
-                )
+        self._num_steps += 1
+        if whose is None:
+            self._whose = self._cuts = None
+            return
+        key = f"{self._seed} draws {self._num_steps}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        # SGLang copies the object in each step, but not its tensors.
+        how = info.temperatures, info.top_ks, info.top_ps, info.min_ps
+        is_same = len(self._how) == len(how) and all(map(operator.is_, how, self._how))
+        if self._cuts is None or whose is not self._whose or not is_same:
+            self._whose, self._how = whose, how
+            is_drawn = torch.from_numpy(whose).to(self._device, non_blocking=True)
+            self._cuts = DrawCuts(info.temperatures.reshape(-1).float(), *how[1:], is_drawn)
 
     def children(
         self, probs: torch.Tensor, tokens: torch.Tensor

@@ -118,8 +118,7 @@ def compile_ops(
     topk, device, ops = model.topk, model.device, ops_for(model.device)
     if calibration is not None:
         calibration.begin_step(torch.ones(1, device=device))
-    if model.num_proposed > topk:
-        draws.compile_ops(model.num_proposed)
+    draws.compile_ops(model.num_proposed)
 
     def children(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (rows, topk)
@@ -135,7 +134,6 @@ def compile_ops(
             for size in verify_sizes:
                 if size <= ranked.scores.shape[1] + 1:
                     tree.select(ranked, size)
-                    tree.select(ranked, size, torch.full((1,), size, device=device))
             if tree.num_layers == tree.max_layers:
                 break
             width = narrow if tree.num_layers == 1 else topk

@@ -27,7 +27,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from cast_sglang.config import CastConfig
 from cast_sglang.serving.drafting.attention import create_tree_backend
-from cast_sglang.serving.drafting.draws import Draws, num_proposed
+from cast_sglang.serving.drafting.draws import Draws, cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.drafting.model import DraftModel
@@ -181,15 +181,15 @@ class CastDraftWorker(EagleDraftWorker):
         num_layers = decider.depth(tree.num_layers)
         widths = widths[: num_layers - 1]
         ranked = tree.ranked(tools.room.max_rows - 1, num_layers)
-        settled = None
+        to_read = [ranked.scores]
         if tools.draws.is_drawn is not None:
-            settled = tree.ranked_settled(tools.room.max_rows - 1, *decider.settlement())
-            read = tools.reads.start(ranked.scores, settled.scores).wait()
-            ranked = settled
-        else:
-            read = tools.reads.start(ranked.scores).wait()
-        num_draft_tokens, num_rows = decider.rows(*read)
-        rows = None if num_rows is None else torch.from_numpy(num_rows).to(self.device)
+            settled_scores = tree.settled_scores(*decider.settlement())
+            ranked = tree.ranked_settled(settled_scores, tools.room.max_rows - 1)
+            to_read.append(ranked.scores)
+        num_draft_tokens, num_rows = decider.rows(*tools.reads.start(*to_read).wait())
+        # On a device where all requests have N rows, SGLang's builder takes N nodes of each.
+        num_rows = num_rows if tools.is_ragged else None
+        rows = None if num_rows is None else torch.from_numpy(num_rows)
         selection = tree.select(ranked, num_draft_tokens, rows)
         wants_drafts = None
         if tools.weights is not None:
@@ -216,8 +216,10 @@ class CastDraftWorker(EagleDraftWorker):
         )
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
         verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
-        verify_input.num_rows = num_rows if tools.is_ragged else None
+        verify_input.num_rows = num_rows
         verify_input.drawn = tools.draws.drawn(selection)
+        if verify_input.drawn is not None and rows is None:
+            cut_links(verify_input, selection.top_scores_index, settled_scores)
         siblings = verify_input.retrieve_next_sibling
         # Known for free where nothing is in flight.
         verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())

@@ -114,7 +114,8 @@ def _accept_drawn(
     info, device = batch.sampling_info, logits.device
     batch_size, rows = verify_input.retrieve_next_token.shape
     probs = _truncated(logits, info, rows)
-    probs /= probs.sum(dim=-1, keepdim=True)
+    if info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling:
+        probs /= probs.sum(dim=-1, keepdim=True)
     candidates = verify_input.draft_token.view(batch_size, rows)
     found = sampled_ops_for(device).accept_draws(
         probs.view(batch_size, rows, -1),

@@ -52,6 +52,8 @@ def walk(
     num_kept = max(num_kept, topk)
     proposals = torch.rand((batch, layers, num_kept), generator=generator) ** 2 + 1e-3
     proposals[:, :, topk:][torch.rand(proposals[:, :, topk:].shape, generator=generator) < 0.2] = 0
+    if topk > 1:  # a child that could not have been drawn
+        proposals[0, :, topk - 1] = 0.0
     proposals /= proposals.sum(-1, keepdim=True)
     kept = torch.rand((batch, layers, vocab), generator=generator).argsort(-1)[..., :num_kept]
     candidates = torch.zeros((batch, num_nodes), dtype=torch.int64)

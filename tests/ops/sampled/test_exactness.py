@@ -112,7 +112,7 @@ class Step:
                 paths[first + place] = (*paths[nodes[place // topk]], token)
             decider.expanded(frontier.scores, tree.grow(frontier, width, tokens, probs))
         ranked = tree.ranked(self.rows - 1)
-        settled = tree.ranked_settled(self.rows - 1, *decider.settlement())
+        settled = tree.ranked_settled(tree.settled_scores(*decider.settlement()), self.rows - 1)
         size, num_rows = decider.rows(ranked.scores, settled.scores)
         num_rows = np.array([size]) if num_rows is None else num_rows
         if self.anticipates:
@@ -233,7 +233,7 @@ def policy(max_layers, cut, price=1.0):
         [{"batch_sizes": [1, 1], "tokens": price, "units": 1.0, "steps": 1.0, "account": 32.0}
          | {"is_plain": False}]
     )  # fmt: skip
-    made.learn_cut(1, cut)
+    made.learn_settlement(1, cut, ROWS)
     return made
 
 
