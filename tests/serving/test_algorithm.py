@@ -32,7 +32,7 @@ def server_args(**given):
         speculative_num_steps=None,
         speculative_eagle_topk=None,
         speculative_num_draft_tokens=None,
-        attention_backend="triton",
+        attention_backend="cast_cpu",
         prefill_attention_backend=None,
         decode_attention_backend=None,
         speculative_draft_attention_backend=None,
