@@ -127,7 +127,7 @@ def test_what_is_given_stays(cast, checked):
 @pytest.mark.parametrize("graphs", ["all", "off"])
 def test_a_gpu_server_overlaps_and_captures_what_it_can(cast, checked, graphs, monkeypatch):
     monkeypatch.setenv("CAST_GRAPHS", graphs)
-    args = server_args(device="cuda")
+    args = server_args(device="cuda", attention_backend="triton")
     cast.handle_server_args(args)
     assert not args.disable_overlap_schedule
     captures = args.cuda_graph_config.decode.backend == Backend.FULL
