@@ -13,6 +13,7 @@ from cast_sglang.cpu.sampling import top_k_renorm, top_p_renorm
 from cast_sglang.serving.host_patches import sampling
 from cast_sglang.serving.host_patches.sampling import sample_as_plain, sampling_as_plain
 from cast_sglang.serving.requests import SamplingNeeds
+from cast_sglang.serving.step import Drawn
 
 VOCAB, ROWS = 40, 3
 
@@ -189,3 +190,58 @@ def test_a_custom_processor_changes_the_logits_of_plain_rows_for_logprobs_too(mo
     expected = logits.clone()
     expected[ROWS, 3] = -9.0
     assert torch.equal(after, expected)
+
+
+def test_drawn_drafts_are_accepted_by_rejection_beside_greedy_and_plain_requests():
+    """Where the target is sure, so that no coin matters."""
+    info = make_info((0.7, TOP_K_ALL, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.3, TOP_K_ALL, 0.9, 0.0))
+    num = len(info.top_ks)
+    wanted = torch.tensor([[11, 12, 13], [21, 22, 23], [31, 32, 33]])  # behind each node
+    logits = torch.full((num, ROWS, VOCAB), -50.0).scatter_(2, wanted.unsqueeze(2), 50.0)
+    # A root with a child, and that with one: all right, the first wrong, right but plain.
+    drafted = torch.tensor([[0, 11, 12], [0, 5, 22], [0, 31, 32]])
+    kept = torch.arange(10, 35).repeat(num, 2, 1)
+    drawn = Drawn(
+        proposals=torch.full(kept.shape, 1.0 / kept.shape[2]),
+        tokens=kept,
+        proposers=torch.tensor([[0, 0, 1]] * num),
+        is_drawn=torch.tensor([True, False, True]),
+    )
+    batch, output = Batch(info), SimpleNamespace(next_token_logits=logits.view(-1, VOCAB))
+    verify_input = SimpleNamespace(
+        draft_token_num=ROWS,
+        draft_token=drafted.flatten(),
+        positions=torch.arange(num * ROWS),
+        retrieve_next_token=torch.tensor([[1, 2, -1]] * num),
+        retrieve_next_sibling=torch.full((num, ROWS), -1),
+        max_tree_depth=ROWS,
+        drawn=drawn,
+    )
+    needs = SamplingNeeds(True, np.array([False, False, True]))
+
+    def sampler(output, *args):
+        return output.next_token_logits.argmax(-1)
+
+    with sampling_as_plain(needs, sampler):
+        predict, lens, index = sample_as_plain(None, verify_input, batch, output)
+    assert lens.tolist() == [3, 1, 1]
+    assert index.tolist() == [[0, 1, 2], [3, -1, -1], [6, -1, -1]]
+    assert predict[:3].tolist() == [11, 12, 13]
+    assert predict[3] == 21 and predict[6] == 31
+    assert {part.dtype for part in (predict, lens, index)} == {torch.int32}
+
+
+def test_marked_texts_are_left_to_sglang_s_verify():
+    info = make_info(*REQUESTS)
+    info.has_watermark_candidates = True
+    asked = []
+
+    def original(*args, **kwargs):
+        asked.append(kwargs)
+        return "sampled"
+
+    verify_input = SimpleNamespace(draft_token_num=ROWS, drawn="drawn")
+    output = SimpleNamespace(next_token_logits=make_logits(0, info))
+    with sampling_as_plain(None, None):
+        found = sample_as_plain(original, verify_input, Batch(info), output, watermark_state="on")
+    assert found == "sampled" and asked == [{"watermark_state": "on"}]
