@@ -89,6 +89,7 @@ def check_ops(settings: Settings, numbers: Numbers) -> None:
     """Compare the fused ops with the reference, on the device or in the interpreter."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs"]
     command += [f"tests/ops/test_{name}.py" for name in ("fused", "kernels", "device")]
+    command += ["tests/ops/sampled"]
     # Most of the time is the compiler's.
     if util.find_spec("xdist") and not settings.is_dry:
         command += ["-n", str(min(8, os.cpu_count() or 1))]

@@ -83,8 +83,8 @@ def _draw_children_kernel(  # type: ignore[no-untyped-def]
         tl.store(proposals_ptr + at, tl.zeros([TOKENS], tl.float32), mask=is_token)
         return
     power = 1.0 / tl.load(temperatures_ptr + request)
-    most = tl.maximum(tl.max(probs, axis=0), 1e-38)
-    weights = tl.exp(tl.log(tl.maximum(probs / most, 1e-38)) * power)
+    most = tl.maximum(tl.max(probs, axis=0), 1e-37)
+    weights = tl.exp(tl.log(tl.maximum(probs / most, 1e-37)) * power)
     weights = tl.where(probs > 0.0, weights, 0.0)
     is_kept = is_token & (m < tl.load(top_ks_ptr + request))
     q = tl.where(is_kept, weights, 0.0)
@@ -239,7 +239,7 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
                 child = child * 0 - 1
             else:
                 if is_drawn:
-                    left = tl.maximum(inside / total - draft / tl.maximum(mass, 1e-38), 0.0)
+                    left = tl.maximum(inside / total - draft / tl.maximum(mass, 1e-37), 0.0)
                     left = tl.where(has_place, left, 0.0)
                     after = tl.sum(left, axis=0) + outside / total
                     if after <= 0.0:
