@@ -19,15 +19,19 @@ def top_k_renorm(probs: Tensor, top_ks: Tensor) -> Tensor:
 
     Ties go to the lower token, as with argmax, so a row with top_k 1 is greedy.
     """
-    vocab_size = probs.shape[1]
-    limit = int(top_ks.clamp(max=vocab_size).max())
-    if limit >= vocab_size:
+    is_cut = top_ks < probs.shape[1]
+    result = probs / probs.sum(dim=1, keepdim=True)
+    if is_cut.any():
+        result[is_cut] = _cut_to_top_k(probs[is_cut], top_ks[is_cut])
+    return result
+
+
+def _cut_to_top_k(probs: Tensor, top_ks: Tensor) -> Tensor:
+    limit = int(top_ks.max())
+    # One more token than needed shows whether there are ties, which need a stable sort.
+    values, tokens = probs.topk(limit + 1, dim=1)
+    if (values[:, 1:] == values[:, :-1]).any():
         values, tokens = probs.sort(dim=1, descending=True, stable=True)
-    else:
-        # One more token than needed shows whether there are ties, which need a stable sort.
-        values, tokens = probs.topk(limit + 1, dim=1)
-        if (values[:, 1:] == values[:, :-1]).any():
-            values, tokens = probs.sort(dim=1, descending=True, stable=True)
     values = values.masked_fill(torch.arange(values.shape[1]) >= top_ks.unsqueeze(1), 0.0)
     values /= values.sum(dim=1, keepdim=True)
     return torch.zeros_like(probs).scatter_(1, tokens, values)
@@ -40,13 +44,18 @@ def top_p_renorm(probs: Tensor, top_ps: Tensor) -> Tensor:
 
     Args:
         probs: [R, V] float32.
-        top_ps: [R] float32 in (0, 1].
+        top_ps: [R] float32 in (0, 1]; 1 keeps all tokens.
     """
-    values, tokens = probs.sort(dim=1, descending=True, stable=True)
-    mass_before = values.cumsum(dim=1) - values
-    values.masked_fill_(mass_before > top_ps.unsqueeze(1), 0.0)
-    values /= values.sum(dim=1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(1, tokens, values)
+    is_cut = top_ps < 1.0
+    result = probs / probs.sum(dim=1, keepdim=True)
+    if is_cut.any():
+        # Sorting is what takes time, so only rows that need it are sorted.
+        values, tokens = probs[is_cut].sort(dim=1, descending=True, stable=True)
+        mass_before = values.cumsum(dim=1) - values
+        values.masked_fill_(mass_before > top_ps[is_cut].unsqueeze(1), 0.0)
+        values /= values.sum(dim=1, keepdim=True)
+        result[is_cut] = torch.zeros_like(values).scatter_(1, tokens, values)
+    return result
 
 
 @compiled("i8(f4[:], f4[:], f8)")
