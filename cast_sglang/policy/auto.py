@@ -236,15 +236,17 @@ class AutoPolicy(TreePolicy):
         self._close_step()
         return 1 + np.bincount(chosen // worth.shape[1], minlength=batch_size)
 
-    def settlement(self, batch_size: int, costs: Costs | None) -> tuple[float, int]:
+    def settlement(self, batch_size: int, costs: Costs | None, is_even: bool) -> tuple[float, int]:
         """Return the least score and, root included, the most nodes that drawn requests verify.
 
         The score is that of the last node that was worth its time, mean of the last steps; at first
-        the price of a row, in the mean over all rows. The nodes are as many as in the last step, or
-        in the tree whose turn it is.
+        the price of a row, in the mean over all rows. Where requests have equally many rows, the
+        nodes are as many as in the last step, or in the tree whose turn it is.
         """
-        bucket = self._bucket(batch_size)
-        num_rows = bucket.num_rows if self._turn is None else self._turn.num_draft_tokens
+        bucket, num_rows = self._bucket(batch_size), self._sizes[-1]
+        if is_even:
+            last = bucket.num_rows if self._turn is None else self._turn.num_draft_tokens
+            num_rows = min(num_rows, last)
         if bucket.log_cut is not None:
             return math.exp(bucket.log_cut), num_rows
         verify = self._read(costs).costs.verify

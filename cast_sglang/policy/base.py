@@ -48,10 +48,14 @@ class TreePolicy(ABC):
     # Whether drafts may be drawn at random, for which it needs `settlement`.
     settles = False
 
-    def settlement(self, batch_size: int, costs: Costs | None) -> tuple[float, int]:
+    def settlement(self, batch_size: int, costs: Costs | None, is_even: bool) -> tuple[float, int]:
         """Return the least score and, root included, the most nodes that drawn requests verify.
 
         Both by earlier steps alone.
+
+        Args:
+            is_even: all requests have equally many rows, so that one may not make them more for
+                the others.
         """
         raise NotImplementedError
 

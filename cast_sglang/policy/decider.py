@@ -119,18 +119,21 @@ class Decider:
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0
         if drafts and facts.is_drawn is not None:
-            self._cut, self._most_rows = policy.settlement(batch_size, costs)
+            self._cut, self._most_rows = policy.settlement(
+                batch_size, costs, is_even=not self._is_ragged
+            )
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
 
     def settlement(self) -> tuple[float, int]:
-        """Return the least score and the most nodes that a drawn request verifies in this step.
-
-        Both come from earlier steps. Where all requests have equally many rows, one whose draft is
-        sure of itself may not make the others' rows more.
-        """
-        most = self._step().max_rows
-        return self._cut, max(2, most if self._is_ragged else min(most, self._most_rows)) - 1
+        """Return the least score and the most nodes that a drawn request verifies in this step."""
+        facts = self._step()
+        most = min(facts.max_rows, self._most_rows)
+        if self.verify_graphs is not None:
+            bucket = self.verify_graphs.bucket(facts.batch_size)
+            if bucket is not None:  # beyond the largest graph a pass costs more than was decided by
+                most = min(most, self.verify_graphs.at(bucket)[-1])
+        return self._cut, max(2, most) - 1
 
     def width(self, scores: torch.Tensor) -> int | None:
         """Return how many of the newest layer's best nodes are expanded; None for no more layer.
@@ -184,7 +187,7 @@ class Decider:
         if settled is not None:
             num_rows = self._settled_rows(scores, settled, size, num_rows)
             size = max(2, int(num_rows.max()))
-        if (num_rows is None or not self._is_ragged) and self.verify_graphs is not None:
+        if (num_rows is None or settled is not None) and self.verify_graphs is not None:
             size = self.verify_graphs.fit(len(scores), size, most) or size
         if settled is not None and not self._is_ragged:
             # Rows that a drawn request has no node for run empty.

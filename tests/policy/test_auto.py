@@ -223,17 +223,18 @@ def test_what_drawn_requests_verify_comes_from_earlier_steps():
     policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(verify=[1.0 + 0.1 * n for n in range(64)])
     policy.speculate(1, step_costs)
     # At first the price of a row, here a tenth of a pass, and any number of nodes.
-    cut, num_rows = policy.settlement(1, step_costs)
-    assert cut == pytest.approx(0.1 * policy.price(1)) and num_rows > max(SIZES)
+    cut, num_rows = policy.settlement(1, step_costs, True)
+    assert cut == pytest.approx(0.1 * policy.price(1)) and num_rows == max(SIZES)
     policy.learn_settlement(1, 0.3, 6)
-    assert policy.settlement(1, step_costs) == (pytest.approx(0.3), 6)
+    assert policy.settlement(1, step_costs, True) == (pytest.approx(0.3), 6)
     for _ in range(20 * HALF_LIFE):
         policy.learn_settlement(1, 0.05, 9)
-    assert policy.settlement(1, step_costs) == (pytest.approx(0.05, rel=1e-3), 9)
+    assert policy.settlement(1, step_costs, True) == (pytest.approx(0.05, rel=1e-3), 9)
+    assert policy.settlement(1, step_costs, False)[1] == max(SIZES)
     # A score that is none changes nothing, and other batch sizes have their own.
     policy.learn_settlement(1, float("nan"), 3)
     policy.learn_settlement(8, 0.7, 2)
-    assert policy.settlement(1, step_costs) == (pytest.approx(0.05, rel=1e-3), 9)
+    assert policy.settlement(1, step_costs, True) == (pytest.approx(0.05, rel=1e-3), 9)
 
 
 def test_in_a_turn_drawn_requests_have_its_rows_and_teach_nothing():
@@ -241,10 +242,10 @@ def test_in_a_turn_drawn_requests_have_its_rows_and_teach_nothing():
     policy.learn_settlement(1, 0.3, 12)
     for _ in range(FIRST):
         policy.speculate(1, step_costs)
-    assert policy.settlement(1, step_costs) == (pytest.approx(0.3), DEFAULT_SHAPES[0][2])
+    assert policy.settlement(1, step_costs, True) == (pytest.approx(0.3), DEFAULT_SHAPES[0][2])
     policy.learn_settlement(1, 0.9, 2)
     policy.speculate(1, step_costs)
-    assert policy.settlement(1, step_costs) == (pytest.approx(0.3), 12)
+    assert policy.settlement(1, step_costs, True) == (pytest.approx(0.3), 12)
 
 
 def test_a_policy_goes_on_where_another_was():

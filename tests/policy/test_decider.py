@@ -42,8 +42,8 @@ class Scripted(TreePolicy):
     def rerank(self, scores, costs):
         return self.size
 
-    def settlement(self, batch_size, costs):
-        return 0.35, 7
+    def settlement(self, batch_size, costs, is_even):
+        return 0.35, 7 if is_even else MOST
 
     def learn_settlement(self, batch_size, score, num_rows):
         self.asked.append(("learn", batch_size, round(score, 3), num_rows))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
     from cast_sglang.tree import Selection
 
-__all__ = ["Draws", "draws_children", "num_proposed"]
+__all__ = ["Draws", "cut_links", "draws_children", "num_proposed"]
 
 # Tokens that a draft's distribution is kept of. At temperature 1 the likeliest 32 of the tiny
 # pair's draft hold 0.97 of its mass in the mean; a token beyond them is never proposed, and still
