@@ -96,9 +96,11 @@ def test_replay_makes_the_choices_of_the_server(
         for step in trace.steps:
             bucket = 1 if step.batch_size == 1 else 4
             if step.batch_size <= 4 and not step.is_plain:
-                # All of a small tree may be settled; there are no nodes to fill a graph with then.
+                sizes, rows = trace.header.verify_graphs[bucket], step.num_draft_tokens
+                # What a drawn request verifies is settled; a small tree has no nodes to fill a
+                # graph with then.
                 whole = 1 + trace.header.topk * (1 + sum(step.widths))
-                assert step.num_draft_tokens in (*trace.header.verify_graphs[bucket], whole)
+                assert rows in sizes or not [size for size in sizes if rows < size <= whole]
                 assert set(step.widths) <= set(trace.header.width_graphs[bucket])
     check_replayed(trace, made_up_profile)
 
