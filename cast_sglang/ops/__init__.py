@@ -4,24 +4,21 @@ All three modules define the same functions. `reference` documents them, and `co
 arguments.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
-__all__ = ["ops_for"]
+__all__ = ["implementation_for", "ops_for"]
+
+_NAMES = {"cuda": "fused", "cpu": "loops"}
 
 
 def ops_for(device: torch.device | str) -> ModuleType:
     """Return the module whose ops run best on `device`: `fused` on a GPU, `loops` on the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        from cast_sglang.ops import fused
+    return implementation_for(__name__, device)
 
-        return fused
-    if kind == "cpu":
-        from cast_sglang.ops import loops
 
-        return loops
-    from cast_sglang.ops import reference
-
-    return reference
+def implementation_for(package: str, device: torch.device | str) -> ModuleType:
+    """Return the module of a package of ops that runs best on `device`; imports no other."""
+    return import_module(f"{package}.{_NAMES.get(torch.device(device).type, 'reference')}")

@@ -13,20 +13,11 @@ from types import ModuleType
 
 import torch
 
+from cast_sglang.ops import implementation_for
+
 __all__ = ["sampled_ops_for"]
 
 
 def sampled_ops_for(device: torch.device | str) -> ModuleType:
     """Return the module whose ops run best on `device`."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        from cast_sglang.ops.sampled import fused
-
-        return fused
-    if kind == "cpu":
-        from cast_sglang.ops.sampled import loops
-
-        return loops
-    from cast_sglang.ops.sampled import reference
-
-    return reference
+    return implementation_for(__name__, device)
