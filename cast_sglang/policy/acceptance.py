@@ -47,7 +47,7 @@ _WIDTHS = np.diff(_KNOTS)
 # Last depth of each bucket: 1, 2, 3-4, 5-8, 9 and deeper. The root's children are at depth 1.
 _DEPTH_ENDS = (1, 2, 4, 8)
 _SHAPE = (len(KINDS), len(_DEPTH_ENDS) + 1, len(_KNOTS))
-# Of `state`; the earlier ones did not tell kinds of requests apart.
+# Of `state`; the earlier ones knew fewer kinds of requests.
 _FORMAT = 4
 
 # Small, so that g adapts fast to an underconfident draft, whose trees stay small and yield little

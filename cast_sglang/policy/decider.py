@@ -196,7 +196,7 @@ class Decider:
         if self._is_ragged and facts.weights is not None and not self._shares_out:
             num_rows = np.where(facts.weights > 0.0, size if num_rows is None else num_rows, 1)
         if num_rows is not None:
-            size = max(size if settled is not None else 0, int(num_rows.max()))
+            size = max(size, int(num_rows.max()))
             num_rows = None if num_rows.min() == size else num_rows
         self.seconds += time.perf_counter() - began
         return VerifyRows(size, num_rows)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Draws", "cut_links", "draws_children", "num_proposed"]
 
-# Tokens that a draft's distribution is kept of. At temperature 1 the likeliest 32 of the tiny
-# pair's draft hold 0.97 of its mass in the mean; a token beyond them is never proposed, and still
-# comes from verify as often as the target wants it.
+# Tokens that a draft's distribution is kept of; a token beyond them is never proposed, and still
+# comes from verify as often as the target wants it. Chosen as four times the children of a node;
+# how many serve fastest has not been measured.
 MAX_KEPT = 32
 # The exponential distribution may round to 0, by which nothing can be divided.
 _LEAST_NOISE = 1e-30
