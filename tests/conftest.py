@@ -8,6 +8,12 @@ import psutil
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--law-samples", type=int, default=720, help="samples of each law of sampling (720)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Settings of the user's own servers would change what is tested.
     for name in [name for name in os.environ if name.startswith("CAST_")]:

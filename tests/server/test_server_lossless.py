@@ -1,20 +1,12 @@
 """CAST changes which tree is verified, never what comes out."""
 
-import numpy as np
 import pytest
 
-from benchmarks.harness.servers import Server
 from tests.server.client import generate, greedy_ids
 from tests.server.conftest import NUM_TOKENS, ServerFactory
-from tests.server.homogeneity import homogeneity_p_value
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
-
-# Far below what chance produces in the life of this suite, far above what a bias produces.
-ALPHA = 1e-6
-NUM_SAMPLES = 2400
-SAMPLES_PER_REQUEST = 240
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -68,39 +60,3 @@ def test_eagle_policy_is_sglangs_own_tree(start_server: ServerFactory, prompts, 
             assert [answer["output_ids"] for answer in answers] == expected_ids[:16]
             passes[arm] = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
     assert passes["cast:eagle"] == passes["static:5-4-8"]
-
-
-def sample(server: Server, prompt: str, num_tokens: int) -> np.ndarray:
-    """Return [NUM_SAMPLES, num_tokens] tokens sampled independently from one prompt."""
-    answers = []
-    for _ in range(NUM_SAMPLES // SAMPLES_PER_REQUEST):
-        answers += generate(
-            server,
-            prompt,
-            n=SAMPLES_PER_REQUEST,
-            temperature=0.8,
-            top_k=6,
-            max_new_tokens=num_tokens,
-        )
-    return np.array([answer["output_ids"] for answer in answers])
-
-
-def test_sampled_tokens_have_plain_decodings_distribution(plain, cast, prompts):
-    # The first token comes from prefill; the others from verified trees.
-    ours, theirs = (sample(server, prompts[0], num_tokens=3) for server in (cast, plain))
-    for last in range(ours.shape[1]):
-        assert homogeneity_p_value(ours[:, : last + 1], theirs[:, : last + 1]) > ALPHA
-        assert homogeneity_p_value(ours[:, last], theirs[:, last]) > ALPHA
-
-
-def test_the_comparison_of_distributions_finds_a_biased_sampler():
-    """A sampler that takes the likeliest token a little too often, as a wrong verify rule would."""
-    rng = np.random.default_rng(0)
-    probs = np.array([0.45, 0.25, 0.15, 0.1, 0.05])
-    biased = 0.8 * probs + 0.2 * np.array([1.0, 0, 0, 0, 0])
-
-    def draw(p: np.ndarray) -> np.ndarray:
-        return rng.choice(len(p), size=(NUM_SAMPLES, 1), p=p)
-
-    assert homogeneity_p_value(draw(probs), draw(probs)) > ALPHA
-    assert homogeneity_p_value(draw(biased), draw(probs)) < ALPHA

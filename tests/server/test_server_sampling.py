@@ -1,21 +1,16 @@
-"""Every sampling parameter has the effect that it has without speculation."""
+"""Every sampling parameter has the effect that it has without speculation; `laws` has more."""
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from benchmarks.harness.servers import Server
 from tests.server.client import answers_of, generate, in_parallel, post_generate
-from tests.server.homogeneity import homogeneity_p_value
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
-ALPHA = 1e-6
-NUM_SAMPLES = 720
-SAMPLES_PER_REQUEST = 240
 NUM_TOKENS = 48
 PROCESSOR = DisallowedTokensLogitsProcessor.to_str()
 
@@ -44,16 +39,6 @@ GREEDY = {
     },
     "no special tokens": {"logit_bias": {"2": 12.0}},
     "n": {"n": 2},
-}
-# Requests that sample, whose laws are equal. That of top_k alone is in test_server_lossless.py.
-SAMPLED = {
-    "temperature": {"temperature": 1.5},
-    "top_p": {"temperature": 1.0, "top_p": 0.7},
-    "top_k and top_p": {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
-    "min_p": {"temperature": 1.0, "min_p": 0.3},
-    "hot min_p": {"temperature": 1.5, "min_p": 0.9},
-    "all cuts": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
-    "penalties": {"temperature": 1.0, "frequency_penalty": 1.0, "presence_penalty": 0.5},
 }
 
 
@@ -126,27 +111,3 @@ def test_what_speculation_cannot_give_is_refused(cast, prompts, fields, says):
     response = post_generate(cast, prompts[0], max_new_tokens=4, **fields)
     assert response.status_code == 400
     assert says in response.json()["error"]["message"]
-
-
-def sample(server: Server, prompt: str, **sampling: object) -> tuple[np.ndarray, np.ndarray]:
-    """Return [NUM_SAMPLES, 3] sampled tokens and [NUM_SAMPLES] the passes that they took.
-
-    The first token comes from prefill. Plain decoding counts no passes.
-    """
-    answers: list[dict] = []
-    for _ in range(NUM_SAMPLES // SAMPLES_PER_REQUEST):
-        answers += generate(server, prompt, n=SAMPLES_PER_REQUEST, max_new_tokens=3, **sampling)
-    passes = [answer["meta_info"].get("spec_verify_ct", 0) for answer in answers]
-    return np.array([answer["output_ids"] for answer in answers]), np.array(passes)
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_tokens_have_the_law_of_plain_decoding(plain, cast, prompts, name):
-    (ours, passes), (theirs, _) = (
-        sample(server, prompts[0], **SAMPLED[name]) for server in (cast, plain)
-    )
-    # Drafts are accepted as long as the law allows them.
-    assert (passes == 1).any() == (name != "penalties")
-    for last in range(3):
-        assert homogeneity_p_value(ours[:, : last + 1], theirs[:, : last + 1]) > ALPHA
-        assert homogeneity_p_value(ours[:, last], theirs[:, last]) > ALPHA
