@@ -5,14 +5,12 @@ the p-values.
 """
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from benchmarks.harness.servers import Server
 from tests.server.client import generate, in_parallel
-from tests.server.conftest import ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
 
 # The limit includes the start of servers, which a busy machine stretches.
@@ -45,13 +43,6 @@ PENALISED = {
 }
 
 
-@pytest.fixture(scope="module")
-def drafting(start_server: ServerFactory) -> Iterator[Server]:
-    """A server that drafts on every machine: it goes by the costs of the made-up profile alone."""
-    with start_server("cast", "--cast-residuals", "off", "--random-seed", "2") as server:
-        yield server
-
-
 def sample(server: Server, prompt: str, num_samples: int, **sampling: object) -> list[np.ndarray]:
     """Return [n, NUM_TOKENS] sampled tokens and [n] the passes that they took, of n >= num_samples.
 
@@ -67,14 +58,12 @@ def sample(server: Server, prompt: str, num_samples: int, **sampling: object) ->
 
 
 @pytest.mark.parametrize("name", [*LAWS, *PENALISED])
-def test_sampled_tokens_have_the_law_of_plain_decoding(
-    plain, drafting, prompts, name, pytestconfig
-):
+def test_sampled_tokens_have_the_law_of_plain_decoding(plain, cast, prompts, name, pytestconfig):
     num_samples = pytestconfig.getoption("--law-samples")
     sampling = LAWS.get(name) or PENALISED[name]
     (ours, passes), (theirs, _) = in_parallel(
         lambda server: sample(server, prompts[0], num_samples, **sampling),
-        [drafting, plain],
+        [cast, plain],
         workers=2,
     )
     # Drafts are accepted as long as the law allows them; where one was, two tokens took one pass.
