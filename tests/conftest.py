@@ -12,6 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--law-samples", type=int, default=720, help="samples of each law of sampling (720)"
     )
+    parser.addoption(
+        "--mt-bench-questions", type=int, default=8, help="for the published model, at most 80 (8)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

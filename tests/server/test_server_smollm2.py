@@ -1,18 +1,19 @@
-"""A published chat model under CAST; skipped where its package cannot be had."""
+"""A published chat model under CAST; skipped where its package cannot be had.
 
-import json
+`--mt-bench-questions 50` asks more than the default.
+"""
 
 import pytest
-from transformers import AutoTokenizer
 
+from benchmarks.harness.dialogues import Encoder
 from benchmarks.harness.pairs import CommandError, Pair, smollm2_pair
-from benchmarks.harness.tasks import DATA
+from benchmarks.harness.tasks import TaskError, load_task
 from tests.server.client import generate, greedy_ids
 from tests.server.conftest import ServerFactory
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
-NUM_PROMPTS = 8
+BATCH_SIZE = 8
 NUM_ALONE = 4  # of them, asked one at a time too
 NUM_TOKENS = 48
 
@@ -26,14 +27,14 @@ def model() -> Pair:
 
 
 @pytest.fixture(scope="module")
-def questions(model) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(model.target)
-    lines = (DATA / "chat.jsonl").read_text().splitlines()[:NUM_PROMPTS]
-    talks = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines]
-    return [
-        tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        for talk in talks
-    ]
+def questions(model, pytestconfig) -> list[list[int]]:
+    """The first turns of MT-bench, as tokens."""
+    try:
+        dialogues = load_task("mt-bench", Encoder(model.target)).dialogues
+    except TaskError as error:
+        pytest.skip(f"MT-bench cannot be had: {str(error).splitlines()[-1]}")
+    num_questions = pytestconfig.getoption("--mt-bench-questions")
+    return [dialogue.prompt([]) for dialogue in dialogues[:num_questions]]
 
 
 def test_a_published_model_answers_as_without_speculation(
@@ -41,11 +42,11 @@ def test_a_published_model_answers_as_without_speculation(
 ):
     flags = ("--model-path", model.target)
     with start_server("plain", *flags, name="smollm2-plain") as plain:
-        expected = greedy_ids(plain, questions, NUM_PROMPTS, NUM_TOKENS)
+        expected = greedy_ids(plain, questions, BATCH_SIZE, NUM_TOKENS)
     # Whether drafts pay differs from machine to machine, so they are decided by made-up costs.
     draft = ("--speculative-draft-model-path", model.draft, "--cast-residuals", "off")
     with start_server("cast", *flags, *draft, name="smollm2-cast") as cast:
-        assert greedy_ids(cast, questions, NUM_PROMPTS, NUM_TOKENS) == expected
+        assert greedy_ids(cast, questions, BATCH_SIZE, NUM_TOKENS) == expected
         passes = tokens = 0
         for question, ids in zip(questions[:NUM_ALONE], expected, strict=False):
             answer = generate(cast, question, max_new_tokens=NUM_TOKENS)
