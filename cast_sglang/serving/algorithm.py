@@ -14,14 +14,13 @@ from cast_sglang.config import CastConfig
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_flags,
-    check_pair,
-    limit_graphs,
-    set_attention_backends,
     set_envelope,
     verify_sizes,
 )
+from cast_sglang.serving.launch.backends import limit_graphs, set_attention_backends
 from cast_sglang.serving.launch.cost_profile import announce_profile
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
+from cast_sglang.serving.launch.pair import check_pair
 from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:

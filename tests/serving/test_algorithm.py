@@ -137,7 +137,7 @@ def test_a_gpu_server_overlaps_and_captures_what_it_can(cast, checked, graphs, m
 @pytest.mark.parametrize(
     ("given", "settings", "error", "says"),
     [
-        ({"speculative_eagle_topk": 1}, {}, HostError, "--speculative-eagle-topk 1"),
+        ({"speculative_eagle_topk": 0}, {}, HostError, "--speculative-eagle-topk 0"),
         (
             {"speculative_num_draft_tokens": 16},
             {"CAST_VERIFY_SIZES": "2,17"},
