@@ -21,6 +21,7 @@ from cast_sglang.serving.launch.backends import limit_graphs, set_attention_back
 from cast_sglang.serving.launch.cost_profile import announce_profile
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
 from cast_sglang.serving.launch.pair import check_pair
+from cast_sglang.serving.launch.reserve import describe_reserve, reserve_of_server
 from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
         )
+        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args)))
 
 
 def register() -> None:

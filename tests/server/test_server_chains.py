@@ -1,11 +1,15 @@
 """Chains: CAST chooses how long they get and how many rows are verified, on pages of any size."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from tests.server.client import generate, greedy_ids
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
 from tests.server.test_server_lossless import ALPHA, sample
+from tests.support.checkpoints import write_eagle1_draft, write_mtp_target
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
@@ -61,3 +65,35 @@ def test_greedy_tokens_on_pages_equal_plain_decoding(start_server, prompts, expe
         twice = generate(server, prompts[0] * 3, max_new_tokens=NUM_TOKENS)
         assert twice["meta_info"]["cached_tokens"] >= 16
         assert twice["output_ids"] == again["output_ids"]
+
+
+def num_accepted(server) -> int:
+    """Return how many drafts the server's requests have accepted."""
+    lengths = server.get("/server_info")["internal_states"][0]["cast"]["accept_lens"]
+    return sum((int(length) - 1) * count for length, count in lengths.items())
+
+
+def test_an_mtp_layer_drafts_for_its_own_target(
+    start_server, pair, tmp_path, prompts, expected_ids
+):
+    """The same weights as another class of SGLang, whose drafts come from a layer of its own."""
+    target = str(write_mtp_target(tmp_path / "mtp", Path(pair.target)))
+    flags = ("--model-path", target, "--speculative-draft-model-path", target)
+    with start_server("cast", *CHAIN, *flags, name="cast-mtp") as server:
+        assert greedy_ids(server, prompts[:16], 8, NUM_TOKENS) == expected_ids[:16]
+        assert num_accepted(server) > 0
+
+
+@pytest.mark.parametrize("topk", ["1", "4"])
+def test_an_eagle1_draft_with_a_token_map(
+    start_server, pair, tmp_path, prompts, expected_ids, topk
+):
+    draft = str(write_eagle1_draft(tmp_path / "eagle1", Path(pair.target)))
+    often = [token for ids in expected_ids[16:] for token in ids]
+    token_map = torch.tensor(sorted(set(often))[:700])
+    torch.save(token_map, tmp_path / "map.pt")
+    flags = ("--speculative-draft-model-path", draft, "--speculative-eagle-topk", topk)
+    flags += ("--speculative-token-map", str(tmp_path / "map.pt"))
+    with start_server("cast", *flags, name=f"cast-eagle1-{topk}") as server:
+        assert greedy_ids(server, prompts[:16], 8, NUM_TOKENS) == expected_ids[:16]
+        assert num_accepted(server) > 0

@@ -15,6 +15,7 @@ from benchmarks.harness.pairs import tiny_pair
 from cast_sglang.errors import ConfigError, HostError
 from cast_sglang.serving import algorithm as module
 from cast_sglang.serving.algorithm import CastAlgorithm
+from cast_sglang.serving.launch.reserve import Reserve
 from tests.support.builders import make_identity
 
 
@@ -56,6 +57,7 @@ def checked(monkeypatch):
 
     monkeypatch.setattr(module, "announce_profile", announce)
     monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
+    monkeypatch.setattr(module, "reserve_of_server", lambda args: Reserve([], 128, 40))
     return log
 
 

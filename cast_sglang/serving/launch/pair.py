@@ -31,10 +31,10 @@ def check_pair(server_args: ServerArgs) -> None:
     target_config = ModelConfig.from_server_args(server_args)
     check_target(server_args.model_path, target_config)
     target = target_config.hf_text_config
-    if not is_eagle_config(draft):
+    if not (is_eagle_config(draft) or _has_mtp_layer(server_args)):
         raise HostError(
             f"--speculative-draft-model-path {draft_path}: {architecture(draft)} is no EAGLE or "
-            "EAGLE-3 draft"
+            "EAGLE-3 draft, and has no MTP layer"
         )
     expected = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
     # An EAGLE-3 draft of another width says which target width it reads.
@@ -47,6 +47,20 @@ def check_pair(server_args: ServerArgs) -> None:
                 f"{getattr(draft, key, None)}, the target's is {value}; "
                 "use a draft made for this target"
             )
+
+
+def _has_mtp_layer(server_args: ServerArgs) -> bool:
+    """Return whether SGLang will build the draft as an MTP (NextN) layer of its checkpoint."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    draft = ModelConfig.from_server_args(
+        server_args,
+        model_path=server_args.speculative_draft_model_path,
+        model_revision=server_args.speculative_draft_model_revision,
+        is_draft_model=True,
+    )
+    # So SGLang names the classes of such layers, whatever the checkpoint calls itself.
+    return architecture(draft.hf_config).endswith(("NextN", "MTP"))
 
 
 def check_target(path: str, model_config: ModelConfig | Any) -> None:
