@@ -17,13 +17,10 @@ __all__ = ["limit_graphs", "set_attention_backends", "verify_backend"]
 
 logger = logging.getLogger(__name__)
 
-# Those that verify trees of every width, by device; the draft runs on the first.
-VERIFY_BACKENDS = {"cpu": (ATTENTION_BACKEND,), "cuda": ("triton", "flashinfer")}
+# Those that verify trees of every width; the draft runs on the first.
+VERIFY_BACKENDS = ("triton", "flashinfer")
 # Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
-PREFILL_BACKENDS = {
-    "cpu": (ATTENTION_BACKEND,),
-    "cuda": ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha"),
-}
+PREFILL_BACKENDS = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
 # Its graphs do not depend on the number of rows but by their buffers.
 GRAPH_BACKEND = "triton"
 
@@ -37,8 +34,10 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     Raises:
         HostError: a backend cannot do its part; names the flag and the fix.
     """
-    device = "cpu" if server_args.device == "cpu" else "cuda"
-    verifies, prefills = VERIFY_BACKENDS[device], PREFILL_BACKENDS[device]
+    is_cpu = server_args.device == "cpu"
+    verifies, prefills = VERIFY_BACKENDS, PREFILL_BACKENDS
+    if is_cpu:
+        verifies = prefills = _backends_of_the_cpu(server_args)
     flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
     if prefill is None:
         flag, prefill = "--attention-backend", server_args.attention_backend
@@ -61,12 +60,20 @@ def set_attention_backends(server_args: ServerArgs) -> None:
         )
     if {prefill, decode} != {verifies[0]}:
         server_args.speculative_draft_attention_backend = verifies[0]
-    if device == "cpu" or prefill == decode:
+    if is_cpu or prefill == decode:
         return
     server_args.prefill_attention_backend = prefill
     server_args.decode_attention_backend = decode
     server_args.speculative_attention_mode = "decode"  # the backend that SGLang verifies on
     logger.info("CAST: prompts run on %s, verify and plain steps on %s", prefill, decode)
+
+
+def _backends_of_the_cpu(server_args: ServerArgs) -> tuple[str, ...]:
+    """Return the CPU platform's own backend, or `triton` where it runs in its interpreter."""
+    from triton import knobs
+
+    is_interpreted = knobs.runtime.interpret and server_args.attention_backend == "triton"
+    return ("triton",) if is_interpreted else (ATTENTION_BACKEND,)
 
 
 def verify_backend(server_args: ServerArgs) -> str:

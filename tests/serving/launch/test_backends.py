@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import triton
 from sglang.srt.arg_groups.overrides import record_foreign_defaults, resolving_view
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
@@ -84,6 +85,15 @@ def test_the_cpu_platform_has_one_backend(backend, draft):
     set_attention_backends(args)
     assert args.speculative_draft_attention_backend == draft
     assert args.prefill_attention_backend is args.decode_attention_backend is None
+
+
+def test_the_cpu_platform_runs_triton_in_its_interpreter_alone(monkeypatch):
+    args = made_up(attention_backend="triton", device="cpu")
+    with pytest.raises(HostError, match="--attention-backend triton.*cast_cpu"):
+        set_attention_backends(args)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    set_attention_backends(args)
+    assert args.speculative_draft_attention_backend is None and verify_backend(args) == "triton"
 
 
 @pytest.mark.parametrize("flag", ["--attention-backend", "--prefill-attention-backend"])

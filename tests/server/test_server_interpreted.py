@@ -1,0 +1,40 @@
+"""The attention of a GPU, run by Triton's interpreter: SGLang's kernels and CAST's tree metadata.
+
+Graphs, streams and overlap need a device. What runs here is what surrounds them: verify of trees
+and chains over custom masks, draft layers over lists of slots, draft extend, plain steps.
+"""
+
+import pytest
+
+from benchmarks.harness.servers import Server
+from tests.server.client import generate
+from tests.server.conftest import ServerFactory
+
+# An interpreted step takes seconds.
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NUM_TOKENS = 6
+FLAGS = (
+    *("--attention-backend", "triton", "--max-running-requests", "3", "--skip-server-warmup"),
+    *("--cast-residuals", "off"),
+)
+TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
+CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+
+
+@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
+def test_greedy_tokens_equal_plain_decoding(
+    start_server: ServerFactory, plain: Server, prompts: list[str], shape: tuple[str, ...]
+):
+    short = [prompt[:40] for prompt in prompts[:2]]
+    wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
+    with start_server(
+        "cast", *FLAGS, *shape, name=f"interpreted-{shape[-1]}", kind=Server, TRITON_INTERPRET="1"
+    ) as server:
+        answers = generate(server, short, max_new_tokens=NUM_TOKENS)
+        assert [answer["output_ids"] for answer in answers] == wanted
+        # One that wants no drafts is decoded plainly, by verify of its root.
+        alone = generate(server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"})
+        assert alone["output_ids"] == wanted[0]
+        state = server.get("/server_info")["internal_states"][0]["cast"]
+        assert state["steps"] > NUM_TOKENS and state["nodes_verified"] > state["requests"]
