@@ -14,6 +14,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_flags,
+    set_draft,
     set_envelope,
     verify_sizes,
 )
@@ -89,6 +90,7 @@ class CastAlgorithm(CustomSpecAlgo):
             ConfigError, HostError, ProfileError: one line that names the flag and the fix.
         """
         config = CastConfig.load()
+        set_draft(server_args)
         set_envelope(server_args)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         check_pair(server_args)

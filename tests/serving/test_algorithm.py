@@ -30,6 +30,10 @@ def cast(monkeypatch):
 def server_args(**given):
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     values = dict(
+        model_path="some/target",
+        revision=None,
+        speculative_draft_model_path="some/draft",
+        speculative_draft_model_revision=None,
         speculative_num_steps=None,
         speculative_eagle_topk=None,
         speculative_num_draft_tokens=None,
@@ -66,7 +70,13 @@ def test_the_name_is_registered_with_worker_and_checks(cast):
 
     assert isinstance(cast, CastAlgorithm) and cast.name == "CAST"
     assert cast.create_worker(SimpleNamespace(disable_overlap_schedule=False)) is CastWorker
-    no_draft = SimpleNamespace(speculative_draft_model_path=None)
+    no_draft = SimpleNamespace(
+        speculative_draft_model_path=None,
+        speculative_draft_model_revision=None,
+        model_path=tiny_pair().target,
+        revision=None,
+        trust_remote_code=False,
+    )
     with pytest.raises(HostError, match="needs --speculative-draft-model-path"):
         cast.validate_server_args(no_draft)
 

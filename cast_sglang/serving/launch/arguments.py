@@ -14,7 +14,7 @@ import torch
 from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import HostError
-from cast_sglang.serving.launch.identity import read_draft_config
+from cast_sglang.serving.launch.identity import read_config, read_draft_config
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_device",
     "check_flags",
+    "set_draft",
     "set_envelope",
     "verify_sizes",
 ]
@@ -133,11 +134,14 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
     Raises:
         HostError: names the flag and the fix.
     """
-    if args.speculative_draft_model_path is None:
-        raise HostError(
-            "--speculative-algorithm CAST needs --speculative-draft-model-path, "
-            "an EAGLE or EAGLE-3 draft of the target"
-        )
+    draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
+    if draft[0] is None:
+        if not _has_own_draft(args):
+            raise HostError(
+                "--speculative-algorithm CAST needs --speculative-draft-model-path, an EAGLE or "
+                "EAGLE-3 draft of the target; this target brings no MTP layer to draft with"
+            )
+        draft = args.model_path, args.revision
     for flag, (unset, advice) in UNSUPPORTED.items():
         given = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if given is not None and given != unset:
@@ -150,8 +154,17 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
             "need pages of one token; use 1, an attention backend that does not ask for more, or "
             "chains: --speculative-eagle-topk 1"
         )
-    read_draft_config(
-        args.speculative_draft_model_path,
-        args.speculative_draft_model_revision,
-        args.trust_remote_code,
-    )
+    read_draft_config(*draft, args.trust_remote_code)
+
+
+def set_draft(server_args: ServerArgs) -> None:
+    """Draft with the target's own MTP layer where no draft is given; `check_flags` has seen one."""
+    if server_args.speculative_draft_model_path is None:
+        server_args.speculative_draft_model_path = server_args.model_path
+        server_args.speculative_draft_model_revision = server_args.revision
+
+
+def _has_own_draft(args: argparse.Namespace | ServerArgs) -> bool:
+    """Return whether the target's checkpoint has MTP (NextN) layers beside its own."""
+    config = read_config(args.model_path, args.revision, args.trust_remote_code)
+    return bool(getattr(config, "num_nextn_predict_layers", 0))

@@ -20,6 +20,7 @@ def flags(**given):
     names = {flag.removeprefix("--").replace("-", "_"): value for flag, value in values.items()}
     names |= {"speculative_draft_model_path": "d", "speculative_draft_model_revision": None}
     names |= {"trust_remote_code": False, "page_size": None, "speculative_eagle_topk": None}
+    names |= {"model_path": "t", "revision": "r"}
     return argparse.Namespace(**{**names, **given})
 
 
@@ -45,6 +46,31 @@ def test_trees_need_pages_of_one_token(topk):
 @pytest.mark.parametrize("page_size", [None, 1, 16, 64])
 def test_chains_run_on_pages_of_any_size(page_size):
     arguments.check_flags(flags(page_size=page_size, speculative_eagle_topk=1))
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, None])
+def test_a_target_with_an_mtp_layer_needs_no_draft(num_layers, monkeypatch):
+    read = []
+    config = SimpleNamespace()
+    if num_layers is not None:
+        config.num_nextn_predict_layers = num_layers
+    monkeypatch.setattr(arguments, "read_config", lambda *target: config)
+    monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: read.append(draft))
+    args = flags(speculative_draft_model_path=None)
+    if not num_layers:
+        with pytest.raises(HostError, match="needs --speculative-draft-model-path.*no MTP layer"):
+            arguments.check_flags(args)
+        return
+    arguments.check_flags(args)
+    arguments.set_draft(args)
+    draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
+    assert draft == ("t", "r") and read == [("t", "r", False)]
+
+
+def test_a_draft_that_is_given_stays():
+    args = flags()
+    arguments.set_draft(args)
+    assert args.speculative_draft_model_path == "d"
 
 
 def envelope(steps, topk, tokens):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import triton
+from sglang.srt.arg_groups import model_override_base
 from sglang.srt.arg_groups.overrides import record_foreign_defaults, resolving_view
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
@@ -77,6 +78,41 @@ def test_an_engine_without_flags_gets_what_a_command_gets(backend):
     assert found.prefill_attention_backend == backend
     assert found.decode_attention_backend == found.speculative_draft_attention_backend == "triton"
     assert found.speculative_attention_mode == "decode"
+
+
+HOPPER, BLACKWELL, OTHERS = "is_hopper_with_cuda_12_3", "is_sm100", ""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "topk", "prefill"),
+    [
+        (HOPPER, None, "fa3"),
+        (HOPPER, 1, "fa3"),
+        (HOPPER, 8, "flashinfer"),
+        (BLACKWELL, None, "flashinfer"),
+        (BLACKWELL, 1, "trtllm_mha"),
+        (OTHERS, None, "flashinfer"),
+        (OTHERS, 1, "flashinfer"),
+    ],
+)
+def test_what_stock_chooses_on_a_gpu_is_kept_for_prompts(gpu, topk, prefill, monkeypatch):
+    """By SGLang's own choice, on a platform that says it is that GPU."""
+    facts = dict.fromkeys((HOPPER, BLACKWELL, "is_hip"), False) | {"has_flashinfer": True}
+    platform = SimpleNamespace(**{**facts, gpu: True})
+    monkeypatch.setattr(model_override_base, "get_platform", lambda: platform)
+    monkeypatch.setattr(
+        model_override_base, "current_platform", SimpleNamespace(is_out_of_tree=lambda: False)
+    )
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    model.has_asymmetric_kv = model.has_attention_sinks = False
+    args = ServerArgs(model_path="m", device="cuda")
+    args.speculative_algorithm, args.speculative_eagle_topk = "CAST", topk
+    backend = model_override_base.get_default_attn_backend(args, False, model)
+    args._resolved_overrides = [("sglang", {"attention_backend": backend})]
+    record_foreign_defaults(args, "cast", set_attention_backends)
+    found = resolving_view(args)
+    assert found.prefill_attention_backend == prefill
+    assert verify_backend(found) == "triton"
 
 
 @pytest.mark.parametrize(("backend", "draft"), [("cast_cpu", None), (None, "cast_cpu")])
