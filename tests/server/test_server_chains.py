@@ -9,6 +9,7 @@ from tests.server.client import generate, greedy_ids
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
 from tests.server.test_server_laws import ALPHA, LAWS, sample
+from tests.server.test_server_limits import Ask, Served, compare, token_ids
 from tests.support.checkpoints import write_eagle1_draft, write_mtp_target
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
@@ -69,6 +70,23 @@ def test_greedy_tokens_on_pages_equal_plain_decoding(start_server, prompts, expe
         twice = generate(server, prompts[0] * 3, max_new_tokens=NUM_TOKENS)
         assert twice["meta_info"]["cached_tokens"] >= 16
         assert twice["output_ids"] == again["output_ids"]
+
+
+@pytest.mark.parametrize("pool", [16384, 640])
+def test_chains_on_pages_at_the_limits_of_context_and_memory(start_server, pool):
+    """A pool hardly larger than one request has no whole page left for drafts."""
+    limits = ("--context-length", "512", "--max-total-tokens", str(pool))
+    flags = (*CHAIN, *ALWAYS, "--page-size", "16")
+    with (
+        start_server("plain", *limits, name=f"plain-{pool}") as plain,
+        start_server("cast", *flags, *limits, name=f"cast-pages-{pool}") as cast,
+    ):
+        served = Served(plain, cast, 512, pool)
+        text = token_ids()
+        asks = [Ask(text[:length], None) for length in (439, 505, 504, 256)]
+        compare(served, asks, workers=1)
+        asks = [Ask(text[300 * i : 300 * i + n], None) for i, n in enumerate((303, 440, 390))]
+        compare(served, [*asks, Ask(text[900:960], 48), Ask(text[50:400], 30)], workers=5)
 
 
 def num_accepted(server) -> int:
