@@ -1,14 +1,18 @@
 """The attention of a GPU, run by Triton's interpreter: SGLang's kernels and CAST's tree metadata.
 
-Graphs, streams and overlap need a device. What runs here is what surrounds them: verify of trees
-and chains over custom masks, draft layers over lists of slots, draft extend, plain steps.
+Streams, overlap and graphs of the device need one. What runs here is what surrounds them: verify of
+trees and chains over custom masks, draft layers over lists of slots, draft extend, plain steps, and
+draft layers over the static buffers of graphs, replayed by a stand-in.
 """
+
+from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.servers import Server
 from tests.server.client import generate
 from tests.server.conftest import ServerFactory
+from tests.support.interpreted import ENVIRONMENT, REPLAYS_FILE, CapturedLayersServer
 
 # An interpreted step takes seconds.
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -29,7 +33,7 @@ def test_greedy_tokens_equal_plain_decoding(
     short = [prompt[:40] for prompt in prompts[:2]]
     wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
     with start_server(
-        "cast", *FLAGS, *shape, name=f"interpreted-{shape[-1]}", kind=Server, TRITON_INTERPRET="1"
+        "cast", *FLAGS, *shape, name=f"interpreted-{shape[-1]}", kind=Server, **ENVIRONMENT
     ) as server:
         answers = generate(server, short, max_new_tokens=NUM_TOKENS)
         assert [answer["output_ids"] for answer in answers] == wanted
@@ -38,3 +42,29 @@ def test_greedy_tokens_equal_plain_decoding(
         assert alone["output_ids"] == wanted[0]
         state = server.get("/server_info")["internal_states"][0]["cast"]
         assert state["steps"] > NUM_TOKENS and state["nodes_verified"] > state["requests"]
+
+
+@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
+def test_captured_layers_serve_what_eager_ones_do(
+    start_server: ServerFactory,
+    plain: Server,
+    prompts: list[str],
+    shape: tuple[str, ...],
+    tmp_path: Path,
+):
+    """One request, then three, whose graph is one of four: padding reads and writes slot 0."""
+    short, replays = [prompt[:40] for prompt in prompts[:3]], tmp_path / "replays"
+    wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
+    environment = {**ENVIRONMENT, REPLAYS_FILE: str(replays)}
+    with start_server(
+        *("cast", *FLAGS, *shape),
+        name=f"captured-{shape[-1]}",
+        kind=CapturedLayersServer,
+        **environment,
+    ) as server:
+        alone = generate(server, short[0], max_new_tokens=NUM_TOKENS)
+        assert alone["output_ids"] == wanted[0]
+        answers = generate(server, short, max_new_tokens=NUM_TOKENS)
+        assert [answer["output_ids"] for answer in answers] == wanted
+    batches = {line.split()[0] for line in replays.read_text().splitlines()}
+    assert batches == {"1", "4"}
