@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_TOKENS, CONTEXT = 6, 40
 FLAGS = (
-    *("--attention-backend", "triton", "--max-running-requests", "3", "--skip-server-warmup"),
+    *("--attention-backend", "triton", "--max-running-requests", "4", "--skip-server-warmup"),
     *("--cast-residuals", "off"),
 )
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
