@@ -127,6 +127,11 @@ class GraphSizes:
             return None
         return sizes[min(bisect_left(sizes, size), len(sizes) - 1)]
 
+    def replayed(self, batch_size: int, size: int) -> int:
+        """Return the size of the graph that runs `size` rows; `size` where no graph holds them."""
+        fitting = self.fit(batch_size, size, self.sizes[-1])
+        return size if fitting is None else max(size, fitting)
+
     def __str__(self) -> str:
         tiers = (
             f"batch {batch_size}: {','.join(map(str, sizes))}"

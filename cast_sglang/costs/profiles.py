@@ -252,7 +252,7 @@ def _compare(profile: CostProfile, identity: HostIdentity) -> tuple[list[str], l
             )
 
     differences = []
-    fields = ("device_memory_bytes", "clock_mhz", "attention_backend")
+    fields = ("device_memory_bytes", "clock_mhz", "attention_backend", "kv_cache_dtype")
     for field in (*fields, "cuda_graph", "page_size", "overlap"):
         here = getattr(identity, field)
         if here is not None and getattr(measured, field) is not None:

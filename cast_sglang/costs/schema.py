@@ -86,6 +86,7 @@ class HostIdentity(_Record, frozen=True, kw_only=True):
     device_count: int | None = None
     clock_mhz: int | None = None
     quantization: str | None = None
+    kv_cache_dtype: str | None = None  # as SGLang's flag says it
     overlap: bool | None = None
 
 

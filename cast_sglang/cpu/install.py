@@ -34,6 +34,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     f"{_OPS}.speculative.eagle.fill_accept_out_cache_loc_func": kernels.fill_accepted_cache_locs,
     f"{_OPS}.sampling.murmur_hash.murmur_hash32": sampling.murmur_hash32,
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": kernels.assign_req_to_token,
+    "sglang.srt.mem_cache.allocation.get_last_loc": kernels.get_last_loc,
     # SGLang's version loops over the requests in every draft extend, which is slow.
     "sglang.srt.model_executor.forward_batch_info.compute_position_torch": kernels.compute_position,
 }

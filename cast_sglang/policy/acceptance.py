@@ -32,6 +32,7 @@ import torch
 
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import AcceptanceCurve
+from cast_sglang.ops.copies import to_device
 from cast_sglang.policy.outcomes import VerifiedNodes
 
 __all__ = ["DRAWN", "GREEDY", "KINDS", "SAMPLED", "Acceptance", "Reliability"]
@@ -124,8 +125,7 @@ class Acceptance:
         curves = self._device_curves.get(kinds.device)
         if curves is None:
             # One copy for all depths: inner knots in the first row, then starts, then slopes.
-            packed = torch.from_numpy(_pack_curves(self.curves()))
-            packed = packed.to(kinds.device, non_blocking=True)
+            packed = to_device(_pack_curves(self.curves()), kinds.device)
             # By bucket of depths, [kinds, pieces] each.
             starts, slopes = packed[1:].view(2, _SHAPE[1], _SHAPE[0], -1)
             buckets = [bisect_left(_DEPTH_ENDS, each) for each in range(1, _DEPTH_ENDS[-1] + 2)]

@@ -14,14 +14,15 @@ from cast_sglang.config import CastConfig
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_flags,
-    check_pair,
-    limit_graphs,
-    set_attention_backends,
+    set_draft,
     set_envelope,
     verify_sizes,
 )
+from cast_sglang.serving.launch.backends import limit_graphs, set_attention_backends
 from cast_sglang.serving.launch.cost_profile import announce_profile
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
+from cast_sglang.serving.launch.pair import check_pair
+from cast_sglang.serving.launch.reserve import describe_reserve, reserve_of_server
 from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class CastAlgorithm(CustomSpecAlgo):
             ConfigError, HostError, ProfileError: one line that names the flag and the fix.
         """
         config = CastConfig.load()
+        set_draft(server_args)
         set_envelope(server_args)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         check_pair(server_args)
@@ -120,6 +122,7 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
         )
+        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args)))
 
 
 def register() -> None:

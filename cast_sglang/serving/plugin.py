@@ -37,7 +37,7 @@ def register() -> None:
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
     HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)
     for method, hook, kind in (
-        ("__init__", _provide_profile, HookType.AFTER),
+        ("__init__", _make_ready, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),
         ("set_internal_state", _reset_residuals, HookType.AROUND),
         ("handle_rpc_request", _handle_profile_request, HookType.AROUND),
@@ -70,15 +70,10 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
     given = given_flags(namespace)
     CastConfig.load(given)
     if (namespace.speculative_algorithm or "").upper() == "CAST":
-        from cast_sglang.serving.launch.arguments import (
-            check_device,
-            check_flags,
-            choose_attention_backend,
-        )
+        from cast_sglang.serving.launch.arguments import check_device, check_flags
 
         check_device()
         check_flags(namespace)
-        choose_attention_backend(namespace)
     elif flags := [flag_of(key) for key, value in given.items() if value is not None]:
         logger.warning(
             "CAST: %s has no effect without --speculative-algorithm CAST", ", ".join(flags)
@@ -88,9 +83,16 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
             os.environ[f"CAST_{key.upper()}"] = str(value)
 
 
-def _provide_profile(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Make a cost profile if the worker that was just built needs one and found none."""
-    if getattr(scheduler.draft_worker, "lacks_profile", False):
+def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Compile what the worker that was just built will run; make the cost profile that it lacks."""
+    worker = scheduler.draft_worker
+    if not hasattr(worker, "lacks_profile"):
+        return
+    if worker.device != "cpu":
+        from cast_sglang.serving.profiling.warm_up import warm_up
+
+        warm_up(worker)
+    if worker.lacks_profile:
         from cast_sglang.serving.profiling.first_start import provide_profile
 
         provide_profile(scheduler)

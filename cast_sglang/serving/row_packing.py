@@ -94,4 +94,6 @@ def first_columns(
         logits_output=dataclasses.replace(
             result.logits_output, hidden_states=narrow(result.logits_output.hidden_states)
         ),
+        # What verify of a chain has prepared on a device lies at its own width.
+        prepared_draft_extend_inputs=None,
     )

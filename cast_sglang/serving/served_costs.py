@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
-from cast_sglang.costs.model import CostModel, StepCosts
+from cast_sglang.costs.model import CostModel, StepCosts, step_units
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
@@ -20,12 +20,21 @@ if TYPE_CHECKING:
     from cast_sglang.serving.stats import StepStats
     from cast_sglang.serving.step import PendingStep
 
-__all__ = ["ServedCosts"]
+__all__ = ["ServedCosts", "StepTimes"]
 
 # Steps between two exports of the corrections, which take some hundred microseconds.
 EXPORT_EVERY = 64
 
 logger = logging.getLogger(__name__)
+
+
+class StepTimes(NamedTuple):
+    """What a step takes by the tables; None and 0 without a profile."""
+
+    predicted_us: float | None = None  # as measured
+    units: float | None = None  # as corrected, catching up left out
+    expected_us: float | None = None  # as corrected, catching up included
+    unit_us: float = 0.0  # as measured
 
 
 class ServedCosts:
@@ -122,6 +131,22 @@ class ServedCosts:
         if self.residuals is not None and step.expected_us is not None:
             measured, expected = measured_us / step.unit_us, step.expected_us / step.unit_us
             self.residuals.record_step(batch_size, step.num_layers, measured, expected)
+
+    def step_times(
+        self, widths: tuple[int, ...], rows: float, extend_rows: float, catch_up: float
+    ) -> StepTimes:
+        """Return what a step of the running requests takes.
+
+        Args:
+            widths, rows, extend_rows: of its tree, as `step_units` takes them.
+            catch_up: units that bringing the draft up to date takes.
+        """
+        if self.table is None or self.current is None:
+            return StepTimes()
+        predicted = step_units(self.table, widths, rows, extend_rows)
+        units = step_units(self.current, widths, rows, extend_rows)
+        expected_us = (units + catch_up) * self.current.unit_us
+        return StepTimes(predicted * self.table.unit_us, units, expected_us, self.table.unit_us)
 
     def correct(self, step: int) -> None:
         """Apply what the last steps measured to the costs of the next ones, now and then.

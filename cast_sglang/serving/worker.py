@@ -21,7 +21,6 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import PENDING, CastConfig
 from cast_sglang.costs.limits import Limits
-from cast_sglang.costs.model import step_units
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
@@ -33,7 +32,7 @@ from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
-from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph
+from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph, unmasked_root
 from cast_sglang.serving.host_patches.sampling import sampling_as_plain
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
     from cast_sglang.costs.profiles import FoundProfile
     from cast_sglang.serving.graphs.plan import GraphPlan
@@ -266,22 +266,16 @@ class CastWorker(EAGLEWorkerV2):
         shape = draft.last_shape if plan.drafts else PLAIN_SHAPE
         tree_seconds = decider.seconds + (self.calibration.seconds if self.calibration else 0.0)
         num_layers = len(shape.widths) + plan.drafts
-        predicted_us, units, expected_us, unit_us = None, None, None, 0.0
-        if costs.table is not None and costs.current is not None:
-            passes = shape.widths, shape.mean_rows, draft.last_extend_rows
-            predicted_us = step_units(costs.table, *passes) * costs.table.unit_us
-            units = step_units(costs.current, *passes)
-            unit_us = costs.table.unit_us
-            expected_us = (units + plan.catch_up) * costs.current.unit_us
-            units = units if plan.drafts else None
+        passes = shape.widths, shape.mean_rows, draft.last_extend_rows
+        times = costs.step_times(*passes, plan.catch_up)
         if tools.recorder is not None:
             report = StepReport(
                 number=self._num_steps,
                 shape=shape,
                 extend_rows=draft.last_extend_rows,
                 weights=tools.weights,
-                predicted_us=predicted_us,
-                expected_us=expected_us,
+                predicted_us=times.predicted_us,
+                expected_us=times.expected_us,
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
@@ -290,11 +284,11 @@ class CastWorker(EAGLEWorkerV2):
             self._drop_full_recorder()
         self._pending.append(
             PendingStep(
-                predicted_us=predicted_us,
-                units=units,
-                expected_us=expected_us,
+                predicted_us=times.predicted_us,
+                units=times.units if plan.drafts else None,
+                expected_us=times.expected_us,
                 num_layers=num_layers,
-                unit_us=unit_us,
+                unit_us=times.unit_us,
                 follows_decode=not self._prefill_since_step,
                 max_tokens=min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1,
             )
@@ -319,6 +313,11 @@ class CastWorker(EAGLEWorkerV2):
                 yield
         finally:
             self.speculative_num_steps = num_steps
+
+    def _build_trivial_verify_input(self, batch: ScheduleBatch) -> EagleVerifyInput:
+        """Return the verify input of a plain step, one row per request."""
+        backend = self.target_worker.model_runner.attn_backend
+        return unmasked_root(super()._build_trivial_verify_input, batch, backend)
 
     def _on_pass(self) -> Callable[[TimedPass], None] | None:
         return None if self.tools.recorder is None else self.tools.recorder.on_pass_timed

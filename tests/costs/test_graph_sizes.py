@@ -87,3 +87,10 @@ def test_a_size_without_a_graph_runs_as_the_next_that_has_one(size, limit, expec
 def test_sizes_asked_for_are_kept_whatever_they_cost():
     sizes = GraphSizes.by_cost([1], range(2, 9), lambda _: [1.0] * 8, always=(5, 9))
     assert sizes.sizes == (5, 8)
+
+
+def test_a_pass_is_replayed_at_the_next_size_or_runs_as_it_is():
+    sizes = GraphSizes({2: (2, 4), 8: (2, 4, 8)})
+    assert [sizes.replayed(1, size) for size in (1, 2, 3, 5)] == [2, 2, 4, 5]
+    assert [sizes.replayed(5, size) for size in (3, 5, 9)] == [4, 8, 9]
+    assert sizes.replayed(9, 3) == 3

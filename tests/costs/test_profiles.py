@@ -246,6 +246,7 @@ def test_foreign_profile_is_refused_with_the_command_to_run(saved, change, expec
         {"device_memory_bytes": 1 << 30},
         {"clock_mhz": 1755},
         {"attention_backend": "fa3"},
+        {"kv_cache_dtype": "fp8_e5m2"},
         {"cuda_graph": False},
         {"page_size": 16},
         {"overlap": False},

@@ -228,3 +228,13 @@ def test_positions_of_new_tokens():
     assert positions.dtype == torch.int64
     assert starts.tolist() == [0, 3, 4]
     assert starts.dtype == torch.int32
+
+
+def test_a_request_goes_on_in_the_page_of_its_last_token():
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    table = torch.randint(1, 1000, (5, 9), dtype=torch.int32)
+    rows, lens = torch.tensor([3, 1, 4]), torch.tensor([9, 0, 1])
+    found = kernels.get_last_loc(table, rows, lens)
+    assert found.tolist() == [int(table[3, 8]), -1, int(table[4, 0])]
+    assert torch.equal(found, get_last_loc_torch(table, rows, lens)) and found.dtype == lens.dtype

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _isotonic
 from cast_sglang.policy.outcomes import VerifiedNodes
+from tests.support.copies import DEVICE, watched_copies
 
 PROBS = torch.linspace(0.0, 1.0, 1001)
 DEPTHS = (1, 2, 3, 4, 5, 8, 9, 40)
@@ -248,3 +249,10 @@ def test_a_large_update_takes_no_loop_over_nodes():
     began = time.perf_counter()
     teach(acceptance, p, np.ones(nodes, dtype=int), np.ones(nodes, dtype=bool), accepted)
     assert time.perf_counter() - began < 1.0  # some 20 ms; a Python loop takes several seconds
+
+
+def test_new_curves_reach_a_device_without_waiting(monkeypatch):
+    acceptance, kinds = Acceptance(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with watched_copies(monkeypatch) as spy:
+        curve = acceptance.curve_at(1, kinds)
+    assert spy.num_copies == 1 and spy.waits == [] and curve.starts.device.type == DEVICE

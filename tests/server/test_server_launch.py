@@ -86,8 +86,8 @@ CASES = {
         ("--cast-verify-sizes", "999"), flags=("--cast-verify-sizes", "2,999")
     ),
     "adaptive": Case(("--speculative-adaptive",), flags=("--speculative-adaptive",)),
-    "pages": Case(("--page-size",), flags=("--page-size", "16")),
-    "chain": Case(("--speculative-eagle-topk 1",), flags=("--speculative-eagle-topk", "1")),
+    "pages of a tree": Case(("--page-size 16",), flags=("--page-size", "16")),
+    "no children": Case(("--speculative-eagle-topk 0",), flags=("--speculative-eagle-topk", "0")),
     "no room for a tree": Case(
         ("--speculative-num-draft-tokens 1",), flags=("--speculative-num-draft-tokens", "1")
     ),

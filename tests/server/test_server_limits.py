@@ -50,10 +50,15 @@ class Served(NamedTuple):
     pool: int
 
 
-@pytest.fixture(scope="module")
-def text() -> list[int]:
+def token_ids() -> list[int]:
+    """Return the tokens of the held-out texts, one after the other."""
     tokenizer = Tokenizer.from_file(str(tiny_directory() / "target" / "tokenizer.json"))
     return list(tokenizer.encode("\n".join(heldout_prompts())).ids)
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    return token_ids()
 
 
 @pytest.fixture(

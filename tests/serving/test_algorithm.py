@@ -15,6 +15,7 @@ from benchmarks.harness.pairs import tiny_pair
 from cast_sglang.errors import ConfigError, HostError
 from cast_sglang.serving import algorithm as module
 from cast_sglang.serving.algorithm import CastAlgorithm
+from cast_sglang.serving.launch.reserve import Reserve
 from tests.support.builders import make_identity
 
 
@@ -29,6 +30,10 @@ def cast(monkeypatch):
 def server_args(**given):
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     values = dict(
+        model_path="some/target",
+        revision=None,
+        speculative_draft_model_path="some/draft",
+        speculative_draft_model_revision=None,
         speculative_num_steps=None,
         speculative_eagle_topk=None,
         speculative_num_draft_tokens=None,
@@ -56,6 +61,7 @@ def checked(monkeypatch):
 
     monkeypatch.setattr(module, "announce_profile", announce)
     monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
+    monkeypatch.setattr(module, "reserve_of_server", lambda args: Reserve([], 128, 40))
     return log
 
 
@@ -64,7 +70,13 @@ def test_the_name_is_registered_with_worker_and_checks(cast):
 
     assert isinstance(cast, CastAlgorithm) and cast.name == "CAST"
     assert cast.create_worker(SimpleNamespace(disable_overlap_schedule=False)) is CastWorker
-    no_draft = SimpleNamespace(speculative_draft_model_path=None)
+    no_draft = SimpleNamespace(
+        speculative_draft_model_path=None,
+        speculative_draft_model_revision=None,
+        model_path=tiny_pair().target,
+        revision=None,
+        trust_remote_code=False,
+    )
     with pytest.raises(HostError, match="needs --speculative-draft-model-path"):
         cast.validate_server_args(no_draft)
 
@@ -137,7 +149,7 @@ def test_a_gpu_server_overlaps_and_captures_what_it_can(cast, checked, graphs, m
 @pytest.mark.parametrize(
     ("given", "settings", "error", "says"),
     [
-        ({"speculative_eagle_topk": 1}, {}, HostError, "--speculative-eagle-topk 1"),
+        ({"speculative_eagle_topk": 0}, {}, HostError, "--speculative-eagle-topk 0"),
         (
             {"speculative_num_draft_tokens": 16},
             {"CAST_VERIFY_SIZES": "2,17"},

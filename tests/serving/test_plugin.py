@@ -142,7 +142,7 @@ def test_other_algorithms_are_left_alone(draft_worker):
     scheduler = scheduler_of(draft_worker)
     state = GetInternalStateReqOutput(internal_state={"a": 1})
     assert plugin._add_internal_state(state, scheduler).internal_state == {"a": 1}
-    plugin._provide_profile(None, scheduler)
+    plugin._make_ready(None, scheduler)
     ours = SetInternalStateReq(server_args={"cast_reset_residuals": 1})
     assert plugin._reset_residuals(None, scheduler, ours).updated is False
 

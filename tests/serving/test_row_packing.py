@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.utils import GenerationBatchResult
 
 from cast_sglang.cpu.attention import CastCpuAttnBackend
 from cast_sglang.serving.row_packing import (
     can_pack_rows,
     find_packed_rows,
+    first_columns,
     last_layer,
     last_rows,
     spread_rows,
@@ -44,3 +47,25 @@ def test_rows_are_spread_to_their_places():
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spread = spread_rows(rows, torch.tensor([0, 2]), 3)
     assert spread.tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
+
+
+def verified_chain():
+    """What verify of a chain on a device hands on: with places in rows of its own width."""
+    rows = torch.arange(2 * WIDTH)
+    places = torch.tensor([1, 2]), rows.view(2, WIDTH)[:, 1], rows
+    return SimpleNamespace(out_cache_loc=rows), GenerationBatchResult(
+        logits_output=LogitsProcessorOutput(None, rows.unsqueeze(1).float()),
+        next_token_ids=rows,
+        speculative_num_draft_tokens=WIDTH,
+        prepared_draft_extend_inputs=places,
+    )
+
+
+def test_places_that_were_prepared_hold_at_the_width_of_verify_alone():
+    batch, result = verified_chain()
+    assert first_columns(batch, result, WIDTH).prepared_draft_extend_inputs is not None
+    narrowed = first_columns(batch, result, 2)
+    assert narrowed.prepared_draft_extend_inputs is None
+    assert narrowed.next_token_ids.tolist() == batch.out_cache_loc.tolist() == [0, 1, 3, 4]
+    # The scheduler reads the whole.
+    assert len(result.next_token_ids) == 2 * WIDTH

@@ -29,6 +29,7 @@ def make_identity(**changes: Any) -> HostIdentity:
         page_size=1,
         versions={"sglang": "0.5.23", "torch": "2.11.0", "python": "3.12.1"},
         overlap=True,
+        kv_cache_dtype="auto",
         clock_mhz=1980,
     )
     return msgspec.structs.replace(identity, **changes)

@@ -44,6 +44,7 @@ def make_worker(num_rows=5, num_slots=90):
     return Worker(
         device="cpu",
         topk=TOPK,
+        verify_graphs=None,
         speculative_num_steps=STEPS,
         speculative_algorithm=eagle,
         limits=Limits(max_batch_size=4, max_context=CONTEXT, max_verify_rows=ROWS, max_width=TOPK),
@@ -53,6 +54,7 @@ def make_worker(num_rows=5, num_slots=90):
         draft_worker=SimpleNamespace(
             draft_runner=SimpleNamespace(model_config=draft_config, spec_algorithm=eagle),
             drafter=SimpleNamespace(graphs=None),
+            extend_graphs=None,
             model=SimpleNamespace(num_proposed=TOPK),
             tree_mask_mode=None,
             parallel_layout=None,

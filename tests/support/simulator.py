@@ -158,16 +158,18 @@ def run(
     steps: int,
     acceptance: Acceptance | None = None,
     joint: bool = False,
+    topk: int = TOPK,
 ) -> Result:
     """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
 
     Args:
         server: costs stand for a server that they are true of.
         joint: share one budget of nodes out among the requests, which may then differ in rows.
+        topk: children of a node; 1 for chains.
     """
     if isinstance(server, StepCosts):
         server = ByTable(server)
-    decider = Decider(policy, max_missing=0, topk=TOPK, is_ragged=joint, shares_out=joint)
+    decider = Decider(policy, max_missing=0, topk=topk, is_ragged=joint, shares_out=joint)
     rows = []
     for step in range(steps):
         text.advance()
@@ -182,7 +184,7 @@ def run(
             max_rows=TOKENS,
         )
         is_plain = not decider.begin_step(facts).drafts
-        tree = PLAIN if is_plain else drafted(decider, text, acceptance)
+        tree = PLAIN if is_plain else drafted(decider, text, acceptance, topk)
         time = server.units(tree, costs)
         if not is_plain:
             decider.end_step(batch_size, tree.accepted, tree.units(costs))
@@ -190,17 +192,19 @@ def run(
     return Result(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
-def drafted(decider: Decider, text: Text, acceptance: Acceptance | None) -> Drafted:
+def drafted(
+    decider: Decider, text: Text, acceptance: Acceptance | None, topk: int = TOPK
+) -> Drafted:
     """Draft and verify the tree that the decider chooses, by the text's probabilities."""
     batch_size, kinds = len(text.is_greedy), torch.from_numpy(text.kinds)
 
     def layer(nodes: int, depth: int) -> tuple[torch.Tensor, torch.Tensor, AcceptanceCurve | None]:
-        probs = text.children(nodes)
+        probs = text.children(nodes, topk)
         raw.append(probs.reshape(batch_size, -1))
         true.append(text.chances(probs, depth).reshape(batch_size, -1))
-        tokens = torch.zeros(batch_size * nodes, TOPK, dtype=torch.int64)
+        tokens = torch.zeros(batch_size * nodes, topk, dtype=torch.int64)
         curve = None if acceptance is None else acceptance.curve_at(depth, kinds)
-        return tokens, torch.from_numpy(probs.reshape(-1, TOPK)).float(), curve
+        return tokens, torch.from_numpy(probs.reshape(-1, topk)).float(), curve
 
     raw: list[np.ndarray] = []
     true: list[np.ndarray] = []
@@ -233,7 +237,7 @@ def drafted(decider: Decider, text: Text, acceptance: Acceptance | None) -> Draf
     for depth, layer_probs in enumerate(true, 1):
         candidates = np.arange(start, start + layer_probs.shape[1])
         start += layer_probs.shape[1]
-        above = parents[:, candidates // TOPK]
+        above = parents[:, candidates // topk]
         up = np.where(above < 0, 1.0, np.take_along_axis(paths, np.maximum(above, 0), axis=1))
         paths[:, candidates] = up * layer_probs
         is_child = above == at[:, None]
@@ -250,7 +254,7 @@ def drafted(decider: Decider, text: Text, acceptance: Acceptance | None) -> Draf
     if acceptance is not None:
         candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
         verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
-        seen = verify_outcomes(parents, index, accept_index, verified, widths, TOPK)
+        seen = verify_outcomes(parents, index, accept_index, verified, widths, topk)
         acceptance.update(seen, text.kinds)
     rows = min(tree.num_layers, size - 1) + 1
     return Drafted(expected, float(lens.mean()) - 1.0, widths, mean_rows, rows)
@@ -305,17 +309,22 @@ def full_trees(text: Text, topk: int = TOPK) -> list[tuple[np.ndarray, np.ndarra
 
 
 def best_fixed(
-    costs: StepCosts, text: Text, first: int = 0, last: int | None = None
+    costs: StepCosts,
+    text: Text,
+    first: int = 0,
+    last: int | None = None,
+    topks: tuple[int, ...] = (1, 2, 3, 4, 6, 8),
 ) -> tuple[float, tuple[int, int, int]]:
     """Return the best rate of EAGLE's fixed trees, and its (steps, topk, tokens), in hindsight.
 
     Args:
         text: the requests that the other policy met.
         first, last: of the steps that count.
+        topks: children of a node; (1,) for chains alone.
     """
     best = (0.0, (0, 0, 0))
     requests = text.all_at_once(first=first, last=last)
-    for topk in (1, 2, 3, 4, 6, 8):
+    for topk in topks:
         layers = full_trees(requests, topk)
         for steps in range(1, LAYERS + 1):
             gains = gains_of(layers[:steps])

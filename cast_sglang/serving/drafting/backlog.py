@@ -11,14 +11,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.ops.copies import to_device
+
 __all__ = ["Backlog", "MissingRows"]
 
 
 class MissingRows(NamedTuple):
     """The rows that the draft lacks, oldest first, laid out with the same number W per request.
 
-    Only the first `num_rows` rows of a request count. The pass runs at least one row of every
-    request, so one whose draft is up to date has one row as well, with arbitrary content.
+    Only the first `num_rows` rows of a request count, the others hold arbitrary valid content. The
+    pass runs at least one row of every request, so one whose draft is up to date has one of these.
     """
 
     num_rows: np.ndarray  # [B] int64, rows of each request, at least 1
@@ -75,22 +77,28 @@ class Backlog:
             # Rows that were never written are run too, so they must hold a valid token.
             self._hidden_states = hidden_states.new_zeros(*shape, hidden_states.shape[1])
             self._tokens = tokens.new_zeros(shape, dtype=torch.int64)
-        place = torch.from_numpy(slots * self.capacity + self._next[slots]).to(hidden_states.device)
+        place = to_device(slots * self.capacity + self._next[slots], hidden_states.device)
         self._hidden_states.flatten(0, 1).index_copy_(0, place, hidden_states)
         self._tokens.flatten().index_copy_(0, place, tokens.to(torch.int64))
         self._next[slots] = (self._next[slots] + 1) % self.capacity
         self._missing[slots] = np.minimum(self._missing[slots] + 1, self.capacity)
         self._is_empty = False
 
-    def take(self, slots: np.ndarray) -> MissingRows:
-        """Return the requests' rows and drop them; some must lack one."""
+    def take(self, slots: np.ndarray, width: int | None = None) -> MissingRows:
+        """Return the requests' rows and drop them; some must lack one.
+
+        Args:
+            width: W, at least what any of them lacks and at most the capacity; None for as many
+                as that.
+        """
         assert self._hidden_states is not None and self._tokens is not None
         missing = self._missing[slots]
         self.forget(slots)
         first = self._next[slots] - missing
-        places = (first[:, None] + np.arange(int(missing.max()))) % self.capacity
-        index = torch.from_numpy(np.stack((np.broadcast_to(slots[:, None], places.shape), places)))
-        rows, columns = index.to(self._tokens.device)
+        offsets = np.arange(int(missing.max()) if width is None else width)
+        places = (first[:, None] + offsets) % self.capacity
+        index = np.stack((np.broadcast_to(slots[:, None], places.shape), places))
+        rows, columns = to_device(index, self._tokens.device)
         return MissingRows(
             num_rows=np.maximum(missing, 1),
             is_missing=missing > 0,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from sglang.srt.runtime_context import get_spec
 
+from cast_sglang.ops.copies import to_device
 from cast_sglang.ops.sampled import sampled_ops_for
 from cast_sglang.ops.sampled.contract import DrawCuts
 from cast_sglang.serving.step import Drawn
@@ -66,13 +67,16 @@ def cut_links(
 
 
 def num_proposed(config: CastConfig, runner: ModelRunner, topk: int) -> int:
-    """Return M, tokens of the draft that are kept for each node: K where no children are drawn.
+    """Return M, tokens of the draft that are kept for each node.
+
+    Where no children are drawn they are the K children, and two of a chain: SGLang states a
+    probability of 1 for a token that is the only one.
 
     Args:
         runner: of the draft model.
     """
     if not draws_children(config):
-        return topk
+        return max(topk, 2)
     vocab_size = getattr(runner.model_config.hf_config, "draft_vocab_size", None)
     return max(topk, min(MAX_KEPT, vocab_size or runner.model_config.vocab_size))
 
@@ -126,7 +130,7 @@ class Draws:
         is_same = len(self._how) == len(how) and all(map(operator.is_, how, self._how))
         if self._cuts is None or whose is not self._whose or not is_same:
             self._whose, self._how = whose, how
-            is_drawn = torch.from_numpy(whose).to(self._device, non_blocking=True)
+            is_drawn = to_device(whose, self._device)
             self._cuts = DrawCuts(info.temperatures.reshape(-1).float(), *how[1:], is_drawn)
 
     def children(

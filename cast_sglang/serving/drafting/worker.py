@@ -8,15 +8,12 @@ attends to its true ancestors, and the loop may stop after any layer.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
     EAGLEDraftExtendCudaGraphRunner,
@@ -26,7 +23,9 @@ from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input,
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from cast_sglang.config import CastConfig
+from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.drafting.attention import create_tree_backend
+from cast_sglang.serving.drafting.catch_up import catch_up_widths, past_of
 from cast_sglang.serving.drafting.draws import Draws, cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
@@ -44,6 +43,7 @@ from cast_sglang.serving.step import Drafted, DraftShape
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
@@ -98,7 +98,7 @@ class CastDraftWorker(EagleDraftWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        self._extend_graphs: PassGraphs | None = None
+        self.extend_graphs: PassGraphs | None = None
         # It can drop rows behind its attention; None for a model whose last layer cannot.
         self._last_layer = last_layer(self.draft_runner.model)
         self._plain_input: EagleDraftInput | None = None  # a plain step's, while it runs
@@ -136,7 +136,7 @@ class CastDraftWorker(EagleDraftWorker):
         plan = self.tools.graph_plan
         if plan is None:
             return
-        self._extend_graphs = capture_extend(
+        self.extend_graphs = capture_extend(
             self.draft_runner,
             self.draft_extend_attn_backend,
             plan.extend,
@@ -193,7 +193,7 @@ class CastDraftWorker(EagleDraftWorker):
         selection = tree.select(ranked, num_draft_tokens, rows)
         wants_drafts = None
         if tools.weights is not None:
-            wants_drafts = torch.from_numpy(tools.weights > 0.0).to(self.device)
+            wants_drafts = to_device(tools.weights > 0.0, self.device)
         drafted = Drafted(tree, num_layers, widths, selection, wants_drafts)
         if tools.calibration is not None:
             tools.calibration.on_drafted(drafted)
@@ -289,9 +289,9 @@ class CastDraftWorker(EagleDraftWorker):
             if self.tools.is_ragged:
                 packed_rows = find_packed_rows(batch_result.accept_lens, rows)
                 self.last_extend_rows = float(batch_result.accept_lens.sum()) / len(batch.reqs)
-        if self._extend_graphs is not None:
+        if self.extend_graphs is not None:
             # All columns that verify has run are there, so a size with a graph may take more.
-            fitting = self._extend_graphs.sizes.fit(
+            fitting = self.extend_graphs.sizes.fit(
                 len(batch.reqs), rows, batch_result.speculative_num_draft_tokens
             )
             rows = max(rows, fitting or 0)
@@ -330,39 +330,34 @@ class CastDraftWorker(EagleDraftWorker):
         backlog, slots = self.tools.backlog, batch.req_pool_indices_cpu.numpy()
         if not backlog.num_missing(slots):
             return
-        missing = backlog.take(slots)
-        num_rows = torch.from_numpy(missing.num_rows)
-        width = len(missing.tokens) // len(batch.reqs)
-        # A request that lacks nothing writes behind its end, where the next step writes anyway.
-        is_missing = torch.from_numpy(missing.is_missing)
-        back = num_rows * is_missing
-        past = copy.copy(batch)
-        past.seq_lens = batch.seq_lens - back.to(self.device)
-        if batch.seq_lens_cpu is not None:
-            past.seq_lens_cpu = batch.seq_lens_cpu - back
-            past.seq_lens_sum = int(past.seq_lens_cpu.sum())
-        columns = past.seq_lens.unsqueeze(1) + torch.arange(width, device=self.device)
-        table = self.req_to_token_pool.req_to_token
-        places = table[batch.req_pool_indices.unsqueeze(1), columns]
-        past.out_cache_loc = places.flatten().to(torch.int64)
-        result = GenerationBatchResult(
-            logits_output=LogitsProcessorOutput(None, missing.hidden_states),
-            next_token_ids=missing.tokens,
-            accept_lens=num_rows.to(self.device, torch.int32),
-            next_draft_input=EagleDraftInput(),
-            speculative_num_draft_tokens=width,
-        )
-        packed_rows = find_packed_rows(num_rows, width) if self.tools.is_ragged else None
+        missing = backlog.take(slots, self._catch_up_width(backlog.num_missing(slots), len(slots)))
+        past = past_of(batch, missing, self.req_to_token_pool.req_to_token)
+        packed_rows = None
+        if self.tools.is_ragged:
+            packed_rows = find_packed_rows(torch.from_numpy(missing.num_rows), past.width)
         with (
-            self._width(width, len(batch.reqs)),
-            self._extending(result.accept_lens, width, packed_rows),
+            self._width(past.width, len(batch.reqs)),
+            self._extending(past.result.accept_lens, past.width, packed_rows),
             self._proposing(),
         ):
-            super()._draft_extend_for_decode(past, result)
+            super()._draft_extend_for_decode(past.batch, past.result)
         for name in _NEXT_CHILDREN:
-            now, before = getattr(result.next_draft_input, name), getattr(batch.spec_info, name)
-            took = is_missing.to(self.device).unsqueeze(1)
-            setattr(batch.spec_info, name, torch.where(took, now, before))
+            now = getattr(past.result.next_draft_input, name)
+            before = getattr(batch.spec_info, name)
+            setattr(batch.spec_info, name, torch.where(past.is_missing.unsqueeze(1), now, before))
+
+    def _catch_up_width(self, num_missing: int, batch_size: int) -> int:
+        """Return how many rows to lay out for each request: a size that has run before, if it fits.
+
+        Rows behind those that are missing write behind the requests' ends, so they need slots.
+        """
+        if self.extend_graphs is None:
+            return num_missing
+        most = num_missing + self.tools.room.max_rows
+        for width in catch_up_widths(self.extend_graphs.sizes, batch_size, self.tools.backlog):
+            if num_missing <= width <= most:
+                return width
+        return num_missing
 
     def _extending(
         self, num_rows: torch.Tensor, width: int, packed_rows: torch.Tensor | None
@@ -374,7 +369,7 @@ class CastDraftWorker(EagleDraftWorker):
             width: rows laid out for each request.
             packed_rows: as of `packed_pass`.
         """
-        if width == 1 or self._extend_graphs is not None:
+        if width == 1 or self.extend_graphs is not None:
             # Captured passes run as they were captured.
             return packed_pass(self.draft_runner, packed_rows)
         read_rows = last_rows(num_rows, width)
@@ -385,8 +380,8 @@ class CastDraftWorker(EagleDraftWorker):
         """Make SGLang's code, which reads the server argument, see this step's width."""
         self.speculative_num_draft_tokens = num_tokens
         runner = None
-        if self._extend_graphs is not None:
-            runner = self._extend_graphs.runner(batch_size, num_tokens)
+        if self.extend_graphs is not None:
+            runner = self.extend_graphs.runner(batch_size, num_tokens)
         self.cuda_graph_runner_for_draft_extend = runner
         try:
             backend = self.draft_extend_attn_backend

@@ -15,7 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.costs.graph_sizes import GraphSizes
-from cast_sglang.serving.host_patches.passes import capturing_size, extend_rows, keeping_buffers
+from cast_sglang.serving.host_patches.passes import (
+    capturing_size,
+    extend_rows,
+    keeping_buffers,
+    leave_prefix_unmasked,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -78,6 +83,7 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes) -> PassGraphs:
     first = runner.decode_cuda_graph_runner
     with _measured(runner, graphs), keeping_buffers(runner.attn_backend):
         graphs.capture(build, capturing_size, {first.captured_req_width: first})
+    leave_prefix_unmasked(runner.attn_backend)
     return graphs
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_spec
 
@@ -29,6 +30,7 @@ _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
+_TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
 _WEIGHT_UPDATER = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 )
@@ -48,6 +50,7 @@ def register_hooks() -> None:
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
         (f"{_EAGLE_UTILS}.eagle_sample", _sample),
+        (f"{_TRITON}.init_cuda_graph_state", _size_graph_buffers),
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
@@ -103,12 +106,14 @@ def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
     free = batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size()
-    return bool(free < _slots_lacking(requests[0], get_alloc_reserve_per_decode()))
+    page_size = batch.token_to_kv_pool_allocator.page_size
+    return bool(free < _slots_lacking(requests[0], get_alloc_reserve_per_decode(), page_size))
 
 
-def _slots_lacking(request: Req, reserve: int) -> int:
-    """Return the slots that a request still needs to have `reserve` beyond its tokens."""
-    return max(0, request.kv.kv_committed_len + reserve - request.kv.kv_allocated_len)
+def _slots_lacking(request: Req, reserve: int, page_size: int) -> int:
+    """Return the slots, in whole pages, that a request still needs for `reserve` more tokens."""
+    end = -(-(request.kv.kv_committed_len + reserve) // page_size) * page_size
+    return max(0, end - request.kv.kv_allocated_len)
 
 
 def _tokens_required(
@@ -120,7 +125,7 @@ def _tokens_required(
     serve it, so such a request is decoded with what there is.
     """
     if _must_decode_plainly(batch, requests):
-        return _slots_lacking(requests[0], PLAIN_RESERVE)
+        return _slots_lacking(requests[0], PLAIN_RESERVE, page_size)
     return original(batch, requests, page_size)
 
 
@@ -139,6 +144,8 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
     _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else None
     end = max(req.kv.kv_committed_len for req in batch.reqs)
     end += get_alloc_reserve_per_decode() if _reserve is None else _reserve
+    page_size = batch.token_to_kv_pool_allocator.page_size
+    end = -(-end // page_size) * page_size
     row = batch.req_to_token_pool.req_to_token.shape[1]
     if end > row:
         raise IndexError(f"a request reserves {end} slots, and its row of req_to_token has {row}")
@@ -153,6 +160,29 @@ def _sample(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from cast_sglang.serving.host_patches.sampling import sample_as_plain
 
     return sample_as_plain(original, *args, **kwargs)
+
+
+def _size_graph_buffers(
+    original: Callable[..., None],
+    backend: Any,
+    max_bs: int,
+    max_num_tokens: int,
+    kv_indices_buf: torch.Tensor | None = None,
+    **buffers: torch.Tensor | None,
+) -> None:
+    """Make the buffers of captured passes as large as the passes read them.
+
+    SGLang makes room for a prefix of the longest context before each row: 1.6 TB for 48 requests of
+    32 rows at 128 Ki tokens. Verify and draft extend read one prefix per request, and of decode's
+    partial results nothing.
+    """
+    if not is_cast() or kv_indices_buf is not None:
+        original(backend, max_bs, max_num_tokens, kv_indices_buf, **buffers)
+        return
+    slots = torch.zeros(max_bs * backend.max_context_len, dtype=torch.int64, device=backend.device)
+    original(backend, max_bs, max_bs, slots, **buffers)
+    if backend.use_sliding_window_kv_pool:  # of each row, where its keys are written
+        backend.cuda_graph_swa_out_cache_loc = slots.new_zeros(max_num_tokens)
 
 
 def _reserve_of_batch(original: Callable[[], int]) -> int:

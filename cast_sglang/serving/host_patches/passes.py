@@ -6,25 +6,30 @@ Each context manager changes one runner, attention backend, layer or setting for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.row_packing import spread_rows
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 __all__ = [
     "capturing_size",
     "extend_rows",
     "keeping_buffers",
     "last_rows_only",
+    "leave_prefix_unmasked",
     "packed_pass",
     "set_verify_graph",
+    "unmasked_root",
 ]
 
 
@@ -179,3 +184,62 @@ def keeping_buffers(backend: Any) -> Iterator[None]:
         yield
     finally:
         del backend.init_cuda_graph_state
+
+
+def leave_prefix_unmasked(backend: Any) -> None:
+    """Stop SGLang from filling the whole mask of captured verify passes in every step.
+
+    The mask has a cell for each row and each token of the longest context, hundreds of megabytes
+    for a full batch. `triton` reads the cells among the rows themselves, which the tree builder
+    writes one by one, and takes the prefix as seen.
+
+    Args:
+        backend: the target's attention backend, after its buffers were made.
+    """
+    backend = _verify_backend(backend)
+    if _reads_rows_alone(backend):
+        backend._verify_mask = msgspec.structs.replace(backend.verify_mask, is_read=False)
+
+
+def unmasked_root(
+    build: Callable[[ScheduleBatch], EagleVerifyInput], batch: ScheduleBatch, backend: Any
+) -> EagleVerifyInput:
+    """Return the verify input of a plain step; only the cells of the roots are written.
+
+    Args:
+        build: SGLang's builder, which fills the whole mask.
+        backend: the target's attention backend.
+    """
+    backend = _verify_backend(backend)
+    mask = backend.verify_mask
+    if not (_reads_rows_alone(backend) and mask.fits(len(batch.seq_lens))):
+        return build(batch)
+    backend._verify_mask = msgspec.structs.replace(mask, buffer=mask.buffer[:0])
+    try:
+        verify_input = build(batch)
+    finally:
+        backend._verify_mask = mask
+    # A request has one row: its prefix, then the root itself.
+    roots = torch.cumsum(batch.seq_lens + 1, dim=0) - 1
+    mask.buffer.index_fill_(0, roots, 1)
+    verify_input.custom_mask = mask.buffer
+    return verify_input
+
+
+def _verify_backend(backend: Any) -> Any:
+    """Return the backend that runs verify, of one for prefill and one for decode."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    if isinstance(backend, HybridAttnBackend):
+        backend = backend._select_backend(ForwardMode.TARGET_VERIFY)
+    return backend
+
+
+def _reads_rows_alone(backend: Any) -> bool:
+    """Return whether the backend has a mask of which it does not read the prefix."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    if not isinstance(backend, TritonAttnBackend) or backend.verify_mask is None:
+        return False
+    return not backend.enable_deterministic  # whose kernel reads the mask of the prefix too

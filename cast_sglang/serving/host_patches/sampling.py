@@ -23,6 +23,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 
+from cast_sglang.ops.copies import to_device
 from cast_sglang.ops.sampled import sampled_ops_for
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _with_plain_tokens(
     predict, accept_lens, accept_index = found
     assert _sampler is not None
     roots = torch.arange(len(is_plain), device=logits.device) * rows
-    mask = torch.from_numpy(is_plain).to(logits.device, non_blocking=True)
+    mask = to_device(is_plain, logits.device)
     info, root_logits = batch.sampling_info, logits[roots]
     if info.has_custom_logit_processor:
         # Into the logits as well, from which log probabilities are read.

@@ -198,6 +198,7 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     """Check the flags, the pair and the profile, in the order of a launch."""
     from cast_sglang.serving.launch.cost_profile import profile_command
     from cast_sglang.serving.launch.identity import host_identity
+    from cast_sglang.serving.launch.reserve import describe_reserve, reserve_of_server
 
     try:
         args = _resolve(server_argv)
@@ -220,6 +221,7 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     return [
         Check("server flags", OK, text),
         Check("pair", OK, pair),
+        _attempt("memory", lambda: Check("memory", OK, describe_reserve(reserve_of_server(args)))),
         *_check_profile(config, identity, args, profile_command(args, identity)),
     ]
 

@@ -15,6 +15,7 @@ import torch
 from cast_sglang.costs.profiles import config_hash
 from cast_sglang.costs.schema import HostIdentity, ModelIdentity
 from cast_sglang.errors import HostError
+from cast_sglang.serving.launch.backends import verify_backend
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -27,12 +28,11 @@ __all__ = [
     "host_identity",
     "is_draft_path",
     "is_eagle3_config",
+    "is_eagle_config",
     "read_config",
     "read_draft_config",
     "without_local_paths",
 ]
-
-EAGLE_ARCHITECTURES = {"LlamaForCausalLMEagle": False, "LlamaForCausalLMEagle3": True}
 
 
 def read_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -64,10 +64,22 @@ def read_draft_config(path: str, revision: str | None, trust_remote_code: bool) 
         raise HostError(f"--speculative-draft-model-path {error}") from error
 
 
+def is_eagle_config(draft_config: Any) -> bool:
+    """Return whether the draft is an EAGLE or EAGLE-3 head."""
+    return "eagle" in architecture(draft_config).lower()
+
+
 def is_eagle3_config(draft_config: Any) -> bool:
-    """Return whether the draft is an EAGLE-3 head (it reads three layers of the target)."""
-    name = architecture(draft_config)
-    return EAGLE_ARCHITECTURES.get(name, name.lower().endswith("eagle3"))
+    """Return whether the draft is an EAGLE-3 head, which reads several layers of the target.
+
+    SGLang's classes of such heads, and no others, map a vocabulary of their own to the target's.
+
+    Effects: imports SGLang's models, as loading one does.
+    """
+    from sglang.srt.models.registry import ModelRegistry
+
+    model_class, _ = ModelRegistry.resolve_model_cls([architecture(draft_config)])
+    return hasattr(model_class, "get_hot_token_id")
 
 
 def is_draft_path(path: str) -> bool:
@@ -78,7 +90,7 @@ def is_draft_path(path: str) -> bool:
         config = read_config(path, None, get_model().trust_remote_code)
     except HostError:
         return False
-    return "eagle" in architecture(config).lower()
+    return is_eagle_config(config)
 
 
 def architecture(hf_config: Any) -> str:
@@ -98,7 +110,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         ),
         dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
-        attention_backend=str(server_args.attention_backend),
+        attention_backend=verify_backend(server_args),
         cuda_graph=captures_decode(server_args),
         page_size=server_args.page_size or 1,
         versions={
@@ -108,6 +120,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
             "cast_sglang": metadata.version("cast-sglang"),
         },
         quantization=server_args.quantization,
+        kv_cache_dtype=server_args.kv_cache_dtype,
         overlap=not server_args.disable_overlap_schedule,
     )
 

@@ -2,7 +2,8 @@
 
 While the engine's scheduler is idle, the meter builds batches of a given shape on free KV slots and
 runs the methods that serve requests. Time does not depend on contents, so the meter leaves in the
-slots what they hold.
+slots what they hold. Where passes are captured, a size without a graph takes what the next larger
+one takes, as that is what a server runs in its place.
 """
 
 from __future__ import annotations
@@ -52,8 +53,15 @@ class EngineMeter:
 
     def verify(self, batch_size: int, context: int, rows: int) -> float:
         """Time `worker.verify`: forward pass, acceptance and moves of KV."""
+        graphs = self.worker.verify_graphs
+        if graphs is not None:
+            rows = graphs.sizes.replayed(batch_size, rows)
+        return self.verify_path(batch_size, context, rows, rows - 1)
+
+    def verify_path(self, batch_size: int, context: int, rows: int, depth: int) -> float:
+        """Time verify of so many rows, of which a path of `depth` nodes can be accepted."""
         batch = self._batch(batch_size, context)
-        batch.spec_info = self._chain(batch, rows)
+        batch.spec_info = self._chain(batch, rows, depth)
         return self._time(lambda: self.worker.verify(batch))
 
     def draft(self, batch_size: int, context: int, width: int) -> float:
@@ -68,6 +76,7 @@ class EngineMeter:
         )
         graphs = draft.drafter.graphs
         if graphs is not None and graphs.holds(batch_size):
+            width = graphs.sizes.replayed(batch_size, width)
             return self._captured_layer(graphs.layers(forward_batch), forward_batch, width)
         slots = forward_batch.out_cache_loc.view(batch_size, steps, draft.topk)
         depth = max(1, steps // 2)
@@ -91,6 +100,9 @@ class EngineMeter:
 
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
         """Time the draft model's pass over the rows that an accepted path can reach."""
+        graphs = self.worker.draft_worker.extend_graphs
+        if graphs is not None:
+            rows = graphs.sizes.replayed(batch_size, rows)
         batch = self._batch(batch_size, context)
         batch.out_cache_loc = self._slots(batch, context, rows)
         result = self._accepted(batch, rows)
@@ -181,7 +193,7 @@ class EngineMeter:
         """Return what verify hands to draft extend after it accepted every row."""
         if self._verify_result is None:
             single = self._batch(1, self._shortest_context)
-            single.spec_info = self._chain(single, 1)
+            single.spec_info = self._chain(single, 1, 0)
             self._verify_result = self.worker.verify(single)
         result, batch_size = self._verify_result, len(batch.reqs)
         hidden_states = result.logits_output.hidden_states
@@ -204,8 +216,12 @@ class EngineMeter:
         table = self.worker.req_to_token_pool.req_to_token
         return table[batch.req_pool_indices, context : context + rows].flatten().to(torch.int64)
 
-    def _chain(self, batch: ScheduleBatch, rows: int) -> Any:
-        """Return a verify input of `rows` nodes in a line; only its shape decides the time."""
+    def _chain(self, batch: ScheduleBatch, rows: int, depth: int) -> Any:
+        """Return a verify input of `rows` nodes in a line; only its shape decides the time.
+
+        Args:
+            depth: nodes of the longest path that can be accepted.
+        """
         from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
 
         worker, draft = self.worker, self.worker.draft_worker
@@ -231,5 +247,5 @@ class EngineMeter:
             tree_mask_mode=draft.tree_mask_mode,
             device=worker.device,
         )
-        verify_input.spec_steps = rows - 1
+        verify_input.spec_steps = depth
         return verify_input

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.serving.drafting.backlog import Backlog
+from tests.support.copies import DEVICE, watched_copies
 
 SLOTS, CAPACITY, HIDDEN = 6, 4, 3
 
@@ -80,3 +81,14 @@ def test_rows_of_no_meaning_hold_tokens_that_exist():
     taken = backlog.take(np.array([0, 2]))
     assert taken.tokens.tolist() == [0, 0, 7, 8]
     assert taken.hidden_states.isfinite().all()
+
+
+def test_a_backlog_on_a_device_is_kept_and_taken_without_waiting(monkeypatch):
+    backlog, slots = Backlog(SLOTS, CAPACITY), np.array([4, 1])
+    rows, tokens = (part.to(DEVICE) for part in rows_of([5, 6]))
+    with watched_copies(monkeypatch) as spy:
+        backlog.add(slots, rows, tokens)
+        backlog.add(slots[:1], rows[:1], tokens[:1])
+        taken = backlog.take(slots)
+    assert spy.num_copies == 3 and spy.waits == []
+    assert taken.hidden_states.shape == (4, HIDDEN) and taken.num_rows.tolist() == [2, 1]

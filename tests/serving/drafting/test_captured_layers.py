@@ -1,7 +1,6 @@
 """Captured draft layers against eager ones, on a model that depends on all of its inputs.
 
-The device is a fake: a graph is what was captured, run again, and its outputs stand in memory that
-every replay overwrites.
+The device is a fake (`tests.support.graphs`).
 """
 
 import pytest
@@ -12,37 +11,7 @@ from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.captured_layers import LayerGraphs
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from tests.support.drafts import STEPS, FakeModel, grow
-
-
-class FakeGraphs:
-    """SGLang's graph backend: keeps what it is given and runs it again."""
-
-    def __init__(self):
-        self.log = []
-        self._graphs = {}
-        self._memory = torch.zeros(0)
-
-    def capture_one(self, key, forward, **kwargs):
-        self.log.append(("capture", key.size, key.variant_label))
-        forward()
-        self._graphs[key] = forward
-
-    def replay(self, key, batch):
-        self.log.append(("replay", key.size, key.variant_label))
-        outputs = self._graphs[key]()
-        # What the last replay returned is overwritten.
-        self._memory.fill_(-1)
-        self._memory = torch.cat([part.double().flatten() for part in outputs])
-        starts = [0]
-        for part in outputs:
-            starts.append(starts[-1] + part.numel())
-        views = zip(starts, outputs, strict=False)
-        return tuple(
-            self._memory[start : start + part.numel()].view(part.shape).to(part.dtype)
-            if part.dtype != torch.float32
-            else self._memory[start : start + part.numel()].view(part.shape).float()
-            for start, part in views
-        )
+from tests.support.graphs import RecordedGraphs
 
 
 @pytest.fixture
@@ -57,7 +26,7 @@ def drafter(model):
 
 def captured(drafter, model, tiers):
     graphs = LayerGraphs(model, STEPS, GraphSizes(tiers))
-    backend = FakeGraphs()
+    backend = RecordedGraphs()
     graphs.capture(backend)
     drafter.graphs = graphs
     return backend

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from cast_sglang.serving.drafting.draws import Draws, cut_links
+from cast_sglang.config import CastConfig
+from cast_sglang.serving.drafting.draws import Draws, cut_links, num_proposed
+from tests.support.copies import DEVICE, watched_copies
 
 TOPK, NUM_TOKENS, BATCH = 2, 5, 3
 
@@ -90,3 +92,18 @@ def test_links_end_before_nodes_that_may_not_be_verified():
     cut_links(verify_input, torch.tensor([[0, 1, 2, 5]]), scores)
     assert verify_input.retrieve_next_token.tolist() == [[1, -1, -1, -1, -1]]
     assert verify_input.retrieve_next_sibling.tolist() == [[-1, 2, -1, -1, -1]]
+
+
+def test_nothing_waits_to_say_whose_drafts_are_drawn(monkeypatch):
+    draws = Draws("cpu", seed=1, topk=TOPK)
+    draws._device = DEVICE
+    info = {name: value.to(DEVICE) for name, value in vars(sampling_info()).items()}
+    with watched_copies(monkeypatch) as spy:
+        draws.begin_step(np.array([True, False, True]), SimpleNamespace(**info))
+    assert spy.num_copies == 1 and spy.waits == []
+
+
+def test_the_draft_states_a_probability_for_chains_too():
+    """SGLang takes 1 for that of a token where it keeps one token alone."""
+    config = CastConfig(draws="off")
+    assert [num_proposed(config, None, topk) for topk in (1, 2, 8)] == [2, 2, 8]

@@ -20,6 +20,7 @@ from cast_sglang.serving.graphs.passes import PassGraphs
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.step_room import StepRoom
+from tests.support.copies import DEVICE, watched_copies
 from tests.support.drafts import HIDDEN, STEPS, TOPK, FakeModel, Widths, decider_of, forward_batch
 
 ROWS, CONTEXT, SLOTS = 12, 40, 9
@@ -30,7 +31,7 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
     worker = CastDraftWorker.__new__(CastDraftWorker)
     worker.device, worker.topk, worker.speculative_num_steps = "cpu", TOPK, STEPS
     worker.speculative_num_draft_tokens = worker.max_draft_tokens = ROWS
-    worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker._extend_graphs = None
+    worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker.extend_graphs = None
     worker._last_layer = worker.draft_extend_attn_backend = None
     worker.tree_mask_mode = worker.target_worker = None
     worker.draft_runner = SimpleNamespace(attn_backend=SimpleNamespace(packed_rows=None))
@@ -190,8 +191,8 @@ def test_captured_draft_extend_takes_the_next_size_that_was_verified(
     extended, accepted, width, graph
 ):
     worker, batch = make_worker(), batch_of([3, 5], [10, 20])
-    worker._extend_graphs = PassGraphs("draft_extend", GraphSizes({2: (2, 4, 8)}))
-    worker._extend_graphs._runners = {2: "two", 4: "four", 8: "eight"}
+    worker.extend_graphs = PassGraphs("draft_extend", GraphSizes({2: (2, 4, 8)}))
+    worker.extend_graphs._runners = {2: "two", 4: "four", 8: "eight"}
     worker.draft_extend_attn_backend = SimpleNamespace(num_draft_tokens=ROWS)
     batch.out_cache_loc = torch.arange(2 * 6)
     worker._draft_extend_for_decode(batch, result_of(2, 6, [1, accepted]))
@@ -293,3 +294,58 @@ def test_what_the_draft_lacks_is_made_up_for_before_a_tree_grows(built, extended
         worker._draft_extend_for_decode(batch, result_of(2, 1, [1, 1]))
     worker.draft(batch)
     assert len(extended) == 1 and (batch.spec_info.topk_index == 7).all()
+
+
+def on_device(batch):
+    """Move what a scheduler keeps on the device; lengths and places on the host stay."""
+    for name in ("req_pool_indices", "seq_lens"):
+        setattr(batch, name, getattr(batch, name).to(DEVICE))
+    for name in ("topk_p", "topk_index", "hidden_states"):
+        setattr(batch.spec_info, name, getattr(batch.spec_info, name).to(DEVICE))
+    return batch
+
+
+def test_nothing_waits_while_the_draft_catches_up(extended, monkeypatch):
+    worker, batch = make_worker(), on_device(batch_of([3, 5], [10, 20]))
+    worker.device = DEVICE
+    worker.req_to_token_pool.req_to_token = worker.req_to_token_pool.req_to_token.to(DEVICE)
+    result = result_of(2, 1, [1, 1])
+    result.logits_output.hidden_states = result.logits_output.hidden_states.to(DEVICE)
+    result.next_token_ids = result.next_token_ids.to(DEVICE)
+
+    def children(self, batch, result, **kwargs):
+        result.next_draft_input = batch_of([3, 5], [10, 20]).spec_info
+        for name in ("topk_p", "topk_index", "hidden_states"):
+            value = getattr(result.next_draft_input, name)
+            setattr(result.next_draft_input, name, torch.empty_like(value, device=DEVICE))
+
+    monkeypatch.setattr(EagleDraftWorker, "_draft_extend_for_decode", children)
+    with watched_copies(monkeypatch) as spy:
+        with worker.plain_step(batch.spec_info):
+            worker._draft_extend_for_decode(batch, result)
+        worker.catch_up(batch)
+    assert spy.num_copies == 3 and spy.waits == []
+
+
+def test_nothing_waits_to_leave_out_requests_that_want_no_drafts(monkeypatch):
+    worker, batch = make_worker(decider_of(Verifies([], 1, 3))), batch_of([3, 5], [10, 20])
+    worker.device, worker.tools.weights = DEVICE, np.array([0.0, 1.0])
+    links = torch.empty(2, 3, dtype=torch.int64, device=DEVICE)
+    selection = SimpleNamespace(parent_list=0, top_scores_index=0, draft_tokens=0)
+    tree = SimpleNamespace(
+        num_layers=1,
+        ranked=lambda most, layers: SimpleNamespace(scores=torch.rand(2, 4)),
+        select=lambda *args: selection,
+    )
+    monkeypatch.setattr(module, "grow_tree", lambda growth: (tree, ()))
+    monkeypatch.setattr(module, "prepare_for_draft", lambda *args: (None, None, None))
+    monkeypatch.setattr(
+        module,
+        "build_eagle_verify_input",
+        lambda *args, **sizes: SimpleNamespace(
+            retrieve_next_token=links, retrieve_next_sibling=links
+        ),
+    )
+    with watched_copies(monkeypatch) as spy:
+        worker.draft(batch)
+    assert spy.num_copies == 1 and spy.waits == []

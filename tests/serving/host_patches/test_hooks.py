@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
 from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.step_room import PLAIN_RESERVE
@@ -31,10 +33,12 @@ def request(committed, allocated=0):
     return SimpleNamespace(kv=kv)
 
 
-def batch_of(*requests, free=10_000, evictable=0):
+def batch_of(*requests, free=10_000, evictable=0, page_size=1):
     return SimpleNamespace(
         reqs=list(requests),
-        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free),
+        token_to_kv_pool_allocator=SimpleNamespace(
+            available_size=lambda: free, page_size=page_size
+        ),
         tree_cache=SimpleNamespace(evictable_size=lambda: evictable),
         req_to_token_pool=SimpleNamespace(req_to_token=SimpleNamespace(shape=(9, ROW))),
     )
@@ -92,6 +96,20 @@ def test_no_request_writes_into_anothers_row(algorithm):
         prepared(batch_of(request(10), request(ROW - RESERVE + 1)))
 
 
+def test_chains_reserve_whole_pages(algorithm):
+    # 300 tokens and 128 more end in the seventh page of 64, and the request holds five.
+    for free, lacks in ((128, False), (127, True)):
+        batch = batch_of(request(300, allocated=320), free=free, page_size=64)
+        asked = hooks._tokens_required(lambda *args: 128, batch, batch.reqs, 64)
+        assert asked == (0 if lacks else 128)
+        assert prepared(batch) == (PLAIN_RESERVE if lacks else RESERVE)
+    # Two more tokens need a page that the request does not hold yet.
+    batch = batch_of(request(320), free=64, page_size=64)
+    assert hooks._tokens_required(lambda *args: 128, batch, batch.reqs, 64) == 64
+    with pytest.raises(IndexError, match=str(ROW)):
+        prepared(batch_of(request(ROW - RESERVE - 63), page_size=256))
+
+
 def test_other_algorithms_prepare_as_ever(algorithm):
     algorithm("EAGLE3")
     assert prepared(batch_of(request(ROW), free=0)) == RESERVE
@@ -123,3 +141,40 @@ def test_the_constructor_builds_our_draft_worker_and_no_other_does():
         assert eagle_worker_v2.EagleDraftWorker is SimpleNamespace
         raise RuntimeError
     assert eagle_worker_v2.EagleDraftWorker is original
+
+
+BATCH, GRAPH_ROWS, LONGEST = 4, 8, 100
+
+
+def triton_with_buffers(has_window=False, **buffers):
+    """Make SGLang's buffers of captured verify passes, through the hook."""
+    backend = object.__new__(TritonAttnBackend)
+    facts = dict.fromkeys(("dllm_attention", "swa_v_head_dim"))
+    facts |= {"num_head": 2, "max_kv_splits": 3, "v_head_dim": 4, "device": "cpu"}
+    facts |= {"lean_total_programs": 1, "lean_block_m": 1, "sliding_window_size": None}
+    facts |= {"is_draft_runner": False, "skip_prefill": False, "num_draft_tokens": GRAPH_ROWS}
+    facts |= {"use_sliding_window_kv_pool": has_window, "max_context_len": LONGEST}
+    vars(backend).update(facts)
+    original = TritonAttnBackend.init_cuda_graph_state
+    hooks._size_graph_buffers(original, backend, BATCH, BATCH * GRAPH_ROWS, **buffers)
+    return backend
+
+
+def test_captured_passes_have_room_for_one_prefix_per_request(algorithm):
+    backend = triton_with_buffers(has_window=True)
+    assert len(backend.cuda_graph_kv_indices) == BATCH * LONGEST
+    assert len(backend.cuda_graph_attn_logits) == len(backend.cuda_graph_attn_lse) == BATCH
+    # What is there for each row stays.
+    assert len(backend.cuda_graph_swa_out_cache_loc) == BATCH * GRAPH_ROWS
+    mask = backend.verify_mask
+    assert mask.fits(BATCH) and len(mask.buffer) == BATCH * GRAPH_ROWS * (LONGEST + GRAPH_ROWS)
+
+
+def test_buffers_of_others_are_sglangs(algorithm):
+    slots = torch.zeros(7, dtype=torch.int64)  # a draft layer's own list
+    backend = triton_with_buffers(kv_indices_buf=slots)
+    assert backend.cuda_graph_kv_indices is slots
+    assert len(backend.cuda_graph_attn_logits) == BATCH * GRAPH_ROWS
+    algorithm("EAGLE3")
+    backend = triton_with_buffers()
+    assert len(backend.cuda_graph_kv_indices) == BATCH * GRAPH_ROWS * LONGEST

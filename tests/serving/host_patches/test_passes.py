@@ -1,9 +1,17 @@
 """What is changed around single passes: what then runs, and that it is put back."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative import eagle_worker_common
+from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.host_patches.passes import (
@@ -11,8 +19,10 @@ from cast_sglang.serving.host_patches.passes import (
     extend_rows,
     keeping_buffers,
     last_rows_only,
+    leave_prefix_unmasked,
     packed_pass,
     set_verify_graph,
+    unmasked_root,
 )
 from cast_sglang.serving.row_packing import find_packed_rows, last_rows
 
@@ -201,3 +211,104 @@ def test_a_size_is_captured_by_its_own_arguments(monkeypatch):
         {"cuda_graph_config": ("all", [1, 8]), "speculative_num_draft_tokens": 5},
         {"cuda_graph_config": "all", "speculative_num_draft_tokens": 32},
     ]
+
+
+ROWS, LONGEST, CAPTURED = 4, 50, 3
+
+
+def triton_backend(**changes):
+    """SGLang's backend with the mask of captured verify passes, without a model behind it."""
+    backend = object.__new__(TritonAttnBackend)
+    cells = CAPTURED * ROWS * (LONGEST + ROWS)
+    buffer = torch.full((cells,), 7, dtype=torch.uint8)
+    mask = VerifyMask(buffer=buffer, mode=TreeMaskMode.FULL_MASK, max_bs=CAPTURED)
+    vars(backend).update({"_verify_mask": mask, "enable_deterministic": False, **changes})
+    return backend
+
+
+def hybrid(decode):
+    backend = object.__new__(HybridAttnBackend)
+    backend.prefill_backend, backend.decode_backend = SimpleNamespace(), decode
+    backend.spec_attn_is_decode = True
+    return backend
+
+
+@pytest.mark.parametrize("wrap", [lambda backend: backend, hybrid], ids=["alone", "split"])
+def test_the_prefix_of_the_verify_mask_is_not_filled(wrap, monkeypatch):
+    """What SGLang's builder does with the buffer: it leaves all to the kernel of the tree."""
+    backend = triton_backend()
+    leave_prefix_unmasked(wrap(backend))
+    mask, filled = backend.verify_mask, []
+    monkeypatch.setattr(
+        eagle_worker_common,
+        "build_tree_kernel_efficient",
+        lambda *args, **kwargs: (filled.append(kwargs["fill_prefix_mask"]), *range(5)),
+    )
+    runner = SimpleNamespace(attn_backend=wrap(backend))
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.DECODE, seq_lens=torch.tensor([9, 4]), seq_lens_sum=13
+    )
+    draft_input = SimpleNamespace(bonus_tokens=None)
+    nodes = torch.zeros(2, ROWS - 1, dtype=torch.int64)
+    eagle_worker_common.build_eagle_verify_input(
+        batch,
+        draft_input,
+        nodes,
+        nodes,
+        nodes,
+        None,
+        target_worker=SimpleNamespace(model_runner=runner),
+        topk=2,
+        num_steps=2,
+        num_draft_tokens=ROWS,
+        tree_mask_mode=TreeMaskMode.FULL_MASK,
+        device="cpu",
+    )
+    assert filled == [False] and (mask.buffer == 7).all()
+
+
+def trivial_input(backend, lens):
+    """Build a plain step's verify input by SGLang's own method."""
+    worker = SimpleNamespace(
+        _target_worker=SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend)),
+        device="cpu",
+        topk=2,
+    )
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        spec_info=SimpleNamespace(bonus_tokens=torch.zeros(len(lens))),
+        seq_lens=torch.tensor(lens),
+        seq_lens_sum=sum(lens),
+    )
+    build = functools.partial(EAGLEWorkerV2._build_trivial_verify_input, worker)
+    return unmasked_root(build, batch, backend)
+
+
+@pytest.mark.parametrize("lens", [[5], [1, 50, 7]])
+@pytest.mark.parametrize("wrap", [lambda backend: backend, hybrid], ids=["alone", "split"])
+def test_a_plain_step_marks_the_cells_of_the_roots_alone(wrap, lens):
+    backend = triton_backend()
+    before = backend.verify_mask
+    custom_mask = trivial_input(wrap(backend), lens).custom_mask
+    assert backend.verify_mask is before and custom_mask is before.buffer
+    # Of each request the row holds its prefix, then the root; `triton` starts it at these places.
+    ends = torch.tensor(lens).add(1).cumsum(0) - 1
+    changed = (custom_mask != 7).nonzero().flatten()
+    assert changed.tolist() == ends.tolist() and (custom_mask[ends] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lens"), [({"enable_deterministic": True}, [5]), ({}, [1, 1, 1, 1])]
+)
+def test_a_mask_that_is_read_or_too_small_is_filled(changes, lens):
+    backend = triton_backend(**changes)
+    mask = trivial_input(backend, lens).custom_mask
+    assert (mask == 1).all() and len(mask) >= sum(lens) + len(lens)
+    leave_prefix_unmasked(backend)
+    assert backend.verify_mask.is_read == bool(changes)
+
+
+def test_other_backends_keep_their_mask():
+    backend = SimpleNamespace(verify_mask=None)
+    leave_prefix_unmasked(backend)
+    assert vars(backend) == {"verify_mask": None}

@@ -14,6 +14,7 @@ from cast_sglang.serving.host_patches import sampling
 from cast_sglang.serving.host_patches.sampling import sample_as_plain, sampling_as_plain
 from cast_sglang.serving.requests import SamplingNeeds
 from cast_sglang.serving.step import Drawn
+from tests.support.copies import DEVICE, watched_copies
 
 VOCAB, ROWS = 40, 3
 
@@ -245,3 +246,20 @@ def test_marked_texts_are_left_to_sglang_s_verify():
     with sampling_as_plain(None, None):
         found = sample_as_plain(original, verify_input, Batch(info), output, watermark_state="on")
     assert found == "sampled" and asked == [{"watermark_state": "on"}]
+
+
+def test_nothing_waits_to_say_who_is_decoded_plainly(monkeypatch):
+    is_plain = np.array([False, True])
+    index = torch.zeros(2, ROWS, dtype=torch.int32, device=DEVICE)
+    found = index.flatten(), index[:, 0].contiguous(), index
+    logits = torch.zeros(2 * ROWS, VOCAB, device=DEVICE)
+    info = make_info(REQUESTS[0], REQUESTS[1])
+    verify_input = SimpleNamespace(positions=torch.zeros(2 * ROWS, device=DEVICE))
+    with (
+        watched_copies(monkeypatch) as spy,
+        sampling_as_plain(
+            SamplingNeeds(False, is_plain), lambda output, *args: output.next_token_logits[:, 0]
+        ),
+    ):
+        sampling._with_plain_tokens(found, logits, Batch(info), verify_input, ROWS)
+    assert spy.num_copies == 1 and spy.waits == []

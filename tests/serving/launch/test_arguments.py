@@ -1,118 +1,112 @@
-"""Attention backends: which CAST runs on, which it captures, and what it says of the others."""
+"""What a launch refuses: flags, trees that cannot be, and pages that trees cannot have."""
 
 import argparse
-import logging
 from types import SimpleNamespace
 
 import pytest
-import torch
-from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
-from cast_sglang.config import CastConfig
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch import arguments
 
 
-def made_up(**given):
-    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    values = dict.fromkeys((*names, "speculative_draft_attention_backend"))
-    graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
-    return SimpleNamespace(**{**values, "device": "cuda", "cuda_graph_config": graphs, **given})
+@pytest.fixture(autouse=True)
+def readable_draft(monkeypatch):
+    monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: None)
 
 
-@pytest.mark.parametrize(
-    ("device", "backend", "draft"),
-    [
-        ("cuda", "triton", None),
-        ("cuda", "flashinfer", "triton"),
-        ("cpu", "cast_cpu", None),
-        ("cpu", None, "cast_cpu"),
-    ],
-)
-def test_backends_of_the_target(device, backend, draft):
-    server_args = made_up(attention_backend=backend, device=device)
-    arguments.set_attention_backends(server_args)
-    assert server_args.speculative_draft_attention_backend == draft
+def flags(**given):
+    """Return the flags of a launch; those that are not given have SGLang's defaults."""
+    values = {flag: unset for flag, (unset, _) in arguments.UNSUPPORTED.items()}
+    names = {flag.removeprefix("--").replace("-", "_"): value for flag, value in values.items()}
+    names |= {"speculative_draft_model_path": "d", "speculative_draft_model_revision": None}
+    names |= {"trust_remote_code": False, "page_size": None, "speculative_eagle_topk": None}
+    names |= {"model_path": "t", "revision": "r"}
+    return argparse.Namespace(**{**names, **given})
 
 
-@pytest.mark.parametrize("backend", ["fa3", "fa4", "flashmla", "trtllm_mha", "torch_native"])
-@pytest.mark.parametrize(
-    "flag", ["--attention-backend", "--prefill-attention-backend", "--decode-attention-backend"]
-)
-@pytest.mark.parametrize(("device", "advised"), [("cuda", "triton"), ("cpu", "cast_cpu")])
-def test_other_backends_of_the_target_are_refused(flag, backend, device, advised):
-    given = {flag.removeprefix("--").replace("-", "_"): backend}
-    with pytest.raises(HostError, match=f"{flag} {backend}.*--attention-backend {advised}"):
-        arguments.set_attention_backends(made_up(device=device, **given))
-
-
-@pytest.mark.parametrize("backend", ["flashinfer", "fa3", "trtllm_mha"])
-def test_the_draft_runs_on_triton(backend):
-    server_args = made_up(attention_backend="triton", speculative_draft_attention_backend=backend)
-    with pytest.raises(HostError, match=f"{backend}.*pass triton"):
-        arguments.set_attention_backends(server_args)
-
-
-@pytest.mark.parametrize(
-    ("given", "settings", "reason"),
-    [
-        ({"attention_backend": "triton"}, {}, None),
-        ({"attention_backend": "triton", "decode_attention_backend": "triton"}, {}, None),
-        ({"attention_backend": "flashinfer"}, {}, "--attention-backend triton"),
-        (
-            {"attention_backend": "triton", "prefill_attention_backend": "flashinfer"},
-            {},
-            "flashinfer, triton",
-        ),
-        ({"attention_backend": "triton"}, {"graphs": "off"}, "--cast-graphs off"),
-        ({"attention_backend": "triton"}, {"graphs": "passes"}, None),
-    ],
-)
-def test_graphs_are_captured_on_triton_alone(given, settings, reason, caplog):
-    server_args = made_up(**given)
-    with caplog.at_level(logging.WARNING):
-        arguments.limit_graphs(CastConfig(**settings), server_args)
-    is_on = server_args.cuda_graph_config.decode.backend == Backend.FULL
-    assert is_on == (reason is None)
-    assert (reason is None and not caplog.text) or reason in caplog.text
-
-
-@pytest.mark.parametrize("backend", [Backend.DISABLED, Backend.BREAKABLE])
-def test_graphs_that_cast_does_not_capture(backend, caplog):
-    graphs = CudaGraphConfig(decode=PhaseConfig(backend=backend), prefill=PhaseConfig())
-    server_args = made_up(attention_backend="triton", cuda_graph_config=graphs)
-    with caplog.at_level(logging.WARNING):
-        arguments.limit_graphs(CastConfig(), server_args)
-    assert server_args.cuda_graph_config.decode.backend == Backend.DISABLED
-    assert "CUDA graphs are off" in caplog.text
-
-
-@pytest.mark.parametrize("has_gpu", [False, True])
-@pytest.mark.parametrize("given", [None, "flashinfer"])
-def test_a_gpu_server_defaults_to_the_backend_with_graphs(has_gpu, given, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    args = argparse.Namespace(
-        attention_backend=given, prefill_attention_backend=None, decode_attention_backend=None
-    )
-    arguments.choose_attention_backend(args)
-    assert args.attention_backend == ("triton" if has_gpu and given is None else given)
-
-
-OTHER_VALUES = {"--pp-size": 2, "--page-size": 16, "--disaggregation-mode": "decode"}
+OTHER_VALUES = {"--pp-size": 2, "--disaggregation-mode": "decode"}
 
 
 @pytest.mark.parametrize("flag", arguments.UNSUPPORTED)
-def test_what_cast_cannot_run_with_is_refused(flag, monkeypatch):
-    monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: None)
-    values = {flag: unset for flag, (unset, _) in arguments.UNSUPPORTED.items()}
-
-    def check(given: object) -> None:
-        flags = {**values, "--speculative-draft-model-path": "d", flag: given}
-        names = {name.removeprefix("--").replace("-", "_"): flags[name] for name in flags}
-        more = {"speculative_draft_model_revision": None, "trust_remote_code": False}
-        arguments.check_flags(argparse.Namespace(**names, **more))
-
-    check(values[flag])
-    check(None)
+def test_what_cast_cannot_run_with_is_refused(flag):
+    name, unset = flag.removeprefix("--").replace("-", "_"), arguments.UNSUPPORTED[flag][0]
+    arguments.check_flags(flags(**{name: unset}))
+    arguments.check_flags(flags(**{name: None}))
     with pytest.raises(HostError, match=f"^{flag} cannot be combined with"):
-        check(OTHER_VALUES.get(flag, True))
+        arguments.check_flags(flags(**{name: OTHER_VALUES.get(flag, True)}))
+
+
+@pytest.mark.parametrize("topk", [None, 2, 8])
+def test_trees_need_pages_of_one_token(topk):
+    arguments.check_flags(flags(page_size=1, speculative_eagle_topk=topk))
+    with pytest.raises(HostError, match="^--page-size 64: .*--speculative-eagle-topk 1"):
+        arguments.check_flags(flags(page_size=64, speculative_eagle_topk=topk))
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+def test_chains_run_on_pages_of_any_size(page_size):
+    arguments.check_flags(flags(page_size=page_size, speculative_eagle_topk=1))
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, None])
+def test_a_target_with_an_mtp_layer_needs_no_draft(num_layers, monkeypatch):
+    read = []
+    config = SimpleNamespace()
+    if num_layers is not None:
+        config.num_nextn_predict_layers = num_layers
+    monkeypatch.setattr(arguments, "read_config", lambda *target: config)
+    monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: read.append(draft))
+    args = flags(speculative_draft_model_path=None)
+    if not num_layers:
+        with pytest.raises(HostError, match="needs --speculative-draft-model-path.*no MTP layer"):
+            arguments.check_flags(args)
+        return
+    arguments.check_flags(args)
+    arguments.set_draft(args)
+    draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
+    assert draft == ("t", "r") and read == [("t", "r", False)]
+
+
+def test_a_draft_that_is_given_stays():
+    args = flags()
+    arguments.set_draft(args)
+    assert args.speculative_draft_model_path == "d"
+
+
+def envelope(steps, topk, tokens):
+    args = SimpleNamespace(
+        speculative_num_steps=steps,
+        speculative_eagle_topk=topk,
+        speculative_num_draft_tokens=tokens,
+    )
+    arguments.set_envelope(args)
+    return tuple(vars(args).values())
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ((None, None, None), (8, 8, 32)),
+        ((None, 1, None), (8, 1, 9)),
+        ((3, 1, None), (3, 1, 4)),
+        ((3, 1, 2), (3, 1, 2)),
+        ((1, 1, None), (1, 1, 2)),
+        ((2, 2, None), (2, 2, 7)),
+    ],
+)
+def test_what_is_left_open_fits_what_is_given(given, found):
+    assert envelope(*given) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((3, 1, 5), "--speculative-num-draft-tokens 5: a chain of 3 steps .* has 2..4 nodes"),
+        ((2, 2, 8), "--speculative-num-draft-tokens 8: a tree of 2 steps .* has 2..7 nodes"),
+        ((0, 1, None), "--speculative-num-steps 0"),
+        ((3, 0, None), "--speculative-eagle-topk 0: use 1 for chains"),
+    ],
+)
+def test_trees_and_chains_that_cannot_be(given, says):
+    with pytest.raises(HostError, match=says):
+        envelope(*given)

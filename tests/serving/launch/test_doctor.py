@@ -90,7 +90,8 @@ def test_machine_and_settings_without_a_model(reports):
 def test_a_launch_within_its_profile(reports):
     report = reports["covered"]
     assert report.code == 0
-    assert report.statuses("server flags", "pair", "profile range") == ["ok"] * 3
+    assert report.statuses("server flags", "pair", "memory", "profile range") == ["ok"] * 4
+    assert "reserves 128 slots of it per request, not 40" in report.checks["memory"].found
     assert "steps 8, topk 8, tokens 32" in report.checks["server flags"].found
     assert "LlamaForCausalLMEagle3" in report.checks["pair"].found
     # It is made up and used all the same.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.cpu.kernels import build_tree
 from cast_sglang.serving.profiling import engine_meter as module
 from cast_sglang.serving.profiling.batches import SmallTree
@@ -139,7 +140,10 @@ def test_a_captured_layer_is_timed_without_its_preparation(worker, clock, monkey
     draft, seen = worker.draft_worker, []
     draft.topk, draft.req_to_token_pool = TOPK, worker.req_to_token_pool
     layers = SimpleNamespace(prepare=takes(clock, 9.0), run=takes(clock, 0.25, log=seen))
-    draft.drafter.graphs = SimpleNamespace(holds=lambda batch: True, layers=lambda batch: layers)
+    sizes = GraphSizes({2: (1, 2, TOPK)})
+    draft.drafter.graphs = SimpleNamespace(
+        holds=lambda batch: True, layers=lambda batch: layers, sizes=sizes
+    )
     assert EngineMeter(worker).draft(2, 10, 2) == 0.25
     [(frontier, width)] = seen
     assert width == 2 and all(part.shape == (2, TOPK) for part in frontier)
@@ -210,3 +214,40 @@ def test_overhead_is_what_a_step_takes_beside_its_passes(worker, clock, monkeypa
     wrapped += (draft.model, "forward_layer"), (draft.drafter.graphs, "run")
     for owner, name in wrapped:
         assert name not in vars(owner)
+
+
+# Shapes between the sizes of the grid, as refinement and held-out points have, and their graphs.
+OFF_GRID = [("verify", 5, 8), ("verify", 7, 8), ("draft", 2, 3), ("draft_extend", 1, 2)]
+
+
+@pytest.mark.parametrize(("kind", "size", "replayed"), OFF_GRID)
+def test_a_size_without_a_graph_is_timed_as_what_runs_in_its_place(
+    worker, clock, monkeypatch, kind, size, replayed
+):
+    def captured(*sizes):
+        return SimpleNamespace(sizes=GraphSizes({4: sizes}), holds=lambda batch: True)
+
+    worker.verify_graphs = captured(1, 2, 3, 4, 8)
+    worker.draft_worker.extend_graphs = captured(2, 3, 4)
+    worker.draft_worker.drafter.graphs = captured(1, 3)
+    ran = []
+    prepared = lambda *args: (SimpleNamespace(), None, None)  # noqa: E731
+    monkeypatch.setattr("sglang.srt.speculative.eagle_worker_common.prepare_for_draft", prepared)
+    worker.draft_worker.topk, worker.draft_worker.req_to_token_pool = TOPK, worker.req_to_token_pool
+    worker.draft_worker.drafter.graphs.layers = lambda batch: None
+    meter = EngineMeter(worker)
+    monkeypatch.setattr(meter, "verify_path", lambda b, c, rows, depth: ran.append(rows))
+    monkeypatch.setattr(meter, "_captured_layer", lambda layers, batch, width: ran.append(width))
+    monkeypatch.setattr(meter, "_accepted", lambda batch, rows: ran.append(rows))
+    worker.draft_worker._draft_extend_for_decode = takes(clock, 0.5)
+    getattr(meter, kind)(2, 10, size)
+    assert ran == [replayed]
+
+
+def test_a_batch_beyond_the_graphs_is_timed_as_it_is(worker, monkeypatch):
+    worker.verify_graphs = SimpleNamespace(sizes=GraphSizes({1: (1, 2, 8)}))
+    meter, ran = EngineMeter(worker), []
+    monkeypatch.setattr(meter, "verify_path", lambda b, c, rows, depth: ran.append((rows, depth)))
+    meter.verify(2, 10, 5)
+    meter.verify(1, 10, 5)
+    assert ran == [(5, 4), (8, 7)]

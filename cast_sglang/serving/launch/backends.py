@@ -1,0 +1,106 @@
+"""Attention backends of a launch: which of them runs what, and whether passes are captured."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from cast_sglang.cpu.names import ATTENTION_BACKEND
+from cast_sglang.errors import HostError
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+    from cast_sglang.config import CastConfig
+
+__all__ = ["limit_graphs", "set_attention_backends", "verify_backend"]
+
+logger = logging.getLogger(__name__)
+
+# Those that verify trees of every width; the draft runs on the first.
+VERIFY_BACKENDS = ("triton", "flashinfer")
+# Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
+PREFILL_BACKENDS = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
+# Its graphs do not depend on the number of rows but by their buffers.
+GRAPH_BACKEND = "triton"
+
+
+def set_attention_backends(server_args: ServerArgs) -> None:
+    """Keep the backend of prompts; choose those of verify, plain steps and the draft.
+
+    Called when SGLang has settled `attention_backend`, by a flag or by itself: prompts stay on it.
+    So it makes no difference whether the arguments came from a command or from an engine.
+
+    Raises:
+        HostError: a backend cannot do its part; names the flag and the fix.
+    """
+    is_cpu = server_args.device == "cpu"
+    verifies, prefills = VERIFY_BACKENDS, PREFILL_BACKENDS
+    if is_cpu:
+        verifies = prefills = _backends_of_the_cpu(server_args)
+    flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
+    if prefill is None:
+        flag, prefill = "--attention-backend", server_args.attention_backend
+    if prefill is not None and prefill not in prefills:
+        raise HostError(
+            f"{flag} {prefill}: beside CAST's verify prompts run here on {', '.join(prefills)} "
+            f"alone; pass {flag} {prefills[0]}"
+        )
+    decode = server_args.decode_attention_backend or verifies[0]
+    if decode not in verifies:
+        raise HostError(
+            f"--decode-attention-backend {decode}: CAST verifies trees of every width here on "
+            f"{' and '.join(verifies)} alone; pass {verifies[0]}, or drop the flag"
+        )
+    draft = server_args.speculative_draft_attention_backend
+    if draft not in (None, verifies[0]):
+        raise HostError(
+            f"--speculative-draft-attention-backend {draft}: CAST drafts here on {verifies[0]} "
+            f"alone; pass {verifies[0]}, or drop the flag"
+        )
+    if {prefill, decode} != {verifies[0]}:
+        server_args.speculative_draft_attention_backend = verifies[0]
+    if is_cpu or prefill == decode:
+        return
+    server_args.prefill_attention_backend = prefill
+    server_args.decode_attention_backend = decode
+    server_args.speculative_attention_mode = "decode"  # the backend that SGLang verifies on
+    logger.info("CAST: prompts run on %s, verify and plain steps on %s", prefill, decode)
+
+
+def _backends_of_the_cpu(server_args: ServerArgs) -> tuple[str, ...]:
+    """Return the CPU platform's own backend, or `triton` where it runs in its interpreter."""
+    from triton import knobs
+
+    is_interpreted = knobs.runtime.interpret and server_args.attention_backend == "triton"
+    return ("triton",) if is_interpreted else (ATTENTION_BACKEND,)
+
+
+def verify_backend(server_args: ServerArgs) -> str:
+    """Return the backend of verify and plain steps, once backends are set."""
+    return str(server_args.decode_attention_backend or server_args.attention_backend)
+
+
+def limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
+    """Turn decode graphs off where those of CAST's sizes cannot be captured, and say why."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    backend = server_args.cuda_graph_config.decode.backend
+    if backend == Backend.DISABLED:
+        logger.warning("CAST: decode CUDA graphs are off, as asked")
+        return
+    if config.graphs == "off":
+        reason = "--cast-graphs off"
+    elif backend != Backend.FULL:
+        reason = f"CAST captures whole passes, not {backend} ones"
+    elif (target := verify_backend(server_args)) != GRAPH_BACKEND:
+        reason = (
+            f"verify runs on {target}, whose graphs are made for one number of rows; pass "
+            f"--decode-attention-backend {GRAPH_BACKEND}"
+        )
+    else:
+        return
+    server_args.cuda_graph_config = with_phase(
+        server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED
+    )
+    logger.warning("CAST: decode CUDA graphs are off: %s", reason)

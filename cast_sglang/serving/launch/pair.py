@@ -1,0 +1,92 @@
+"""The pair of models of a launch: whether they fit each other, and what CAST can serve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cast_sglang.errors import HostError
+from cast_sglang.serving.launch.identity import architecture, is_eagle_config, read_draft_config
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+__all__ = ["check_pair", "check_target"]
+
+
+def check_pair(server_args: ServerArgs) -> None:
+    """Refuse a target that CAST cannot serve, and a draft that was not made for it.
+
+    Neither model is loaded.
+
+    Raises:
+        HostError: names the flag and the fix.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    draft_path = server_args.speculative_draft_model_path
+    draft = read_draft_config(
+        draft_path, server_args.speculative_draft_model_revision, server_args.trust_remote_code
+    )
+    target_config = ModelConfig.from_server_args(server_args)
+    check_target(server_args.model_path, target_config)
+    target = target_config.hf_text_config
+    if not (is_eagle_config(draft) or _has_mtp_layer(server_args)):
+        raise HostError(
+            f"--speculative-draft-model-path {draft_path}: {architecture(draft)} is no EAGLE or "
+            "EAGLE-3 draft, and has no MTP layer"
+        )
+    expected = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    # An EAGLE-3 draft of another width says which target width it reads.
+    if getattr(draft, "target_hidden_size", None) is not None:
+        expected["target_hidden_size"] = expected.pop("hidden_size")
+    for key, value in expected.items():
+        if getattr(draft, key, None) != value:
+            raise HostError(
+                f"--speculative-draft-model-path {draft_path}: its {key} is "
+                f"{getattr(draft, key, None)}, the target's is {value}; "
+                "use a draft made for this target"
+            )
+
+
+def _has_mtp_layer(server_args: ServerArgs) -> bool:
+    """Return whether SGLang will build the draft as an MTP (NextN) layer of its checkpoint."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    draft = ModelConfig.from_server_args(
+        server_args,
+        model_path=server_args.speculative_draft_model_path,
+        model_revision=server_args.speculative_draft_model_revision,
+        is_draft_model=True,
+    )
+    # So SGLang names the classes of such layers, whatever the checkpoint calls itself.
+    return architecture(draft.hf_config).endswith(("NextN", "MTP"))
+
+
+def check_target(path: str, model_config: ModelConfig | Any) -> None:
+    """Refuse a target whose layers cannot verify another number of rows in every step.
+
+    Judged by what SGLang will build for it, not by its name.
+
+    Raises:
+        HostError: names the flag, the reason and the fix.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    reason = None
+    if mambaish_config(model_config) is not None:
+        reason = (
+            "it has linear-attention layers, whose states SGLang keeps for every row of one fixed "
+            "number of verified rows, and CAST verifies another number in every step"
+        )
+    elif model_config.attention_arch == AttentionArch.MLA:
+        reason = (
+            "it has multi-head latent attention (MLA), whose decode buffers on triton take "
+            "gigabytes at the rows of a draft tree, and which CAST has never been run with"
+        )
+    if reason is not None:
+        raise HostError(
+            f"--model-path {path}: CAST does not serve this target: {reason}; use SGLang's own "
+            "--speculative-algorithm EAGLE, EAGLE3 or NEXTN"
+        )

@@ -1,0 +1,171 @@
+"""Memory that CAST takes beyond SGLang's own servers, on paper: from configs and flags alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cast_sglang.serving.launch.identity import architecture, captures_decode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang.srt.server_args import ServerArgs
+
+__all__ = [
+    "Item",
+    "Reserve",
+    "Shapes",
+    "describe_reserve",
+    "reserve_of",
+    "reserve_of_server",
+    "slots_per_request",
+]
+
+# SGLang's default tree for Llama: steps, topk, tokens.
+STOCK_TREE = (5, 4, 8)
+INDEX_BYTES = 8  # a cache slot in a list on a device
+TABLE_BYTES = 4  # a cache slot in the request pool's table
+FLOAT_BYTES = 4
+# Of `triton`'s decode: its partial results are kept for so many parts of a prefix (its default).
+KV_SPLITS = 8
+
+
+class Shapes(NamedTuple):
+    """What decides how much is taken; of one GPU where there are several."""
+
+    num_steps: int
+    topk: int
+    num_draft_tokens: int
+    max_requests: int
+    captured_requests: int  # the largest batch with graphs; 0 where nothing is captured
+    context: int  # tokens of one request
+    vocab_size: int
+    hidden_bytes: int  # of the target's states that the draft reads, per token
+    kv_bytes: int  # of target and draft, per token
+    draft_heads: int
+    draft_head_dim: int
+
+
+class Item(NamedTuple):
+    """One part of what is taken."""
+
+    name: str
+    size: int  # bytes
+    is_cache: bool = False  # slots of the cache, which no other request can have meanwhile
+
+
+class Reserve(NamedTuple):
+    """What CAST takes; sizes in bytes."""
+
+    items: list[Item]
+    slots: int  # of the cache, reserved for each running request
+    stock_slots: int  # what a request reserves with SGLang's default tree
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device beside the cache."""
+        return sum(item.size for item in self.items if not item.is_cache)
+
+
+def slots_per_request(num_steps: int, topk: int, num_draft_tokens: int) -> int:
+    """Return the slots that a request reserves for its next two steps, as SGLang counts them."""
+    return 2 * max(num_steps * topk, num_draft_tokens)
+
+
+def reserve_of(shapes: Shapes) -> Reserve:
+    """Return what a server of these shapes takes beyond one of SGLang's default tree.
+
+    Counted is what follows from shapes. The memory of graphs themselves does not: a server logs it
+    when it has captured them.
+    """
+    s, (steps, topk, tokens) = shapes, STOCK_TREE
+    slots = slots_per_request(s.num_steps, s.topk, s.num_draft_tokens)
+    stock_slots = slots_per_request(steps, topk, tokens)
+    more_slots = max(0, slots - stock_slots)
+    more_rows = max(0, s.num_draft_tokens - tokens)
+    nodes = s.captured_requests * s.topk
+    rows = s.captured_requests * s.num_draft_tokens
+    items = [
+        Item("slots of the cache", s.max_requests * more_slots * s.kv_bytes, is_cache=True),
+        Item("table of requests", s.max_requests * more_slots * TABLE_BYTES),
+        Item("states kept for plain steps", s.max_requests * s.num_draft_tokens * s.hidden_bytes),
+        Item("logits of verify", s.max_requests * more_rows * s.vocab_size * FLOAT_BYTES),
+        Item("mask of captured verify", rows * (s.context + s.num_draft_tokens)),
+        Item("lists of captured draft layers", nodes * (s.context + s.num_steps) * INDEX_BYTES),
+        Item(
+            "partial results of captured draft layers",
+            nodes * s.draft_heads * KV_SPLITS * (s.draft_head_dim + 1) * FLOAT_BYTES,
+        ),
+    ]
+    return Reserve([item for item in items if item.size], slots, stock_slots)
+
+
+def reserve_of_server(server_args: ServerArgs) -> Reserve:
+    """Return what a launch with these resolved arguments takes."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    target = ModelConfig.from_server_args(server_args)
+    draft = ModelConfig.from_server_args(
+        server_args,
+        model_path=server_args.speculative_draft_model_path,
+        model_revision=server_args.speculative_draft_model_revision,
+        is_draft_model=True,
+    )
+    max_requests, tp_size = int(server_args.max_running_requests), server_args.tp_size
+    captured = 0
+    if captures_decode(server_args):
+        batch_sizes: Sequence[int] = server_args.cuda_graph_config.decode.bs or ()
+        captured = min(max_requests, max(batch_sizes, default=max_requests))
+    return reserve_of(
+        Shapes(
+            num_steps=server_args.speculative_num_steps,
+            topk=server_args.speculative_eagle_topk,
+            num_draft_tokens=server_args.speculative_num_draft_tokens,
+            max_requests=max_requests,
+            captured_requests=captured,
+            context=target.context_len,
+            vocab_size=target.vocab_size,
+            hidden_bytes=_states(draft) * target.dtype.itemsize,
+            kv_bytes=_kv_bytes(target, tp_size, server_args)
+            + _kv_bytes(draft, tp_size, server_args),
+            draft_heads=draft.num_attention_heads // tp_size,
+            draft_head_dim=draft.head_dim,
+        )
+    )
+
+
+def describe_reserve(reserve: Reserve) -> str:
+    """Return one line for people."""
+    parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in reserve.items)
+    return (
+        f"beyond SGLang's default tree {'-'.join(map(str, STOCK_TREE))} CAST takes "
+        f"{_gib(reserve.total)} beside the cache and reserves {reserve.slots} slots of it per "
+        f"request, not {reserve.stock_slots}: {parts}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _states(draft: Any) -> int:
+    """Return the numbers per token that the target hands to the draft."""
+    config = draft.hf_config
+    eagle = getattr(config, "eagle_config", None) or {}
+    width = getattr(config, "target_hidden_size", None) or draft.hidden_size
+    if "eagle3" not in architecture(config).lower() or not eagle.get("use_aux_hidden_state", True):
+        return int(width)  # the last layer's
+    name = "eagle_aux_hidden_state_layer_ids"
+    layers = getattr(config, name, None) or eagle.get(name)
+    return int(width) * (len(layers) if layers else 3)
+
+
+def _kv_bytes(model: Any, tp_size: int, server_args: ServerArgs) -> int:
+    """Return the bytes of keys and values that a token takes on one GPU."""
+    import torch
+
+    name = server_args.kv_cache_dtype
+    named = {"fp8_e5m2": torch.float8_e5m2, "fp8_e4m3": torch.float8_e4m3fn}
+    size = named.get(name, torch.bfloat16 if name in ("bf16", "bfloat16") else model.dtype).itemsize
+    per_layer = model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim)
+    return int(model.num_hidden_layers * per_layer * size)

@@ -1,0 +1,201 @@
+"""Attention backends: what runs on which, what is captured, and what is said of the others."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+import triton
+from sglang.srt.arg_groups import model_override_base
+from sglang.srt.arg_groups.overrides import record_foreign_defaults, resolving_view
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+from sglang.srt.server_args import ServerArgs
+
+from cast_sglang.config import CastConfig
+from cast_sglang.errors import HostError
+from cast_sglang.serving.launch.backends import (
+    limit_graphs,
+    set_attention_backends,
+    verify_backend,
+)
+
+
+def made_up(**given):
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    values = dict.fromkeys((*names, "speculative_draft_attention_backend"))
+    graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
+    values |= {"device": "cuda", "cuda_graph_config": graphs}
+    return SimpleNamespace(**{**values, "speculative_attention_mode": "prefill", **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "prefill", "decode", "draft"),
+    [
+        # What stock SGLang chooses for prompts: on Hopper, elsewhere, and on Blackwell for chains.
+        ({"attention_backend": "fa3"}, "fa3", "triton", "triton"),
+        ({"attention_backend": "flashinfer"}, "flashinfer", "triton", "triton"),
+        ({"attention_backend": "trtllm_mha"}, "trtllm_mha", "triton", "triton"),
+        ({"attention_backend": "triton"}, "triton", "triton", None),
+        # What a user may ask for.
+        (
+            {"attention_backend": "triton", "prefill_attention_backend": "fa3"},
+            "fa3",
+            "triton",
+            "triton",
+        ),
+        (
+            {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
+            "fa3",
+            "flashinfer",
+            "triton",
+        ),
+        (
+            {"attention_backend": "flashinfer", "decode_attention_backend": "flashinfer"},
+            "flashinfer",
+            "flashinfer",
+            "triton",
+        ),
+    ],
+)
+def test_prompts_stay_where_they_are_and_verify_runs_on_triton(given, prefill, decode, draft):
+    args = made_up(**given)
+    set_attention_backends(args)
+    base = args.attention_backend
+    assert (args.prefill_attention_backend or base) == prefill
+    assert (args.decode_attention_backend or base) == verify_backend(args) == decode
+    assert args.speculative_draft_attention_backend == draft
+    # SGLang verifies on the backend of decoding where the two differ.
+    assert (args.speculative_attention_mode == "decode") == (prefill != decode)
+
+
+@pytest.mark.parametrize("backend", ["fa3", "flashinfer"])
+def test_an_engine_without_flags_gets_what_a_command_gets(backend):
+    """Through SGLang's own record of a launch, where the backend is resolved and not given."""
+    args = ServerArgs(model_path="m", device="cuda")
+    args._resolved_overrides = [("sglang", {"attention_backend": backend})]
+    record_foreign_defaults(args, "cast", set_attention_backends)
+    found = resolving_view(args)
+    assert found.prefill_attention_backend == backend
+    assert found.decode_attention_backend == found.speculative_draft_attention_backend == "triton"
+    assert found.speculative_attention_mode == "decode"
+
+
+HOPPER, BLACKWELL, OTHERS = "is_hopper_with_cuda_12_3", "is_sm100", ""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "topk", "prefill"),
+    [
+        (HOPPER, None, "fa3"),
+        (HOPPER, 1, "fa3"),
+        (HOPPER, 8, "flashinfer"),
+        (BLACKWELL, None, "flashinfer"),
+        (BLACKWELL, 1, "trtllm_mha"),
+        (OTHERS, None, "flashinfer"),
+        (OTHERS, 1, "flashinfer"),
+    ],
+)
+def test_what_stock_chooses_on_a_gpu_is_kept_for_prompts(gpu, topk, prefill, monkeypatch):
+    """By SGLang's own choice, on a platform that says it is that GPU."""
+    facts = dict.fromkeys((HOPPER, BLACKWELL, "is_hip"), False) | {"has_flashinfer": True}
+    platform = SimpleNamespace(**{**facts, gpu: True})
+    monkeypatch.setattr(model_override_base, "get_platform", lambda: platform)
+    monkeypatch.setattr(
+        model_override_base, "current_platform", SimpleNamespace(is_out_of_tree=lambda: False)
+    )
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    model.has_asymmetric_kv = model.has_attention_sinks = False
+    args = ServerArgs(model_path="m", device="cuda")
+    args.speculative_algorithm, args.speculative_eagle_topk = "CAST", topk
+    backend = model_override_base.get_default_attn_backend(args, False, model)
+    args._resolved_overrides = [("sglang", {"attention_backend": backend})]
+    record_foreign_defaults(args, "cast", set_attention_backends)
+    found = resolving_view(args)
+    assert found.prefill_attention_backend == prefill
+    assert verify_backend(found) == "triton"
+
+
+@pytest.mark.parametrize(("backend", "draft"), [("cast_cpu", None), (None, "cast_cpu")])
+def test_the_cpu_platform_has_one_backend(backend, draft):
+    args = made_up(attention_backend=backend, device="cpu")
+    set_attention_backends(args)
+    assert args.speculative_draft_attention_backend == draft
+    assert args.prefill_attention_backend is args.decode_attention_backend is None
+
+
+def test_the_cpu_platform_runs_triton_in_its_interpreter_alone(monkeypatch):
+    args = made_up(attention_backend="triton", device="cpu")
+    with pytest.raises(HostError, match="--attention-backend triton.*cast_cpu"):
+        set_attention_backends(args)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    set_attention_backends(args)
+    assert args.speculative_draft_attention_backend is None and verify_backend(args) == "triton"
+
+
+@pytest.mark.parametrize("flag", ["--attention-backend", "--prefill-attention-backend"])
+@pytest.mark.parametrize(
+    ("device", "backend", "advised"),
+    [
+        ("cuda", "flashmla", "triton"),
+        ("cuda", "torch_native", "triton"),
+        ("cpu", "fa3", "cast_cpu"),
+        ("cpu", "torch_native", "cast_cpu"),
+    ],
+)
+def test_backends_that_prompts_cannot_run_on(flag, device, backend, advised):
+    given = {flag.removeprefix("--").replace("-", "_"): backend}
+    with pytest.raises(HostError, match=f"{flag} {backend}.*-attention-backend {advised}"):
+        set_attention_backends(made_up(device=device, **given))
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa4", "flashmla", "trtllm_mha", "torch_native"])
+@pytest.mark.parametrize(("device", "advised"), [("cuda", "triton"), ("cpu", "cast_cpu")])
+def test_backends_that_cannot_verify(backend, device, advised):
+    args = made_up(device=device, decode_attention_backend=backend)
+    with pytest.raises(HostError, match=f"--decode-attention-backend {backend}.*pass {advised}"):
+        set_attention_backends(args)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "fa3", "trtllm_mha"])
+def test_the_draft_runs_on_triton(backend):
+    args = made_up(attention_backend="triton", speculative_draft_attention_backend=backend)
+    with pytest.raises(HostError, match=f"{backend}.*pass triton"):
+        set_attention_backends(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "reason"),
+    [
+        ({"attention_backend": "triton"}, {}, None),
+        ({"attention_backend": "fa3"}, {}, None),
+        ({"attention_backend": "flashinfer"}, {}, None),
+        (
+            {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
+            {},
+            "verify runs on flashinfer.*--decode-attention-backend triton",
+        ),
+        ({"attention_backend": "triton"}, {"graphs": "off"}, "--cast-graphs off"),
+        ({"attention_backend": "triton"}, {"graphs": "passes"}, None),
+    ],
+)
+def test_passes_are_captured_where_verify_runs_on_triton(given, settings, reason, caplog):
+    args = made_up(**given)
+    set_attention_backends(args)
+    with caplog.at_level(logging.WARNING):
+        limit_graphs(CastConfig(**settings), args)
+    is_on = args.cuda_graph_config.decode.backend == Backend.FULL
+    assert is_on == (reason is None)
+    if reason is None:
+        assert not caplog.text
+    else:
+        assert re.search(reason, caplog.text)
+
+
+@pytest.mark.parametrize("backend", [Backend.DISABLED, Backend.BREAKABLE])
+def test_graphs_that_cast_does_not_capture(backend, caplog):
+    graphs = CudaGraphConfig(decode=PhaseConfig(backend=backend), prefill=PhaseConfig())
+    args = made_up(attention_backend="triton", cuda_graph_config=graphs)
+    with caplog.at_level(logging.WARNING):
+        limit_graphs(CastConfig(), args)
+    assert args.cuda_graph_config.decode.backend == Backend.DISABLED
+    assert "CUDA graphs are off" in caplog.text
