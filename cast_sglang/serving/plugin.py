@@ -37,7 +37,7 @@ def register() -> None:
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
     HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)
     for method, hook, kind in (
-        ("__init__", _provide_profile, HookType.AFTER),
+        ("__init__", _prepare_worker, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),
         ("set_internal_state", _reset_residuals, HookType.AROUND),
         ("handle_rpc_request", _handle_profile_request, HookType.AROUND),
@@ -88,8 +88,16 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
             os.environ[f"CAST_{key.upper()}"] = str(value)
 
 
-def _provide_profile(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Make a cost profile if the worker that was just built needs one and found none."""
+def _prepare_worker(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Export the metrics of the worker that was just built; make the profile that it lacks.
+
+    The labels are those of SGLang's own metrics, and so is the choice of ranks that export.
+    """
+    stats = getattr(scheduler.draft_worker, "cast_stats", None)
+    if stats is not None:
+        context = scheduler.metrics_collector_context
+        if context.current_scheduler_metrics_enabled:
+            stats.export(context.collector.labels)
     if getattr(scheduler.draft_worker, "lacks_profile", False):
         from cast_sglang.serving.profiling.first_start import provide_profile
 

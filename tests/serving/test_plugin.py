@@ -142,9 +142,20 @@ def test_other_algorithms_are_left_alone(draft_worker):
     scheduler = scheduler_of(draft_worker)
     state = GetInternalStateReqOutput(internal_state={"a": 1})
     assert plugin._add_internal_state(state, scheduler).internal_state == {"a": 1}
-    plugin._provide_profile(None, scheduler)
+    plugin._prepare_worker(None, scheduler)
     ours = SetInternalStateReq(server_args={"cast_reset_residuals": 1})
     assert plugin._reset_residuals(None, scheduler, ours).updated is False
+
+
+@pytest.mark.parametrize("exports", [True, False])
+def test_metrics_have_sglangs_labels_on_the_ranks_that_export(exports):
+    seen, labels = [], {"model_name": "m", "engine_type": "unified", "tp_rank": 0}
+    scheduler = scheduler_of(SimpleNamespace(cast_stats=SimpleNamespace(export=seen.append)))
+    scheduler.metrics_collector_context = SimpleNamespace(
+        current_scheduler_metrics_enabled=exports, collector=SimpleNamespace(labels=labels)
+    )
+    plugin._prepare_worker(None, scheduler)
+    assert seen == [labels] * exports
 
 
 def test_internal_state_has_casts_own():

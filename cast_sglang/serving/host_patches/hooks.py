@@ -29,6 +29,9 @@ _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
+_METRICS_REPORTER = (
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+)
 _WEIGHT_UPDATER = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 )
@@ -51,6 +54,8 @@ def register_hooks() -> None:
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
+        (f"{_TOKENIZER_MANAGER}.TokenizerManager._calculate_spec_decoding_metrics", _request_rate),
+        (f"{_METRICS_REPORTER}.report_decode_stats", _report_decode_stats),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
 
@@ -214,3 +219,36 @@ def _keep_model_path(
     """Keep the name of the served model where only its draft was updated."""
     if not (is_cast() and is_draft_path(model_path)):
         original(manager, model_path, load_format)
+
+
+def _request_rate(
+    original: Callable[..., None], manager: Any, meta_info: dict[str, Any], output: Any, i: int
+) -> None:
+    """Relate a request's accepted drafts to those that were verified for it.
+
+    SGLang takes each verify pass for one of `--speculative-num-draft-tokens` rows.
+    """
+    original(manager, meta_info, output, i)
+    if is_cast() and "spec_accept_rate" in meta_info:
+        proposed = output.spec_num_cap_tokens[i] - output.spec_verify_ct[i]
+        accepted = meta_info["spec_num_correct_drafts"]
+        meta_info["spec_num_proposed_drafts"] = proposed
+        meta_info["spec_accept_rate"] = accepted / proposed if proposed else 0.0
+
+
+def _report_decode_stats(
+    original: Callable[..., None], reporter: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Make the accept rate of SGLang's log line and gauge one of the drafts that were verified.
+
+    SGLang divides the accepted drafts by those of passes of full width, so they are scaled by full
+    over verified width; they are read for nothing else and then begin anew.
+    """
+    is_due = reporter.forward_ct_decode % reporter.decode_log_interval == 0
+    reports = reporter.is_stats_logging_rank or reporter.current_scheduler_metrics_enabled
+    if is_due and reports and is_cast():
+        passes = reporter.spec_num_forward_ct
+        verified = reporter.spec_num_cap_tokens - passes
+        assumed = passes * (get_spec().speculative_num_draft_tokens - 1)
+        reporter.spec_num_correct_drafts *= assumed / verified if verified else 0.0
+    original(reporter, *args, **kwargs)

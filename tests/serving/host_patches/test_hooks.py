@@ -107,6 +107,54 @@ def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
         assert hooks._select_runners(original, "manager", "draft") == [("draft", "manager")]
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "rate", "proposed"),
+    [("CAST", 12, 0.25, 8), ("CAST", 4, 0.0, 0), ("EAGLE3", 12, 0.01, 124)],
+)
+def test_a_requests_rate_is_of_the_drafts_that_were_verified(algorithm, name, rows, rate, proposed):
+    algorithm(name)
+    accepted = 2 if rows == 12 else 0
+    output = SimpleNamespace(spec_num_cap_tokens=[99, rows], spec_verify_ct=[9, 4])
+
+    def original(manager, meta_info, output, i):
+        meta_info |= {"spec_accept_rate": 0.01, "spec_num_proposed_drafts": 124}
+        meta_info["spec_num_correct_drafts"] = accepted
+
+    info = {}
+    hooks._request_rate(original, "manager", info, output, 1)
+    assert info["spec_accept_rate"] == rate and info["spec_num_proposed_drafts"] == proposed
+    empty = {}
+    hooks._request_rate(lambda *args: None, "manager", empty, output, 1)  # nothing decoded yet
+    assert empty == {}
+
+
+@pytest.mark.parametrize("rows", [12, 4])
+def test_the_reported_rate_is_of_the_drafts_that_were_verified(algorithm, monkeypatch, rows):
+    rates = []
+    spec = SimpleNamespace(speculative_algorithm="CAST", speculative_num_draft_tokens=32)
+    monkeypatch.setattr(hooks, "get_spec", lambda: spec)
+
+    def original(reporter):
+        if reporter.forward_ct_decode % 40 == 0:  # as SGLang computes it, and resets
+            rates.append(reporter.spec_num_correct_drafts / (reporter.spec_num_forward_ct * 31))
+            reporter.spec_num_correct_drafts = 0
+
+    reporter = SimpleNamespace(
+        forward_ct_decode=39,
+        decode_log_interval=40,
+        is_stats_logging_rank=True,
+        current_scheduler_metrics_enabled=False,
+        spec_num_correct_drafts=2 if rows == 12 else 0,
+        spec_num_forward_ct=4,
+        spec_num_cap_tokens=rows,
+    )
+    hooks._report_decode_stats(original, reporter)
+    assert rates == [] and reporter.spec_num_correct_drafts == (2 if rows == 12 else 0)
+    reporter.forward_ct_decode = 40
+    hooks._report_decode_stats(original, reporter)
+    assert rates == [pytest.approx(2 / 8 if rows == 12 else 0.0)]
+
+
 def test_what_is_hooked_is_there(monkeypatch):
     hooks_by_target = collect_hooks(monkeypatch, hooks)
     hooks.register_hooks()
