@@ -45,12 +45,13 @@ SERVING_FLOORS = (
     "weight_updates",
     "step",
     "launch step_room requests pass_clock host_reads row_packing stats",
+    "texts",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")
-# Of the environment, besides `config`: the platform runs before flags are parsed, and profiling
-# sets what an engine's processes read and puts the caller's values back.
-READERS = (Path("cpu/platform.py"), Path("serving/profiling/command.py"))
+# Of the environment, besides `config`: the platform runs before flags are parsed, and commands set
+# what an engine's processes read and put the caller's values back.
+READERS = (Path("cpu/platform.py"), Path("serving/launch/engine.py"))
 
 
 def layer(path: Path) -> str:

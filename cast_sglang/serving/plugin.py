@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.config import CastConfig, add_flags, flag_of, given_flags
 from cast_sglang.errors import CastError
@@ -98,10 +99,26 @@ def _prepare_worker(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
         context = scheduler.metrics_collector_context
         if context.current_scheduler_metrics_enabled:
             stats.export(context.collector.labels)
+        if get_parallel().tp_rank == 0:
+            _say_capacity(scheduler.max_total_num_tokens, scheduler.max_running_requests)
     if getattr(scheduler.draft_worker, "lacks_profile", False):
         from cast_sglang.serving.profiling.first_start import provide_profile
 
         provide_profile(scheduler)
+
+
+def _say_capacity(pool: int, requests: int) -> None:
+    """Log what speculation costs of the cache, and so of how many requests run at once."""
+    from cast_sglang.serving.host_patches.hooks import slots_reserved
+
+    reserve = slots_reserved()
+    logger.info(
+        "CAST: at most %d requests at once in a cache of %d tokens; each reserves %d slots for its "
+        "next step, all together %.0f %% of the cache. Plain decoding reserves one; smaller "
+        "--speculative-num-steps, --speculative-eagle-topk and --speculative-num-draft-tokens "
+        "reserve less",
+        *(requests, pool, reserve, 100 * requests * reserve / pool),
+    )
 
 
 def _reset_residuals(original: Any, scheduler: Any, request: Any) -> Any:

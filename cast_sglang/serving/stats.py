@@ -74,6 +74,7 @@ class StepStats:
         self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
         self._logged = dict(self._totals)
         self._accept_lens: Counter[int] = Counter()
+        self._acceptance_ratio: float | None = None
         self._metrics: _Metrics | None = None
 
     def export(
@@ -160,6 +161,12 @@ class StepStats:
         for operation, (logs, samples) in sums.items():
             metrics.cost_ratio(operation).set(math.exp(logs / samples))
 
+    def record_acceptance(self, ratio: float) -> None:
+        """Keep how many drafts were accepted of those that calibration remembers to expect."""
+        self._acceptance_ratio = ratio
+        if (metrics := self._metrics) is not None:
+            metrics.acceptance_ratio.set(ratio)
+
     def snapshot(self) -> dict[str, Any]:
         """Return totals, means, ratios and the histogram of accept lengths since the start.
 
@@ -168,7 +175,8 @@ class StepStats:
         summary = _summary(self._totals).items()
         known = {name: None if math.isnan(value) else value for name, value in summary}
         histogram = {str(length): count for length, count in sorted(self._accept_lens.items())}
-        return {**self._totals, **known, "accept_lens": histogram}
+        ratio = {"acceptance_ratio": self._acceptance_ratio}
+        return {**self._totals, **known, **ratio, "accept_lens": histogram}
 
     def log_line(self) -> str:
         """Summarise the steps since the previous call in one line."""
@@ -220,6 +228,11 @@ class _Metrics:
         layers = gauge("layers", "Draft layers grown in the last step.")
         rows = gauge("verify_rows", "Rows per request that the target verified in the last step.")
         self.last_layers, self.last_verify_rows = layers.labels(**labels), rows.labels(**labels)
+        self.acceptance_ratio = gauge(
+            "acceptance_ratio",
+            "Accepted drafts over those that calibration remembers to expect; 1 is as before.",
+        ).labels(**labels)
+        self.acceptance_ratio.set(math.nan)  # until it is known
         # A counter per length, not a histogram: a histogram observes one request at a time.
         lens = counter(
             "accept_lens", "Requests by tokens gained in a step, bonus included.", "accept_len"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_lora, get_parallel, get_schedule
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
@@ -86,7 +86,7 @@ class CastWorker(EAGLEWorkerV2):
         self.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
         calibrates = self.config.policy == "auto" and self.config.calibration == "on"
-        self.calibration = Calibration(self.reads) if calibrates else None
+        self.calibration = Calibration(self.reads, self.cast_stats) if calibrates else None
         self._running = RunningRequests(draws_children(self.config))
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
@@ -113,7 +113,8 @@ class CastWorker(EAGLEWorkerV2):
     def _make_tools(self, plan: GraphPlan | None) -> StepTools:
         draft, config = self._draft_worker, self.config
         runners = (self.target_worker.model_runner, draft.draft_runner)
-        is_ragged = all(can_pack_rows(runner) for runner in runners)
+        # SGLang lays adapters out for as many rows of every request.
+        is_ragged = not get_lora().enable_lora and all(can_pack_rows(runner) for runner in runners)
         shares_out = is_ragged and config.joint_budget == "on"
         # As many rows as verify may have, so that catching up fits wherever verify does.
         num_slots = self.req_to_token_pool.req_to_token.shape[0]
@@ -237,8 +238,7 @@ class CastWorker(EAGLEWorkerV2):
         tools.draws.begin_step(self._running.drawn, batch.sampling_info)
         if self.calibration is not None:
             self.calibration.begin_step(batch.sampling_info.top_ks, tools.draws.is_drawn)
-        pending = [step.max_tokens for step in self._pending]
-        tools.room = self._envelope.room(batch.reqs, pending, are_new)
+        tools.room = self._envelope.room(batch.reqs, [s.max_tokens for s in self._pending], are_new)
         plan = decider.begin_step(
             StepFacts(
                 batch_size=batch_size,

@@ -81,6 +81,20 @@ def test_metrics():
     assert value("cast:accept_lens_total", accept_len="2") == 2
 
 
+def test_acceptance_is_unknown_until_it_is_measured():
+    registry = CollectorRegistry()
+    stats = StepStats()
+    stats.record_acceptance(0.5)  # without metrics
+    stats.export({"model_name": "m"}, registry)
+
+    def value():
+        return registry.get_sample_value("cast:acceptance_ratio", {"model_name": "m"})
+
+    assert math.isnan(value()) and stats.snapshot()["acceptance_ratio"] == 0.5
+    stats.record_acceptance(0.25)
+    assert value() == stats.snapshot()["acceptance_ratio"] == 0.25
+
+
 def test_names_follow_the_rules_of_prometheus():
     """Counters end in _total, a unit is a base unit and stands before that."""
     registry = CollectorRegistry()

@@ -11,19 +11,21 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_schedule, get_spec
 
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.serving.launch.identity import is_draft_path
-from cast_sglang.serving.step_room import PLAIN_RESERVE
+from cast_sglang.serving.step_room import PLAIN_RESERVE, step_reserve
 from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.server_args import ServerArgs
 
-__all__ = ["building_draft_worker", "is_cast", "register_hooks"]
+__all__ = ["building_draft_worker", "is_cast", "register_hooks", "slots_reserved"]
 
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
@@ -47,6 +49,7 @@ def register_hooks() -> None:
         # Both names of the function: SGLang's two front ends import it.
         (f"{_TOKENIZER_MANAGER}.compute_num_reserved_tokens", _reserve_no_context),
         ("sglang.srt.rust_server.config.compute_num_reserved_tokens", _reserve_no_context),
+        ("sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility", _check_lora),
         (f"{_SCHEDULE_BATCH}._new_tokens_required_next_decode_spec_v2", _tokens_required),
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
@@ -83,7 +86,8 @@ def _widen_rows(original: Callable[[], int]) -> int:
 
     SGLang reserves 2 * max(steps * topk, tokens) slots for a request's next step, and at page size
     1 gives its row room for 4 + tokens. A request near the limit then writes into the next row.
-    The platform serves SGLang's own EAGLE trees, which have the same need.
+    CAST reserves less, and reads as many entries of the row. The platform serves SGLang's own EAGLE
+    trees, which have the same need.
     """
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
     from sglang.srt.platforms import current_platform
@@ -96,19 +100,37 @@ def _widen_rows(original: Callable[[], int]) -> int:
     return extra
 
 
+def _check_lora(original: Callable[[ServerArgs], None], server_args: ServerArgs) -> None:
+    """Allow adapters, which SGLang allows by the names of its own algorithms."""
+    if resolving_view(server_args).speculative_algorithm != "CAST":
+        original(server_args)
+
+
 def _reserve_no_context(original: Callable[[], int]) -> int:
     """Admit the prompts and lengths that plain decoding admits: drafts shrink near the limit."""
     return 0 if is_cast() else original()
 
 
+def slots_reserved() -> int:
+    """Return the slots that a request reserves for a step with drafts.
+
+    SGLang reserves twice the larger of all nodes and all rows.
+    """
+    spec = get_spec()
+    return step_reserve(
+        spec.speculative_num_steps,
+        spec.speculative_eagle_topk,
+        spec.speculative_num_draft_tokens,
+        overlaps=not get_schedule().disable_overlap_schedule,
+    )
+
+
 def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
     """Return whether a request that is alone cannot get the slots of a step with drafts."""
-    if len(requests) != 1 or not is_cast():
+    if len(requests) != 1:
         return False
-    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
-
     free = batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size()
-    return bool(free < _slots_lacking(requests[0], get_alloc_reserve_per_decode()))
+    return bool(free < _slots_lacking(requests[0], slots_reserved()))
 
 
 def _slots_lacking(request: Req, reserve: int) -> int:
@@ -119,14 +141,15 @@ def _slots_lacking(request: Req, reserve: int) -> int:
 def _tokens_required(
     original: Callable[..., int], batch: ScheduleBatch, requests: list[Req], page_size: int
 ) -> int:
-    """Ask the pool for plain decoding's slots where it cannot give the last request more.
+    """Ask the pool for what a step may need; for plain decoding's slots where it lacks that.
 
     SGLang aborts a request for which the pool has no room when it runs alone. Plain decoding would
     serve it, so such a request is decoded with what there is.
     """
-    if _must_decode_plainly(batch, requests):
-        return _slots_lacking(requests[0], PLAIN_RESERVE)
-    return original(batch, requests, page_size)
+    if not is_cast():
+        return int(original(batch, requests, page_size))
+    reserve = PLAIN_RESERVE if _must_decode_plainly(batch, requests) else slots_reserved()
+    return sum(_slots_lacking(request, reserve) for request in requests)
 
 
 def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
@@ -139,11 +162,8 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
     if not is_cast():
         original(batch)
         return
-    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
-
-    _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else None
-    end = max(req.kv.kv_committed_len for req in batch.reqs)
-    end += get_alloc_reserve_per_decode() if _reserve is None else _reserve
+    _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else slots_reserved()
+    end = max(req.kv.kv_committed_len for req in batch.reqs) + _reserve
     row = batch.req_to_token_pool.req_to_token.shape[1]
     if end > row:
         raise IndexError(f"a request reserves {end} slots, and its row of req_to_token has {row}")
@@ -210,6 +230,9 @@ def _update_weights_from_disk(
             return output.success, output.message
 
         success, message = with_rollback(model_config, path, update_target)
+    if success and (calibration := manager.draft_worker.calibration) is not None:
+        of = "draft" if of_draft else "target"
+        calibration.last_change = f"the weights of the {of} were updated from {path}"
     return UpdateWeightFromDiskReqOutput(success=success, message=message, num_paused_requests=0)
 
 

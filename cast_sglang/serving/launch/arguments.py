@@ -34,7 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # The envelope when the flags are not given. A step uses as much of it as pays, so it is generous:
-# its price is KV reserved per running request, 2 * max(steps * topk, tokens) slots.
+# its price is KV reserved per running request (`step_room.step_reserve`).
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
@@ -111,6 +111,8 @@ def limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
     }
     if config.graphs == "off":
         reason = "--cast-graphs off"
+    elif server_args.enable_lora or server_args.lora_paths:
+        reason = "adapters are captured for one number of rows"
     elif backend != Backend.FULL:
         reason = f"CAST captures whole passes, not {backend} ones"
     elif target != {GRAPH_ATTENTION_BACKEND}:

@@ -17,6 +17,7 @@ def algorithm(monkeypatch):
     from sglang.srt.mem_cache import allocation_sizing
 
     monkeypatch.setattr(allocation_sizing, "get_alloc_reserve_per_decode", lambda: RESERVE)
+    monkeypatch.setattr(hooks, "slots_reserved", lambda: RESERVE)
 
     def choose(name):
         spec = SimpleNamespace(speculative_algorithm=name)
@@ -64,6 +65,14 @@ def test_prompts_are_admitted_as_plain_decoding_admits_them(algorithm):
         assert hooks._reserve_no_context(lambda: 7) == reserved
 
 
+def test_adapters_are_checked_for_other_algorithms_alone(monkeypatch):
+    monkeypatch.setattr(hooks, "resolving_view", lambda args: args)
+    checked = []
+    for name in ("CAST", "STANDALONE"):
+        hooks._check_lora(checked.append, SimpleNamespace(speculative_algorithm=name))
+    assert [args.speculative_algorithm for args in checked] == ["STANDALONE"]
+
+
 def test_requests_reserve_the_envelope(algorithm):
     assert prepared(batch_of(request(300))) == RESERVE
     assert prepared(batch_of(request(300), request(10), free=5)) == RESERVE  # SGLang retracts one
@@ -82,8 +91,21 @@ def test_a_lone_request_is_decoded_with_what_there_is(algorithm, free, evictable
 
 def test_enough_is_enough(algorithm):
     batch = batch_of(request(300), free=100, evictable=28)
-    assert hooks._tokens_required(lambda *args: RESERVE, batch, batch.reqs, 1) == RESERVE
+    assert hooks._tokens_required(lambda *args: 0, batch, batch.reqs, 1) == RESERVE
     assert prepared(batch) == RESERVE
+    two = batch_of(request(300, allocated=330), request(10, allocated=500), free=0)
+    assert hooks._tokens_required(lambda *args: 0, two, two.reqs, 1) == RESERVE - 30
+
+
+@pytest.mark.parametrize(("is_serial", "slots"), [(True, 56), (False, 56 + 9)])
+def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, is_serial, slots):
+    """With the default envelope; SGLang's own number is 128."""
+    spec = SimpleNamespace(speculative_num_steps=8, speculative_eagle_topk=8)
+    spec.speculative_num_draft_tokens = 32
+    schedule = SimpleNamespace(disable_overlap_schedule=is_serial)
+    monkeypatch.setattr(hooks, "get_spec", lambda: spec)
+    monkeypatch.setattr(hooks, "get_schedule", lambda: schedule)
+    assert hooks.slots_reserved() == slots
 
 
 def test_no_request_writes_into_anothers_row(algorithm):
@@ -94,7 +116,9 @@ def test_no_request_writes_into_anothers_row(algorithm):
 
 def test_other_algorithms_prepare_as_ever(algorithm):
     algorithm("EAGLE3")
-    assert prepared(batch_of(request(ROW), free=0)) == RESERVE
+    batch = batch_of(request(ROW), free=0)
+    assert prepared(batch) == RESERVE
+    assert hooks._tokens_required(lambda *args: 77, batch, batch.reqs, 1) == 77
 
 
 def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
