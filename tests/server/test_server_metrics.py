@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.servers import Server
 from tests.server.client import generate
-from tests.server.conftest import NUM_TOKENS
+from tests.server.conftest import NUM_TOKENS, ServerFactory
 
 # The limit includes the start of servers, which a busy machine stretches.
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
@@ -25,9 +26,16 @@ NUM_STEPS = 65
 
 
 @pytest.fixture(scope="module")
-def families(cast: Server, prompts: list[str]) -> dict[str, Metric]:
+def exporting(start_server: ServerFactory) -> Iterator[Server]:
+    """A server that drafts on every machine, and corrects its costs."""
+    with start_server("cast:fixed:1-0.5-1", "--enable-metrics", name="cast-metrics") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def families(exporting: Server, prompts: list[str]) -> dict[str, Metric]:
     """The server's metrics by the name of their samples, after some load."""
-    steps = cast_state(cast)["steps"]
+    cast, steps = exporting, cast_state(exporting)["steps"]
     custom_params = {"cast": "off"}
     generate(cast, prompts[0], max_new_tokens=8, custom_params=custom_params)
     while cast_state(cast)["steps"] < steps + NUM_STEPS:
@@ -113,8 +121,8 @@ def test_series_join_with_sglangs_own(families):
             assert shared == of_host, name
 
 
-def test_numbers_agree_with_what_the_server_says(cast, families):
-    state, exported = cast_state(cast), scrape(cast)
+def test_numbers_agree_with_what_the_server_says(exporting, families):
+    state, exported = cast_state(exporting), scrape(exporting)
 
     def value(name: str) -> float:
         return sum(sample.value for sample in exported[name].samples if sample.name == name)

@@ -76,7 +76,11 @@ def examine(
         checks = _checks(server_argv, cast_profile)
     if probe_url is not None and all(check.status not in (FAIL, SKIP) for check in checks):
         profile = [] if cast_profile is None else ["--cast-profile", cast_profile]
-        with started_engine([*server_argv, *profile]) as engine:
+        # It neither goes on from what the user's servers have learned, nor adds to it.
+        with (
+            environment(CAST_CALIBRATION_FILE="none"),
+            started_engine([*server_argv, *profile]) as engine,
+        ):
             return Diagnosis([*checks, *probe(EngineOfOurs(engine))])
     if probe_url is not None:
         checks.append(Check("probe", SKIP, "not started: what failed above comes first"))
