@@ -44,8 +44,8 @@ SERVING_FLOORS = (
     "host_patches trace_recorder calibration",
     "weight_updates",
     "step",
-    "launch step_room requests pass_clock host_reads row_packing stats",
-    "texts",
+    "launch requests pass_clock host_reads row_packing stats",
+    "step_room texts",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")

@@ -79,7 +79,8 @@ def make_asks(text: Sequence[int], context: int, pool: int, count: int, seed: in
     shared, asks = cut(most // 3), list[Ask]()
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        prompt, sampling = cut(rng.randint(4, 60)), {"temperature": 0.0, "ignore_eos": True}
+        prompt = cut(rng.randint(4, 60))
+        sampling: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
         sampling["max_new_tokens"] = rng.randint(1, 48)
         fields: dict[str, Any] = {}
         follows = None

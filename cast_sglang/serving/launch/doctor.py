@@ -23,6 +23,7 @@ from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Di
 from cast_sglang.serving.launch.engine import environment, started_engine
 from cast_sglang.serving.launch.host_contract import broken_promises, host_source, read_contract
 from cast_sglang.serving.launch.probe import EngineOfOurs, RunningServer, probe
+from cast_sglang.serving.step_room import step_reserve
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -242,10 +243,16 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
         name = "pair" if message.startswith(f"{DRAFT_FLAG} ") else "server flags"
         skipped = "not checked: what failed above comes first"
         return [Check(name, FAIL, message), Check("profile", SKIP, skipped)]
+    envelope = (
+        args.speculative_num_steps,
+        args.speculative_eagle_topk,
+        args.speculative_num_draft_tokens,
+    )
+    reserve = step_reserve(*envelope, overlaps=not args.disable_overlap_schedule)
     text = (
-        f"steps {args.speculative_num_steps}, topk {args.speculative_eagle_topk}, "
-        f"tokens {args.speculative_num_draft_tokens}; at most {args.max_running_requests} requests "
-        f"at once; attention {identity.attention_backend}"
+        "steps {}, topk {}, tokens {}; ".format(*envelope)
+        + f"at most {args.max_running_requests} requests at once, each reserves {reserve} cache "
+        f"slots for its next step; attention {identity.attention_backend}"
     )
     pair = (
         f"{identity.target.name} ({', '.join(identity.target.architectures)}) + "

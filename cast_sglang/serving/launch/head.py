@@ -148,13 +148,14 @@ def _tensors(directory: Path) -> dict[str, _Tensor]:
     if not found:
         for file in sorted(directory.glob("*.bin")):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            found |= {
-                name: _Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor)
-                for name, tensor in content.items()
-            }
+            found |= {name: _of(tensor) for name, tensor in content.items()}
     if not found:
         raise ValueError(f"no weights in {directory}")
     return found
+
+
+def _of(tensor: torch.Tensor) -> _Tensor:
+    return _Tensor(tuple(tensor.shape), lambda: tensor)
 
 
 def _reader(file: Path, name: str) -> Callable[[], torch.Tensor]:

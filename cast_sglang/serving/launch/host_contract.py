@@ -24,7 +24,7 @@ def read_contract() -> dict[str, str]:
     """Return the signature of each symbol, by its dotted name."""
     text = resources.files(__package__).joinpath("host_contract.txt").read_text("utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return dict(line.split(" ", 1) for line in lines)
+    return {name: signature for name, _, signature in (line.partition(" ") for line in lines)}
 
 
 def broken_promises(source: HostSource, contract: Mapping[str, str]) -> list[str]:
