@@ -106,9 +106,13 @@ class HostSource:
     def _member(self, module: str, node: ast.AST, name: str) -> tuple[str, ast.AST] | None:
         """Return what a name is in a module or a class, where it was defined."""
         if isinstance(node, ast.Module | ast.ClassDef):
+            # A class that is decorated by an assignment is still that class.
+            definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            binding = [s for s in _statements(node.body) if name in _defined(s)]
+            binding.sort(key=lambda statement: not isinstance(statement, definitions))
+            if binding:
+                return self._definition(module, binding[0], name)
             for statement in _statements(node.body):
-                if name in _defined(statement):
-                    return self._definition(module, statement, name)
                 if "*" in _defined(statement):
                     found = self._definition(module, statement, "*", name)
                     if found is not None:

@@ -160,7 +160,7 @@ def _by_depth(answers: _Answers) -> Check:
     counts[1] = counts.get(1, 0) - int(answers.gained("plain_steps"))
     reached = [
         sum(count for length, count in counts.items() if length > depth)
-        for depth in range(max(counts) + 1)
+        for depth in range(max(counts))
     ]
     if not reached or not reached[0]:
         text = "every step was plain, so nothing was drafted"

@@ -54,6 +54,9 @@ class Record:
     first: int
     second: int = 2
 class Empty: pass
+class Wrapped:
+    def method(self): pass
+Wrapped = typing.final(Wrapped)
 """,
         "d.py": "from typing import *\nfrom .a.b import *\n",
         "c.py": """
@@ -92,6 +95,7 @@ class Derived(Renamed):
         ("a.Renamed.method", "(self, a)"),
         ("a.b.Record", "class(first, second=)"),
         ("a.b.Empty", "class"),
+        ("a.b.Wrapped.method", "(self)"),
         ("a.b.Any", "value"),
         ("c.later", "(*, a)"),
         ("c.chosen", "(a)"),
