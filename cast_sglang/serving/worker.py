@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.runtime_context import get_lora, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
@@ -113,8 +113,7 @@ class CastWorker(EAGLEWorkerV2):
     def _make_tools(self, plan: GraphPlan | None) -> StepTools:
         draft, config = self._draft_worker, self.config
         runners = (self.target_worker.model_runner, draft.draft_runner)
-        # SGLang lays adapters out for as many rows of every request.
-        is_ragged = not get_lora().enable_lora and all(can_pack_rows(runner) for runner in runners)
+        is_ragged = all(can_pack_rows(runner) for runner in runners)
         shares_out = is_ragged and config.joint_budget == "on"
         # As many rows as verify may have, so that catching up fits wherever verify does.
         num_slots = self.req_to_token_pool.req_to_token.shape[0]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_schedule, get_spec
 
@@ -23,7 +22,6 @@ from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-    from sglang.srt.server_args import ServerArgs
 
 __all__ = ["building_draft_worker", "is_cast", "register_hooks", "slots_reserved"]
 
@@ -49,7 +47,6 @@ def register_hooks() -> None:
         # Both names of the function: SGLang's two front ends import it.
         (f"{_TOKENIZER_MANAGER}.compute_num_reserved_tokens", _reserve_no_context),
         ("sglang.srt.rust_server.config.compute_num_reserved_tokens", _reserve_no_context),
-        ("sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility", _check_lora),
         (f"{_SCHEDULE_BATCH}._new_tokens_required_next_decode_spec_v2", _tokens_required),
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
@@ -98,12 +95,6 @@ def _widen_rows(original: Callable[[], int]) -> int:
     if is_cast() or current_platform.device_name == PLATFORM_NAME:
         extra = max(extra, get_alloc_reserve_per_decode())
     return extra
-
-
-def _check_lora(original: Callable[[ServerArgs], None], server_args: ServerArgs) -> None:
-    """Allow adapters, which SGLang allows by the names of its own algorithms."""
-    if resolving_view(server_args).speculative_algorithm != "CAST":
-        original(server_args)
 
 
 def _reserve_no_context(original: Callable[[], int]) -> int:

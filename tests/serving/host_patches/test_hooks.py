@@ -65,14 +65,6 @@ def test_prompts_are_admitted_as_plain_decoding_admits_them(algorithm):
         assert hooks._reserve_no_context(lambda: 7) == reserved
 
 
-def test_adapters_are_checked_for_other_algorithms_alone(monkeypatch):
-    monkeypatch.setattr(hooks, "resolving_view", lambda args: args)
-    checked = []
-    for name in ("CAST", "STANDALONE"):
-        hooks._check_lora(checked.append, SimpleNamespace(speculative_algorithm=name))
-    assert [args.speculative_algorithm for args in checked] == ["STANDALONE"]
-
-
 def test_requests_reserve_the_envelope(algorithm):
     assert prepared(batch_of(request(300))) == RESERVE
     assert prepared(batch_of(request(300), request(10), free=5)) == RESERVE  # SGLang retracts one

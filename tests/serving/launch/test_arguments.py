@@ -15,8 +15,7 @@ from cast_sglang.serving.launch import arguments
 
 def made_up(**given):
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    more = ("speculative_draft_attention_backend", "enable_lora", "lora_paths")
-    values = dict.fromkeys((*names, *more))
+    values = dict.fromkeys((*names, "speculative_draft_attention_backend"))
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     return SimpleNamespace(**{**values, "device": "cuda", "cuda_graph_config": graphs, **given})
 
@@ -66,8 +65,6 @@ def test_the_draft_runs_on_triton(backend):
             "flashinfer, triton",
         ),
         ({"attention_backend": "triton"}, {"graphs": "off"}, "--cast-graphs off"),
-        ({"attention_backend": "triton", "enable_lora": True}, {}, "adapters are captured"),
-        ({"attention_backend": "triton", "lora_paths": ["a=b"]}, {}, "adapters are captured"),
         ({"attention_backend": "triton"}, {"graphs": "passes"}, None),
     ],
 )
