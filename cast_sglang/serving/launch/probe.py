@@ -242,7 +242,7 @@ def _speed_up(answers: _Answers, topk: int) -> Check:
     # Each expanded node has K children, and so has the root.
     expanded = answers.gained("nodes_drafted") / steps / topk - 1
     below = max(0, round(layers) - 1)
-    widths = [expanded / below] * below if below else []
+    widths = [max(1, round(expanded / below))] * below if below else []
     limits = Limits.of_tables(profile)
     model = CostModel(profile, limits)
     context = sum(prompt for prompt, _ in answers.contexts) / len(answers.contexts)
