@@ -35,10 +35,14 @@ short real run.
 
 DOCTOR_DESCRIPTION = """\
 Check whether this machine, this SGLang, the model pair and its cost profile fit together, and say
-what to do where they do not. Nothing is started and no model is loaded. Every flag that is not
-listed below goes to SGLang unchanged, so give the flags of the server:
+what to do where they do not. Nothing is started and no model is loaded, but with --probe. Every
+flag that is not listed below goes to SGLang unchanged, so give the flags of the server:
 
   cast-sglang doctor --model-path TARGET --speculative-draft-model-path DRAFT
+
+With --probe, ten short prompts show whether the draft fits the target, on a server that runs:
+
+  cast-sglang doctor --probe http://localhost:30000
 
 The exit code is 0 if nothing failed (warnings do not count), else 1.
 """
@@ -142,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="check that machine, SGLang, model pair and cost profile fit together",
         description=DOCTOR_DESCRIPTION,
-        usage="cast-sglang doctor [--json] [--cast-profile PATH] SGLANG_FLAGS...",
+        usage="cast-sglang doctor [--json] [--probe [URL]] [--cast-profile PATH] SGLANG_FLAGS...",
         **COMMAND,
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -150,6 +154,15 @@ def _parser() -> argparse.ArgumentParser:
         "--cast-profile",
         metavar="PATH",
         help="the profile to check, or auto to search for one (default: as the server would)",
+    )
+    doctor.add_argument(
+        "--probe",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="serve ten short prompts on the server at URL, or without URL on one that is started "
+        "with the flags; say how far drafts are accepted, whether the head fits, and what "
+        "speed-up to expect",
     )
     doctor.set_defaults(run=_doctor)
     _add_trace_commands(commands)
@@ -276,7 +289,9 @@ def _show(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from cast_sglang.serving.launch.doctor import examine
 
-    diagnosis = examine(arguments.server_argv, cast_profile=arguments.cast_profile)
+    diagnosis = examine(
+        arguments.server_argv, cast_profile=arguments.cast_profile, probe_url=arguments.probe
+    )
     if arguments.json:
         print(diagnosis.as_json(), flush=True)
     else:

@@ -10,6 +10,8 @@ from cast_sglang import __version__
 from cast_sglang.cli import main
 from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import HostError
+from cast_sglang.serving.launch import doctor
+from cast_sglang.serving.launch.diagnosis import Diagnosis
 from tests.support import traces
 from tests.support.builders import make_identity, make_profile, make_table
 
@@ -230,3 +232,24 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.strip() == f"cast-sglang {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "url", "others"),
+    [
+        ([], None, []),
+        (["--probe", "http://localhost:1"], "http://localhost:1", []),
+        (["--probe", "--model-path", "T"], "", ["--model-path", "T"]),
+    ],
+)
+def test_doctor_is_told_what_to_probe(monkeypatch, capsys, flags, url, others):
+    seen = []
+
+    def examine(argv, **options):
+        seen.append((argv, options))
+        return Diagnosis([])
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert main(["doctor", "--json", *flags]) == 0
+    assert seen == [(others, {"cast_profile": None, "probe_url": url})]
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "checks": []}

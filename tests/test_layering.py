@@ -44,13 +44,14 @@ SERVING_FLOORS = (
     "host_patches trace_recorder calibration",
     "weight_updates",
     "step",
-    "launch step_room requests pass_clock host_reads row_packing stats",
+    "launch requests pass_clock host_reads row_packing stats",
+    "step_room texts",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")
-# Of the environment, besides `config`: the platform runs before flags are parsed, and profiling
-# sets what an engine's processes read and puts the caller's values back.
-READERS = (Path("cpu/platform.py"), Path("serving/profiling/command.py"))
+# Of the environment, besides `config`: the platform runs before flags are parsed, and commands set
+# what an engine's processes read and put the caller's values back.
+READERS = (Path("cpu/platform.py"), Path("serving/launch/engine.py"))
 
 
 def layer(path: Path) -> str:

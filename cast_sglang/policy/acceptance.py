@@ -113,6 +113,18 @@ class Acceptance:
         _add_nodes(self._sums, self._keep, *nodes, kinds)
         self._forget_curves()
 
+    def expect(
+        self, nodes: VerifiedNodes, kinds: np.ndarray, curves: np.ndarray
+    ) -> tuple[float, float]:
+        """Return how many of the tried nodes some curves expect to be accepted, and how many were.
+
+        Args:
+            kinds: [B] int64, the kind of each request.
+            curves: as `curves()` returns them, of now or of before.
+        """
+        expected, accepted = _expect(curves, *nodes, kinds)
+        return float(expected), float(accepted)
+
     def curve_at(self, depth: int, kinds: torch.Tensor) -> AcceptanceCurve:
         """Return g at one depth as linear pieces, for the op `grow_layer`.
 
@@ -201,6 +213,40 @@ def _piece(p: float) -> tuple[int, float]:
     return low, (p - _KNOTS[low]) / _WIDTHS[low]
 
 
+@compiled("i8(i8)")
+def _bucket(depth: int) -> int:
+    """Return the bucket of depths that holds a depth."""
+    bucket = 0
+    while bucket < len(_DEPTH_ENDS) and depth > _DEPTH_ENDS[bucket]:
+        bucket += 1
+    return bucket
+
+
+@compiled("UniTuple(f8, 2)(f8[:, :, :], f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])")
+def _expect(
+    curves: np.ndarray,
+    shares: np.ndarray,
+    depths: np.ndarray,
+    is_tried: np.ndarray,
+    accepted: np.ndarray,
+    kinds: np.ndarray,
+) -> tuple[float, float]:
+    """Return the sum of g over the tried nodes, and how many of them were accepted.
+
+    Args:
+        curves: [kinds, buckets, knots].
+    """
+    expected, count = 0.0, 0.0
+    for request in range(len(shares)):
+        for node in range(shares.shape[1]):
+            if is_tried[request, node] and np.isfinite(shares[request, node]):
+                left, share = _piece(min(max(shares[request, node], 0.0), 1.0))
+                curve = curves[kinds[request], _bucket(depths[request, node])]
+                expected += curve[left] + share * (curve[left + 1] - curve[left])
+                count += accepted[request, node]
+    return expected, count
+
+
 @compiled("void(f8[:, :, :, :], f8, f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])")
 def _add_nodes(
     sums: np.ndarray,
@@ -226,9 +272,7 @@ def _add_nodes(
                 continue
             p = min(max(shares[request, node], 0.0), 1.0)
             left, right_share = _piece(p)
-            bucket = 0
-            while bucket < len(_DEPTH_ENDS) and depths[request, node] > _DEPTH_ENDS[bucket]:
-                bucket += 1
+            bucket = _bucket(depths[request, node])
             for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
                 sums[0, kind, bucket, knot] += share
                 sums[1, kind, bucket, knot] += share * p

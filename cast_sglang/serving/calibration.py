@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED, Acceptance
+from cast_sglang.policy.drift import Drift
 from cast_sglang.policy.outcomes import verify_outcomes
 from cast_sglang.serving.host_reads import HostReads, Read
+from cast_sglang.serving.stats import StepStats
 
 if TYPE_CHECKING:
     from cast_sglang.ops.contract import AcceptanceCurve
@@ -28,6 +31,12 @@ __all__ = ["Calibration"]
 TEACH_EVERY = 2
 LEARN_AT_ONCE = 8
 _MANY = 128
+LIKELY_CAUSES = (
+    "the weights of target or draft have changed, or the draft was trained for another target, "
+    "other layers or another vocabulary"
+)
+
+logger = logging.getLogger(__name__)
 
 
 class _Lesson(NamedTuple):
@@ -58,13 +67,20 @@ class Calibration:
     then their copies are on the host. At first each of them is learned at once, later a part of
     them, several together.
 
+    Args:
+        stats: told how far acceptance is from what is remembered.
+
     Attributes:
+        last_change: what was last changed of the models while serving; "" for nothing.
         seconds: host time spent since `begin_step`.
     """
 
-    def __init__(self, reads: HostReads | None = None) -> None:
+    def __init__(self, reads: HostReads | None = None, stats: StepStats | None = None) -> None:
         self.acceptance = Acceptance()
+        self.drift = Drift(self.acceptance)
+        self.last_change = ""
         self.seconds = 0.0
+        self._stats = StepStats() if stats is None else stats
         self._reads = HostReads("cpu") if reads is None else reads
         self._num_learned = self._num_drafted = 0
         # Of the step's requests.
@@ -149,7 +165,28 @@ class Calibration:
         for lesson in self._lessons:
             parents, nodes, accepted, probs, kinds = islice(arrays, 5)
             outcome = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
+            was_collapsed = self.drift.is_collapsed
+            if self.drift.update(outcome, kinds):
+                self._report(was_collapsed)
             self.acceptance.update(outcome, kinds)
             self._num_learned += 1
         self._lessons.clear()
         self._read = None
+
+    def _report(self, was_collapsed: bool) -> None:
+        """Export how far acceptance is from what is remembered; log when it collapses, once."""
+        ratio = self.drift.ratio
+        assert ratio is not None
+        self._stats.record_acceptance(ratio)
+        if self.drift.is_collapsed and not was_collapsed:
+            logger.warning(
+                "CAST: drafts are accepted %.2f times as often as calibration remembers. %s. "
+                "Policy auto decodes plainly where drafts do not pay. To see whether the draft "
+                "fits: cast-sglang doctor --probe URL",
+                ratio,
+                f"Since then: {self.last_change}"
+                if self.last_change
+                else f"Likely {LIKELY_CAUSES}",
+            )
+        elif was_collapsed and not self.drift.is_collapsed:
+            logger.warning("CAST: drafts are accepted as before again, %.2f times as often", ratio)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.config import CastConfig, add_flags, flag_of, given_flags
 from cast_sglang.errors import CastError
@@ -84,10 +85,19 @@ def _export_flags(*args: Any, **kwargs: Any) -> None:
 
 
 def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Compile what the worker that was just built will run; make the cost profile that it lacks."""
+    """Make the worker that was just built ready to serve.
+
+    Its metrics are exported, with the labels of SGLang's own and by the same ranks; what it will
+    run is compiled; the cost profile that it lacks is measured.
+    """
     worker = scheduler.draft_worker
-    if not hasattr(worker, "lacks_profile"):
+    if not hasattr(worker, "cast_stats"):
         return
+    context = scheduler.metrics_collector_context
+    if context.current_scheduler_metrics_enabled:
+        worker.cast_stats.export(context.collector.labels)
+    if get_parallel().tp_rank == 0:
+        _say_capacity(scheduler.max_total_num_tokens, scheduler.max_running_requests)
     if worker.device != "cpu":
         from cast_sglang.serving.profiling.warm_up import warm_up
 
@@ -96,6 +106,20 @@ def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None
         from cast_sglang.serving.profiling.first_start import provide_profile
 
         provide_profile(scheduler)
+
+
+def _say_capacity(pool: int, requests: int) -> None:
+    """Log what speculation costs of the cache, and so of how many requests run at once."""
+    from cast_sglang.serving.host_patches.hooks import slots_reserved
+
+    reserve = slots_reserved()
+    logger.info(
+        "CAST: at most %d requests at once in a cache of %d tokens; each reserves %d slots for its "
+        "next step, all together %.0f %% of the cache. Plain decoding reserves one; smaller "
+        "--speculative-num-steps, --speculative-eagle-topk and --speculative-num-draft-tokens "
+        "reserve less",
+        *(requests, pool, reserve, 100 * requests * reserve / pool),
+    )
 
 
 def _reset_residuals(original: Any, scheduler: Any, request: Any) -> Any:

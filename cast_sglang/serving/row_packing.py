@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "first_columns",
     "last_layer",
     "last_rows",
+    "rows_with_nodes",
     "spread_rows",
 ]
 
@@ -45,6 +47,22 @@ def find_packed_rows(num_rows: torch.Tensor, width: int) -> torch.Tensor | None:
     """
     holds = torch.arange(width) < num_rows.unsqueeze(1)
     return None if bool(holds.all()) else holds.flatten().nonzero().squeeze(1)
+
+
+def rows_with_nodes(batch: ScheduleBatch, rows: int, weights: np.ndarray | None) -> torch.Tensor:
+    """Return how many rows of a verify pass hold the root or a draft, [B] int64 on the host.
+
+    Args:
+        batch: its `spec_info` is what the step verifies.
+        rows: laid out for each request.
+        weights: [B], 0 for a request whose drafts are not judged; None where all are.
+    """
+    counts: np.ndarray | None = getattr(batch.spec_info, "rows_with_nodes", None)
+    if counts is None:
+        counts = np.full(len(batch.reqs), rows)
+    if weights is not None:
+        counts = np.where(weights > 0.0, counts, 1)
+    return torch.from_numpy(counts)
 
 
 def last_rows(num_rows: torch.Tensor, width: int) -> torch.Tensor:

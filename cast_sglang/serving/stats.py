@@ -20,8 +20,8 @@ __all__ = ["StepStats"]
 # and "drafts" are summed over the requests of each step; a counter of time is in seconds.
 _TOTALS = {
     "steps": ("steps", "Decoding steps."),
-    "plain_steps": None,  # steps that drafted nothing
-    "requests": None,
+    "plain_steps": ("plain_steps", "Decoding steps that drafted nothing."),
+    "requests": ("request_steps", "Requests of each decoding step, summed over steps."),
     "layers_grown": ("layers_grown", "Draft layers grown."),
     "nodes_drafted": ("nodes_drafted", "Draft nodes proposed."),
     "nodes_verified": ("nodes_verified", "Rows verified by the target, roots included."),
@@ -29,8 +29,8 @@ _TOTALS = {
     "accepted_requests": None,
     "drafts_accepted": ("drafts_accepted", "Draft tokens accepted, bonus tokens excluded."),
     "timed_steps": None,
-    "predicted_us": ("step_seconds_predicted", "Predicted time of steps that were measured."),
-    "measured_us": ("step_seconds_measured", "Measured time of steps that were predicted."),
+    "predicted_us": ("step_predicted_seconds", "Predicted time of steps that were measured."),
+    "measured_us": ("step_measured_seconds", "Measured time of steps that were predicted."),
     "policy_us": ("policy_seconds", "Host time spent choosing trees."),
 }
 
@@ -68,23 +68,28 @@ class StepStats:
     The tree of a step, its acceptance and its time become known at different moments (the overlap
     scheduler reports a step late), so each has its own method.
 
-    Args:
-        metric_labels: labels of the Prometheus metrics, such as {"tp_rank": "0"}; None for no
-            metrics. One object with metrics per process and registry.
-        registry: where the metrics are registered; None for the client's own registry.
     """
 
-    def __init__(
-        self,
-        metric_labels: Mapping[str, str] | None = None,
-        registry: "CollectorRegistry | None" = None,
-    ) -> None:
+    def __init__(self) -> None:
         self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
         self._logged = dict(self._totals)
         self._accept_lens: Counter[int] = Counter()
-        self._labels = metric_labels
-        self._registry = registry
+        self._acceptance_ratio: float | None = None
         self._metrics: _Metrics | None = None
+
+    def export(
+        self, labels: Mapping[str, object], registry: "CollectorRegistry | None" = None
+    ) -> None:
+        """Export what is counted from now on to Prometheus; once per process and registry.
+
+        prometheus_client decides when it is first imported whether it writes to the files of
+        PROMETHEUS_MULTIPROC_DIR, which the server sets after plugins are loaded.
+
+        Args:
+            labels: of each metric, such as {"model_name": "m", "tp_rank": 0}.
+            registry: where the metrics are registered; None for the client's own registry.
+        """
+        self._metrics = _Metrics(labels, registry)
 
     def record_step(
         self,
@@ -114,7 +119,7 @@ class StepStats:
             nodes_verified=round(batch_size * num_verify_rows),
             policy_us=policy_us,
         )
-        if metrics := self._exported():
+        if (metrics := self._metrics) is not None:
             metrics.last_layers.set(num_layers)
             metrics.last_verify_rows.set(num_verify_rows)
 
@@ -132,7 +137,7 @@ class StepStats:
         for length in lens:  # a Counter of a few takes ten times as long
             self._accept_lens[length] += 1
         self._count(accepted_requests=len(lens), drafts_accepted=sum(lens) - len(lens))
-        if metrics := self._exported():
+        if (metrics := self._metrics) is not None:
             for length, count in Counter(lens).items():
                 metrics.accept_len(length).inc(count)
 
@@ -141,10 +146,26 @@ class StepStats:
         self._count(timed_steps=1, predicted_us=predicted_us, measured_us=measured_us)
 
     def record_residuals(self, residuals: "Iterable[Residual]") -> None:
-        """Export how far each bucket of the cost tables is off."""
-        if metrics := self._exported():
-            for residual in residuals:
-                metrics.cost_ratio(residual).set(residual.ratio)
+        """Export how far the cost tables are off, by kind of pass.
+
+        That is the mean over the buckets of a table, weighted by how many passes each has seen, so
+        the number of series does not depend on how many there are.
+        """
+        if (metrics := self._metrics) is None:
+            return
+        sums: dict[str, tuple[float, int]] = {}
+        for residual in residuals:
+            logs, samples = sums.get(residual.operation, (0.0, 0))
+            logs += residual.samples * math.log(residual.ratio)
+            sums[residual.operation] = logs, samples + residual.samples
+        for operation, (logs, samples) in sums.items():
+            metrics.cost_ratio(operation).set(math.exp(logs / samples))
+
+    def record_acceptance(self, ratio: float) -> None:
+        """Keep how many drafts were accepted of those that calibration remembers to expect."""
+        self._acceptance_ratio = ratio
+        if (metrics := self._metrics) is not None:
+            metrics.acceptance_ratio.set(ratio)
 
     def snapshot(self) -> dict[str, Any]:
         """Return totals, means, ratios and the histogram of accept lengths since the start.
@@ -154,7 +175,8 @@ class StepStats:
         summary = _summary(self._totals).items()
         known = {name: None if math.isnan(value) else value for name, value in summary}
         histogram = {str(length): count for length, count in sorted(self._accept_lens.items())}
-        return {**self._totals, **known, "accept_lens": histogram}
+        ratio = {"acceptance_ratio": self._acceptance_ratio}
+        return {**self._totals, **known, **ratio, "accept_lens": histogram}
 
     def log_line(self) -> str:
         """Summarise the steps since the previous call in one line."""
@@ -171,26 +193,17 @@ class StepStats:
         )
 
     def _count(self, **amounts: float) -> None:
-        metrics = self._exported()
+        metrics = self._metrics
         for name, amount in amounts.items():
             self._totals[name] += amount
             if metrics and name in metrics.totals:
                 metrics.totals[name].inc(amount / 1e6 if name.endswith("_us") else amount)
 
-    def _exported(self) -> "_Metrics | None":
-        if self._metrics is None and self._labels is not None:
-            self._metrics = _Metrics(self._labels, self._registry)
-        return self._metrics
-
 
 class _Metrics:
-    """The Prometheus side: one child per metric, bound to the labels once.
+    """The Prometheus side: one child per metric, bound to the labels once."""
 
-    Created on first use: prometheus_client decides at import whether it writes to the files of
-    PROMETHEUS_MULTIPROC_DIR, which the server sets after plugins are loaded.
-    """
-
-    def __init__(self, labels: Mapping[str, str], registry: "CollectorRegistry | None") -> None:
+    def __init__(self, labels: Mapping[str, object], registry: "CollectorRegistry | None") -> None:
         import prometheus_client
 
         options: dict[str, Any] = {"registry": registry or prometheus_client.REGISTRY}
@@ -215,6 +228,11 @@ class _Metrics:
         layers = gauge("layers", "Draft layers grown in the last step.")
         rows = gauge("verify_rows", "Rows per request that the target verified in the last step.")
         self.last_layers, self.last_verify_rows = layers.labels(**labels), rows.labels(**labels)
+        self.acceptance_ratio = gauge(
+            "acceptance_ratio",
+            "Accepted drafts over those that calibration remembers to expect; 1 is as before.",
+        ).labels(**labels)
+        self.acceptance_ratio.set(math.nan)  # until it is known
         # A counter per length, not a histogram: a histogram observes one request at a time.
         lens = counter(
             "accept_lens", "Requests by tokens gained in a step, bonus included.", "accept_len"
@@ -222,17 +240,11 @@ class _Metrics:
         self.accept_len = functools.cache(
             lambda length: lens.labels(**labels, accept_len=str(length))
         )
-        self._cost_ratios = gauge(
+        ratios = gauge(
             "cost_ratio",
-            "Measured over tabulated time of a pass; 1 is a table that holds.",
-            *("operation", "batch_sizes", "tokens"),
+            "Measured over tabulated time of a kind of pass; 1 is a table that holds.",
+            "operation",
         )
-        self._labels = labels
-
-    def cost_ratio(self, residual: "Residual") -> Any:
-        return self._cost_ratios.labels(
-            **self._labels,
-            operation=residual.operation,
-            batch_sizes="{}-{}".format(*residual.batch_sizes),
-            tokens="{}-{}".format(*residual.tokens),
+        self.cost_ratio = functools.cache(
+            lambda operation: ratios.labels(**labels, operation=operation)
         )

@@ -7,11 +7,29 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-__all__ = ["PLAIN_RESERVE", "Envelope", "StepRoom"]
+__all__ = ["PLAIN_RESERVE", "Envelope", "StepRoom", "most_tokens", "step_reserve"]
 
 # Slots that a request reserves where it can only be decoded plainly: one for the step, and one for
 # the step before, whose result the host may not know yet.
 PLAIN_RESERVE = 2
+
+
+def step_reserve(max_layers: int, topk: int, max_rows: int, *, overlaps: bool) -> int:
+    """Return the slots past its known tokens that a request needs for a step of the whole envelope.
+
+    Draft layers and verify use the same slots, one after the other. The children of the last layer
+    are not run, so they take none, and one slot is left for the step after.
+
+    Args:
+        overlaps: the step before may still run, whose tokens the host does not know yet.
+    """
+    slots = max((max_layers - 1) * topk, max_rows + 1)
+    return slots + (most_tokens(max_layers, max_rows) if overlaps else 0)
+
+
+def most_tokens(max_layers: int, max_rows: int) -> int:
+    """Return the most tokens that a step brings a request: a path of the tree and the bonus."""
+    return min(max_layers, max_rows - 1) + 1
 
 
 class StepRoom(NamedTuple):
@@ -34,8 +52,7 @@ class Envelope:
 
     def __init__(self, max_layers: int, topk: int, max_rows: int) -> None:
         self._max_layers, self._topk, self._max_rows = max_layers, topk, max_rows
-        # The most tokens that a step brings a request: a path of the tree and the bonus token.
-        self._max_tokens = min(max_layers, max_rows - 1) + 1
+        self._max_tokens = most_tokens(max_layers, max_rows)
         self._tokens_left = 0  # lower bound for the request that may still get most
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_utils import draft_tp_context
 
@@ -41,7 +41,7 @@ from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import RunningRequests, mean_context
-from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows
+from cast_sglang.serving.row_packing import can_pack_rows, find_packed_rows, rows_with_nodes
 from cast_sglang.serving.served_costs import ServedCosts
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import PLAIN_SHAPE, PendingStep, StepReport, Verified
@@ -80,14 +80,13 @@ class CastWorker(EAGLEWorkerV2):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.config = CastConfig.load()
         self.max_draft_tokens = self.speculative_num_draft_tokens
-        exports = get_observability().enable_metrics
-        self.cast_stats = StepStats({"tp_rank": str(get_parallel().tp_rank)} if exports else None)
+        self.cast_stats = StepStats()
         self.clock = PassClock(self.device)
         self.costs = ServedCosts(self.config, self.clock, self.cast_stats)
         self.reads = HostReads(self.device)
         self.verify_graphs: PassGraphs | None = None
         calibrates = self.config.policy == "auto" and self.config.calibration == "on"
-        self.calibration = Calibration(self.reads) if calibrates else None
+        self.calibration = Calibration(self.reads, self.cast_stats) if calibrates else None
         self._running = RunningRequests(draws_children(self.config))
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
@@ -238,8 +237,7 @@ class CastWorker(EAGLEWorkerV2):
         tools.draws.begin_step(self._running.drawn, batch.sampling_info)
         if self.calibration is not None:
             self.calibration.begin_step(batch.sampling_info.top_ks, tools.draws.is_drawn)
-        pending = [step.max_tokens for step in self._pending]
-        tools.room = self._envelope.room(batch.reqs, pending, are_new)
+        tools.room = self._envelope.room(batch.reqs, [s.max_tokens for s in self._pending], are_new)
         plan = decider.begin_step(
             StepFacts(
                 batch_size=batch_size,
@@ -348,6 +346,7 @@ class CastWorker(EAGLEWorkerV2):
                 sampling_as_plain(self._running.sampling, runner.sampler),
             ):
                 result = super().verify(batch, *args, **kwargs)
+            result.cap_lens = rows_with_nodes(batch, rows, self.tools.weights)
             verified = Verified(
                 num_draft_tokens=rows,
                 accept_index=result.accept_index,

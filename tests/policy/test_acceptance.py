@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _isotonic
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _expect, _isotonic
 from cast_sglang.policy.outcomes import VerifiedNodes
 from tests.support.copies import DEVICE, watched_copies
 
@@ -56,6 +56,29 @@ def test_a_known_distortion_is_recovered_at_each_depth():
     # Depths 3 and 4 share a curve; depth 9 has seen nothing and goes by the depths above.
     for depth in (4, 9):
         assert torch.equal(calibrated(acceptance, PROBS, 3), calibrated(acceptance, PROBS, depth))
+
+
+def test_what_curves_expect_is_their_sum_over_the_tried_nodes():
+    acceptance, rng = Acceptance(), np.random.default_rng(3)
+    observe(acceptance, rng, lambda p: p**2, 1, updates=50)
+    observe(acceptance, rng, lambda p: 0.3 * p, 5, updates=50, kind=SAMPLED)
+    shape = (3, 40)
+    depths = rng.integers(1, 12, shape)
+    shares, tried, accepted = rng.random(shape), rng.random(shape) < 0.7, rng.random(shape) < 0.3
+    shares[0, :3] = np.nan, 0.0, 1.0
+    nodes, kinds = VerifiedNodes(shares, depths, tried, accepted), np.array([GREEDY, SAMPLED, 2])
+    counted = tried & np.isfinite(shares)
+    total = 0.0
+    for b, n in zip(*counted.nonzero(), strict=True):
+        share = torch.tensor([shares[b, n]], dtype=torch.float32)
+        total += float(calibrated(acceptance, share, int(depths[b, n]), kind=int(kinds[b])))
+    found = acceptance.expect(nodes, kinds, acceptance.curves())
+    assert found == (pytest.approx(total, rel=1e-5), int((accepted & counted).sum()))
+    assert found == pytest.approx(_expect.py_func(acceptance.curves(), *nodes, kinds))
+    # The curves of before are those that were given, whatever was learned since.
+    before = acceptance.curves().copy()
+    observe(acceptance, rng, lambda p: 0.0 * p, 1, updates=50)
+    assert acceptance.expect(nodes, kinds, before) == found
 
 
 def test_depths_above_are_not_judged_by_those_below():

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.servers import Server
+from cast_sglang.trace.file import read_trace
 from tests.server.client import GREEDY, REQUEST_SECONDS, generate, greedy_ids, loads
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 
@@ -25,11 +27,15 @@ ABORTED_TOKENS = 2000
 
 
 @pytest.fixture(scope="module")
-def tp2(start_server: ServerFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces") / "tp2.trace"
+
+
+@pytest.fixture(scope="module")
+def tp2(start_server: ServerFactory, trace: Path) -> Iterator[Server]:
     # The default policy: it learns from what each rank sees, and the ranks must agree on trees.
     # Only rank 0 writes the trace.
-    trace = str(tmp_path_factory.mktemp("traces") / "tp2.trace")
-    flags = ("--tp-size", "2", "--cast-trace", trace)
+    flags = ("--tp-size", "2", "--cast-trace", str(trace))
     with start_server("cast", *flags, name="cast-tp2") as server:
         yield server
 
@@ -48,7 +54,7 @@ def test_tensor_parallel_tokens_equal(tp2, prompts, expected_ids):
     assert greedy_ids(tp2, prompts[:8], 8, NUM_TOKENS) == expected_ids[:8]
 
 
-def test_ranks_stay_together_under_varied_load(tp2, prompts, expected_ids):
+def test_ranks_stay_together_under_varied_load(tp2, trace, prompts, expected_ids):
     """A rank that chose another tree, or read another decision, would hang or part from plain."""
     rng = random.Random(0)
     first_step, num_waves, num_aborted, batches = cast_state(tp2)["steps"], 0, 0, set()
@@ -75,6 +81,8 @@ def test_ranks_stay_together_under_varied_load(tp2, prompts, expected_ids):
     assert batches == set(range(1, MAX_BATCH + 1)) and num_aborted >= 4
     tp2.flush_cache()
     assert loads(tp2)["num_used_tokens"] == 0
+    num_steps = cast_state(tp2)["steps"]  # which also writes the last ones
+    assert len(read_trace(trace).steps) == num_steps
 
 
 def draw(rng: random.Random, num_prompts: int) -> Ask:

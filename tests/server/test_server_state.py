@@ -38,6 +38,26 @@ def test_figures_of_a_request_agree(cast, prompts):
     assert info["spec_num_correct_drafts"] + passes + 1 >= NUM_TOKENS
 
 
+@pytest.mark.parametrize("mode", ["throughput", "off"])
+def test_a_requests_accept_rate_is_of_the_drafts_that_were_verified(cast, prompts, mode):
+    before = cast_state(cast)
+    custom_params = {"cast": mode}
+    info = generate(cast, prompts[2], max_new_tokens=NUM_TOKENS, custom_params=custom_params)
+    info, after = info["meta_info"], cast_state(cast)
+
+    def gained(name):
+        return after[name] - before[name]
+
+    proposed = gained("nodes_verified") - gained("requests")
+    assert info["spec_num_proposed_drafts"] == proposed
+    assert info["spec_cap_length"] == pytest.approx(gained("nodes_verified") / gained("requests"))
+    if mode == "off":
+        assert proposed == info["spec_accept_rate"] == 0
+        assert gained("plain_steps") == gained("steps")
+    else:
+        assert info["spec_accept_rate"] == pytest.approx(gained("drafts_accepted") / proposed)
+
+
 def test_counters_move_with_the_requests(cast, prompts):
     before, exported_before = cast_state(cast), metrics(cast)
     answer = generate(cast, prompts[1], max_new_tokens=NUM_TOKENS)
@@ -53,7 +73,11 @@ def test_counters_move_with_the_requests(cast, prompts):
     assert after["mean_measured_us"] > 0
     assert sum(after["accept_lens"].values()) == after["accepted_requests"]
 
-    for name in ("steps", "nodes_drafted", "nodes_verified", "drafts_accepted", "layers_grown"):
+    after["request_steps"], before["request_steps"] = after["requests"], before["requests"]
+    for name in (
+        *("steps", "plain_steps", "request_steps", "layers_grown"),
+        *("nodes_drafted", "nodes_verified", "drafts_accepted"),
+    ):
         exported = f"cast:{name}_total"
         assert exported_after[exported] - exported_before[exported] == after[name] - before[name]
 

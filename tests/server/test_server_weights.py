@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.harness.counters import cast_state
 from benchmarks.harness.pairs import Pair
 from benchmarks.harness.servers import Server
+from cast_sglang.policy.drift import COLLAPSED
 from tests.server.client import REQUEST_SECONDS, generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 
@@ -118,6 +121,43 @@ def test_a_drafts_path_updates_the_draft_alone(eagle, pair, prompts, expected_id
     assert sum(passes) > 1.2 * sum(before[1])
     assert update(eagle, pair.draft)[0]
     assert ask(eagle, prompts) == before
+
+
+def test_a_draft_that_no_longer_fits_is_noticed_and_left_alone(
+    start_server, pair, prompts, expected_ids, tmp_path
+):
+    """Within a minute of load: in the log, once, and in metrics; answers are those of before."""
+
+    def turned(weight: torch.Tensor) -> torch.Tensor:
+        return weight.roll(7, dims=0)  # as sure of its tokens, and they are others
+
+    head = load_file(Path(pair.draft) / "model.safetensors")["lm_head.weight"].shape
+    wrong = changed_copy(
+        Path(pair.draft), tmp_path / "wrong", lambda w: turned(w) if w.shape == head else w
+    )
+    # By made-up costs alone, by which drafts that fit pay on every machine.
+    flags = ("--enable-metrics", "--cast-residuals", "off")
+    with start_server("cast", *flags, name="cast-drift") as server:
+        for _ in range(3):
+            ask(server, prompts)
+        assert 0.5 < cast_state(server)["acceptance_ratio"] < 2.0
+        assert update(server, wrong)[0]
+        began, line = time.monotonic(), "drafts are accepted"
+        while line not in server.log_path.read_text() and time.monotonic() < began + 60.0:
+            assert ask(server, prompts)[0] == expected_ids[:NUM_ASKED]
+        # What follows must not depend on tries, which are rare by now.
+        before = cast_state(server)
+        for _ in range(4):
+            ask(server, prompts)
+        after = cast_state(server)
+        assert after["acceptance_ratio"] < COLLAPSED
+        text = httpx.get(f"{server.url}/metrics", timeout=30.0).text
+        [exported] = [row for row in text.splitlines() if row.startswith("cast:acceptance_ratio{")]
+        assert float(exported.rpartition(" ")[2]) < COLLAPSED
+        gained = {name: after[name] - before[name] for name in ("steps", "plain_steps")}
+        assert gained["plain_steps"] > 0.8 * gained["steps"]
+        log = server.log_path.read_text()
+        assert log.count(line) == 1 and f"the draft were updated from {wrong}" in log
 
 
 def test_what_does_not_fit_is_refused_and_nothing_changes(eagle, pair, prompts, tmp_path):

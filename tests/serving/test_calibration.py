@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from cast_sglang.ops import reference
+from cast_sglang.policy import drift
 from cast_sglang.serving import calibration as module
 from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import Drafted, Verified
 from cast_sglang.tree import DraftTree
 
@@ -60,6 +62,27 @@ def test_before_any_outcome_scores_are_the_drafts_own():
     expected = torch.tensor([0.8, 0.1, 0.8 * 0.9, 0.8 * 0.05])
     ranked = tree.ranked(4)
     torch.testing.assert_close(ranked.scores[0], expected.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("change", ["", "the weights of the target were updated from x"])
+def test_a_collapse_is_logged_once_and_exported(caplog, monkeypatch, change):
+    monkeypatch.setattr(drift, "WINDOW", 2.0)
+    stats = StepStats()
+    calibration = Calibration(stats=stats)
+    calibration.last_change = change
+    assert stats.snapshot()["acceptance_ratio"] is None
+    for _ in range(9):
+        step(calibration, [[0, 1, -1], [4, 5, -1]])
+    assert stats.snapshot()["acceptance_ratio"] > 0.6 and not caplog.messages
+    for _ in range(20):
+        step(calibration, [[0, -1, -1], [4, -1, -1]])
+    assert stats.snapshot()["acceptance_ratio"] == 0.0
+    [line] = caplog.messages
+    assert ("Since then: " + change if change else module.LIKELY_CAUSES) in line
+    assert "cast-sglang doctor --probe" in line
+    for _ in range(20):
+        step(calibration, [[0, 1, -1], [4, 5, -1]])
+    assert len(caplog.messages) == 2 and "as before again" in caplog.messages[1]
 
 
 def test_children_of_rejected_nodes_do_not_count():

@@ -147,6 +147,27 @@ def test_other_algorithms_are_left_alone(draft_worker):
     assert plugin._reset_residuals(None, scheduler, ours).updated is False
 
 
+@pytest.mark.parametrize("exports", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_metrics_have_sglangs_labels_on_the_ranks_that_export(exports, rank, monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "get_parallel", lambda: SimpleNamespace(tp_rank=rank))
+    monkeypatch.setattr(hooks, "slots_reserved", lambda: 56)
+    seen, labels = [], {"model_name": "m", "engine_type": "unified", "tp_rank": 0}
+    stats = SimpleNamespace(export=seen.append)
+    worker = SimpleNamespace(cast_stats=stats, device="cpu", lacks_profile=False)
+    scheduler = scheduler_of(worker)
+    scheduler.metrics_collector_context = SimpleNamespace(
+        current_scheduler_metrics_enabled=exports, collector=SimpleNamespace(labels=labels)
+    )
+    scheduler.max_total_num_tokens, scheduler.max_running_requests = 16384, 48
+    with caplog.at_level("INFO"):
+        plugin._make_ready(None, scheduler)
+    assert seen == [labels] * exports
+    # What speculation costs of the cache is said once, by rank 0.
+    wanted = "at most 48 requests at once in a cache of 16384 tokens; each reserves 56 slots"
+    assert [wanted in line and "16 % of" in line for line in caplog.messages] == [True] * (not rank)
+
+
 def test_internal_state_has_casts_own():
     draft_worker = SimpleNamespace(cast_state=lambda: {"steps": 3})
     state = GetInternalStateReqOutput(internal_state={"a": 1})

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -13,6 +14,7 @@ from cast_sglang.serving.row_packing import (
     first_columns,
     last_layer,
     last_rows,
+    rows_with_nodes,
     spread_rows,
 )
 
@@ -22,6 +24,16 @@ WIDTH = 3
 def test_packed_rows_are_the_first_of_each_request():
     assert find_packed_rows(torch.tensor([1, 3, 2]), WIDTH).tolist() == [0, 3, 4, 5, 6, 7]
     assert find_packed_rows(torch.tensor([WIDTH, WIDTH]), WIDTH) is None
+
+
+def test_rows_with_nodes():
+    batch = SimpleNamespace(reqs=["a", "b", "c"], spec_info=SimpleNamespace())
+    assert rows_with_nodes(batch, 5, None).tolist() == [5, 5, 5]
+    assert rows_with_nodes(batch, 5, np.array([1.0, 0.0, 4.0])).tolist() == [5, 1, 5]
+    batch.spec_info.rows_with_nodes = np.array([2, 7, 3])
+    assert rows_with_nodes(batch, 7, np.array([1.0, 0.0, 4.0])).tolist() == [2, 1, 3]
+    batch.spec_info.rows_with_nodes = None
+    assert rows_with_nodes(batch, 1, None).tolist() == [1, 1, 1]
 
 
 def test_last_rows():

@@ -1,12 +1,16 @@
 """Counters: sums, means, the log line and what Prometheus sees."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cast_sglang.costs.correction import Residuals
+from cast_sglang.costs.limits import Limits
 from cast_sglang.serving.stats import StepStats
 
 
@@ -57,28 +61,72 @@ def test_log_line_covers_the_steps_since_the_last():
 def test_metrics():
     registry = CollectorRegistry()
     labels = {"model_name": "m", "tp_rank": "0"}
-    stats = StepStats(labels, registry)
-    assert list(registry.collect()) == []
+    stats = StepStats()
+    stats.export(labels, registry)
     record_two_steps(stats)
+    stats.record_step(batch_size=3, num_layers=0, num_draft_nodes=0, num_verify_rows=1)
 
     def value(name, **more):
         return registry.get_sample_value(name, {**labels, **more})
 
     snapshot = stats.snapshot()
-    assert value("cast:steps_total") == 2
+    assert value("cast:steps_total") == 3 and value("cast:plain_steps_total") == 1
+    assert value("cast:request_steps_total") == snapshot["requests"] == 9
     for name in ("layers_grown", "nodes_drafted", "nodes_verified", "drafts_accepted"):
         assert value(f"cast:{name}_total") == snapshot[name]
-    assert value("cast:step_seconds_predicted_total") == pytest.approx(0.003)
-    assert value("cast:step_seconds_measured_total") == pytest.approx(0.003)
+    assert value("cast:step_predicted_seconds_total") == pytest.approx(0.003)
+    assert value("cast:step_measured_seconds_total") == pytest.approx(0.003)
     assert value("cast:policy_seconds_total") == pytest.approx(1e-4)
-    assert value("cast:layers") == 5 and value("cast:verify_rows") == 8
+    assert value("cast:layers") == 0 and value("cast:verify_rows") == 1
     assert value("cast:accept_lens_total", accept_len="2") == 2
 
 
-def test_no_labels_no_metrics():
+def test_acceptance_is_unknown_until_it_is_measured():
     registry = CollectorRegistry()
-    record_two_steps(StepStats(None, registry))
-    assert list(registry.collect()) == []
+    stats = StepStats()
+    stats.record_acceptance(0.5)  # without metrics
+    stats.export({"model_name": "m"}, registry)
+
+    def value():
+        return registry.get_sample_value("cast:acceptance_ratio", {"model_name": "m"})
+
+    assert math.isnan(value()) and stats.snapshot()["acceptance_ratio"] == 0.5
+    stats.record_acceptance(0.25)
+    assert value() == stats.snapshot()["acceptance_ratio"] == 0.25
+
+
+def test_names_follow_the_rules_of_prometheus():
+    """Counters end in _total, a unit is a base unit and stands before that."""
+    registry = CollectorRegistry()
+    StepStats().export({"model_name": "m"}, registry)
+    metrics = list(registry.collect())
+    assert len(metrics) > 10
+    for metric in metrics:
+        name = metric.name
+        assert re.fullmatch(r"cast:[a-z]+(_[a-z]+)*", name) and metric.documentation.endswith(".")
+        words = name.split("_")
+        assert not {"us", "ms", "microseconds", "mb"} & set(words), name
+        assert "seconds" not in words[:-1] and "total" not in words  # the client appends _total
+
+
+def test_ratios_of_costs_are_one_series_for_each_kind_of_pass():
+    registry = CollectorRegistry()
+    residuals = Residuals(Limits(max_batch_size=48, max_context=9, max_verify_rows=32, max_width=8))
+    for batch_size in range(1, 49):
+        for rows in range(1, 33):
+            residuals.record("verify", batch_size, rows, 2.0)
+            residuals.record("draft", batch_size, min(rows, 8), 2.0)
+    stats = StepStats()
+    stats.record_residuals(residuals)  # without metrics, without effect
+    stats.export({"model_name": "m"}, registry)
+    stats.record_residuals(residuals)
+    [metric] = [each for each in registry.collect() if each.name == "cast:cost_ratio"]
+    found = {sample.labels["operation"]: sample.value for sample in metric.samples}
+    assert found.keys() == {"verify", "draft"} and len(list(residuals)) > 50
+    for operation, ratio in found.items():
+        rows = [row for row in residuals if row.operation == operation]
+        logs = sum(row.samples * math.log(row.ratio) for row in rows)
+        assert math.log(ratio) == pytest.approx(logs / sum(row.samples for row in rows))
 
 
 def test_multiprocess_directory_set_after_import_is_honoured(tmp_path):
@@ -86,8 +134,9 @@ def test_multiprocess_directory_set_after_import_is_honoured(tmp_path):
 import os, sys
 from cast_sglang.serving.stats import StepStats
 assert "prometheus_client" not in sys.modules
-stats = StepStats({"tp_rank": "0"})
+stats = StepStats()
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+stats.export({"tp_rank": 0})
 stats.record_step(batch_size=2, num_layers=3, num_draft_nodes=10, num_verify_rows=5)
 stats.record_accepts([1, 2])
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
+from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope, most_tokens, step_reserve
 
 LAYERS, TOPK, ROWS = 8, 8, 32
 FULL_RESERVE = 2 * LAYERS * TOPK
@@ -72,3 +72,20 @@ def test_the_end_is_seen_although_requests_are_looked_at_seldom(seed):
             for r in reqs:
                 r.output_ids += [0] * brought
         is_new = False
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "topk", "rows"), [(8, 8, 32), (8, 8, 80), (1, 2, 2), (2, 4, 5), (5, 4, 8), (3, 1, 9)]
+)
+def test_a_reserve_holds_the_whole_envelope_and_no_more(layers, topk, rows, overlaps):
+    reserve = step_reserve(layers, topk, rows, overlaps=overlaps)
+    envelope = Envelope(layers, topk, rows)
+    # What the step before may have brought, if it still runs.
+    pending = [most_tokens(layers, rows)] if overlaps else []
+
+    def room(slots):
+        return envelope.room([request(500, slots)], pending, True)
+
+    assert room(reserve) == envelope.whole
+    assert room(reserve - 1) != envelope.whole

@@ -245,6 +245,37 @@ def test_costs_are_looked_up_when_requests_change_and_now_and_then(profiled, pas
     assert looked_up == [1, 2, 2]
 
 
+class Recorder:
+    """A recorder that keeps nothing."""
+
+    is_full = False
+
+    def begin_step(self, batch):
+        pass
+
+    def on_step(self, report):
+        pass
+
+
+def test_every_rank_looks_costs_up_in_the_same_steps(profiled, passes, monkeypatch):
+    """Only rank 0 records, and it stops when the file is full; a rank that differs would hang."""
+    looked_up = []
+    monkeypatch.setattr(profiled.costs, "look_up", lambda *args: looked_up.append(args[1]))
+    profiled.config = CastConfig(residuals="off", trace="t.jsonl")
+    one, steps = request(), 2 * module.LOOK_UP_EVERY + 1
+    profiled.tools.recorder = recorder = Recorder()
+    for is_full in (False, True):
+        recorder.is_full = is_full
+        for _ in range(steps):
+            profiled.forward_batch_generation(batch_of(one))
+    of_rank_0 = looked_up.copy()
+    assert profiled.tools.recorder is None  # as on the other ranks
+    looked_up.clear()
+    for _ in range(2 * steps):
+        profiled.forward_batch_generation(batch_of(one))
+    assert looked_up == of_rank_0 and len(looked_up) == 2 * steps
+
+
 def test_results_reach_the_policy_and_the_counters(profiled, passes, monkeypatch):
     clock = SimpleNamespace(now=1.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))

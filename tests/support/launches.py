@@ -30,3 +30,11 @@ def profile(argv: Sequence[str]) -> int:
 
     fork_all()
     return main(["profile", *argv])
+
+
+def probe(argv: Sequence[str]) -> int:
+    """Run `cast-sglang doctor --probe`, which starts an engine with these flags."""
+    from cast_sglang.cli import main
+
+    fork_all()
+    return main(["doctor", "--json", "--probe", *argv])

@@ -186,9 +186,9 @@ class CastDraftWorker(EagleDraftWorker):
             settled_scores = tree.settled_scores(*decider.settlement())
             ranked = tree.ranked_settled(settled_scores, tools.room.max_rows - 1)
             to_read.append(ranked.scores)
-        num_draft_tokens, num_rows = decider.rows(*tools.reads.start(*to_read).wait())
+        num_draft_tokens, rows_with_nodes = decider.rows(*tools.reads.start(*to_read).wait())
         # On a device where all requests have N rows, SGLang's builder takes N nodes of each.
-        num_rows = num_rows if tools.is_ragged else None
+        num_rows = rows_with_nodes if tools.is_ragged else None
         rows = None if num_rows is None else torch.from_numpy(num_rows)
         selection = tree.select(ranked, num_draft_tokens, rows)
         wants_drafts = None
@@ -216,7 +216,7 @@ class CastDraftWorker(EagleDraftWorker):
         )
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
         verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
-        verify_input.num_rows = num_rows
+        verify_input.num_rows, verify_input.rows_with_nodes = num_rows, rows_with_nodes
         verify_input.drawn = tools.draws.drawn(selection)
         if verify_input.drawn is not None and rows is None:
             cut_links(verify_input, selection.top_scores_index, settled_scores)

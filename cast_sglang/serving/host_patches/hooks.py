@@ -13,24 +13,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_schedule, get_spec
 
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.serving.launch.identity import is_draft_path
-from cast_sglang.serving.step_room import PLAIN_RESERVE
+from cast_sglang.serving.step_room import PLAIN_RESERVE, step_reserve
 from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-__all__ = ["building_draft_worker", "is_cast", "register_hooks"]
+__all__ = ["building_draft_worker", "is_cast", "register_hooks", "slots_reserved"]
 
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
 _TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
+_METRICS_REPORTER = (
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+)
 _WEIGHT_UPDATER = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 )
@@ -54,6 +57,8 @@ def register_hooks() -> None:
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
+        (f"{_TOKENIZER_MANAGER}.TokenizerManager._calculate_spec_decoding_metrics", _request_rate),
+        (f"{_METRICS_REPORTER}.report_decode_stats", _report_decode_stats),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
 
@@ -81,7 +86,8 @@ def _widen_rows(original: Callable[[], int]) -> int:
 
     SGLang reserves 2 * max(steps * topk, tokens) slots for a request's next step, and at page size
     1 gives its row room for 4 + tokens. A request near the limit then writes into the next row.
-    The platform serves SGLang's own EAGLE trees, which have the same need.
+    CAST reserves less, and reads as many entries of the row. The platform serves SGLang's own EAGLE
+    trees, which have the same need.
     """
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
     from sglang.srt.platforms import current_platform
@@ -99,15 +105,27 @@ def _reserve_no_context(original: Callable[[], int]) -> int:
     return 0 if is_cast() else original()
 
 
+def slots_reserved() -> int:
+    """Return the slots that a request reserves for a step with drafts.
+
+    SGLang reserves twice the larger of all nodes and all rows.
+    """
+    spec = get_spec()
+    return step_reserve(
+        spec.speculative_num_steps,
+        spec.speculative_eagle_topk,
+        spec.speculative_num_draft_tokens,
+        overlaps=not get_schedule().disable_overlap_schedule,
+    )
+
+
 def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
     """Return whether a request that is alone cannot get the slots of a step with drafts."""
-    if len(requests) != 1 or not is_cast():
+    if len(requests) != 1:
         return False
-    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
-
     free = batch.token_to_kv_pool_allocator.available_size() + batch.tree_cache.evictable_size()
     page_size = batch.token_to_kv_pool_allocator.page_size
-    return bool(free < _slots_lacking(requests[0], get_alloc_reserve_per_decode(), page_size))
+    return bool(free < _slots_lacking(requests[0], slots_reserved(), page_size))
 
 
 def _slots_lacking(request: Req, reserve: int, page_size: int) -> int:
@@ -119,14 +137,15 @@ def _slots_lacking(request: Req, reserve: int, page_size: int) -> int:
 def _tokens_required(
     original: Callable[..., int], batch: ScheduleBatch, requests: list[Req], page_size: int
 ) -> int:
-    """Ask the pool for plain decoding's slots where it cannot give the last request more.
+    """Ask the pool for what a step may need; for plain decoding's slots where it lacks that.
 
     SGLang aborts a request for which the pool has no room when it runs alone. Plain decoding would
     serve it, so such a request is decoded with what there is.
     """
-    if _must_decode_plainly(batch, requests):
-        return _slots_lacking(requests[0], PLAIN_RESERVE, page_size)
-    return original(batch, requests, page_size)
+    if not is_cast():
+        return int(original(batch, requests, page_size))
+    reserve = PLAIN_RESERVE if _must_decode_plainly(batch, requests) else slots_reserved()
+    return sum(_slots_lacking(request, reserve, page_size) for request in requests)
 
 
 def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
@@ -139,11 +158,8 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
     if not is_cast():
         original(batch)
         return
-    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
-
-    _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else None
-    end = max(req.kv.kv_committed_len for req in batch.reqs)
-    end += get_alloc_reserve_per_decode() if _reserve is None else _reserve
+    _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else slots_reserved()
+    end = max(req.kv.kv_committed_len for req in batch.reqs) + _reserve
     page_size = batch.token_to_kv_pool_allocator.page_size
     end = -(-end // page_size) * page_size
     row = batch.req_to_token_pool.req_to_token.shape[1]
@@ -235,6 +251,9 @@ def _update_weights_from_disk(
             return output.success, output.message
 
         success, message = with_rollback(model_config, path, update_target)
+    if success and (calibration := manager.draft_worker.calibration) is not None:
+        of = "draft" if of_draft else "target"
+        calibration.last_change = f"the weights of the {of} were updated from {path}"
     return UpdateWeightFromDiskReqOutput(success=success, message=message, num_paused_requests=0)
 
 
@@ -244,3 +263,36 @@ def _keep_model_path(
     """Keep the name of the served model where only its draft was updated."""
     if not (is_cast() and is_draft_path(model_path)):
         original(manager, model_path, load_format)
+
+
+def _request_rate(
+    original: Callable[..., None], manager: Any, meta_info: dict[str, Any], output: Any, i: int
+) -> None:
+    """Relate a request's accepted drafts to those that were verified for it.
+
+    SGLang takes each verify pass for one of `--speculative-num-draft-tokens` rows.
+    """
+    original(manager, meta_info, output, i)
+    if is_cast() and "spec_accept_rate" in meta_info:
+        proposed = output.spec_num_cap_tokens[i] - output.spec_verify_ct[i]
+        accepted = meta_info["spec_num_correct_drafts"]
+        meta_info["spec_num_proposed_drafts"] = proposed
+        meta_info["spec_accept_rate"] = accepted / proposed if proposed else 0.0
+
+
+def _report_decode_stats(
+    original: Callable[..., None], reporter: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Make the accept rate of SGLang's log line and gauge one of the drafts that were verified.
+
+    SGLang divides the accepted drafts by those of passes of full width, so they are scaled by full
+    over verified width; they are read for nothing else and then begin anew.
+    """
+    is_due = reporter.forward_ct_decode % reporter.decode_log_interval == 0
+    reports = reporter.is_stats_logging_rank or reporter.current_scheduler_metrics_enabled
+    if is_due and reports and is_cast():
+        passes = reporter.spec_num_forward_ct
+        verified = reporter.spec_num_cap_tokens - passes
+        assumed = passes * (get_spec().speculative_num_draft_tokens - 1)
+        reporter.spec_num_correct_drafts *= assumed / verified if verified else 0.0
+    original(reporter, *args, **kwargs)

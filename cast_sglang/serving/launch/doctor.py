@@ -20,6 +20,10 @@ from cast_sglang.costs.limits import Limits, exceeded
 from cast_sglang.costs.profiles import FoundProfile, describe_error, find_profile
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
+from cast_sglang.serving.launch.engine import environment, started_engine
+from cast_sglang.serving.launch.host_contract import broken_promises, host_source, read_contract
+from cast_sglang.serving.launch.probe import EngineOfOurs, RunningServer, probe
+from cast_sglang.serving.step_room import step_reserve
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -48,18 +52,40 @@ FAILURES = (
 )
 
 
-def examine(server_argv: list[str], cast_profile: str | None = None) -> Diagnosis:
+def examine(
+    server_argv: list[str], cast_profile: str | None = None, probe_url: str | None = None
+) -> Diagnosis:
     """Check what a server with these flags would meet on this machine.
 
     Args:
         server_argv: SGLang's flags; without a model only machine and settings are checked.
         cast_profile: a path, or "auto" to search; None for what the settings say.
+        probe_url: of a server that is probed too; "" to start one with the flags, None for none.
 
-    Effects: loads SGLang and its plugins into this process and silences their output; given a
-        model, leaves CAST_PROFILE and CAST_POLICY set.
+    Effects: loads SGLang and its plugins into this process and silences their output.
+
+    Raises:
+        HostError: the server that is to be probed does not answer, or does not run CAST.
     """
-    with _silence():
-        return Diagnosis(_checks(server_argv, cast_profile))
+    if probe_url:
+        with _silence():
+            return Diagnosis(
+                [*_checks(server_argv, cast_profile), *probe(RunningServer(probe_url))]
+            )
+    # What the checks force on the launch is not for the engine.
+    with environment(CAST_PROFILE=None, CAST_POLICY=None), _silence():
+        checks = _checks(server_argv, cast_profile)
+    if probe_url is not None and all(check.status not in (FAIL, SKIP) for check in checks):
+        profile = [] if cast_profile is None else ["--cast-profile", cast_profile]
+        # It neither goes on from what the user's servers have learned, nor adds to it.
+        with (
+            environment(CAST_CALIBRATION_FILE="none"),
+            started_engine([*server_argv, *profile]) as engine,
+        ):
+            return Diagnosis([*checks, *probe(EngineOfOurs(engine))])
+    if probe_url is not None:
+        checks.append(Check("probe", SKIP, "not started: what failed above comes first"))
+    return Diagnosis(checks)
 
 
 def check_profile_fit(found: FoundProfile, command: str) -> list[Check]:
@@ -95,6 +121,7 @@ def _checks(server_argv: list[str], cast_profile: str | None) -> list[Check]:
         _attempt("sglang", lambda: _check_package("sglang")),
         _attempt("torch", lambda: _check_package("torch")),
     ]
+    checks.append(_attempt("sglang contract", _check_contract))
     if checks[1].status == FAIL:
         return [*checks, Check("the rest", SKIP, "not checked: SGLang comes first")]
     checks += [_attempt("plugin", _check_plugin), _attempt("device", _check_device)]
@@ -142,6 +169,15 @@ def _version_check(name: str, version: str, needed: str, fix: str) -> Check:
     if SpecifierSet(needed).contains(version, prereleases=True):
         return Check(name, OK, f"{version} (supported: {needed})")
     return Check(name, FAIL, f"{version}, but {PACKAGE} supports {needed}", fix)
+
+
+def _check_contract() -> Check:
+    contract = read_contract()
+    broken = broken_promises(host_source(), contract)
+    if not broken:
+        return Check("sglang contract", OK, f"{len(contract)} symbols are as the plugin needs them")
+    text = f"{len(broken)} of {len(contract)} symbols differ: {'; '.join(broken[:3])}"
+    return Check("sglang contract", FAIL, text, "use the release of SGLang that is tested")
 
 
 def _check_plugin() -> Check:
@@ -208,10 +244,16 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
         name = "pair" if message.startswith(f"{DRAFT_FLAG} ") else "server flags"
         skipped = "not checked: what failed above comes first"
         return [Check(name, FAIL, message), Check("profile", SKIP, skipped)]
+    envelope = (
+        args.speculative_num_steps,
+        args.speculative_eagle_topk,
+        args.speculative_num_draft_tokens,
+    )
+    reserve = step_reserve(*envelope, overlaps=not args.disable_overlap_schedule)
     text = (
-        f"steps {args.speculative_num_steps}, topk {args.speculative_eagle_topk}, "
-        f"tokens {args.speculative_num_draft_tokens}; at most {args.max_running_requests} requests "
-        f"at once; attention {identity.attention_backend}"
+        "steps {}, topk {}, tokens {}; ".format(*envelope)
+        + f"at most {args.max_running_requests} requests at once, each reserves {reserve} cache "
+        f"slots for its next step; attention {identity.attention_backend}"
     )
     pair = (
         f"{identity.target.name} ({', '.join(identity.target.architectures)}) + "

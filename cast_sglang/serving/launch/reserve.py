@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cast_sglang.serving.launch.identity import architecture, captures_decode
+from cast_sglang.serving.step_room import step_reserve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ __all__ = [
     "describe_reserve",
     "reserve_of",
     "reserve_of_server",
-    "slots_per_request",
+    "stock_slots",
 ]
 
 # SGLang's default tree for Llama: steps, topk, tokens.
@@ -44,6 +45,7 @@ class Shapes(NamedTuple):
     kv_bytes: int  # of target and draft, per token
     draft_heads: int
     draft_head_dim: int
+    overlaps: bool  # the step before may still run when the next one is prepared
 
 
 class Item(NamedTuple):
@@ -67,8 +69,11 @@ class Reserve(NamedTuple):
         return sum(item.size for item in self.items if not item.is_cache)
 
 
-def slots_per_request(num_steps: int, topk: int, num_draft_tokens: int) -> int:
-    """Return the slots that a request reserves for its next two steps, as SGLang counts them."""
+def stock_slots(num_steps: int, topk: int, num_draft_tokens: int) -> int:
+    """Return the slots that SGLang reserves for a request's next two steps.
+
+    A row of the request pool's table has room for as many, under CAST too.
+    """
     return 2 * max(num_steps * topk, num_draft_tokens)
 
 
@@ -78,16 +83,17 @@ def reserve_of(shapes: Shapes) -> Reserve:
     Counted is what follows from shapes. The memory of graphs themselves does not: a server logs it
     when it has captured them.
     """
-    s, (steps, topk, tokens) = shapes, STOCK_TREE
-    slots = slots_per_request(s.num_steps, s.topk, s.num_draft_tokens)
-    stock_slots = slots_per_request(steps, topk, tokens)
-    more_slots = max(0, slots - stock_slots)
+    s, tokens = shapes, STOCK_TREE[2]
+    envelope = s.num_steps, s.topk, s.num_draft_tokens
+    slots, stock = step_reserve(*envelope, overlaps=s.overlaps), stock_slots(*STOCK_TREE)
+    more_slots = max(0, slots - stock)
+    more_columns = max(0, stock_slots(*envelope) - stock)
     more_rows = max(0, s.num_draft_tokens - tokens)
     nodes = s.captured_requests * s.topk
     rows = s.captured_requests * s.num_draft_tokens
     items = [
         Item("slots of the cache", s.max_requests * more_slots * s.kv_bytes, is_cache=True),
-        Item("table of requests", s.max_requests * more_slots * TABLE_BYTES),
+        Item("table of requests", s.max_requests * more_columns * TABLE_BYTES),
         Item("states kept for plain steps", s.max_requests * s.num_draft_tokens * s.hidden_bytes),
         Item("logits of verify", s.max_requests * more_rows * s.vocab_size * FLOAT_BYTES),
         Item("mask of captured verify", rows * (s.context + s.num_draft_tokens)),
@@ -97,7 +103,7 @@ def reserve_of(shapes: Shapes) -> Reserve:
             nodes * s.draft_heads * KV_SPLITS * (s.draft_head_dim + 1) * FLOAT_BYTES,
         ),
     ]
-    return Reserve([item for item in items if item.size], slots, stock_slots)
+    return Reserve([item for item in items if item.size], slots, stock)
 
 
 def reserve_of_server(server_args: ServerArgs) -> Reserve:
@@ -130,6 +136,7 @@ def reserve_of_server(server_args: ServerArgs) -> Reserve:
             + _kv_bytes(draft, tp_size, server_args),
             draft_heads=draft.num_attention_heads // tp_size,
             draft_head_dim=draft.head_dim,
+            overlaps=not server_args.disable_overlap_schedule,
         )
     )
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from cast_sglang.profiling.grid import default_grid
 from cast_sglang.profiling.journal import journal_path
 from cast_sglang.profiling.meter import Meter, Sampling
 from cast_sglang.profiling.run import Measured, make_profile, run_profile, summarize
+from cast_sglang.serving.launch.engine import environment, started_engine
 from cast_sglang.serving.launch.identity import (
     command_without_local_paths,
     host_identity,
@@ -58,22 +57,8 @@ def profile_server(
     """
     # The engine's processes read settings from their environment. The user's file of what serving
     # learned is left alone.
-    with _environment(CAST_PROFILE=PENDING, CAST_CALIBRATION_FILE="none"):
+    with environment(CAST_PROFILE=PENDING, CAST_CALIBRATION_FILE="none"):
         return _profile(server_argv, output, quick, budget_seconds, command)
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _profile(
@@ -83,30 +68,20 @@ def _profile(
     budget_seconds: float | None,
     command: str,
 ) -> dict[str, Any]:
-    from sglang.srt.entrypoints.engine import Engine
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-
-    load_plugins()
-    server_args = prepare_server_args([*server_argv, "--speculative-algorithm", "CAST"])
-    engine = Engine(server_args=server_args)
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            facts = Path(directory) / "facts.json"
-            try:
-                engine.collective_rpc(
-                    RPC_METHOD,
-                    output=output and os.path.abspath(output),
-                    facts=str(facts),
-                    quick=quick,
-                    budget_seconds=budget_seconds,
-                    command=command,
-                )
-            except AssertionError as error:  # how SGLang reports a failed call
-                raise HostError(f"profiling failed: {error}") from error
-            return dict(json.loads(facts.read_text()))
-    finally:
-        engine.shutdown()
+    with started_engine(server_argv) as engine, tempfile.TemporaryDirectory() as directory:
+        facts = Path(directory) / "facts.json"
+        try:
+            engine.collective_rpc(
+                RPC_METHOD,
+                output=output and os.path.abspath(output),
+                facts=str(facts),
+                quick=quick,
+                budget_seconds=budget_seconds,
+                command=command,
+            )
+        except AssertionError as error:  # how SGLang reports a failed call
+            raise HostError(f"profiling failed: {error}") from error
+        return dict(json.loads(facts.read_text()))
 
 
 def handle_rpc(scheduler: Scheduler, parameters: dict[str, Any]) -> Any:

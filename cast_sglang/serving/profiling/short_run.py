@@ -8,11 +8,9 @@ keeps what they taught, and a server starts from there.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from array import array
-from importlib import resources
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ import torch
 from cast_sglang.costs.schema import ServingRecord
 from cast_sglang.serving.host_patches.event_loop import fed_by
 from cast_sglang.serving.stats import StepStats
+from cast_sglang.serving.texts import read_texts
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from cast_sglang.costs.profiles import FoundProfile
     from cast_sglang.serving.worker import CastWorker
 
-__all__ = ["complete_profile", "read_texts", "serve_texts"]
+__all__ = ["complete_profile", "serve_texts"]
 
 # Tokens of a prompt and of an answer, at most. An answer takes some twenty steps.
 PROMPT_TOKENS = 128
@@ -42,12 +41,6 @@ TEMPERATURES = (0.0, 1.0)
 BUDGET_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
-
-
-def read_texts() -> list[tuple[str, str]]:
-    """Return the kind, code | chat | prose, and the text of each prompt."""
-    lines = resources.files(__package__).joinpath("texts.jsonl").read_text("utf-8").splitlines()
-    return [(each["kind"], each["text"]) for each in map(json.loads, lines)]
 
 
 def complete_profile(

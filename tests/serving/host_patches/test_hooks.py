@@ -19,6 +19,7 @@ def algorithm(monkeypatch):
     from sglang.srt.mem_cache import allocation_sizing
 
     monkeypatch.setattr(allocation_sizing, "get_alloc_reserve_per_decode", lambda: RESERVE)
+    monkeypatch.setattr(hooks, "slots_reserved", lambda: RESERVE)
 
     def choose(name):
         spec = SimpleNamespace(speculative_algorithm=name)
@@ -86,8 +87,21 @@ def test_a_lone_request_is_decoded_with_what_there_is(algorithm, free, evictable
 
 def test_enough_is_enough(algorithm):
     batch = batch_of(request(300), free=100, evictable=28)
-    assert hooks._tokens_required(lambda *args: RESERVE, batch, batch.reqs, 1) == RESERVE
+    assert hooks._tokens_required(lambda *args: 0, batch, batch.reqs, 1) == RESERVE
     assert prepared(batch) == RESERVE
+    two = batch_of(request(300, allocated=330), request(10, allocated=500), free=0)
+    assert hooks._tokens_required(lambda *args: 0, two, two.reqs, 1) == RESERVE - 30
+
+
+@pytest.mark.parametrize(("is_serial", "slots"), [(True, 56), (False, 56 + 9)])
+def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, is_serial, slots):
+    """With the default envelope; SGLang's own number is 128."""
+    spec = SimpleNamespace(speculative_num_steps=8, speculative_eagle_topk=8)
+    spec.speculative_num_draft_tokens = 32
+    schedule = SimpleNamespace(disable_overlap_schedule=is_serial)
+    monkeypatch.setattr(hooks, "get_spec", lambda: spec)
+    monkeypatch.setattr(hooks, "get_schedule", lambda: schedule)
+    assert hooks.slots_reserved() == slots
 
 
 def test_no_request_writes_into_anothers_row(algorithm):
@@ -112,7 +126,9 @@ def test_chains_reserve_whole_pages(algorithm):
 
 def test_other_algorithms_prepare_as_ever(algorithm):
     algorithm("EAGLE3")
-    assert prepared(batch_of(request(ROW), free=0)) == RESERVE
+    batch = batch_of(request(ROW), free=0)
+    assert prepared(batch) == RESERVE
+    assert hooks._tokens_required(lambda *args: 77, batch, batch.reqs, 1) == 77
 
 
 def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
@@ -123,6 +139,54 @@ def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
         algorithm(name)
         assert hooks._select_runners(original, "manager") == [(selected, "manager")]
         assert hooks._select_runners(original, "manager", "draft") == [("draft", "manager")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "rate", "proposed"),
+    [("CAST", 12, 0.25, 8), ("CAST", 4, 0.0, 0), ("EAGLE3", 12, 0.01, 124)],
+)
+def test_a_requests_rate_is_of_the_drafts_that_were_verified(algorithm, name, rows, rate, proposed):
+    algorithm(name)
+    accepted = 2 if rows == 12 else 0
+    output = SimpleNamespace(spec_num_cap_tokens=[99, rows], spec_verify_ct=[9, 4])
+
+    def original(manager, meta_info, output, i):
+        meta_info |= {"spec_accept_rate": 0.01, "spec_num_proposed_drafts": 124}
+        meta_info["spec_num_correct_drafts"] = accepted
+
+    info = {}
+    hooks._request_rate(original, "manager", info, output, 1)
+    assert info["spec_accept_rate"] == rate and info["spec_num_proposed_drafts"] == proposed
+    empty = {}
+    hooks._request_rate(lambda *args: None, "manager", empty, output, 1)  # nothing decoded yet
+    assert empty == {}
+
+
+@pytest.mark.parametrize("rows", [12, 4])
+def test_the_reported_rate_is_of_the_drafts_that_were_verified(algorithm, monkeypatch, rows):
+    rates = []
+    spec = SimpleNamespace(speculative_algorithm="CAST", speculative_num_draft_tokens=32)
+    monkeypatch.setattr(hooks, "get_spec", lambda: spec)
+
+    def original(reporter):
+        if reporter.forward_ct_decode % 40 == 0:  # as SGLang computes it, and resets
+            rates.append(reporter.spec_num_correct_drafts / (reporter.spec_num_forward_ct * 31))
+            reporter.spec_num_correct_drafts = 0
+
+    reporter = SimpleNamespace(
+        forward_ct_decode=39,
+        decode_log_interval=40,
+        is_stats_logging_rank=True,
+        current_scheduler_metrics_enabled=False,
+        spec_num_correct_drafts=2 if rows == 12 else 0,
+        spec_num_forward_ct=4,
+        spec_num_cap_tokens=rows,
+    )
+    hooks._report_decode_stats(original, reporter)
+    assert rates == [] and reporter.spec_num_correct_drafts == (2 if rows == 12 else 0)
+    reporter.forward_ct_decode = 40
+    hooks._report_decode_stats(original, reporter)
+    assert rates == [pytest.approx(2 / 8 if rows == 12 else 0.0)]
 
 
 def test_what_is_hooked_is_there(monkeypatch):

@@ -15,7 +15,7 @@ from cast_sglang.serving.launch.reserve import (
     Shapes,
     describe_reserve,
     reserve_of,
-    slots_per_request,
+    stock_slots,
 )
 
 SHAPES = Shapes(
@@ -30,6 +30,7 @@ SHAPES = Shapes(
     kv_bytes=4096,
     draft_heads=4,
     draft_head_dim=16,
+    overlaps=True,
 )
 
 
@@ -52,19 +53,20 @@ def test_slots_are_those_that_sglang_reserves(tree, page_size):
         speculative_num_draft_tokens=tokens,
     )
     with settings:
-        assert slots_per_request(*tree) == get_alloc_reserve_per_decode()
+        assert stock_slots(*tree) == get_alloc_reserve_per_decode()
 
 
 def test_only_what_is_beyond_sglangs_own_tree_is_counted():
     steps, topk, tokens = STOCK_TREE
     same = reserve_of(SHAPES._replace(num_steps=steps, topk=topk, num_draft_tokens=tokens))
-    assert same.slots == same.stock_slots == 40
+    assert (same.slots, same.stock_slots) == (22, 40)
     names = {item.name for item in same.items}
     assert not names & {"slots of the cache", "table of requests", "logits of verify"}
     more = reserve_of(SHAPES)
-    assert (more.slots, more.stock_slots) == (128, 40)
+    assert (more.slots, more.stock_slots) == (65, 40)
+    assert reserve_of(SHAPES._replace(overlaps=False)).slots == 56
     found = sizes()
-    assert found["slots of the cache"] == 48 * 88 * 4096
+    assert found["slots of the cache"] == 48 * 25 * 4096
     assert found["table of requests"] == 48 * 88 * torch.int32.itemsize
     assert found["logits of verify"] == 48 * 24 * 5000 * torch.float32.itemsize
     # Slots of the cache are there for requests too, so they are not memory beside it.
@@ -106,5 +108,5 @@ def test_states_of_plain_steps_are_kept_for_every_request():
 
 def test_people_read_one_line():
     line = describe_reserve(reserve_of(SHAPES))
-    assert "reserves 128 slots of it per request, not 40" in line and "\n" not in line
+    assert "reserves 65 slots of it per request, not 40" in line and "\n" not in line
     assert "logits of verify 0.02 GiB" in line

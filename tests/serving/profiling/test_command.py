@@ -122,18 +122,6 @@ def test_the_engines_settings_end_with_it(engine, fails):
     assert not any(name in os.environ for name in SETTINGS)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_callers_settings_come_back(fails, monkeypatch):
-    monkeypatch.setenv("CAST_PROFILE", "the caller's")
-    monkeypatch.delenv("CAST_POLICY", raising=False)
-    with contextlib.suppress(KeyboardInterrupt):
-        with command._environment(CAST_PROFILE="none", CAST_POLICY="eagle"):
-            assert (os.environ["CAST_PROFILE"], os.environ["CAST_POLICY"]) == ("none", "eagle")
-            if fails:
-                raise KeyboardInterrupt
-    assert os.environ["CAST_PROFILE"] == "the caller's" and "CAST_POLICY" not in os.environ
-
-
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_measured_profile_is_saved_with_what_it_was_measured_on(
     identity, scheduler_of, tmp_path, is_named

@@ -9,7 +9,8 @@ import torch
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import FoundProfile
 from cast_sglang.serving.profiling import short_run
-from cast_sglang.serving.profiling.short_run import complete_profile, read_texts, serve_texts
+from cast_sglang.serving.profiling.short_run import complete_profile, serve_texts
+from cast_sglang.serving.texts import read_texts
 from tests.support.builders import make_profile
 
 
@@ -84,14 +85,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(short_run.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(scheduler, "dispatch_event_loop", lambda scheduler: scheduler.loop())
     return clock
-
-
-def test_texts_are_of_every_kind():
-    texts = read_texts()
-    kinds = [kind for kind, _ in texts]
-    assert {kinds.count(kind) for kind in ("code", "chat", "prose")} == {4}
-    # Even a batch of three has each.
-    assert set(kinds[:3]) == {"code", "chat", "prose"}
 
 
 def test_batches_grow_and_half_of_their_requests_are_sampled(clock):

@@ -87,6 +87,9 @@ def test_a_server_on_a_device_is_warm_before_it_measures(device, warms, monkeypa
     log = []
     monkeypatch.setattr(module, "warm_up", lambda worker: log.append("warm"))
     monkeypatch.setattr(first_start, "provide_profile", lambda scheduler: log.append("measure"))
-    worker = SimpleNamespace(device=device, lacks_profile=True)
-    plugin._make_ready(None, SimpleNamespace(draft_worker=worker))
+    monkeypatch.setattr(plugin, "get_parallel", lambda: SimpleNamespace(tp_rank=1))
+    worker = SimpleNamespace(device=device, lacks_profile=True, cast_stats=None)
+    context = SimpleNamespace(current_scheduler_metrics_enabled=False)
+    scheduler = SimpleNamespace(draft_worker=worker, metrics_collector_context=context)
+    plugin._make_ready(None, scheduler)
     assert log == ["warm"] * warms + ["measure"]

@@ -1,0 +1,72 @@
+"""The soak: a short one of real servers, and that it would see what it looks for."""
+
+import json
+
+import pytest
+
+from benchmarks.harness.faults import FAULTS
+from benchmarks.studies import soak
+from benchmarks.studies.soak import Soak, main, parse_args, wave_sizes
+from tests.support.preloaded import PreloadedServer
+
+REQUESTS = 132
+
+
+@pytest.mark.server
+@pytest.mark.timeout(900)
+def test_everything_goes_wrong_and_nothing_is_lost(tmp_path):
+    options = ["--requests", str(REQUESTS), "--wave", "12", "--prompts", "22", "--rate", "20"]
+    code = main([*options, "--out", str(tmp_path)], kind=PreloadedServer)
+    content = json.loads((tmp_path / "soak.json").read_text())
+    assert code == 0, content["wrong"] or content["checks"]
+    assert content["ok"] and content["requests"] == REQUESTS and not content["wrong"]
+    # Every fault has happened, and hit what it was to hit.
+    assert content["faults"].keys() == FAULTS.keys() and all(content["faults"].values())
+    assert {"answered", "aborted", "refused", "vanished", "broken"} <= content["by_end"].keys()
+    assert content["retracted"] > 0
+    assert {holding["life"] for holding in content["holdings"]} == {1, 2, 3}
+    log = (tmp_path / "soak.log").read_text()
+    assert f"{REQUESTS} of {REQUESTS} requests, 0 wrong" in log
+    # What a kill has left half written is said, and does not stop the next start.
+    assert "half-written.json" in (tmp_path / "cast-3.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("problem", "check"),
+    [("lost: no answer", "lost"), ("altered: [1]", "altered"), ("leaked: 3 tokens", "leaked")],
+)
+def test_a_problem_fails_its_check(tmp_path, problem, check):
+    run = Soak(parse_args(["--out", str(tmp_path)]))
+    run.accept = [3.0, 2.9]
+    assert all(run.checks().values())
+    run.note(problem)
+    assert [name for name, holds in run.checks().items() if not holds] == [check]
+
+
+def test_drafts_that_get_worse_fail(tmp_path):
+    run = Soak(parse_args(["--out", str(tmp_path)]))
+    for accept in ([3.0, 2.0], [3.0]):  # the run ended before its last wave
+        run.accept = accept
+        assert not run.checks()["accept"]
+
+
+def test_a_server_that_is_gone_is_a_failed_run(tmp_path, monkeypatch, capsys):
+    def run(self):
+        raise soak.ServerError("it ended")
+
+    monkeypatch.setattr(Soak, "run", run)
+    assert main(["--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "soak.json").read_text())["wrong"] == [
+        "lost: the server is gone: it ended"
+    ]
+    assert "NOT all holds" in capsys.readouterr().out
+
+
+def test_waves_are_even():
+    assert wave_sizes(10, 4) == [4, 3, 3] and wave_sizes(4, 9) == [4]
+
+
+def test_a_bad_command_line_ends_with_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(["--rate", "0"])
+    assert error.value.code == 2 and "--rate must be above 0" in capsys.readouterr().err
