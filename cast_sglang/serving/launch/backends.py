@@ -18,9 +18,9 @@ __all__ = ["limit_graphs", "set_attention_backends", "verify_backend"]
 logger = logging.getLogger(__name__)
 
 # Those that verify trees of every width; the draft runs on the first.
-VERIFY_BACKENDS = ("triton", "flashinfer")
+VERIFY_BACKENDS: tuple[str, ...] = ("triton", "flashinfer")
 # Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
-PREFILL_BACKENDS = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
+PREFILL_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
 # Its graphs do not depend on the number of rows but by their buffers.
 GRAPH_BACKEND = "triton"
 
