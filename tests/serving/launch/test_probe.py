@@ -72,7 +72,7 @@ def test_ten_prompts_of_three_lengths_are_served(tmp_path):
     served = Served(tmp_path)
     checks = probed(served)
     assert len(served.prompts) == len(set(served.prompts)) == 10
-    assert len(max(served.prompts, key=len)) > 5 * len(min(served.prompts, key=len))
+    assert len(max(served.prompts, key=len)) > 4 * len(min(served.prompts, key=len))
     assert checks["probe"].found.startswith("10 prompts of ")
     assert checks["draft head"].status == "ok"
 
@@ -85,6 +85,13 @@ def test_acceptance_is_said_by_depth_and_by_context(tmp_path):
     assert found == "2.33 tokens a step that drafts; accepted at depth 1: 67%, 2: 50%, 3: 100%"
     found = checks["accept by context"].found
     assert found.count("2.20 at ") == 3 and checks["accept by context"].status == "ok"
+
+
+def test_a_draft_of_which_nothing_is_accepted(tmp_path):
+    served = Served(tmp_path, accepted=(1,))
+    served.state["accept_lens"] = {"1": 100}
+    found = probed(served)["accept by depth"].found
+    assert found == "1.00 tokens a step that drafts; accepted at depth 1: 0%"
 
 
 def test_a_head_that_fits_and_ones_that_do_not(tmp_path):
