@@ -179,7 +179,8 @@ class Soak:
             for place, index in enumerate(indexes):
                 if place == size // 2:
                     faults.append(asyncio.create_task(self.subject.suffer(fault, client)))
-                rid = f"{self.subject.life}-{number}-{place}"
+                # SGLang aborts every request whose id begins with that of an abort.
+                rid = f"soak-{number:06}-{place:06}"
                 ask, vanishes = self._asks[index], hit[place] and fault == "vanish"
                 tasks.append(
                     asyncio.create_task(self._send(client, ask, rid, streams[place], vanishes))
