@@ -275,6 +275,7 @@ class Soak:
             "altered": count["altered"] == 0,
             "leaked": count["leaked"] == 0,
             "ends": count["unending"] == 0,
+            "finished": count["unfinished"] == 0,
             "accept": len(self.accept) == 2 and self.accept[1] >= LEAST_ACCEPT * self.accept[0],
             **{name: growth[name] <= most for name, most in MAX_GROWTH.items()},
         }
@@ -323,6 +324,8 @@ def main(argv: Sequence[str] | None = None, kind: type[Server] = Server) -> int:
         soak.run()
     except ServerError as error:
         soak.note(f"lost: the server is gone: {error}")
+    except (KeyboardInterrupt, SystemExit):
+        soak.note("unfinished: this program was told to end")
     finally:
         for handler in handlers:
             logger.removeHandler(handler)

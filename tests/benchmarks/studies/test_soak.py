@@ -50,15 +50,20 @@ def test_drafts_that_get_worse_fail(tmp_path):
         assert not run.checks()["accept"]
 
 
-def test_a_server_that_is_gone_is_a_failed_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (soak.ServerError("it ended"), "lost: the server is gone: it ended"),
+        (SystemExit(143), "unfinished: this program was told to end"),
+    ],
+)
+def test_a_run_that_ends_early_has_failed_and_says_so(tmp_path, monkeypatch, capsys, error, wrong):
     def run(self):
-        raise soak.ServerError("it ended")
+        raise error
 
     monkeypatch.setattr(Soak, "run", run)
     assert main(["--out", str(tmp_path)]) == 1
-    assert json.loads((tmp_path / "soak.json").read_text())["wrong"] == [
-        "lost: the server is gone: it ended"
-    ]
+    assert json.loads((tmp_path / "soak.json").read_text())["wrong"] == [wrong]
     assert "NOT all holds" in capsys.readouterr().out
 
 
