@@ -3,10 +3,11 @@
 Shape letters: B requests, K `topk` candidates per expanded node, W nodes expanded (kept) per
 layer, M candidates in all, N `num_draft_tokens` (nodes verified, root included).
 
-A *candidate* is a token that the draft model proposed. Candidates are numbered in the order of
-proposal: the K children of the root, then K children of each expanded node, layer by layer, as in
-SGLang's `build_tree_kernel_efficient`. Python code reads this numbering through `proposer_of` and
-the functions beside it; the loops and kernels of `ops` repeat it, and tests compare them.
+A *candidate* is a token that was proposed. Candidates are numbered in the order of proposal: first
+the drafted ones, the K children of the root, then K children of each expanded node, layer by layer;
+then those that were grafted. Code that knows drafted candidates alone reads their numbering through
+`proposer_of` and the functions beside it. Each candidate names its parent (`DraftTree.parents`),
+whose number is lower than its own.
 
 The tree only stores tensors. A policy makes the decisions (`policy`), `ops` holds the formulas.
 """
@@ -71,15 +72,15 @@ class RankedNodes(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The nodes to verify, in the form that SGLang's tree builder takes.
+    """The nodes to verify. The root is row 0 of a request, and entry i of each array is row i + 1.
 
     A request with fewer than N nodes fills its remaining entries with candidate number M. No
-    candidate has this number, and its parent is -1, so the builder links nothing to it.
+    candidate has this number, and its parent's row is -1, so that it hangs nowhere.
     """
 
-    parent_list: torch.Tensor  # [B, 1 + K * (num_layers - 1)] int64, -1 for the root
     top_scores_index: torch.Tensor  # [B, N - 1] int64, ascending candidate numbers
     draft_tokens: torch.Tensor  # [B, N - 1] int64
+    parent_rows: torch.Tensor  # [B, N - 1] int64, row of each node's parent, lower than its own
 
 
 class TreeOps(Protocol):
@@ -165,6 +166,13 @@ class DraftTree:
     def tokens(self) -> torch.Tensor:
         """[B, M] int64, the token of each candidate."""
         return torch.cat([tokens.view(len(self._tokens[0]), -1) for tokens in self._tokens], dim=1)
+
+    @property
+    def parents(self) -> torch.Tensor:
+        """[B, M] int64, the candidate number of each candidate's parent, -1 for the root."""
+        proposers = self._tokens[0].new_full((len(self._tokens[0]), 1), -1)
+        proposers = torch.cat([proposers, *self.expanded], dim=1)
+        return proposers.repeat_interleave(self.topk, dim=1)
 
     @property
     def scores(self) -> torch.Tensor:
@@ -262,7 +270,6 @@ class DraftTree:
             ranked: this tree's `ranked(n)` with n >= N - 1.
             num_draft_tokens: N, root included; 2 <= N <= M + 1.
             num_rows: [B] int64 in 1..N, nodes of each request, root included; None for N each.
-                With it the parent list has one more entry.
         """
         num_nodes = num_draft_tokens - 1
         if not 1 <= num_nodes <= ranked.node_index.shape[1]:
@@ -270,13 +277,7 @@ class DraftTree:
                 f"num_draft_tokens must be in 2..{ranked.node_index.shape[1] + 1}, "
                 f"got {num_draft_tokens}"
             )
-        # The builder expects K entries per layer, whatever the widths.
-        num_parents = 1 + self.topk * (self.num_layers - 1) + (num_rows is not None)
-        index, draft_tokens = self._ops.select_nodes(
-            ranked.node_index, self.tokens, num_draft_tokens, num_rows
+        selected = self._ops.select_nodes(
+            ranked.node_index, self.tokens, self.parents, num_draft_tokens, num_rows
         )
-        parent_list = index.new_full((len(index), num_parents), -1)
-        if self._kept:
-            expanded = torch.cat(self.expanded, dim=1)
-            parent_list[:, 1 : 1 + expanded.shape[1]] = expanded
-        return Selection(parent_list, index, draft_tokens)
+        return Selection(*selected)

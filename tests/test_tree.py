@@ -1,5 +1,6 @@
 """The tree: it is one at every cut, and with EAGLE's choices it is SGLang's own, node for node."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,12 +34,6 @@ def grown(generator, batch, topk, widths, max_layers=None, certain=False, is_dra
     return tree
 
 
-def parent_of(selection, topk, row, index):
-    """Candidate number of a node's parent, -1 for the root, as SGLang's builder computes it."""
-    expanded_node = int(selection.top_scores_index[row, index]) // topk
-    return -1 if expanded_node == 0 else int(selection.parent_list[row, expanded_node])
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     batch=st.integers(1, 4),
@@ -57,13 +52,16 @@ def test_every_cut_of_the_ranking_is_a_tree(batch, topk, seed, shape, certain):
     ranked = tree.ranked(tree.num_candidates)
     assert (ranked.scores.diff(dim=1) <= 0).all()
     selection = tree.select(ranked, num_draft_tokens)
-    assert selection.parent_list.shape == (batch, 1 + topk * len(widths))
+    assert tree.parents.shape == tree.tokens.shape
     for row in range(batch):
+        expanded = np.concatenate([np.empty(0, int), *(nodes[row] for nodes in tree.expanded)])
+        parents = parents_of(expanded, topk)
+        assert tree.parents[row].tolist() == parents.tolist()
         chosen = selection.top_scores_index[row].tolist()
         assert chosen == sorted(set(chosen))
         for index in range(num_draft_tokens - 1):
-            parent = parent_of(selection, topk, row, index)
-            assert parent == -1 or parent in chosen[:index]
+            above = int(selection.parent_rows[row, index])
+            assert [-1, *chosen][above] == parents[chosen[index]] and above <= index
 
 
 @settings(max_examples=80, deadline=None)
@@ -73,10 +71,10 @@ def test_requests_of_unequal_numbers_of_nodes(batch, topk, seed, shape):
     from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 
     from cast_sglang.cpu.kernels import build_tree
+    from cast_sglang.serving.drafting.verify_input import numbers_by_row
 
     generator = torch.Generator().manual_seed(seed)
     widths = shape.draw(st.lists(st.integers(1, topk), max_size=4))
-    # At times as many layers as may be, so that the parent list has no entry to spare.
     tree = grown(generator, batch, topk, widths)
     ranked = tree.ranked(tree.num_candidates)
     counts = st.integers(1, tree.num_candidates + 1)
@@ -88,14 +86,13 @@ def test_requests_of_unequal_numbers_of_nodes(batch, topk, seed, shape):
     positions = torch.zeros(batch * width, dtype=torch.int64)
     links = torch.zeros((3, batch, width), dtype=torch.int64)
     build_tree(
-        selection.parent_list,
-        selection.top_scores_index,
+        *numbers_by_row(selection.parent_rows),
         seq_lens,
         mask,
         positions,
         *links,
-        topk,
-        tree.num_layers,
+        width,
+        2,
         width,
         TreeMaskMode.QLEN_ONLY,
     )
@@ -215,7 +212,10 @@ def test_eagle_policy_gives_sglangs_tree_node_for_node(batch, topk, steps, seed,
     assert torch.equal(ours.top_scores_index, theirs[1])
     assert torch.equal(ours.draft_tokens, theirs[2])
     # SGLang leaves the list empty where only the root has children.
-    assert torch.equal(ours.parent_list[:, : theirs[0].shape[1]], theirs[0])
+    proposers = torch.nn.functional.pad(theirs[0], (0, 1), value=-1)
+    above = torch.where(theirs[1] < topk, -1, proposers.gather(1, theirs[1] // topk))
+    numbers = torch.nn.functional.pad(theirs[1], (1, 0), value=-1)
+    assert torch.equal(numbers.gather(1, ours.parent_rows), above)
 
 
 def test_frontier_is_the_best_of_the_newest_layer():

@@ -92,24 +92,24 @@ def ops_of_a_step(
     probs = rand(batch * topk, topk).sort(dim=1, descending=True).values
     tokens = torch.randint(1000, (batch * topk, topk), generator=generator).to(device)
     root = ops.grow_layer(rand(batch, 1), probs[:batch], tokens[:batch], 0)
-    layers, start, expanded = [root], topk, [root.frontier.node_index]
+    layers, start, proposers = [root], topk, [torch.full((batch, 1), -1, device=device)]
     for _ in range(steps - 1):
         layers.append(ops.grow_layer(layers[-1].frontier.scores, probs, tokens, start))
         start += topk * topk
-        expanded.append(layers[-1].frontier.node_index)
+        proposers.append(layers[-2].frontier.node_index)
     scores = torch.cat([layer.scores for layer in layers], dim=1)
     all_tokens = torch.zeros(scores.shape, dtype=torch.int64, device=device)
     num_tokens = min(num_tokens, scores.shape[1] + 1)
     ranked = ops.rank_nodes(scores, num_tokens - 1)
-    index, _ = ops.select_nodes(ranked.node_index, all_tokens, num_tokens)
+    parents = torch.cat(proposers, dim=1).repeat_interleave(topk, dim=1)
+    candidates = all_tokens, parents, num_tokens
+    _, _, parent_rows = ops.select_nodes(ranked.node_index, *candidates)
 
-    root_entry = torch.full((batch, 1), -1, device=device)
-    parent_list = torch.cat([root_entry, *expanded[:-1]], dim=1)
     seq_lens = torch.randint(1, 4096, (batch,), generator=generator).to(device)
     links = torch.empty(3, batch, num_tokens, dtype=torch.int64, device=device)
     mask = torch.empty(batch * num_tokens**2, dtype=torch.bool, device=device)
     positions = torch.empty(batch * num_tokens, dtype=torch.int64, device=device)
-    built = (parent_list, index, seq_lens, mask, positions, *links, topk, steps)
+    built = (parent_rows, seq_lens, mask, positions, *links, steps)
 
     # Every call writes what nothing reads, so any layer stands for all.
     frontier = layers[-1].frontier.scores
@@ -118,7 +118,7 @@ def ops_of_a_step(
         "grow_layer": lambda: ops.grow_layer(frontier, probs, tokens, start),
         "grow_layer, calibrated": lambda: ops.grow_layer(frontier, probs, tokens, start, curve),
         "rank_nodes": lambda: ops.rank_nodes(scores, num_tokens - 1),
-        "select_nodes": lambda: ops.select_nodes(ranked.node_index, all_tokens, num_tokens),
+        "select_nodes": lambda: ops.select_nodes(ranked.node_index, *candidates),
         "build_tree": lambda: ops.build_tree(*built),
     }
 

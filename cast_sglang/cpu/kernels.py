@@ -30,10 +30,14 @@ def build_tree(
 ) -> None:
     """Link the selected candidates of each request into a tree below its bonus token.
 
-    Definition: `ops.reference.build_tree`, with the mask in the layout that SGLang asks for.
+    Definition: `ops.reference.build_tree`, with the mask in the layout that SGLang asks for. Node
+    i > 0 is candidate top_scores_index[b, i - 1] = c. Its parent is the root if c // topk is 0,
+    else the node of candidate parent_list[b, c // topk]; without that it hangs nowhere.
 
     Args:
-        spec_steps: D, the largest depth that a node may have.
+        parent_list: [B, P] int64; may be empty where only the root's children were drafted.
+        top_scores_index: [B, N - 1] int64.
+        spec_steps: one less than the most layers; not read, as the tree itself shows its depth.
 
     Effects: writes tree_mask (QLEN_ONLY or FULL_MASK layout; prefix cells stay as they are),
         positions [B * N] and the [B, N] retrieve_* links.
@@ -46,20 +50,36 @@ def build_tree(
     batch, width = seq_lens.shape[0], num_verify_tokens
     is_full = tree_mask_mode == TreeMaskMode.FULL_MASK
     sees = tree_mask.new_empty(batch * width * width) if is_full else tree_mask
+    parent_rows = torch.empty_like(top_scores_index)
+    _find_parents(parent_list.numpy(), top_scores_index.numpy(), topk, parent_rows.numpy())
     loops.build_tree(
-        parent_list,
-        top_scores_index,
+        parent_rows,
         seq_lens,
         sees,
         positions,
         retrieve_index,
         retrieve_next_token,
         retrieve_next_sibling,
-        topk,
-        spec_steps,
+        num_steps=width - 1,
     )
     if is_full:
         tree_mask[full_mask_cells(seq_lens, width)] = sees.view(batch, width, width)
+
+
+@compiled("void(i8[:, :], i8[:, :], i8, i8[:, :])")
+def _find_parents(
+    parent_list: np.ndarray, top_scores_index: np.ndarray, topk: int, parent_rows: np.ndarray
+) -> None:
+    for request in range(len(top_scores_index)):
+        numbers = top_scores_index[request]
+        for node in range(len(numbers)):
+            proposer = numbers[node] // topk
+            parent_rows[request, node] = -1 if proposer else 0
+            if proposer and proposer < parent_list.shape[1]:
+                above = parent_list[request, proposer]
+                for place in range(node):
+                    if numbers[place] == above:
+                        parent_rows[request, node] = place + 1
 
 
 def verify_tree_greedy(

@@ -130,16 +130,20 @@ def check_rank_nodes(scores: torch.Tensor, num_nodes: int) -> None:
 def check_select_nodes(
     node_index: torch.Tensor,
     tokens: torch.Tensor,
+    parents: torch.Tensor,
     num_draft_tokens: int,
     num_rows: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless these are arguments of `select_nodes`."""
     _check("node_index", node_index, torch.int64, 2)
     _check("tokens", tokens, torch.int64, 2)
+    _check("parents", parents, torch.int64, 2)
     if tokens.shape[0] != node_index.shape[0]:
         raise ValueError(
             f"tokens must have {node_index.shape[0]} rows, got shape {tuple(tokens.shape)}"
         )
+    if parents.shape != tokens.shape:
+        raise ValueError(f"parents must be {tuple(tokens.shape)}, got shape {tuple(parents.shape)}")
     most = min(node_index.shape[1] + 1, MAX_CANDIDATES)
     _check_range("num_draft_tokens", num_draft_tokens, 2, most)
     if num_rows is not None:
@@ -178,23 +182,17 @@ def check_list_slots(
 
 
 def check_build_tree(
-    parent_list: torch.Tensor,
-    top_scores_index: torch.Tensor,
+    parent_rows: torch.Tensor,
     seq_lens: torch.Tensor,
     tree_mask: torch.Tensor,
     positions: torch.Tensor,
     retrieve_links: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    topk: int,
     num_steps: int,
 ) -> None:
     """Raise ValueError unless these are arguments of `build_tree`."""
-    _check("top_scores_index", top_scores_index, torch.int64, 2)
-    batch_size, width = top_scores_index.shape[0], top_scores_index.shape[1] + 1
+    _check("parent_rows", parent_rows, torch.int64, 2)
+    batch_size, width = parent_rows.shape[0], parent_rows.shape[1] + 1
     _check_range("num_draft_tokens", width, 2, MAX_DRAFT_TOKENS)
-    if parent_list.dtype != torch.int64 or parent_list.dim() != 2 or len(parent_list) != batch_size:
-        raise ValueError(
-            f"parent_list must be [{batch_size}, P] torch.int64, got {_describe(parent_list)}"
-        )
     if seq_lens.dtype not in (torch.int64, torch.int32) or seq_lens.shape != (batch_size,):
         raise ValueError(f"seq_lens must be [{batch_size}] int, got {_describe(seq_lens)}")
     cells = batch_size * width * width
@@ -215,7 +213,6 @@ def check_build_tree(
     for written in (tree_mask, positions, *retrieve_links):
         if not written.is_contiguous():
             raise ValueError("tensors that are written must be contiguous")
-    _check_range("topk", topk, 1, MAX_CANDIDATES)
     _check_range("num_steps", num_steps, 1, MAX_CANDIDATES)
 
 

@@ -24,7 +24,7 @@ __all__ = [
     "select_nodes",
 ]
 
-# Cells of the [nodes, others] tile that `build_tree` compares at a time.
+# Cells of the [nodes, others] tile that `select_nodes` and `build_tree` compare at a time.
 _TILE = 4096
 # Slots that a program of `list_slots` copies at a time.
 _SLOT_TILE = 512
@@ -105,30 +105,35 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
 def select_nodes(
     node_index: torch.Tensor,
     tokens: torch.Tensor,
+    parents: torch.Tensor,
     num_draft_tokens: int,
     num_rows: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take each request's best nodes in the order in which they were drafted; see `reference`."""
-    contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
-    node_index, tokens = _rows(node_index), _rows(tokens)
+    contract.check_select_nodes(node_index, tokens, parents, num_draft_tokens, num_rows)
+    node_index, tokens, parents = _rows(node_index), _rows(tokens), _rows(parents)
     num_nodes = num_draft_tokens - 1
-    index, draft_tokens = (tokens.new_empty(len(tokens), num_nodes) for _ in range(2))
+    index, draft_tokens, parent_rows = (tokens.new_empty(len(tokens), num_nodes) for _ in range(3))
     nodes = triton.next_power_of_2(num_nodes)
     kernels.select_nodes_kernel[(len(tokens),)](
         node_index,
         node_index.stride(0),
         tokens,
         tokens.stride(0),
+        parents,
+        parents.stride(0),
         tokens if num_rows is None else num_rows.contiguous(),
         index,
         draft_tokens,
+        parent_rows,
         num_nodes,
         tokens.shape[1],
         IS_RAGGED=num_rows is not None,
         NODES=nodes,
-        num_warps=_num_warps(nodes, 128),
+        TILE=_tile(nodes),
+        num_warps=_num_warps(nodes, 16),
     )
-    return index, draft_tokens
+    return index, draft_tokens, parent_rows
 
 
 def list_slots(
@@ -166,40 +171,32 @@ def list_slots(
 
 
 def build_tree(
-    parent_list: torch.Tensor,
-    top_scores_index: torch.Tensor,
+    parent_rows: torch.Tensor,
     seq_lens: torch.Tensor,
     tree_mask: torch.Tensor,
     positions: torch.Tensor,
     retrieve_index: torch.Tensor,
     retrieve_next_token: torch.Tensor,
     retrieve_next_sibling: torch.Tensor,
-    topk: int,
     num_steps: int,
 ) -> None:
     """Link the selected candidates into a tree below the bonus token; see `reference`."""
     links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
-    contract.check_build_tree(
-        parent_list, top_scores_index, seq_lens, tree_mask, positions, links, topk, num_steps
-    )
-    parent_list, top_scores_index = _rows(parent_list), _rows(top_scores_index)
+    contract.check_build_tree(parent_rows, seq_lens, tree_mask, positions, links, num_steps)
+    parent_rows = _rows(parent_rows)
     batch_size, num_nodes = retrieve_index.shape
     nodes = triton.next_power_of_2(num_nodes)
     kernels.build_tree_kernel[(batch_size,)](
-        parent_list,
-        parent_list.stride(0),
-        parent_list.shape[1],
-        top_scores_index,
-        top_scores_index.stride(0),
+        parent_rows,
+        parent_rows.stride(0),
         seq_lens.contiguous(),
         tree_mask,
         positions,
         *links,
         num_nodes,
-        TOPK=topk,
         STEPS=num_steps,
         NODES=nodes,
-        TILE=min(nodes, max(1, _TILE // nodes)),
+        TILE=_tile(nodes),
         num_warps=_num_warps(nodes, 16),
     )
 
@@ -207,6 +204,10 @@ def build_tree(
 def _padded(n: int) -> int:
     # At least 2, because `tl.topk` with k = 1 returns a scalar.
     return max(2, triton.next_power_of_2(n))
+
+
+def _tile(nodes: int) -> int:
+    return min(nodes, max(1, _TILE // nodes))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

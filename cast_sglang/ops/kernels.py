@@ -127,21 +127,33 @@ def rank_nodes_kernel(  # type: ignore[no-untyped-def]
     tl.store(best_index_ptr + to, best.to(tl.int64), mask=rank < num_nodes)
 
 
-@triton.jit(do_not_specialize=["index_stride", "tokens_stride", "num_nodes", "num_candidates"])
+@triton.jit(
+    do_not_specialize=[
+        "index_stride",
+        "tokens_stride",
+        "parents_stride",
+        "num_nodes",
+        "num_candidates",
+    ]
+)
 def select_nodes_kernel(  # type: ignore[no-untyped-def]
     node_index_ptr,
     index_stride,
     tokens_ptr,
     tokens_stride,
+    parents_ptr,
+    parents_stride,
     num_rows_ptr,
     index_ptr,
     draft_tokens_ptr,
+    parent_rows_ptr,
     num_nodes,
     num_candidates,
     IS_RAGGED: tl.constexpr,
     NODES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Sort one request's nodes by number."""
+    """Sort one request's nodes by number, and find the row of each node's parent."""
     request = tl.program_id(0)
     node = tl.arange(0, NODES)
     num_kept = num_nodes
@@ -156,14 +168,21 @@ def select_nodes_kernel(  # type: ignore[no-untyped-def]
     tokens = tl.load(tokens, mask=index < num_candidates, other=0)
     tl.store(draft_tokens_ptr + to, tokens, mask=node < num_nodes)
 
+    above = parents_ptr + request * parents_stride + index
+    # Of a node that does not exist a number that no candidate has.
+    above = tl.load(above, mask=index < num_candidates, other=num_candidates + 1).to(tl.int32)
+    row = tl.where(above < 0, 0, -1)
+    for start in range(0, NODES, TILE):
+        other = start + tl.arange(0, TILE)
+        matches = above[:, None] == tl.gather(index, other, 0)[None, :]
+        row = tl.maximum(row, tl.max(tl.where(matches, other[None, :] + 1, -1), axis=1))
+    tl.store(parent_rows_ptr + to, row.to(tl.int64), mask=node < num_nodes)
 
-@triton.jit(do_not_specialize=["list_stride", "list_len", "index_stride", "num_nodes"])
+
+@triton.jit(do_not_specialize=["rows_stride", "num_nodes"])
 def build_tree_kernel(  # type: ignore[no-untyped-def]
-    parent_list_ptr,
-    list_stride,
-    list_len,
-    top_index_ptr,
-    index_stride,
+    parent_rows_ptr,
+    rows_stride,
     seq_lens_ptr,
     tree_mask_ptr,
     positions_ptr,
@@ -171,7 +190,6 @@ def build_tree_kernel(  # type: ignore[no-untyped-def]
     next_token_ptr,
     next_sibling_ptr,
     num_nodes,
-    TOPK: tl.constexpr,
     STEPS: tl.constexpr,
     NODES: tl.constexpr,
     TILE: tl.constexpr,
@@ -180,22 +198,12 @@ def build_tree_kernel(  # type: ignore[no-untyped-def]
     request = tl.program_id(0)
     node = tl.arange(0, NODES)
     is_node = (node > 0) & (node < num_nodes)
-    # Shifted by one, so that node i is at index i.
-    top_index_ptr += request * index_stride - 1
-    under = tl.load(top_index_ptr + node, mask=is_node, other=0).to(tl.int32) // TOPK
-    has_list = is_node & (under > 0) & (under < list_len)
-    above = parent_list_ptr + request * list_stride + under
-    above = tl.load(above, mask=has_list, other=-1).to(tl.int32)
-    parent = tl.zeros([NODES], tl.int32)
-    for start in range(0, NODES, TILE):
-        other = start + tl.arange(0, TILE)
-        is_other = (other > 0) & (other < num_nodes)
-        candidate = tl.load(top_index_ptr + other, mask=is_other, other=-2).to(tl.int32)
-        matches = above[:, None] == candidate[None, :]
-        parent = tl.maximum(parent, tl.max(tl.where(matches, other[None, :], 0), axis=1))
-    is_linked = is_node & ((under == 0) | (parent > 0))
-    # For the comparisons below: -1 keeps unlinked nodes out of all lists of children.
-    linked_parent = tl.where(is_linked, parent, -1)
+    # Shifted by one, so that node i is at index i. -1 keeps unlinked nodes out of all lists of
+    # children.
+    parent_rows_ptr += request * rows_stride - 1
+    linked_parent = tl.load(parent_rows_ptr + node, mask=is_node, other=-1).to(tl.int32)
+    is_linked = linked_parent >= 0
+    parent = tl.maximum(linked_parent, 0)
 
     child = tl.full([NODES], NODES, tl.int32)
     sibling = tl.full([NODES], NODES, tl.int32)

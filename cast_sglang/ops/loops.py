@@ -91,42 +91,37 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
 def select_nodes(
     node_index: torch.Tensor,
     tokens: torch.Tensor,
+    parents: torch.Tensor,
     num_draft_tokens: int,
     num_rows: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take each request's best nodes in the order in which they were drafted; see `reference`."""
-    contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
-    index, draft_tokens = tokens.new_empty(2, len(tokens), num_draft_tokens - 1)
+    contract.check_select_nodes(node_index, tokens, parents, num_draft_tokens, num_rows)
+    selected = tokens.new_empty(3, len(tokens), num_draft_tokens - 1)
     if num_rows is None:
         num_rows = torch.full((len(tokens),), num_draft_tokens)
-    _select_nodes(
-        node_index.numpy(), tokens.numpy(), num_rows.numpy(), index.numpy(), draft_tokens.numpy()
-    )
-    return index, draft_tokens
+    candidates = node_index.numpy(), tokens.numpy(), parents.numpy(), num_rows.numpy()
+    _select_nodes(*candidates, selected.numpy())
+    index, draft_tokens, parent_rows = selected.unbind()
+    return index, draft_tokens, parent_rows
 
 
 def build_tree(
-    parent_list: torch.Tensor,
-    top_scores_index: torch.Tensor,
+    parent_rows: torch.Tensor,
     seq_lens: torch.Tensor,
     tree_mask: torch.Tensor,
     positions: torch.Tensor,
     retrieve_index: torch.Tensor,
     retrieve_next_token: torch.Tensor,
     retrieve_next_sibling: torch.Tensor,
-    topk: int,
     num_steps: int,
 ) -> None:
     """Link the selected candidates into a tree below the bonus token; see `reference`."""
     links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
-    contract.check_build_tree(
-        parent_list, top_scores_index, seq_lens, tree_mask, positions, links, topk, num_steps
-    )
+    contract.check_build_tree(parent_rows, seq_lens, tree_mask, positions, links, num_steps)
     _build_tree(
-        parent_list.numpy(),
-        top_scores_index.numpy(),
+        parent_rows.numpy(),
         seq_lens.to(torch.int64).numpy(),
-        topk,
         tree_mask.numpy(),
         positions.numpy(),
         *(link.numpy() for link in links),
@@ -206,14 +201,15 @@ def _rank_nodes(scores: np.ndarray, best: np.ndarray, index: np.ndarray) -> None
         _rank(scores[request], best[request], index[request])
 
 
-@compiled("void(i8[:, :], i8[:, :], i8[:], i8[:, :], i8[:, :])")
+@compiled("void(i8[:, :], i8[:, :], i8[:, :], i8[:], i8[:, :, :])")
 def _select_nodes(
     node_index: np.ndarray,
     tokens: np.ndarray,
+    parents: np.ndarray,
     num_rows: np.ndarray,
-    index: np.ndarray,
-    draft_tokens: np.ndarray,
+    selected: np.ndarray,
 ) -> None:
+    index, draft_tokens, parent_rows = selected[0], selected[1], selected[2]
     num_nodes, absent = index.shape[1], tokens.shape[1]
     for request in range(len(index)):
         ours, kept = index[request], num_rows[request] - 1
@@ -221,16 +217,23 @@ def _select_nodes(
             ours[node] = node_index[request, node] if node < kept else absent
         ours.sort()
         for node in range(num_nodes):
-            is_absent = ours[node] == absent
-            draft_tokens[request, node] = 0 if is_absent else tokens[request, ours[node]]
+            draft_tokens[request, node], parent_rows[request, node] = 0, -1
+            if ours[node] == absent:
+                continue
+            draft_tokens[request, node] = tokens[request, ours[node]]
+            above = parents[request, ours[node]]
+            if above < 0:
+                parent_rows[request, node] = 0
+                continue
+            place = np.searchsorted(ours[:node], above)
+            if place < node and ours[place] == above:
+                parent_rows[request, node] = place + 1
 
 
-@compiled("void(i8[:, :], i8[:, :], i8[:], i8, b1[:], i8[:], i8[:, :], i8[:, :], i8[:, :])")
+@compiled("void(i8[:, :], i8[:], b1[:], i8[:], i8[:, :], i8[:, :], i8[:, :])")
 def _build_tree(
-    parent_list: np.ndarray,
-    top_scores_index: np.ndarray,
+    parent_rows: np.ndarray,
     seq_lens: np.ndarray,
-    topk: int,
     tree_mask: np.ndarray,
     positions: np.ndarray,
     retrieve_index: np.ndarray,
@@ -238,33 +241,23 @@ def _build_tree(
     retrieve_next_sibling: np.ndarray,
 ) -> None:
     batch_size, num_nodes = retrieve_index.shape
-    parent = np.empty(num_nodes, dtype=np.int64)
-    is_linked = np.empty(num_nodes, dtype=np.bool_)
     for request in range(batch_size):
-        numbers, first = top_scores_index[request], request * num_nodes
-        parent[0], is_linked[0] = 0, False
-        for node in range(1, num_nodes):
-            number = numbers[node - 1]
-            parent[node], is_linked[node] = 0, number < topk
-            if number >= topk and number // topk < parent_list.shape[1]:
-                above = parent_list[request, number // topk]
-                place = np.searchsorted(numbers, above)
-                if place < num_nodes - 1 and numbers[place] == above:
-                    parent[node], is_linked[node] = place + 1, True
+        parent, first = parent_rows[request], request * num_nodes
         for node in range(num_nodes):
             row = (first + node) * num_nodes
             tree_mask[row : row + num_nodes] = False
             tree_mask[row] = tree_mask[row + node] = True
             depth, ancestor = 0, node
-            while ancestor != 0:
+            while ancestor > 0:
                 tree_mask[row + ancestor] = True
-                depth, ancestor = depth + 1, parent[ancestor]
+                depth, ancestor = depth + 1, parent[ancestor - 1]
             positions[first + node] = seq_lens[request] + depth
             retrieve_index[request, node] = first + node
             retrieve_next_token[request, node] = -1
             retrieve_next_sibling[request, node] = -1
         # From the last to the first, so that a parent ends up with its first child.
         for node in range(num_nodes - 1, 0, -1):
-            if is_linked[node]:
-                retrieve_next_sibling[request, node] = retrieve_next_token[request, parent[node]]
-                retrieve_next_token[request, parent[node]] = node
+            above = parent[node - 1]
+            if above >= 0:
+                retrieve_next_sibling[request, node] = retrieve_next_token[request, above]
+                retrieve_next_token[request, above] = node

@@ -15,7 +15,7 @@ import torch
 
 from cast_sglang.ops import contract
 from cast_sglang.ops.contract import AcceptanceCurve, GrownLayer
-from cast_sglang.tree import Frontier, RankedNodes, proposer_of
+from cast_sglang.tree import Frontier, RankedNodes
 
 __all__ = [
     "build_tree",
@@ -104,38 +104,48 @@ def rank_nodes(scores: torch.Tensor, num_nodes: int) -> RankedNodes:
 def select_nodes(
     node_index: torch.Tensor,
     tokens: torch.Tensor,
+    parents: torch.Tensor,
     num_draft_tokens: int,
     num_rows: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take each request's best nodes, sorted by candidate number (the order of proposal).
 
     Definition: for b in range(B): n = num_rows[b] - 1, or N - 1 without `num_rows`
         index[b] = sorted(node_index[b, :n]) + [M] * (N - 1 - n)
         draft_tokens[b] = [tokens[b, i] if i < M else 0 for i in index[b]]
+        parent_rows[b] = [row(parents[b, i]) if i < M else -1 for i in index[b]]
+            where row(-1) = 0, the root's, and row(p) = 1 + place of p in index[b], -1 for none
 
     Args:
         node_index: [B, n] int64, distinct candidate numbers, best first. Rows may be strided.
         tokens: [B, M] int64, of all candidates. Rows may be strided.
+        parents: [B, M] int64, number of each candidate's parent, -1 for the root. Rows may be
+            strided.
         num_draft_tokens: N, root included; 2 <= N <= n + 1.
         num_rows: [B] int64 in 1..N, nodes of each request, root included; None for N of each.
 
     Returns:
         index [B, N - 1] int64, ascending, so parents come before children; entries after a
-        request's last node are M, which is no candidate's number. draft_tokens [B, N - 1] int64.
+        request's last node are M, which is no candidate's number. draft_tokens and parent_rows,
+        [B, N - 1] int64.
 
     Raises:
         ValueError: shape, dtype or `num_draft_tokens` out of range.
 
     Source: contract of SGLang's `organize_draft_results`.
     """
-    contract.check_select_nodes(node_index, tokens, num_draft_tokens, num_rows)
-    index = node_index[:, : num_draft_tokens - 1]
+    contract.check_select_nodes(node_index, tokens, parents, num_draft_tokens, num_rows)
+    index, absent = node_index[:, : num_draft_tokens - 1], tokens.shape[1]
     if num_rows is not None:
         row = torch.arange(1, num_draft_tokens, device=index.device)
-        index = index.masked_fill(row >= num_rows.unsqueeze(1), tokens.shape[1])
+        index = index.masked_fill(row >= num_rows.unsqueeze(1), absent)
         tokens = torch.nn.functional.pad(tokens, (0, 1))
+        parents = torch.nn.functional.pad(parents, (0, 1), value=absent + 1)
     index = index.sort(dim=1).values
-    return index, tokens.gather(1, index)
+    above = parents.gather(1, index)
+    matches = above.unsqueeze(2) == index.unsqueeze(1)  # [B, child, parent]
+    place = torch.where(matches.any(dim=2), matches.to(torch.uint8).argmax(dim=2) + 1, -1)
+    return index, tokens.gather(1, index), torch.where(above < 0, 0, place)
 
 
 def list_slots(
@@ -186,21 +196,18 @@ def list_slots(
 
 
 def build_tree(
-    parent_list: torch.Tensor,
-    top_scores_index: torch.Tensor,
+    parent_rows: torch.Tensor,
     seq_lens: torch.Tensor,
     tree_mask: torch.Tensor,
     positions: torch.Tensor,
     retrieve_index: torch.Tensor,
     retrieve_next_token: torch.Tensor,
     retrieve_next_sibling: torch.Tensor,
-    topk: int,
     num_steps: int,
 ) -> None:
     """Link the selected candidates of each request into a tree below its bonus token.
 
-    Definition: node 0 is the root, node i > 0 is candidate top_scores_index[b, i - 1] = c. Its
-        parent is the root if p = proposer_of(c) is 0, else the node of candidate parent_list[b, p].
+    Definition: node 0 is the root, and the parent of node i > 0 is node parent_rows[b, i - 1].
         for b in range(B), i in range(N):
             tree_mask[b, i, j] = j in (0, i, ancestors of i)
             positions[b, i] = seq_lens[b] + number of ancestors of i
@@ -208,18 +215,15 @@ def build_tree(
             retrieve_next_token[b, i] = first child of i, -1 for none
             retrieve_next_sibling[b, i] = next node with the parent of i, -1 for none
 
-    A node whose parent was not selected is linked to no parent, so verification cannot reach it. It
-    sees the root and itself.
+    A node whose parent is -1 is linked to none, so verification cannot reach it. It sees the root
+    and itself.
 
     Args:
-        parent_list: [B, P] int64; may be empty where only the root's children were drafted.
-        top_scores_index: [B, N - 1] int64, ascending; 2 <= N <= MAX_DRAFT_TOKENS. A number may
-            occur twice only if it is not in parent_list, as with the fill of `select_nodes`.
+        parent_rows: [B, N - 1] int64, each below its own node; 2 <= N <= MAX_DRAFT_TOKENS.
         seq_lens: [B] int64 or int32, committed tokens.
         tree_mask: at least [B * N * N] bool, written; the layout that SGLang names QLEN_ONLY.
         positions: [B * N] int64, written.
         retrieve_index, retrieve_next_token, retrieve_next_sibling: [B, N] int64, written.
-        topk: K.
         num_steps: D, the largest depth that a node may have.
 
     Raises:
@@ -229,22 +233,13 @@ def build_tree(
     Source: contract of SGLang's `build_tree_kernel_efficient` with a QLEN_ONLY mask.
     """
     links = (retrieve_index, retrieve_next_token, retrieve_next_sibling)
-    contract.check_build_tree(
-        parent_list, top_scores_index, seq_lens, tree_mask, positions, links, topk, num_steps
-    )
-    batch_size, width = top_scores_index.shape[0], top_scores_index.shape[1] + 1
-    device = top_scores_index.device
+    contract.check_build_tree(parent_rows, seq_lens, tree_mask, positions, links, num_steps)
+    batch_size, width = parent_rows.shape[0], parent_rows.shape[1] + 1
+    device = parent_rows.device
     nodes = torch.arange(width, device=device)
 
-    under = proposer_of(top_scores_index, topk)  # [B, N - 1]
-    # One more column, so that gathering from an empty list works.
-    lists = torch.nn.functional.pad(parent_list, (0, 1), value=-1)
-    above = lists.gather(1, under.clamp(max=lists.shape[1] - 1))
-    matches = above.unsqueeze(2) == top_scores_index.unsqueeze(1)  # [B, child, parent]
-    found = matches.any(dim=2) & (under > 0)
-    parent = torch.where(found, matches.to(torch.uint8).argmax(dim=2) + 1, 0)
-    parent = torch.nn.functional.pad(parent, (1, 0))  # [B, N]
-    linked = torch.nn.functional.pad(found | (under == 0), (1, 0))
+    parent = torch.nn.functional.pad(parent_rows.clamp(min=0), (1, 0))  # [B, N]
+    linked = torch.nn.functional.pad(parent_rows >= 0, (1, 0))
 
     is_child = (parent.unsqueeze(1) == nodes.unsqueeze(1)) & linked.unsqueeze(1)  # [B, parent, i]
     first = torch.where(is_child, nodes, width).amin(dim=2)

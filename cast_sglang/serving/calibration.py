@@ -49,14 +49,13 @@ class _Lesson(NamedTuple):
     selection: Selection
     probs: torch.Tensor  # [B, N - 1], the draft's own probabilities given the parent
     kinds: torch.Tensor  # [B], of the requests
-    widths: tuple[int, ...]
     topk: int
     accept_index: torch.Tensor | None = None  # None until the step is verified
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return the tensors of `verify_outcomes`, in its order, and the kinds."""
         assert self.accept_index is not None
-        nodes = self.selection.parent_list, self.selection.top_scores_index
+        nodes = self.selection.parent_rows, self.selection.top_scores_index
         return *nodes, self.accept_index, self.probs, self.kinds
 
 
@@ -131,7 +130,7 @@ class Calibration:
         if self._num_learned < _MANY or self._num_drafted % TEACH_EVERY == 0:
             probs, topk = self._node_probs(drafted), drafted.tree.topk
             assert self._kinds is not None
-            self._lesson = _Lesson(drafted.selection, probs, self._kinds, drafted.widths, topk)
+            self._lesson = _Lesson(drafted.selection, probs, self._kinds, topk)
         self.seconds += time.perf_counter() - began
 
     def _node_probs(self, drafted: Drafted) -> torch.Tensor:
@@ -164,7 +163,7 @@ class Calibration:
         arrays = iter([tensor.numpy() for tensor in self._read.wait()])
         for lesson in self._lessons:
             parents, nodes, accepted, probs, kinds = islice(arrays, 5)
-            outcome = verify_outcomes(parents, nodes, accepted, probs, lesson.widths, lesson.topk)
+            outcome = verify_outcomes(parents, nodes, accepted, probs, lesson.topk)
             was_collapsed = self.drift.is_collapsed
             if self.drift.update(outcome, kinds):
                 self._report(was_collapsed)

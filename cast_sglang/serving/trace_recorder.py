@@ -29,7 +29,6 @@ from cast_sglang.trace.records import (
     packed,
     tables_digest,
 )
-from cast_sglang.tree import proposer_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -355,12 +354,8 @@ def _target_probs(verified: Verified, drafted: Drafted) -> torch.Tensor:
     """
     sampling_info, num_rows = verified.sampling_info, verified.num_draft_tokens
     logits = verified.logits.view(-1, num_rows, verified.logits.shape[-1])
-    selection, topk = drafted.selection, drafted.tree.topk
-    index = selection.top_scores_index
-    parents = selection.parent_list.gather(1, proposer_of(index, topk))
-    # A node stands in row 1 + its place in the ascending list; -1, the root, comes to row 0.
-    place = torch.searchsorted(index.contiguous(), parents.contiguous())
-    rows = torch.where(parents < 0, 0, place + 1).clamp(max=num_rows - 1)
+    selection = drafted.selection
+    rows = selection.parent_rows.clamp(min=0)  # a row that does not exist is not read
     likeliest = logits.argmax(dim=2).gather(1, rows) == selection.draft_tokens
     if sampling_info.is_all_greedy:
         return likeliest.float()

@@ -71,13 +71,17 @@ def curve_at(acceptance: Acceptance, bucket: int, batch: int) -> AcceptanceCurve
     return acceptance.curve_at((1, 2, 3, 5, 9)[bucket], kinds)
 
 
+def parents(generator: torch.Generator, batch: int, num_candidates: int) -> torch.Tensor:
+    """Draw the parents of all candidates, each the root or any candidate before."""
+    share = torch.rand(batch, num_candidates, generator=generator)
+    return (share * torch.arange(1, num_candidates + 1)).long() - 1
+
+
 class TreeCase(NamedTuple):
     """Arguments of `build_tree` that are read."""
 
-    parent_list: torch.Tensor
-    top_scores_index: torch.Tensor
+    parent_rows: torch.Tensor
     seq_lens: torch.Tensor
-    topk: int
     num_steps: int
 
 
@@ -92,36 +96,35 @@ def tree(
 ) -> TreeCase:
     """Draw trees of the given widths and choose nodes as a step does.
 
-    With kind "orphans" the nodes are drawn at random, so that some lack their parents.
+    With kind "grafted" every node hangs below any one before it, or nowhere.
     """
     num_candidates = topk + topk * sum(widths)
     num_nodes = min(num_draft_tokens - 1, num_candidates)
-    parent_list = torch.full((batch, 1 + topk * len(widths) + is_ragged), -1)
-    index = torch.empty(batch, num_nodes, dtype=torch.int64)
+    seq_lens = torch.randint(1, 100_000, (batch,), generator=generator)
+    if kind == "grafted":
+        any_row = torch.rand(batch, num_nodes, generator=generator) * torch.arange(2, num_nodes + 2)
+        return TreeCase(any_row.long() - 1, seq_lens, num_nodes)
+    parent_rows = torch.full((batch, num_nodes), -1)
     for b in range(batch):
         scores = values(generator, (topk,), kind).sort(descending=True).values.tolist()
-        newest, expanded = range(topk), 1
+        newest, parents = range(topk), [-1] * topk
         for width in widths:
             ranked = sorted(newest, key=lambda node: (-scores[node], node))[:width]
-            parent_list[b, expanded : expanded + width] = torch.tensor(ranked)
-            expanded += width
+            parents += [node for node in ranked for _ in range(topk)]
             newest = range(len(scores), len(scores) + width * topk)
             probs = values(generator, (width, topk), kind).sort(dim=1, descending=True).values
             scores += [
                 scores[p] * q for p, row in zip(ranked, probs.tolist(), strict=True) for q in row
             ]
-        if kind == "orphans":
-            order = torch.randperm(num_candidates, generator=generator).tolist()
-        else:
-            order = sorted(range(num_candidates), key=lambda node: (-scores[node], node))
-        kept = sorted(order[:num_nodes])
-        if is_ragged:
-            # Fewer nodes, and a number that no candidate has in the rest of the row.
-            rows = int(torch.randint(num_nodes + 1, (), generator=generator))
-            kept = sorted(order[:rows]) + [num_candidates] * (num_nodes - rows)
-        index[b] = torch.tensor(kept)
-    seq_lens = torch.randint(1, 100_000, (batch,), generator=generator)
-    return TreeCase(parent_list, index, seq_lens, topk, len(widths) + 1)
+        order = sorted(range(num_candidates), key=lambda node: (-scores[node], node))
+        # Where it is ragged, nothing in the rest of the row.
+        rows = (
+            int(torch.randint(num_nodes + 1, (), generator=generator)) if is_ragged else num_nodes
+        )
+        kept = [-1, *sorted(order[:rows])]
+        for row, node in enumerate(kept[1:]):
+            parent_rows[b, row] = kept.index(parents[node])
+    return TreeCase(parent_rows, seq_lens, len(widths) + 1)
 
 
 class TreeLinks(NamedTuple):

@@ -84,12 +84,19 @@ def test_only_what_there_is_can_be_ranked(shape, num_nodes, message):
 )
 def test_only_ranked_nodes_can_be_selected(tokens, num_draft_tokens, num_rows, message):
     with pytest.raises(ValueError, match=message):
-        check_select_nodes(ints(2, 3), tokens, num_draft_tokens, num_rows)
+        check_select_nodes(ints(2, 3), tokens, ints(2, 3), num_draft_tokens, num_rows)
+
+
+def test_each_candidate_has_a_parent():
+    with pytest.raises(ValueError, match=r"parents must be \(2, 3\), got shape \(2, 4\)"):
+        check_select_nodes(ints(2, 3), ints(2, 3), ints(2, 4), 2, None)
+    with pytest.raises(ValueError, match=r"parents must be 2-d torch.int64"):
+        check_select_nodes(ints(2, 3), ints(2, 3), ints(2, 3).int(), 2, None)
 
 
 def test_the_largest_arguments_are_allowed():
     check_rank_nodes(torch.ones(1, MAX_CANDIDATES), MAX_CANDIDATES)
-    check_select_nodes(ints(2, 3), ints(2, 3), 4, ints(2))
+    check_select_nodes(ints(2, 3), ints(2, 3), ints(2, 3), 4, ints(2))
     # W = K of as many parents; the last candidate of the layer has the largest number there is.
     check_grow_layer(torch.ones(3, 3), torch.ones(9, 3), ints(9, 3), 2**31 - 1 - 9, CURVE)
 
@@ -120,7 +127,7 @@ def test_build_tree_refuses_outputs_that_do_not_fit():
     links = cases.poisoned_links(2, 5)
 
     def check(read=case, written=links):
-        check_build_tree(*read[:3], *written[:2], written[2:], *read[3:])
+        check_build_tree(*read[:2], *written[:2], written[2:], *read[2:])
 
     check()
     check(case._replace(seq_lens=case.seq_lens.int()))
@@ -133,11 +140,10 @@ def test_build_tree_refuses_outputs_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             check(written=links._replace(**change))
     for change, message in (
-        ({"parent_list": ints(1, 4)}, r"parent_list must be \[2, P\] torch.int64"),
+        ({"parent_rows": ints(2, 4).int()}, "parent_rows must be 2-d torch.int64"),
         ({"seq_lens": ints(3)}, r"seq_lens must be \[2\] int"),
-        ({"topk": 0}, "topk must be in 1..16384, got 0"),
         ({"num_steps": 0}, "num_steps must be in 1..16384, got 0"),
-        ({"top_scores_index": ints(2, MAX_DRAFT_TOKENS)}, "num_draft_tokens must be in 2..1024"),
+        ({"parent_rows": ints(2, MAX_DRAFT_TOKENS)}, "num_draft_tokens must be in 2..1024"),
     ):
         with pytest.raises(ValueError, match=message):
             check(case._replace(**change))

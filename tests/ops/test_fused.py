@@ -171,9 +171,10 @@ def test_select_nodes(fused):
     for (batch, m, n), _, generator in kinds(RANKINGS):
         index = torch.stack([torch.randperm(m, generator=generator) for _ in range(batch)])
         tokens = torch.randint(2**40, (batch, m), generator=generator)
+        parents = cases.parents(generator, batch, m)
         rows = torch.randint(1, n + 2, (batch,), generator=generator)
         for num_rows in (None, rows, torch.ones_like(rows)):
-            arguments = (index[:, :n], tokens, n + 1, num_rows)
+            arguments = (index[:, :n], tokens, parents, n + 1, num_rows)
             expected = reference.select_nodes(*arguments)
             assert_same(run(fused.select_nodes, *arguments), expected, (batch, m, n))
     assert launches(fused, "select_nodes") == 3 * len(RANKINGS) >= 60
@@ -193,7 +194,7 @@ def test_list_slots(fused):
 
 
 @compares
-@pytest.mark.parametrize("kind", ["in turn", "orphans", "ragged"])
+@pytest.mark.parametrize("kind", ["in turn", "grafted", "ragged"])
 def test_build_tree(fused, kind):
     for (batch, topk, widths, num_tokens), values, generator in kinds(TREES):
         case = cases.tree(
@@ -202,28 +203,15 @@ def test_build_tree(fused, kind):
         )  # fmt: skip
         if values in ("ties", "mixed"):
             case = case._replace(seq_lens=case.seq_lens.int())
-        expected = cases.poisoned_links(batch, case.top_scores_index.shape[1] + 1)
+        expected = cases.poisoned_links(batch, case.parent_rows.shape[1] + 1)
         ours = cases.TreeLinks(*(part.clone().to(DEVICE) for part in expected))
-        arguments = case.parent_list, case.top_scores_index, case.seq_lens
-        reference.build_tree(*arguments, *expected, topk, case.num_steps)
+        arguments = case.parent_rows, case.seq_lens
+        reference.build_tree(*arguments, *expected, case.num_steps)
         on_device = (part.to(DEVICE) for part in arguments)
-        fused.build_tree(*on_device, *ours, topk, case.num_steps)
+        fused.build_tree(*on_device, *ours, case.num_steps)
         for name, part, theirs in zip(ours._fields, ours, expected, strict=True):
             assert torch.equal(part.cpu(), theirs), (name, batch, topk, widths, num_tokens, kind)
     assert launches(fused, "build_tree") == len(TREES) >= 20
-
-
-@compares
-def test_build_tree_without_a_parent_list(fused):
-    """As SGLang hands it over where only the root's children were drafted; others hang nowhere."""
-    empty = torch.zeros(3, 0, dtype=torch.int64)
-    index = torch.tensor([[0, 2, 3], [1, 2, 9], [0, 8, 9]])
-    seq_lens = torch.tensor([4, 0, 9])
-    expected = cases.poisoned_links(3, 4)
-    ours = cases.TreeLinks(*(part.clone().to(DEVICE) for part in expected))
-    reference.build_tree(empty, index, seq_lens, *expected, 4, 1)
-    fused.build_tree(empty.to(DEVICE), index.to(DEVICE), seq_lens.to(DEVICE), *ours, 4, 1)
-    assert_same(run(lambda: tuple(ours)), tuple(expected), "empty")
 
 
 @compares

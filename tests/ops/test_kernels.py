@@ -72,15 +72,17 @@ def rank_nodes(fused, num_candidates=710, num_nodes=63):
     fused.rank_nodes(torch.zeros(2, num_candidates), num_nodes)
 
 
-def select_nodes(fused, is_ragged=True):
-    index, tokens = torch.arange(63).expand(2, 63), torch.zeros(2, 710, dtype=torch.int64)
-    fused.select_nodes(index, tokens, 64, torch.tensor([2, 3]) if is_ragged else None)
+def select_nodes(fused, is_ragged=True, num_nodes=63):
+    index, tokens = torch.arange(num_nodes).expand(2, -1), torch.zeros(2, 710, dtype=torch.int64)
+    parents = cases.parents(generator(), 2, 710)
+    num_rows = torch.tensor([2, 3]) if is_ragged else None
+    fused.select_nodes(index, tokens, parents, num_nodes + 1, num_rows)
 
 
 def build_tree(fused, num_tokens=64, widths=(10,) * 7, seq_len=torch.int64):
     case = cases.tree(generator(), 1, 10, list(widths), num_tokens)
     links = cases.poisoned_links(1, num_tokens)
-    fused.build_tree(*case[:2], case.seq_lens.to(seq_len), *links, 10, case.num_steps)
+    fused.build_tree(case.parent_rows, case.seq_lens.to(seq_len), *links, case.num_steps)
 
 
 def list_slots(fused, slot=torch.int32):
@@ -96,7 +98,7 @@ LAUNCHES = {
         {"width": 16, "topk": 16},
     ],
     "rank_nodes": [{}, {"num_candidates": 5, "num_nodes": 1}, {"num_nodes": 710}],
-    "select_nodes": [{}, {"is_ragged": False}],
+    "select_nodes": [{}, {"is_ragged": False}, {"num_nodes": 1}, {"num_nodes": 130}],
     "list_slots": [{}, {"slot": torch.int64}],
     "build_tree": [
         {},

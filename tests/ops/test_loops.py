@@ -42,14 +42,15 @@ def test_select_nodes():
     for (batch, m, n), _, generator in kinds(RANKINGS):
         index = torch.stack([torch.randperm(m, generator=generator) for _ in range(batch)])
         tokens = torch.randint(2**40, (batch, m), generator=generator)
+        parents = cases.parents(generator, batch, m)
         rows = torch.randint(1, n + 2, (batch,), generator=generator)
         for num_rows in (None, rows, torch.ones_like(rows)):
-            arguments = (index[:, :n], tokens, n + 1, num_rows)
+            arguments = (index[:, :n], tokens, parents, n + 1, num_rows)
             expected = reference.select_nodes(*arguments)
             assert_same(loops.select_nodes(*arguments), expected, (batch, m, n))
 
 
-@pytest.mark.parametrize("kind", ["in turn", "orphans", "ragged"])
+@pytest.mark.parametrize("kind", ["in turn", "grafted", "ragged"])
 def test_build_tree(kind):
     for (batch, topk, widths, num_tokens), values, generator in kinds(TREES):
         case = cases.tree(
@@ -58,23 +59,13 @@ def test_build_tree(kind):
         )  # fmt: skip
         if values in ("ties", "mixed"):
             case = case._replace(seq_lens=case.seq_lens.int())
-        expected = cases.poisoned_links(batch, case.top_scores_index.shape[1] + 1)
+        expected = cases.poisoned_links(batch, case.parent_rows.shape[1] + 1)
         ours = cases.TreeLinks(*(part.clone() for part in expected))
-        arguments = case.parent_list, case.top_scores_index, case.seq_lens
-        reference.build_tree(*arguments, *expected, topk, case.num_steps)
-        loops.build_tree(*arguments, *ours, topk, case.num_steps)
+        arguments = case.parent_rows, case.seq_lens
+        reference.build_tree(*arguments, *expected, case.num_steps)
+        loops.build_tree(*arguments, *ours, case.num_steps)
         for name, part, theirs in zip(ours._fields, ours, expected, strict=True):
             assert torch.equal(part, theirs), (name, batch, topk, widths, num_tokens, kind)
-
-
-def test_build_tree_without_a_parent_list():
-    empty = torch.zeros(3, 0, dtype=torch.int64)
-    index = torch.tensor([[0, 2, 3], [1, 2, 9], [0, 8, 9]])
-    expected = cases.poisoned_links(3, 4)
-    ours = cases.TreeLinks(*(part.clone() for part in expected))
-    for ops, links in ((reference, expected), (loops, ours)):
-        ops.build_tree(empty, index, torch.tensor([4, 0, 9]), *links, 4, 1)
-    assert_same(tuple(ours), tuple(expected), "empty")
 
 
 def test_misuse_is_refused():

@@ -109,15 +109,21 @@ def test_select_nodes_is_its_loop(batch, num_candidates, data, seed):
     draw, num_nodes = generator(seed), data.draw(st.integers(1, num_candidates))
     node_index = torch.stack([torch.randperm(num_candidates, generator=draw) for _ in range(batch)])
     tokens = torch.randint(1000, node_index.shape, generator=draw)
+    parents = cases.parents(draw, batch, num_candidates)
     rows = torch.randint(1, num_nodes + 2, (batch,), generator=draw)
     for num_rows in (None, rows):
-        index, draft = reference.select_nodes(node_index, tokens, num_nodes + 1, num_rows)
+        index, draft, above = reference.select_nodes(
+            node_index, tokens, parents, num_nodes + 1, num_rows
+        )
         for b in range(batch):
             kept = num_nodes if num_rows is None else int(num_rows[b]) - 1
             absent = num_nodes - kept
             expected = sorted(node_index[b, :kept].tolist())
             assert index[b].tolist() == expected + [num_candidates] * absent
             assert draft[b].tolist() == [int(tokens[b, i]) for i in expected] + [0] * absent
+            rows_of = {-1: 0} | {node: row for row, node in enumerate(expected, 1)}
+            found = [rows_of.get(int(parents[b, i]), -1) for i in expected]
+            assert above[b].tolist() == found + [-1] * absent
 
 
 @settings(max_examples=80, deadline=None)
@@ -126,24 +132,21 @@ def test_select_nodes_is_its_loop(batch, num_candidates, data, seed):
     st.integers(1, 5),
     st.lists(st.integers(1, 5), max_size=4),
     st.integers(2, 24),
-    st.sampled_from([*cases.KINDS, "orphans", "ragged"]),
+    st.sampled_from([*cases.KINDS, "grafted", "ragged"]),
     seeds,
 )
 def test_build_tree_is_its_loop(batch, topk, widths, num_tokens, kind, seed):
     widths = [min(width, topk) for width in widths]
     case = cases.tree(generator(seed), batch, topk, widths, num_tokens, kind, kind == "ragged")
-    n = case.top_scores_index.shape[1] + 1
+    n = case.parent_rows.shape[1] + 1
     links = cases.poisoned_links(batch, n)
     beyond = links.tree_mask[batch * n * n :].clone()
-    reference.build_tree(*case[:3], *links, topk, case.num_steps)
+    reference.build_tree(*case[:2], *links, case.num_steps)
     assert torch.equal(links.tree_mask[batch * n * n :], beyond)
     mask = links.tree_mask[: batch * n * n].view(batch, n, n)
     for b in range(batch):
-        chosen = case.top_scores_index[b].tolist()
-        parents: list[int | None] = [None]  # None for what hangs below no node
-        for c in chosen:
-            above = -1 if c < topk else int(case.parent_list[b, c // topk])
-            parents.append(0 if c < topk else chosen.index(above) + 1 if above in chosen else None)
+        # None for what hangs below no node.
+        parents = [None, *(None if p < 0 else p for p in case.parent_rows[b].tolist())]
         children: list[list[int]] = [[] for _ in range(n)]
         for node in range(1, n):
             if parents[node] is not None:
@@ -196,10 +199,10 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="num_nodes must be in 1..3, got 0"):
         reference.rank_nodes(torch.ones(2, 3), 0)
     with pytest.raises(ValueError, match="tokens must have 2 rows"):
-        reference.select_nodes(ints(2, 3), ints(1, 3), 2)
+        reference.select_nodes(ints(2, 3), ints(1, 3), ints(1, 3), 2)
     case, links = cases.tree(generator(0), 2, 3, [2], 5), cases.poisoned_links(2, 5)
     with pytest.raises(ValueError, match="tree_mask must be 1-d torch.bool of 50 cells"):
-        reference.build_tree(*case[:3], *links._replace(tree_mask=links.tree_mask[:49]), 3, 2)
+        reference.build_tree(*case[:2], *links._replace(tree_mask=links.tree_mask[:49]), 2)
 
 
 @pytest.mark.parametrize("name", ["__init__", "contract", "reference", "fused", "kernels"])

@@ -19,18 +19,16 @@ def random_selection(seed: int, batch: int, topk: int, layers: int, size: int):
     tree = DraftTree(tokens, probs, layers, reference)
     parents = torch.full((batch, topk), -1)
     depths = [1] * topk
-    widths = []
     while tree.num_layers < layers:
         frontier = tree.frontier()
         width = int(rand(1) * topk) + 1
-        widths.append(width)
         probs = rand(batch * width, topk).sort(dim=1, descending=True).values
         tree.grow(frontier, width, tokens.repeat_interleave(width, 0), probs)
         kept = frontier.node_index[:, :width].repeat_interleave(topk, dim=1)
         parents = torch.cat((parents, kept), dim=1)
         depths += [tree.num_layers] * (width * topk)
     size = min(size, tree.num_candidates + 1)
-    return tree.select(tree.ranked(size - 1), size), widths, parents, depths
+    return tree.select(tree.ranked(size - 1), size), parents, depths
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,7 +40,7 @@ def random_selection(seed: int, batch: int, topk: int, layers: int, size: int):
     size=st.integers(2, 24),
 )
 def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
-    selection, widths, parents, depths = random_selection(seed, batch, topk, layers, size)
+    selection, parents, depths = random_selection(seed, batch, topk, layers, size)
     index = selection.top_scores_index
     size = index.shape[1] + 1
     rng = np.random.default_rng(seed)
@@ -78,11 +76,10 @@ def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
             ]
         )
     outcomes = verify_outcomes(
-        selection.parent_list.numpy(),
+        selection.parent_rows.numpy(),
         index.numpy(),
         accept_index,
         probs[index.numpy()],
-        widths,
         topk,
     )
     for name in ("depths", "is_tried", "accepted"):

@@ -223,7 +223,7 @@ def drafted(
     size, num_rows = decider.rows(ranked.scores)
     mean_rows = size if num_rows is None else float(num_rows.mean())
     selection = tree.select(ranked, size, None if num_rows is None else torch.from_numpy(num_rows))
-    index, parents = selection.top_scores_index.numpy(), selection.parent_list.numpy()
+    index, parents = selection.top_scores_index.numpy(), tree.parents.numpy()
 
     # Walk all requests down at once: at each layer the target picks a child, or none.
     true_probs = np.concatenate(true, axis=1)
@@ -237,7 +237,7 @@ def drafted(
     for depth, layer_probs in enumerate(true, 1):
         candidates = np.arange(start, start + layer_probs.shape[1])
         start += layer_probs.shape[1]
-        above = parents[:, candidates // topk]
+        above = parents[:, candidates]
         up = np.where(above < 0, 1.0, np.take_along_axis(paths, np.maximum(above, 0), axis=1))
         paths[:, candidates] = up * layer_probs
         is_child = above == at[:, None]
@@ -254,7 +254,8 @@ def drafted(
     if acceptance is not None:
         candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
         verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
-        seen = verify_outcomes(parents, index, accept_index, verified, widths, topk)
+        rows_above = selection.parent_rows.numpy()
+        seen = verify_outcomes(rows_above, index, accept_index, verified, topk)
         acceptance.update(seen, text.kinds)
     rows = min(tree.num_layers, size - 1) + 1
     return Drafted(expected, float(lens.mean()) - 1.0, widths, mean_rows, rows)

@@ -19,7 +19,7 @@ from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
     EAGLEDraftExtendCudaGraphRunner,
 )
 from sglang.srt.speculative.eagle_info import EagleDraftInput
-from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input, prepare_for_draft
+from sglang.srt.speculative.eagle_worker_common import prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from cast_sglang.config import CastConfig
@@ -30,6 +30,7 @@ from cast_sglang.serving.drafting.draws import Draws, cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.drafting.model import DraftModel
+from cast_sglang.serving.drafting.verify_input import build_verify_input
 from cast_sglang.serving.graphs.passes import capture_extend
 from cast_sglang.serving.host_patches.passes import extend_rows, last_rows_only, packed_pass
 from cast_sglang.serving.row_packing import (
@@ -200,22 +201,17 @@ class CastDraftWorker(EagleDraftWorker):
         if tools.recorder is not None:
             tools.recorder.on_drafted(drafted)
         self.last_shape = DraftShape(widths, num_draft_tokens, num_rows)
-        verify_input = build_eagle_verify_input(
+        verify_input = build_verify_input(
             batch,
-            draft_input,
-            selection.parent_list,
-            selection.top_scores_index,
+            selection.parent_rows,
             selection.draft_tokens,
-            None,
-            target_worker=self.target_worker,
+            # The longest accepted path: no deeper than the tree, no longer than its nodes.
+            min(num_layers, num_draft_tokens - 1),
             topk=self.topk,
-            num_steps=tree.num_layers,
-            num_draft_tokens=num_draft_tokens,
+            target_worker=self.target_worker,
             tree_mask_mode=self.tree_mask_mode,
             device=self.device,
         )
-        # The longest accepted path: no deeper than the tree, no longer than its nodes.
-        verify_input.spec_steps = min(num_layers, num_draft_tokens - 1)
         verify_input.num_rows, verify_input.rows_with_nodes = num_rows, rows_with_nodes
         verify_input.drawn = tools.draws.drawn(selection)
         if verify_input.drawn is not None and rows is None:

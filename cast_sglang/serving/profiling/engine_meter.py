@@ -18,6 +18,7 @@ import torch
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.drafting.verify_input import build_verify_input
 from cast_sglang.serving.profiling.batches import Rows, SmallTree
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.tree import Frontier
@@ -222,30 +223,17 @@ class EngineMeter:
         Args:
             depth: nodes of the longest path that can be accepted.
         """
-        from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
-
         worker, draft = self.worker, self.worker.draft_worker
         if rows == 1:
             return worker._build_trivial_verify_input(batch)
-        batch_size, topk = len(batch.reqs), worker.topk
-        # Candidate number k * topk is the first child of expanded node k.
-        index = torch.arange(rows - 1, device=worker.device) * topk
-        parents = torch.cat((index.new_full((1,), -1), index[:-1]))
-        verify_input = build_eagle_verify_input(
+        parent_rows = torch.arange(rows - 1, device=worker.device).repeat(len(batch.reqs), 1)
+        return build_verify_input(
             batch,
-            batch.spec_info,
-            torch.nn.functional.pad(
-                parents, (0, max(0, 1 + topk * (rows - 1) - len(parents)))
-            ).repeat(batch_size, 1),
-            index.repeat(batch_size, 1),
-            torch.ones((batch_size, rows - 1), dtype=torch.int64, device=worker.device),
-            None,
+            parent_rows,
+            torch.ones_like(parent_rows),
+            depth,
+            topk=worker.topk,
             target_worker=worker.target_worker,
-            topk=topk,
-            num_steps=rows,
-            num_draft_tokens=rows,
             tree_mask_mode=draft.tree_mask_mode,
             device=worker.device,
         )
-        verify_input.spec_steps = depth
-        return verify_input

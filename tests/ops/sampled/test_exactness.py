@@ -129,9 +129,9 @@ class Step:
         selection = tree.select(ranked, size, torch.from_numpy(num_rows))
         links = [torch.zeros((1, size), dtype=torch.int64) for _ in range(3)]
         tree_reference.build_tree(
-            selection.parent_list, selection.top_scores_index, torch.tensor([9]),
+            selection.parent_rows, torch.tensor([9]),
             torch.zeros(size * size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64),
-            *links, topk, self.max_layers,
+            *links, self.max_layers,
         )  # fmt: skip
         index = selection.top_scores_index
         texts = [(), *(paths.get(node, ()) for node in index[0].tolist())]

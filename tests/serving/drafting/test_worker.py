@@ -7,6 +7,7 @@ import pytest
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.speculative import eagle_worker_common
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
@@ -233,7 +234,7 @@ def built(monkeypatch):
     calls = []
 
     def build(batch, draft_input, parents, index, tokens, probs, **sizes):
-        calls.append(SimpleNamespace(parents=parents, index=index, tokens=tokens, **sizes))
+        calls.append(SimpleNamespace(parents=parents, numbers=index, tokens=tokens, **sizes))
         links = torch.tensor([[1, -1], [1, -1]])
         # The second request has siblings, the first one has none.
         siblings = torch.tensor([[-1, -1], [-1, 2]])[: len(tokens)]
@@ -241,7 +242,7 @@ def built(monkeypatch):
             retrieve_next_token=links[: len(tokens)], retrieve_next_sibling=siblings
         )
 
-    monkeypatch.setattr(module, "build_eagle_verify_input", build)
+    monkeypatch.setattr(eagle_worker_common, "build_eagle_verify_input", build)
     monkeypatch.setattr(
         module,
         "prepare_for_draft",
@@ -260,11 +261,13 @@ def test_a_step_verifies_what_was_decided(built, num_layers, num_rows, longest):
     verify_input = worker.draft(batch)
     [seen] = built
     assert seen.num_draft_tokens == num_rows and seen.tokens.shape == (2, num_rows - 1)
-    # The tree builder is told of the whole tree, and of the longest path that can be accepted.
-    assert seen.num_steps == 4 and verify_input.spec_steps == longest
+    assert verify_input.topk == TOPK and verify_input.spec_steps == longest
     # Layers that do not stay have no node among those that are verified.
-    num_candidates = TOPK * (1 + sum([3, 1, 2][: num_layers - 1]))
-    assert (seen.index < num_candidates).all()
+    rows = [-1] + [int(n) // num_rows for n in seen.numbers[0]]
+    depths = [0]
+    for row in rows[1:]:
+        depths.append(depths[row] + 1)
+    assert max(depths) <= num_layers
     shape = worker.last_shape
     assert shape == ((3, 1, 2)[: num_layers - 1], num_rows, None)
     assert not verify_input.is_path and verify_input.num_rows is None
@@ -331,7 +334,8 @@ def test_nothing_waits_to_leave_out_requests_that_want_no_drafts(monkeypatch):
     worker, batch = make_worker(decider_of(Verifies([], 1, 3))), batch_of([3, 5], [10, 20])
     worker.device, worker.tools.weights = DEVICE, np.array([0.0, 1.0])
     links = torch.empty(2, 3, dtype=torch.int64, device=DEVICE)
-    selection = SimpleNamespace(parent_list=0, top_scores_index=0, draft_tokens=0)
+    rows = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    selection = SimpleNamespace(parent_rows=rows, top_scores_index=0, draft_tokens=0)
     tree = SimpleNamespace(
         num_layers=1,
         ranked=lambda most, layers: SimpleNamespace(scores=torch.rand(2, 4)),
@@ -340,7 +344,7 @@ def test_nothing_waits_to_leave_out_requests_that_want_no_drafts(monkeypatch):
     monkeypatch.setattr(module, "grow_tree", lambda growth: (tree, ()))
     monkeypatch.setattr(module, "prepare_for_draft", lambda *args: (None, None, None))
     monkeypatch.setattr(
-        module,
+        eagle_worker_common,
         "build_eagle_verify_input",
         lambda *args, **sizes: SimpleNamespace(
             retrieve_next_token=links, retrieve_next_sibling=links

@@ -87,13 +87,14 @@ def test_verify_is_timed_over_a_line_of_nodes(worker, clock, monkeypatch, rows):
     [(batch,)] = seen
     assert batch.seq_lens.tolist() == [10, 10] and batch.spec_info.spec_steps == rows - 1
     [(parents, index, tokens, sizes)] = built
-    assert sizes["num_draft_tokens"] == sizes["num_steps"] == rows
+    assert sizes["num_draft_tokens"] == sizes["topk"] == rows
+    assert batch.spec_info.topk == TOPK
     assert tokens.shape == index.shape == (2, rows - 1)
     # In SGLang's own builder each node hangs below the one before it.
     mask = torch.zeros(2 * rows * rows, dtype=torch.bool)
     positions = torch.zeros(2 * rows, dtype=torch.int64)
     links = torch.full((3, 2, rows), -1)
-    modes = TOPK, sizes["num_steps"], rows, TreeMaskMode.QLEN_ONLY
+    modes = sizes["topk"], sizes["num_steps"], rows, TreeMaskMode.QLEN_ONLY
     build_tree(parents, index, batch.seq_lens, mask, positions, *links, *modes)
     line = torch.ones(rows, rows, dtype=torch.bool).tril()
     assert torch.equal(mask.view(2, rows, rows), line.expand(2, -1, -1))
