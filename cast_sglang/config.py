@@ -96,6 +96,10 @@ def _price(default: float, role: str) -> Any:
     return _knob(default, "number", help, low=0, high=1e6)
 
 
+def _on_off(default: str, help: str) -> Any:
+    return _knob(default, "choice", help, choices=("on", "off"))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class CastConfig:
     """The settings of one server; immutable, and checked when constructed.
@@ -128,11 +132,8 @@ class CastConfig:
         "sizes",
         "allowed numbers of verified tokens per request, root included; auto derives them",
     )
-    calibration: str = _knob(
-        "on",
-        "choice",
-        "policy auto: learn how far the draft's probabilities can be trusted",
-        choices=("on", "off"),
+    calibration: str = _on_off(
+        "on", "policy auto: learn how far the draft's probabilities can be trusted"
     )
     calibration_file: str = _knob(
         "auto",
@@ -140,19 +141,18 @@ class CastConfig:
         "file that keeps what serving learned for the next start; auto for one of this device and "
         "pair in the user's cache, or none",
     )
-    draws: str = _knob(
+    draws: str = _on_off(
         "on",
-        "choice",
         "policy auto: draw the drafts of requests that sample at random, rather than propose the "
         "draft's likeliest tokens",
-        choices=("on", "off"),
     )
-    joint_budget: str = _knob(
+    copying: str = _on_off(
+        "off", "policy auto: propose again what followed the same tokens earlier in a request"
+    )
+    joint_budget: str = _on_off(
         "off",
-        "choice",
         "policy auto: rank the nodes of all requests together, where the attention backend runs "
         "requests of unequal sizes",
-        choices=("on", "off"),
     )
     lookup: str = _knob(
         "linear",
@@ -160,9 +160,7 @@ class CastConfig:
         "cost between grid points: linear, or nearest (the paper's select)",
         choices=LOOKUPS,
     )
-    residuals: str = _knob(
-        "on", "choice", "correct the tables by what serving measures", choices=("on", "off")
-    )
+    residuals: str = _on_off("on", "correct the tables by what serving measures")
     graphs: str = _knob(
         "all",
         "choice",
@@ -199,6 +197,8 @@ class CastConfig:
             )
         if self.trace_full and self.trace == "none":
             raise ConfigError("trace_full=True: there is no trace; name one with --cast-trace FILE")
+        if self.trace != "none" and self.copying == "on":
+            raise ConfigError("trace: it does not hold what is copied; use --cast-copying off")
 
     @classmethod
     def load(

@@ -130,6 +130,7 @@ class DraftTree:
         self._kept: list[tuple[torch.Tensor, int]] = []
         self._ops = ops
         self._num_candidates = self.topk
+        self._grafted: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, parents
         # The draft's probabilities are sorted, calibrated ones need not be.
         grown = ops.grow_layer(probs.new_ones(len(probs), 1), probs, tokens, 0, curve)
         self._frontier = grown.frontier
@@ -159,25 +160,32 @@ class DraftTree:
 
     @property
     def num_candidates(self) -> int:
-        """M, candidates per request in all layers."""
+        """M, candidates per request in all layers, and those that were grafted."""
         return self._num_candidates
 
     @property
     def tokens(self) -> torch.Tensor:
         """[B, M] int64, the token of each candidate."""
-        return torch.cat([tokens.view(len(self._tokens[0]), -1) for tokens in self._tokens], dim=1)
+        drafted = [tokens.view(len(self._tokens[0]), -1) for tokens in self._tokens]
+        return torch.cat(drafted + [tokens for tokens, _ in self._grafted], dim=1)
 
     @property
     def parents(self) -> torch.Tensor:
         """[B, M] int64, the candidate number of each candidate's parent, -1 for the root."""
         proposers = self._tokens[0].new_full((len(self._tokens[0]), 1), -1)
         proposers = torch.cat([proposers, *self.expanded], dim=1)
-        return proposers.repeat_interleave(self.topk, dim=1)
+        drafted = proposers.repeat_interleave(self.topk, dim=1)
+        return torch.cat([drafted, *(parents for _, parents in self._grafted)], dim=1)
 
     @property
     def scores(self) -> torch.Tensor:
         """[B, M] float32, the score of each candidate."""
         return torch.cat(self._scores, dim=1)
+
+    @property
+    def newest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [B * W, K], scores [B, W * K] and best candidates [B, K] of the newest layer."""
+        return self._tokens[-1], self._scores[-1], self._frontier.node_index
 
     @property
     def expanded(self) -> list[torch.Tensor]:
@@ -227,6 +235,37 @@ class DraftTree:
         self._frontier = grown.frontier
         return grown.probs
 
+    def graft(
+        self,
+        scores: torch.Tensor,
+        parents: torch.Tensor,
+        tokens: torch.Tensor,
+        grafted_scores: torch.Tensor,
+    ) -> None:
+        """Add candidates that no draft model proposed; no layer can be grown behind them.
+
+        Args:
+            scores: [B, M] float32, in place of those of all candidates so far.
+            parents: [B, n] int64, candidate numbers, -1 for the root, each lower than the number of
+                its child; the n new ones follow the M so far.
+            tokens: [B, n] int64.
+            grafted_scores: [B, n] float32, none above the parent's.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        shape = len(self._tokens[0]), self._num_candidates
+        if scores.shape != shape or not parents.shape == tokens.shape == grafted_scores.shape:
+            raise ValueError(
+                f"scores must be {list(shape)}, and parents, tokens and grafted_scores of one "
+                f"shape, got {tuple(scores.shape)}, {tuple(parents.shape)}, "
+                f"{tuple(tokens.shape)} and {tuple(grafted_scores.shape)}"
+            )
+        self._scores = [scores, grafted_scores]
+        self._grafted = [*self._grafted, (tokens, parents)]
+        self._num_candidates += tokens.shape[1]
+        self.max_layers = self.num_layers
+
     def ranked(self, num_nodes: int, num_layers: int | None = None) -> RankedNodes:
         """Rank all candidates; return each request's best `num_nodes`, or all if there are fewer.
 
@@ -234,8 +273,10 @@ class DraftTree:
         probability 1 could displace its own parent, and the best nodes would not form a tree.
 
         Args:
-            num_layers: rank only the candidates of the first layers; None for all.
+            num_layers: rank only the candidates of the first layers; None for all. A tree with
+                grafts keeps all its layers.
         """
+        num_layers = None if self._grafted else num_layers
         scores = torch.cat(self._scores[:num_layers], dim=1)
         return self._ops.rank_nodes(scores, min(num_nodes, scores.shape[1]))
 

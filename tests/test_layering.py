@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "ops": "tree",
     "costs": "ops config",
     "policy": "costs ops tree config",
+    "copying": "policy ops",
     "profiling": "costs",
     "trace": "policy costs ops tree config",
     "report": "trace costs tree config",
     "cpu": "ops",
-    "serving": "policy profiling trace cpu costs ops tree config",
+    "serving": "copying policy profiling trace cpu costs ops tree config",
     "cli": "__init__ serving report trace profiling policy costs ops tree config",
 }
 # Of the trace the server writes records, and nothing else.
@@ -41,7 +42,7 @@ SERVING_FLOORS = (
     "drafting",
     "learned",
     "graphs served_costs",
-    "host_patches trace_recorder calibration",
+    "host_patches trace_recorder calibration copies",
     "weight_updates",
     "step",
     "launch requests pass_clock host_reads row_packing stats",

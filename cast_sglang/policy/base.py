@@ -79,6 +79,20 @@ class TreePolicy(ABC):
         """
         return
 
+    def stand(self, best: torch.Tensor, left: torch.Tensor) -> None:
+        """Show the policy the tree with what was copied into it, before the layer's `breadth`.
+
+        Args:
+            best: [B, n] float32, scores of the tree's best candidates, descending.
+            left: [B, K] float32, of the score of each of the newest layer's best nodes, in the
+                order of `breadth`, what copies leave to the children that the draft proposes.
+        """
+        return
+
+    def least_score(self, batch_size: int, costs: Costs | None) -> float:
+        """Return the score of a node that is worth a row of verify in the mean; 0 if unknown."""
+        return 0.0
+
     @abstractmethod
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Return W, how many of a layer's best nodes to keep; called once per grown layer.

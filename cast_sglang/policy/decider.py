@@ -125,6 +125,11 @@ class Decider:
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
 
+    def least_score(self) -> float:
+        """Return the score below which no copy is looked for in this step."""
+        facts = self._step()
+        return self.policy.least_score(facts.batch_size, facts.costs)
+
     def settlement(self) -> tuple[float, int]:
         """Return the least score and the most nodes that a drawn request verifies in this step."""
         facts = self._step()
@@ -135,16 +140,21 @@ class Decider:
                 most = min(most, self.verify_graphs.at(bucket)[-1])
         return self._cut, max(2, most) - 1
 
-    def width(self, scores: torch.Tensor) -> int | None:
+    def width(
+        self, scores: torch.Tensor, with_copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> int | None:
         """Return how many of the newest layer's best nodes are expanded; None for no more layer.
 
         Args:
             scores: [B, K] float32 on the host, the layer's best candidates, descending.
+            with_copies: arguments of `TreePolicy.stand`; None where nothing is copied.
         """
         facts = self._step()
         if self._num_layers == facts.max_layers:
             return None
         began = time.perf_counter()
+        if with_copies is not None:
+            self.policy.stand(*with_copies)
         width = self.policy.breadth(scores, facts.costs)
         grows = self.policy.deepen()
         if grows:

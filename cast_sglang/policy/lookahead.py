@@ -110,6 +110,7 @@ class Lookahead:
         price: float,
         max_layers: int,
         shares_out: bool = False,
+        standing: np.ndarray | None = None,
     ) -> tuple[int, float]:
         """Add a layer to the tree; return how many of its nodes to expand, and the gain of that.
 
@@ -130,9 +131,15 @@ class Lookahead:
             price: accepted tokens asked per unit of time.
             max_layers: how many more layers the tree may get.
             shares_out: one budget of verified rows is shared out among the requests.
+            standing: [B, n] float32, descending, the best nodes of the tree with this layer and
+                with what else is in it; None for the layers alone. `scores` are then what the nodes
+                are worth for their children, in any order.
         """
+        if standing is not None:
+            count = min(standing.shape[1], self._max_nodes)
+            self._best[:, :count] = standing[:, :count]
         ahead = min(MAX_AHEAD, max_layers, len(self._means) - depth)
-        cut = verify, growth, price, ahead, shares_out
+        cut = verify, growth, price, ahead, shares_out, standing is None
         width, gain = _best_width(self._means[depth:], self._best, scores, *cut)
         return int(width), float(gain)
 
@@ -176,7 +183,7 @@ def _best_cut(best: np.ndarray, verify: np.ndarray, price: float, shares_out: bo
     return select_count(best[:, : len(verify) - 1], verify[1:], price)[1]
 
 
-@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f4[:], f4[:], f8, i8, b1)")
+@compiled("Tuple((i8, f8))(f8[:, :], f4[:, :], f4[:, :], f4[:], f4[:], f8, i8, b1, b1)")
 def _best_width(
     children: np.ndarray,
     tree: np.ndarray,
@@ -186,8 +193,9 @@ def _best_width(
     price: float,
     ahead: int,
     shares_out: bool,
+    is_new: bool,
 ) -> tuple[int, float]:
-    """Do the work of `Lookahead.best_width`, which adds the layer to the tree.
+    """Do the work of `Lookahead.best_width`, which adds the layer to the tree if it is new there.
 
     Args:
         children: [>= ahead, K], mean children of a node of this layer, of the next, and so on.
@@ -195,7 +203,7 @@ def _best_width(
     """
     batch_size, topk = scores.shape
     for request in range(batch_size):
-        for k in range(topk):
+        for k in range(topk if is_new else 0):
             if not _insert(tree[request], scores[request, k]):
                 break
     stands = _best_cut(tree, verify, price, shares_out)

@@ -140,8 +140,9 @@ class Calibration:
         """
         index = drafted.selection.top_scores_index
         layers = [probs.view(len(index), -1) for probs in self._probs]
-        # The candidate that does not exist has no probability either.
-        layers.append(layers[0].new_full((len(index), 1), torch.nan))
+        # What was grafted has no probability, nor has the candidate that does not exist.
+        others = 1 + drafted.tree.num_candidates - sum(layer.shape[1] for layer in layers)
+        layers.append(layers[0].new_full((len(index), others), torch.nan))
         probs = torch.cat(layers, dim=1).gather(1, index)
         if drafted.wants_drafts is not None:
             # The nodes of the other requests cannot be accepted.

@@ -25,6 +25,7 @@ class DraftShape(NamedTuple):
     widths: tuple[int, ...]  # nodes expanded per request in each layer below the root
     num_draft_tokens: int  # N, nodes verified per request, root included
     num_rows: np.ndarray | None  # [B], of each request where they differ; at most N
+    depth: int  # of the deepest node that may be accepted
 
     @property
     def mean_rows(self) -> float:
@@ -32,7 +33,7 @@ class DraftShape(NamedTuple):
         return float(self.num_draft_tokens if self.num_rows is None else self.num_rows.mean())
 
 
-PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None)
+PLAIN_SHAPE = DraftShape(widths=(), num_draft_tokens=1, num_rows=None, depth=0)
 
 
 class Drafted(NamedTuple):

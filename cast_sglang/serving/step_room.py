@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from cast_sglang.costs.limits import Limits
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
@@ -54,6 +56,17 @@ class Envelope:
         self._max_layers, self._topk, self._max_rows = max_layers, topk, max_rows
         self._max_tokens = most_tokens(max_layers, max_rows)
         self._tokens_left = 0  # lower bound for the request that may still get most
+
+    def limits(self, max_batch_size: int, max_context: int) -> Limits:
+        """Return the largest shapes of one pass in trees of this envelope."""
+        return Limits(
+            max_batch_size=max_batch_size,
+            max_context=max_context,
+            max_verify_rows=self._max_rows,
+            max_width=self._topk,
+            # No accepted path is longer than the tree is deep, the bonus token added.
+            max_extend_rows=min(self._max_layers + 1, self._max_rows),
+        )
 
     @property
     def whole(self) -> StepRoom:

@@ -26,9 +26,11 @@ from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.calibration import Calibration
+from cast_sglang.serving.copies import Copies
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.draws import Draws, draws_children
-from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
+from cast_sglang.serving.drafting.tools import StepTools
+from cast_sglang.serving.drafting.worker import CastDraftWorker
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
@@ -112,12 +114,10 @@ class CastWorker(EAGLEWorkerV2):
 
     def _make_tools(self, plan: GraphPlan | None) -> StepTools:
         draft, config = self._draft_worker, self.config
-        runners = (self.target_worker.model_runner, draft.draft_runner)
-        is_ragged = all(can_pack_rows(runner) for runner in runners)
+        is_ragged = all(map(can_pack_rows, (self.target_worker.model_runner, draft.draft_runner)))
         shares_out = is_ragged and config.joint_budget == "on"
         # As many rows as verify may have, so that catching up fits wherever verify does.
-        num_slots = self.req_to_token_pool.req_to_token.shape[0]
-        backlog = Backlog(num_slots, self.max_draft_tokens)
+        backlog = Backlog(len(self.req_to_token_pool.req_to_token), self.max_draft_tokens)
         decider = Decider(
             self._build_policy(is_ragged),
             max_missing=backlog.capacity,
@@ -155,6 +155,7 @@ class CastWorker(EAGLEWorkerV2):
             verify_sizes=self._verify_sizes,
             room=self._envelope.whole,
             draws=Draws(self.device, self.target_worker.random_seed, self.topk),
+            copies=Copies.of(config, self, self._verify_sizes[-1] - 1),
         )
 
     @property
@@ -166,14 +167,8 @@ class CastWorker(EAGLEWorkerV2):
     @property
     def limits(self) -> Limits:
         """The largest shapes of one pass that this server may have to run."""
-        return Limits(
-            max_batch_size=get_schedule().max_running_requests,
-            max_context=self.target_worker.model_runner.model_config.context_len,
-            max_verify_rows=self.max_draft_tokens,
-            max_width=self.topk,
-            # No accepted path is longer than the tree is deep, the bonus token added.
-            max_extend_rows=min(self.speculative_num_steps + 1, self.max_draft_tokens),
-        )
+        max_context = self.target_worker.model_runner.model_config.context_len
+        return self._envelope.limits(get_schedule().max_running_requests, max_context)
 
     def use_profile(self, found: FoundProfile) -> None:
         """Decide by this profile's tables from the next step on, and by what was learned of it."""
@@ -209,6 +204,7 @@ class CastWorker(EAGLEWorkerV2):
         return {
             **self.cast_stats.snapshot(),
             **self.costs.state(),
+            **({} if self.tools.copies is None else self.tools.copies.state()),
             "prices": policy.state() if isinstance(policy, AutoPolicy) else [],
             "reliability": [row._asdict() for row in rows],
         }
@@ -262,7 +258,8 @@ class CastWorker(EAGLEWorkerV2):
             self.clock.end_step()
         began = time.perf_counter()
         shape = draft.last_shape if plan.drafts else PLAIN_SHAPE
-        tree_seconds = decider.seconds + (self.calibration.seconds if self.calibration else 0.0)
+        learners = (self.calibration, tools.copies if plan.drafts else None)
+        tree_seconds = decider.seconds + sum(part.seconds for part in learners if part is not None)
         num_layers = len(shape.widths) + plan.drafts
         passes = shape.widths, shape.mean_rows, draft.last_extend_rows
         times = costs.step_times(*passes, plan.catch_up)
@@ -288,7 +285,7 @@ class CastWorker(EAGLEWorkerV2):
                 num_layers=num_layers,
                 unit_us=times.unit_us,
                 follows_decode=not self._prefill_since_step,
-                max_tokens=min(len(shape.widths) + 1, shape.num_draft_tokens - 1) + 1,
+                max_tokens=shape.depth + 1,
             )
         )
         policy_seconds += tree_seconds + time.perf_counter() - began
@@ -357,6 +354,8 @@ class CastWorker(EAGLEWorkerV2):
             )
             if self.calibration is not None and rows > 1:
                 self.calibration.on_verified(verified)
+            if self.tools.copies is not None:
+                self.tools.copies.on_verified(batch.reqs, verified)
             if self.tools.recorder is not None:
                 self.tools.recorder.on_verified(verified)
             return result
@@ -366,8 +365,9 @@ class CastWorker(EAGLEWorkerV2):
     def discard_pending_steps(self) -> None:
         """Forget steps whose results will not come, as those of a profile's synthetic batches."""
         self._pending.clear()
-        if self.tools.recorder is not None:
-            self.tools.recorder.discard()
+        for keeper in (self.tools.copies, self.tools.recorder):
+            if keeper is not None:
+                keeper.discard()
 
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0

@@ -65,6 +65,7 @@ def arguments(function, rng, batch, n):
             2.0,
             1 + batch % 3,
             shares_out,
+            bool(flags[1, 0, 0]),
         ),
         "select_count": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 2.0),
         "pooled": (best_scores(rng, batch, n), np.sort(floats(rng, 1 + n // 2))),

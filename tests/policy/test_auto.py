@@ -62,6 +62,20 @@ def test_without_the_hook_the_roots_children_stand_for_all():
             policy.rerank(torch.tensor(scores), cheap)
 
 
+def test_no_layer_is_grown_where_copies_promise_the_same_for_nothing():
+    scores, cheap = torch.tensor([[0.9, 0.05]]), costs(draft=[0.05] * 2)
+    copied = torch.tensor([[0.9, 0.85, 0.8, 0.75, 0.05, 0.0, 0.0]])
+    for left, grows in (([[0.9 * 0.04, 0.05]], False), ([[0.9, 0.05]], True)):
+        policy = priced(AutoPolicy((2, 8), 8), 2.0)
+        for _ in range(2):  # what is copied tells nothing of what the draft will propose
+            assert bool(grow(policy, scores, cheap))
+            policy.rerank(scores, cheap)
+        policy.stand(copied, torch.tensor(left))
+        assert bool(grow(policy, scores, cheap)) is grows
+        policy.rerank(copied, cheap)
+        assert bool(grow(policy, scores, cheap))  # the next step has no copies
+
+
 # --- The price ---
 
 

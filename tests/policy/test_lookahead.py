@@ -102,3 +102,39 @@ def test_lookahead_forgets():
     lookahead.begin_tree(1)
     gain = lookahead.best_width(0, roots, free, growth, 1.0, 1)[1]
     assert gain == pytest.approx(0.1, abs=0.02)
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=st.integers(1, 3), seed=st.integers(0, 2**31), price=st.sampled_from([0.2, 1.0, 3.0]))
+def test_a_tree_with_copies_is_what_stands(batch, seed, price):
+    """Whatever its nodes came from; and what copies leave of a node is all that grows below it."""
+    rng = np.random.default_rng(seed)
+    verify = (1 + rng.random(7).cumsum()).astype(np.float32)
+    growth = rng.random(3).astype(np.float32)
+    mean = -np.sort(-rng.random(3)).astype(np.float32)
+
+    def lookahead():
+        new = Lookahead(3, 6)
+        new.add(1, torch.ones(1, 1), torch.from_numpy(mean[None]))
+        new.learn()
+        new.begin_tree(batch)
+        return new
+
+    scores = -np.sort(-rng.random((batch, 3)), axis=1).astype(np.float32)
+    copied = rng.random((batch, 3)).astype(np.float32)
+    best = -np.sort(-np.concatenate([scores, copied], axis=1), axis=1)
+    left = scores * rng.random((batch, 3)).astype(np.float32)
+    width, gain = lookahead().best_width(1, left, verify, growth, price, 1, standing=best)
+    tree = [row.tolist() for row in best]
+    grown, gains = [list(known) for known in tree], []
+    for k in range(3):
+        for known, node in zip(grown, left[:, k], strict=True):
+            known.extend((node * mean).tolist())
+        cuts = [best_cut(nodes, verify, price) for nodes in (grown, tree)]
+        gains.append(cuts[0] - cuts[1] - price * growth[k])
+    assert gain == pytest.approx(max(gains), abs=1e-4)
+    assert gains[width - 1] == pytest.approx(gain, abs=1e-4)
+    # Without copies it is the decision of the layers alone.
+    alone = lookahead().best_width(1, scores, verify, growth, price, 1)
+    none = np.pad(scores, ((0, 0), (0, 3)))
+    assert lookahead().best_width(1, scores, verify, growth, price, 1, standing=none) == alone

@@ -13,7 +13,7 @@ from tests.support.policies import costs
     [(None, 5.0), (np.array([5, 1]), 3.0), (np.array([2, 5, 3, 1]), 2.75), (np.array([5]), 5.0)],
 )
 def test_mean_rows_are_those_that_are_verified(num_rows, mean):
-    rows = DraftShape(widths=(3, 1), num_draft_tokens=5, num_rows=num_rows).mean_rows
+    rows = DraftShape(widths=(3, 1), num_draft_tokens=5, num_rows=num_rows, depth=3).mean_rows
     assert rows == mean and isinstance(rows, float)
 
 

@@ -22,7 +22,7 @@ from cast_sglang.serving import worker as module
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
-from cast_sglang.serving.drafting.worker import StepTools
+from cast_sglang.serving.drafting.tools import StepTools
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import RunningRequests
@@ -35,7 +35,7 @@ from tests.support.builders import make_profile
 from tests.support.drafts import FakeModel, Widths, decider_of
 
 STEPS, TOPK, ROWS, SLOTS = 4, 3, 8, 9
-SHAPE = DraftShape(widths=(2, 1), num_draft_tokens=5, num_rows=None)
+SHAPE = DraftShape(widths=(2, 1), num_draft_tokens=5, num_rows=None, depth=3)
 
 
 class Policy(Widths):
@@ -178,7 +178,7 @@ def test_a_step_with_a_tree_is_counted_with_its_layers(worker, passes):
 def test_a_step_brings_no_more_than_its_longest_path_and_a_token(
     worker, passes, widths, rows, most
 ):
-    worker._draft_worker.last_shape = DraftShape(widths, rows, None)
+    worker._draft_worker.last_shape = DraftShape(widths, rows, None, min(len(widths) + 1, rows - 1))
     worker.forward_batch_generation(batch_of(request()))
     assert worker._pending[0].max_tokens == most
 
@@ -360,7 +360,7 @@ def test_the_largest_shapes_of_a_server(worker):
     assert (limits.max_batch_size, limits.max_context) == (4, 1024)
     assert (limits.max_verify_rows, limits.max_width) == (ROWS, TOPK)
     assert limits.max_extend_rows == STEPS + 1  # no path is longer than the tree is deep
-    worker.max_draft_tokens = 3
+    worker._envelope = Envelope(STEPS, TOPK, 3)
     assert worker.limits.max_extend_rows == 3
 
 

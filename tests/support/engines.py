@@ -63,6 +63,7 @@ def make_worker(num_rows=5, num_slots=90):
             backlog=Backlog(num_rows, 4),
             decider=SimpleNamespace(policy="the server's"),
             calibration="the server's",
+            copies="the server's",
         ),
         calibration="the server's",
         reads=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from cast_sglang.ops.contract import AcceptanceCurve
     from cast_sglang.policy.decider import Decider
     from cast_sglang.serving.calibration import Calibration
+    from cast_sglang.serving.copies import Copies
     from cast_sglang.serving.drafting.base import Drafter
     from cast_sglang.serving.drafting.draws import Draws
     from cast_sglang.serving.drafting.model import DraftModel
@@ -40,6 +42,7 @@ class Growth(NamedTuple):
     room: StepRoom  # of the step that runs
     forward_batch: ForwardBatch  # as SGLang prepares it; `spec_info` holds the root's children
     draws: Draws
+    copies: Copies | None = None  # None where nothing is copied
 
 
 def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
@@ -63,8 +66,15 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         recorder.on_layer(1, probs, probs if calibration is None else tree.scores)
     layers = growth.drafter.layers(growth.forward_batch)
     reads.begin_step()
+    copies = growth.copies
+    if copies is not None:
+        copies.start()
+
+    def shown() -> tuple[torch.Tensor, ...]:
+        return () if copies is None else tree.newest
+
     scores = tree.frontier().scores
-    read = reads.start(scores)
+    read = reads.start(scores, *shown())
     widths: list[int] = []
 
     while True:
@@ -72,10 +82,11 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         if not is_full:
             layers.prepare(frontier)
         above = scores
-        scores, *chances_read = read.wait()
-        if chances_read:
-            decider.expanded(above, *chances_read)
-        width = decider.width(scores)
+        scores, *parts = read.wait()
+        with_copies = None if copies is None else copies.look(parts[-3:])
+        if tree.num_layers > 1:
+            decider.expanded(above, parts[0])
+        width = decider.width(scores, with_copies)
         if width is None:
             return tree, tuple(widths)
 
@@ -87,7 +98,7 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         if recorder is not None:
             recorder.on_layer(tree.num_layers, probs, chances)
         widths.append(width)
-        read = reads.start(tree.frontier().scores, chances)
+        read = reads.start(tree.frontier().scores, chances, *shown())
 
 
 def _curve(
@@ -104,6 +115,7 @@ def compile_ops(
     max_layers: int,
     max_rows: int,
     verify_sizes: tuple[int, ...],
+    num_grafts: int = 0,
 ) -> None:
     """Run the tree's kernels once at every shape they are compiled for, before the first request.
 
@@ -114,6 +126,7 @@ def compile_ops(
         max_layers: D, layers that a tree may have.
         max_rows: rows verified per request at most, root included.
         verify_sizes: ascending values allowed for N.
+        num_grafts: candidates that are grafted into a tree; 0 for none.
     """
     topk, device, ops = model.topk, model.device, ops_for(model.device)
     if calibration is not None:
@@ -130,13 +143,22 @@ def compile_ops(
         curve = _curve(calibration, probs, 1)
         tree = DraftTree(tokens, probs, max_layers, ops, curve)
         while True:
-            ranked = tree.ranked(max_rows - 1)
-            for size in verify_sizes:
-                if size <= ranked.scores.shape[1] + 1:
-                    tree.select(ranked, size)
+            for whole in [tree, *([_grafted(tree, num_grafts)] if num_grafts else [])]:
+                ranked = whole.ranked(max_rows - 1)
+                for size in verify_sizes:
+                    if size <= ranked.scores.shape[1] + 1:
+                        whole.select(ranked, size)
             if tree.num_layers == tree.max_layers:
                 break
             width = narrow if tree.num_layers == 1 else topk
             tokens, probs = children(width)
             curve = _curve(calibration, probs, tree.num_layers + 1)
             tree.grow(tree.frontier(), width, tokens, probs, curve)
+
+
+def _grafted(tree: DraftTree, num_grafts: int) -> DraftTree:
+    """Return the tree of one request with as many more children of its root."""
+    grafted, scores = copy.copy(tree), tree.scores
+    tokens = torch.zeros((1, num_grafts), dtype=torch.int64, device=scores.device)
+    grafted.graft(scores, tokens - 1, tokens, scores.new_zeros(1, num_grafts))
+    return grafted

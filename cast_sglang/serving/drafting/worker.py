@@ -8,11 +8,9 @@ attends to its true ancestors, and the loop may stop after any layer.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
@@ -26,7 +24,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.drafting.attention import create_tree_backend
 from cast_sglang.serving.drafting.catch_up import catch_up_widths, past_of
-from cast_sglang.serving.drafting.draws import Draws, cut_links, num_proposed
+from cast_sglang.serving.drafting.draws import cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.drafting.model import DraftModel
@@ -49,39 +47,14 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    from cast_sglang.policy.decider import Decider
-    from cast_sglang.serving.calibration import Calibration
-    from cast_sglang.serving.drafting.backlog import Backlog
     from cast_sglang.serving.drafting.base import Drafter
+    from cast_sglang.serving.drafting.tools import StepTools
     from cast_sglang.serving.graphs.passes import PassGraphs
-    from cast_sglang.serving.graphs.plan import GraphPlan
-    from cast_sglang.serving.host_reads import HostReads
-    from cast_sglang.serving.pass_clock import PassClock
-    from cast_sglang.serving.step_room import StepRoom
-    from cast_sglang.serving.trace_recorder import TraceRecorder
 
-__all__ = ["CastDraftWorker", "StepTools"]
+__all__ = ["CastDraftWorker"]
 
 # Attributes of a draft input that hold the next root's children.
 _NEXT_CHILDREN = ("topk_p", "topk_index", "hidden_states")
-
-
-@dataclasses.dataclass(slots=True)
-class StepTools:
-    """What the worker of the target runs its steps with, and the draft worker too."""
-
-    decider: Decider
-    calibration: Calibration | None  # None for scores as the draft model states them
-    reads: HostReads
-    clock: PassClock
-    recorder: TraceRecorder | None  # None without recording
-    backlog: Backlog
-    is_ragged: bool  # the target and the draft run requests of unequal numbers of rows
-    graph_plan: GraphPlan | None  # None where all passes are launched kernel by kernel
-    verify_sizes: tuple[int, ...]  # ascending sizes that verify may have
-    room: StepRoom  # of the step that runs
-    draws: Draws
-    weights: np.ndarray | None = None  # [B], what a token of each of its requests is worth
 
 
 class CastDraftWorker(EagleDraftWorker):
@@ -155,6 +128,7 @@ class CastDraftWorker(EagleDraftWorker):
             max_layers=self.speculative_num_steps,
             max_rows=self.max_draft_tokens,
             verify_sizes=self.tools.verify_sizes,
+            num_grafts=0 if self.tools.copies is None else self.tools.verify_sizes[-1] - 1,
         )
 
     def draft(self, batch: ScheduleBatch) -> EagleVerifyInput:
@@ -166,10 +140,12 @@ class CastDraftWorker(EagleDraftWorker):
         Effects: writes draft KV into slots past each request's committed length.
         """
         self.catch_up(batch)
-        draft_input, tools = batch.spec_info, self.tools
+        tools, copies = self.tools, self.tools.copies
         decider = tools.decider
+        if copies is not None:
+            copies.begin_step(batch, tools.weights, tools.room.max_layers, decider.least_score())
         forward_batch, _, _ = prepare_for_draft(
-            draft_input,
+            batch.spec_info,
             self.req_to_token_pool,
             batch,
             None,
@@ -181,6 +157,7 @@ class CastDraftWorker(EagleDraftWorker):
 
         num_layers = decider.depth(tree.num_layers)
         widths = widths[: num_layers - 1]
+        grafts = None if copies is None else copies.graft_into(tree)
         ranked = tree.ranked(tools.room.max_rows - 1, num_layers)
         to_read = [ranked.scores]
         if tools.draws.is_drawn is not None:
@@ -190,6 +167,12 @@ class CastDraftWorker(EagleDraftWorker):
         num_draft_tokens, rows_with_nodes = decider.rows(*tools.reads.start(*to_read).wait())
         # On a device where all requests have N rows, SGLang's builder takes N nodes of each.
         num_rows = rows_with_nodes if tools.is_ragged else None
+        may_stay = None if tools.draws.is_drawn is None else settled_scores
+        if grafts is not None:
+            num_draft_tokens, num_rows = grafts.fit(num_draft_tokens, num_rows, tools.is_ragged)
+            rows_with_nodes = num_rows if tools.is_ragged else rows_with_nodes
+            if may_stay is None and not tools.is_ragged:
+                may_stay = tree.scores  # 0 for nodes that do not exist
         rows = None if num_rows is None else torch.from_numpy(num_rows)
         selection = tree.select(ranked, num_draft_tokens, rows)
         wants_drafts = None
@@ -200,13 +183,16 @@ class CastDraftWorker(EagleDraftWorker):
             tools.calibration.on_drafted(drafted)
         if tools.recorder is not None:
             tools.recorder.on_drafted(drafted)
-        self.last_shape = DraftShape(widths, num_draft_tokens, num_rows)
+        if copies is not None:
+            copies.on_drafted(drafted)
+        # The longest accepted path: no deeper than the tree, no longer than its nodes.
+        depth = min(max(num_layers, 0 if grafts is None else grafts.depth), num_draft_tokens - 1)
+        self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, depth)
         verify_input = build_verify_input(
             batch,
             selection.parent_rows,
             selection.draft_tokens,
-            # The longest accepted path: no deeper than the tree, no longer than its nodes.
-            min(num_layers, num_draft_tokens - 1),
+            depth,
             topk=self.topk,
             target_worker=self.target_worker,
             tree_mask_mode=self.tree_mask_mode,
@@ -214,8 +200,8 @@ class CastDraftWorker(EagleDraftWorker):
         )
         verify_input.num_rows, verify_input.rows_with_nodes = num_rows, rows_with_nodes
         verify_input.drawn = tools.draws.drawn(selection)
-        if verify_input.drawn is not None and rows is None:
-            cut_links(verify_input, selection.top_scores_index, settled_scores)
+        if may_stay is not None and rows is None:
+            cut_links(verify_input, selection.top_scores_index, may_stay)
         siblings = verify_input.retrieve_next_sibling
         # Known for free where nothing is in flight.
         verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
@@ -238,6 +224,7 @@ class CastDraftWorker(EagleDraftWorker):
             room=tools.room,
             forward_batch=forward_batch,
             draws=tools.draws,
+            copies=tools.copies,
         )
 
     @contextlib.contextmanager

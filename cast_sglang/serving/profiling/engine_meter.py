@@ -137,6 +137,7 @@ class EngineMeter:
                 (worker, "cast_stats", StepStats()),
                 (worker, "calibration", learner),
                 (worker.tools, "calibration", learner),
+                (worker.tools, "copies", None),
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)

@@ -12,11 +12,13 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from cast_sglang.costs.graph_sizes import GraphSizes
+from cast_sglang.serving.copies import Copies
 from cast_sglang.serving.drafting import worker as module
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
-from cast_sglang.serving.drafting.worker import CastDraftWorker, StepTools
+from cast_sglang.serving.drafting.tools import StepTools
+from cast_sglang.serving.drafting.worker import CastDraftWorker
 from cast_sglang.serving.graphs.passes import PassGraphs
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
@@ -269,7 +271,7 @@ def test_a_step_verifies_what_was_decided(built, num_layers, num_rows, longest):
         depths.append(depths[row] + 1)
     assert max(depths) <= num_layers
     shape = worker.last_shape
-    assert shape == ((3, 1, 2)[: num_layers - 1], num_rows, None)
+    assert shape == ((3, 1, 2)[: num_layers - 1], num_rows, None, longest)
     assert not verify_input.is_path and verify_input.num_rows is None
 
 
@@ -289,6 +291,54 @@ def test_a_request_that_wants_no_drafts_has_only_its_root(built):
     worker.tools.weights = np.array([0.0, 1.0])
     verify_input = worker.draft(batch_of([3, 5], [10, 20]))
     assert verify_input.retrieve_next_token.tolist() == [[-1, -1], [1, -1]]
+
+
+def rooted(slot, text, is_greedy=True):
+    """A batch of one request whose text, prompt and answer, ends with its root."""
+    batch = batch_of([slot], [len(text) - 1])
+    top_k = 1 if is_greedy else 20
+    batch.reqs = [
+        SimpleNamespace(
+            rid="a",
+            origin_input_ids=text[:-1],
+            output_ids=text[-1:],
+            sampling_params=SimpleNamespace(top_k=top_k),
+        )
+    ]
+    batch.spec_info.bonus_tokens = torch.tensor(text[-1:])
+    return batch
+
+
+def copying_worker(policy, **options):
+    worker = make_worker(decider_of(policy, batch=1), **options)
+    worker.tools.copies = Copies(
+        worker.tools.reads, topk=TOPK, num_nodes=ROWS - 1, max_tokens=1000, vocab_size=300
+    )
+    return worker
+
+
+def test_copies_hang_below_the_root_and_below_each_other(built):
+    """Deeper than the drafted layers, and no deeper than the step has room for."""
+    worker = copying_worker(Verifies([2], 2, ROWS))
+    verify_input = worker.draft(rooted(3, [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]))
+    [seen] = built
+    tokens, num_rows = [2, *seen.tokens[0].tolist()], seen.num_draft_tokens
+    parents = [-1, *(int(number) // num_rows for number in seen.numbers[0])]
+    for above, below in ((2, 3), (3, 4), (4, 5)):
+        assert tokens[parents[tokens.index(below)]] == above
+    assert verify_input.spec_steps == worker.last_shape.depth == STEPS
+    assert 8 not in tokens  # the root's sixth descendant
+
+
+def test_a_request_without_copies_gets_the_tree_that_it_would_have_had(built):
+    """A text that repeats nothing, a request that samples, and one that another row stands for."""
+    policy = Verifies([2], 2, 6)
+    make_worker(decider_of(policy, batch=1)).draft(rooted(3, [1, 2, 3]))
+    for text, is_greedy in (([1, 2, 3], True), ([1, 2, 3, 1, 2], False)):
+        copying_worker(Verifies([2], 2, 6)).draft(rooted(3, text, is_greedy))
+    for seen in built[1:]:
+        assert torch.equal(seen.numbers, built[0].numbers)
+    assert torch.equal(built[1].tokens, built[0].tokens)
 
 
 def test_what_the_draft_lacks_is_made_up_for_before_a_tree_grows(built, extended):

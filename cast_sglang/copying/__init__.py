@@ -1,0 +1,1 @@
+"""Copying: text that a request has already said, proposed again as drafts."""

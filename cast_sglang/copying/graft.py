@@ -1,0 +1,367 @@
+"""Grafts: copies of earlier text, hung under the nodes of the trees that a draft model grew.
+
+Each node has a context, the text and the path down to the node, and so at most one copied child:
+what followed the longest known end of that context the last time. It is merged with the drafted
+child of the same token, or is a further child. The chances of siblings never sum to more than 1;
+where a copy is more likely than the draft leaves room for, its siblings share what it leaves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cast_sglang.copying.automaton import copy_of, descend, longest_match
+from cast_sglang.copying.chances import class_of
+from cast_sglang.ops.compiled import compiled
+
+__all__ = ["Grafts", "Outlook", "graft", "judge", "outlook"]
+
+# Places in `chances.AGREEMENTS`.
+_LIKELIEST, _PROPOSED, _NOT_PROPOSED, _NOT_ASKED = range(4)
+
+
+class Grafts(NamedTuple):
+    """What is grafted into a step's trees of M drafted candidates: n copied ones at most.
+
+    Copied candidate i has number M + i. Those that a request does not have are children of the root
+    with token 0 and score 0.
+    """
+
+    scores: np.ndarray  # [B, M] float32, of the drafted candidates, merged with copies
+    parents: np.ndarray  # [B, n] int64, candidate numbers, -1 for the root; here and below: copied
+    tokens: np.ndarray  # [B, n] int64
+    copied_scores: np.ndarray  # [B, n] float32, none above the parent's
+    counts: np.ndarray  # [B] int64, copied candidates that a request has
+    depth: int  # of the deepest of them
+    # Of the copied child of the root, of each candidate, and of each copied candidate:
+    classes: np.ndarray  # [B, 1 + M + n] int64, as of `class_of`; -1 for a node without one
+    child_tokens: np.ndarray  # [B, 1 + M + n] int64
+
+    def fit(
+        self, num_draft_tokens: int, num_rows: np.ndarray | None, is_ragged: bool
+    ) -> tuple[int, np.ndarray | None]:
+        """Return how many rows are verified of the trees that there are.
+
+        Args:
+            num_draft_tokens, num_rows: as of `VerifyRows`.
+            is_ragged: requests may have unequal numbers of rows; else those that have fewer nodes
+                keep rows of nodes that do not exist.
+        """
+        most = 1 + self.scores.shape[1] + self.counts
+        if not is_ragged or (most >= num_draft_tokens).all():
+            return num_draft_tokens, num_rows
+        num_rows = np.minimum(most, num_draft_tokens if num_rows is None else num_rows)
+        return max(2, int(num_rows.max())), num_rows
+
+
+class Outlook(NamedTuple):
+    """Trees with grafts, as a policy needs them to decide about one more layer."""
+
+    best: np.ndarray  # [B, n] float32, scores of the best candidates, descending
+    left: np.ndarray  # [B, K] float32, part of a node's score that copies leave to drafted children
+
+
+def graft(
+    ints: np.ndarray,
+    blocks: np.ndarray,
+    tokens: np.ndarray,
+    scores: np.ndarray,
+    parents: np.ndarray,
+    topk: int,
+    chances: np.ndarray,
+    *,
+    num_nodes: int,
+    max_depth: int,
+    least_score: float,
+    vocab_size: int,
+) -> Grafts:
+    """Find the copied children of all nodes that may be verified, and their copied descendants.
+
+    Definition: from the root down, for each node x above the floor, which is `least_score` or, if
+        it is higher, the score of the n-th best drafted candidate:
+            c = chance of the class of x's copied child, of token t
+            is t drafted below x: its chance becomes max(its own, c); else t is a new child, with c
+            if the chances of x's children sum to more than 1, all but that of t are scaled to fit
+        and below each new child its own copied child, and so on, while scores are above the floor.
+
+    Args:
+        ints, blocks: of `SuffixIndex`; a request whose first int is -1 gets no copies.
+        tokens: [B, M] int64, drafted candidates, numbered as in `tree.py`.
+        scores: [B, M] float32 in [0, 1], none above the parent's.
+        parents: [B, M] int64, candidate numbers, -1 for the root.
+        topk: K, candidates of each expanded node.
+        chances: [classes] float32, `Chances.table()`.
+        num_nodes: n, the most nodes that are verified of a tree, and that are grafted.
+        max_depth: of a node, 1 for the root's children.
+        least_score: of a node that is worth to be copied, >= 0.
+        vocab_size: tokens beyond, as those of images, are not copied.
+    """
+    batch_size, num_drafted = scores.shape
+    merged, copied_scores = scores.copy(), np.zeros((batch_size, num_nodes), np.float32)
+    copied = np.zeros((2, batch_size, num_nodes), np.int64)  # parents, tokens
+    copied[0] = -1
+    children = np.full((2, batch_size, 1 + num_drafted + num_nodes), -1)  # classes, tokens
+    counts = np.zeros(batch_size, np.int64)
+    limits = np.array([topk, num_nodes, max_depth, vocab_size])
+    drafted = tokens, scores, parents
+    results = merged, copied, copied_scores, children, counts
+    depth = _graft(ints, blocks, *drafted, chances, least_score, limits, *results)
+    return Grafts(
+        scores=merged,
+        parents=copied[0],
+        tokens=copied[1],
+        copied_scores=copied_scores,
+        counts=counts,
+        depth=int(depth),
+        classes=children[0],
+        child_tokens=children[1],
+    )
+
+
+def outlook(grafts: Grafts, chances: np.ndarray, nodes: np.ndarray) -> Outlook:
+    """Return what a policy needs to know of trees with grafts.
+
+    Args:
+        chances: as of `graft`.
+        nodes: [B, K] int64, the newest layer's best nodes.
+    """
+    best = np.zeros_like(grafts.copied_scores)
+    left = np.empty(nodes.shape, np.float32)
+    _look(grafts.scores, grafts.copied_scores, grafts.classes, chances, nodes, best, left)
+    return Outlook(best, left)
+
+
+def judge(
+    grafts: Grafts,
+    top_scores_index: np.ndarray,
+    accept_index: np.ndarray,
+    tokens: np.ndarray,
+    accept_lens: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return which copies the text went on with.
+
+    Args:
+        top_scores_index: [B, N - 1] int64, `tree.Selection`'s.
+        accept_index: [B, *] int64, b * N + row of the root and of each accepted node.
+        tokens: [B, *] int64, new tokens of each request.
+        accept_lens: [B] int64, their number.
+
+    Returns:
+        classes [n] int64 of the copies whose parents were accepted; followed [n] bool; and how many
+        of the accepted nodes were proposed by copying alone.
+    """
+    most = int(accept_lens.sum())
+    classes, followed = np.empty(most, np.int64), np.empty(most, np.bool_)
+    first_copied = grafts.scores.shape[1]
+    count, num_copied = _judge(
+        *(grafts.classes, grafts.child_tokens, first_copied),
+        *(top_scores_index, accept_index, tokens, accept_lens, classes, followed),
+    )
+    return classes[:count], followed[:count], int(num_copied)
+
+
+@compiled("f4(f4[:], i8)")
+def _nth_best(scores: np.ndarray, n: int) -> np.float32:
+    """Return the n-th largest score, 0 where there are fewer."""
+    if n > len(scores):
+        return np.float32(0.0)
+    best: np.float32 = np.partition(scores, len(scores) - n)[len(scores) - n]
+    return best
+
+
+@compiled("void(f4[:], f4, i8, i8, i8, f4, f4[:], f4[:])")
+def _make_room(
+    scores: np.ndarray,
+    parent_score: float,
+    first: int,
+    topk: int,
+    match: int,
+    chance: float,
+    own_factor: np.ndarray,
+    raised: np.ndarray,
+) -> None:
+    """Merge a copy with a node's drafted children, and scale the others where it needs room.
+
+    Args:
+        first: number of the first child.
+        match: place of the child of the same token, -1 for none.
+        own_factor, raised: as of `_graft`, written for the children.
+    """
+    if parent_score <= 0.0:
+        return
+    others = np.float32(0.0)
+    for child in range(topk):
+        share = scores[first + child] / parent_score
+        if child == match:
+            chance = max(chance, share)
+            if chance > share:
+                raised[first + child + 1] = chance
+        else:
+            others += share
+    if others + chance > 1.0:
+        for child in range(topk):
+            if child != match:
+                own_factor[first + child + 1] = (np.float32(1.0) - chance) / others
+
+
+@compiled(
+    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], f4, i8[:], f4[:, :], i8[:, :, :], "
+    "f4[:, :], i8[:, :, :], i8[:])"
+)
+def _graft(
+    ints: np.ndarray,
+    blocks: np.ndarray,
+    tokens: np.ndarray,
+    scores: np.ndarray,
+    parents: np.ndarray,
+    chances: np.ndarray,
+    least_score: float,
+    limits: np.ndarray,
+    merged: np.ndarray,
+    copied: np.ndarray,
+    copied_scores: np.ndarray,
+    children: np.ndarray,
+    counts: np.ndarray,
+) -> int:
+    """Do the work of `graft`; return the depth of the deepest copied candidate.
+
+    Arrays of nodes have the root first, so that candidate c is at c + 1.
+    """
+    topk, num_nodes, max_depth, vocab_size = limits
+    batch_size, num_drafted = scores.shape
+    state, length = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.int64)
+    depth = np.zeros(num_drafted + 1, np.int64)
+    first_child = np.empty(num_drafted + 1, np.int64)
+    # What a candidate's score is multiplied with, because of its ancestors, and of its siblings.
+    factor = np.ones(num_drafted + 1, np.float32)
+    own_factor = np.ones(num_drafted + 1, np.float32)
+    raised = np.empty(num_drafted + 1, np.float32)  # chance of a merged child, -1 for others
+    deepest = 0
+    for request in range(batch_size):
+        base, capacity = blocks[request]
+        if base < 0:
+            continue
+        block = ints[base:]
+        state[0], length[0] = longest_match(block, capacity)
+        floor = max(least_score, _nth_best(scores[request], num_nodes))
+        first_child[:] = -1
+        for group in range(num_drafted // topk):
+            first_child[parents[request, group * topk] + 1] = group * topk
+        own_factor[:], raised[:] = 1.0, -1.0
+        for node in range(num_drafted + 1):
+            score = np.float32(1.0)
+            if node:
+                above = parents[request, node - 1] + 1
+                before = scores[request, node - 1]
+                top = np.float32(1.0) if above == 0 else merged[request, above - 1]
+                factor[node] = factor[above] * own_factor[node]
+                score = min(before * factor[node], top)
+                if raised[node] >= 0.0:
+                    score = top * raised[node]
+                    factor[node] = score / before if before > 0.0 else np.float32(0.0)
+                merged[request, node - 1] = score
+                depth[node] = depth[above] + 1
+                if score <= floor:
+                    continue
+                state[node], length[node] = descend(
+                    block, capacity, state[above], length[above], tokens[request, node - 1]
+                )
+            at, known, level, number = state[node], length[node], depth[node], node - 1
+            is_drafted = True
+            while True:
+                token, known, at, count, same = copy_of(block, capacity, at, known)
+                if token < 0 or token >= vocab_size:
+                    break
+                first, match = first_child[node] if is_drafted else -1, -1
+                agreement = _NOT_ASKED if first < 0 else _NOT_PROPOSED
+                for child in range(topk if first >= 0 else 0):
+                    if tokens[request, first + child] == token:
+                        match, agreement = child, _PROPOSED if child else _LIKELIEST
+                        break
+                kind = class_of(known, count, same, agreement)
+                children[0, request, number + 1], children[1, request, number + 1] = kind, token
+                chance = chances[kind]
+                if first >= 0:
+                    _make_room(
+                        scores[request],
+                        np.float32(1.0) if node == 0 else scores[request, node - 1],
+                        first,
+                        topk,
+                        match,
+                        chance,
+                        own_factor,
+                        raised,
+                    )
+                    if match >= 0:
+                        break
+                score *= chance
+                new = counts[request]
+                if level == max_depth or score <= floor or new == num_nodes:
+                    break
+                copied[0, request, new], copied[1, request, new] = number, token
+                copied_scores[request, new] = score
+                counts[request] += 1
+                level, number, is_drafted = level + 1, num_drafted + new, False
+                deepest, known = max(deepest, level), known + 1
+    return deepest
+
+
+@compiled("void(f4[:, :], f4[:, :], i8[:, :], f4[:], i8[:, :], f4[:, :], f4[:, :])")
+def _look(
+    scores: np.ndarray,
+    copied_scores: np.ndarray,
+    classes: np.ndarray,
+    chances: np.ndarray,
+    nodes: np.ndarray,
+    best: np.ndarray,
+    left: np.ndarray,
+) -> None:
+    last = best.shape[1] - 1
+    for request in range(len(scores)):
+        ours = best[request]
+        for number in range(scores.shape[1] + copied_scores.shape[1]):
+            copy = number - scores.shape[1]
+            score = scores[request, number] if copy < 0 else copied_scores[request, copy]
+            place = last
+            if score > ours[place]:
+                while place > 0 and ours[place - 1] < score:
+                    ours[place] = ours[place - 1]
+                    place -= 1
+                ours[place] = score
+        for place in range(nodes.shape[1]):
+            node = nodes[request, place]
+            kind = classes[request, node + 1]
+            taken = chances[kind] if kind >= 0 else np.float32(0.0)
+            left[request, place] = scores[request, node] * (np.float32(1.0) - taken)
+
+
+@compiled(
+    "Tuple((i8, i8))(i8[:, :], i8[:, :], i8, i8[:, :], i8[:, :], i8[:, :], i8[:], i8[:], b1[:])"
+)
+def _judge(
+    classes: np.ndarray,
+    child_tokens: np.ndarray,
+    first_copied: int,
+    top_scores_index: np.ndarray,
+    accept_index: np.ndarray,
+    tokens: np.ndarray,
+    accept_lens: np.ndarray,
+    seen: np.ndarray,
+    followed: np.ndarray,
+) -> tuple[int, int]:
+    """Do the work of `judge`; return how many copies were judged, and accepted as copies."""
+    count = num_copied = 0
+    num_rows = top_scores_index.shape[1] + 1
+    for request in range(len(classes)):
+        for place in range(accept_lens[request]):
+            row = accept_index[request, place] - request * num_rows
+            number = top_scores_index[request, row - 1] if row > 0 else -1
+            num_copied += number >= first_copied
+            kind = classes[request, number + 1]
+            if kind >= 0:
+                seen[count] = kind
+                followed[count] = child_tokens[request, number + 1] == tokens[request, place]
+                count += 1
+    return count, num_copied

@@ -1,0 +1,255 @@
+"""Copies: the text of the running requests, and what of it is grafted into a step's trees.
+
+Text is read where verify leaves it, on the device, and reaches the host with the scores of the next
+tree's first layer, which the host waits for anyway. A request whose text here is not the one that
+it is served with (a new one, one that was retracted) is read anew from the request itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
+from cast_sglang.copying.chances import Chances
+from cast_sglang.copying.graft import Grafts, graft, judge, outlook
+from cast_sglang.serving.host_reads import HostReads, Read
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from cast_sglang.config import CastConfig
+    from cast_sglang.serving.step import Drafted, Verified
+    from cast_sglang.tree import DraftTree, Selection
+
+__all__ = ["Copies"]
+
+# Plain steps whose outcomes may wait to be read: the one that runs, and the one before, whose copy
+# may still be under way.
+_MOST_UNREAD = 2
+
+
+class _Outcome(NamedTuple):
+    """What a step brought, on its way to the host."""
+
+    requests: list[str]
+    read: Read
+    grafts: Grafts | None  # None for a plain step
+
+
+class Copies:
+    """Grafts copies into the trees of greedy requests, and learns what they are worth.
+
+    The text of a request is forgotten when a tree is grown without the request.
+
+    Of a step with a tree its owner calls, in this order: `begin_step`; `start`; `look` for each of
+    the tree's layers; `graft_into` when it has grown; `on_drafted`; and of any step `on_verified`.
+
+    Args:
+        reads: of the server.
+        topk: K, drafted children of a node.
+        num_nodes: nodes that may be verified of a tree, without the root.
+        max_tokens: for the text of all requests together, see `SuffixIndex`.
+        vocab_size: of the target.
+
+    Attributes:
+        seconds: host time spent since `begin_step`.
+        num_accepted: tokens that were accepted and that copying alone proposed.
+    """
+
+    def __init__(
+        self, reads: HostReads, *, topk: int, num_nodes: int, max_tokens: int, vocab_size: int
+    ) -> None:
+        self.index, self.chances = SuffixIndex(max_tokens), Chances()
+        self.seconds, self.num_accepted = 0.0, 0
+        self._reads, self._topk = reads, topk
+        self._num_nodes, self._vocab_size = num_nodes, vocab_size
+        self._reqs: list[Req] = []
+        self._rids: list[str] = []
+        self._weights: np.ndarray | None = None
+        self._wants = np.empty(0, np.bool_)
+        self._max_depth, self._least_score = 0, 0.0
+        self._outcomes: deque[_Outcome] = deque()
+        # Of the step that runs.
+        self._batch: Any = None
+        self._roots: Read | None = None
+        self._blocks = np.empty((0, 2), np.int64)
+        self._layers: list[tuple[np.ndarray, ...]] = []  # tokens, scores, parents
+        self._nodes = np.empty((0, 0), np.int64)  # of the newest layer, best first
+        self._grafts: Grafts | None = None
+        self._selection: Selection | None = None
+
+    @classmethod
+    def of(cls, config: CastConfig, worker: Any, num_nodes: int) -> Copies | None:
+        """Return the copies of a server, None where nothing is to be copied.
+
+        Args:
+            worker: its `CastWorker`.
+            num_nodes: as above.
+        """
+        if config.policy != "auto" or config.copying == "off":
+            return None
+        return cls(
+            worker.reads,
+            topk=worker.topk,
+            num_nodes=num_nodes,
+            # A block has up to twice the tokens of its text, which the cache has slots for.
+            max_tokens=2 * worker.token_to_kv_pool_allocator.size,
+            vocab_size=worker.target_worker.model_runner.model_config.vocab_size,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the text of the running requests takes."""
+        return self.index.num_bytes
+
+    def begin_step(
+        self,
+        batch: ScheduleBatch,
+        weights: np.ndarray | None,
+        max_depth: int,
+        least_score: float,
+    ) -> None:
+        """Note whose trees are grafted; forget requests that do not run any more.
+
+        Args:
+            weights: [B], what a token of each request is worth; None for 1 each.
+            max_depth, least_score: of a node that is copied in this step.
+        """
+        began = time.perf_counter()
+        self._max_depth, self._least_score, self._batch = max_depth, least_score, batch
+        if self._reqs != batch.reqs or weights is not self._weights:
+            self._reqs, self._weights = list(batch.reqs), weights
+            self._wants = np.array([req.sampling_params.top_k == 1 for req in batch.reqs])
+            if weights is not None:
+                self._wants &= weights > 0.0
+            self._rids = [req.rid for req in batch.reqs]
+            self.index.keep(self._rids)
+        self.seconds = time.perf_counter() - began
+
+    def start(self) -> None:
+        """Begin to read what the texts of the step's requests end with."""
+        batch, self._batch = self._batch, None
+        self._roots = self._reads.start(batch.spec_info.bonus_tokens, batch.seq_lens)
+        self._layers.clear()
+
+    def look(self, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the copies of the tree with its newest layer.
+
+        Args:
+            arrays: on the host, what `DraftTree.newest` was.
+
+        Returns:
+            best [B, n] and left [B, K], as `TreePolicy.stand` takes them.
+        """
+        began = time.perf_counter()
+        if self._roots is not None:
+            roots, seq_lens = (part.numpy() for part in self._roots.wait())
+            self._roots = None
+            self._take_in(0)
+            self._blocks = self._checked_texts(roots, seq_lens)
+        tokens, scores, nodes = (array.numpy() for array in arrays)
+        batch_size, above = len(scores), np.full((len(scores), 1), -1)
+        if self._layers:
+            above = self._nodes[:, : scores.shape[1] // self._topk]
+        self._nodes, tokens = nodes, tokens.reshape(batch_size, -1)
+        self._layers.append((tokens, scores, np.repeat(above, self._topk, axis=1)))
+        table = self.chances.table()
+        all_tokens, all_scores, parents = (
+            np.concatenate(parts, axis=1) for parts in zip(*self._layers, strict=True)
+        )
+        self._grafts = graft(
+            *(self.index.ints, self._blocks, all_tokens, all_scores, parents),
+            *(self._topk, table),
+            num_nodes=self._num_nodes,
+            max_depth=self._max_depth,
+            least_score=self._least_score,
+            vocab_size=self._vocab_size,
+        )
+        view = outlook(self._grafts, table, nodes)
+        self.seconds += time.perf_counter() - began
+        return torch.from_numpy(view.best), torch.from_numpy(view.left)
+
+    def graft_into(self, tree: DraftTree) -> Grafts | None:
+        """Add what `look` found to the tree that has grown; None where no request has a copy."""
+        grafts = self._grafts
+        if grafts is None or not grafts.counts.any() and (grafts.classes < 0).all():
+            return None
+        began = time.perf_counter()
+        device = tree.scores.device
+        arrays = grafts.scores, grafts.parents, grafts.tokens, grafts.copied_scores
+        tree.graft(*(torch.from_numpy(part).to(device, non_blocking=True) for part in arrays))
+        self.seconds += time.perf_counter() - began
+        return grafts
+
+    def on_drafted(self, drafted: Drafted) -> None:
+        """Keep what the step verifies."""
+        self._selection = drafted.selection
+
+    def on_verified(self, reqs: Sequence[Req], verified: Verified) -> None:
+        """Begin to read what the step brought."""
+        began = time.perf_counter()
+        tensors = [verified.tokens, verified.accept_lens, verified.accept_index]
+        grafts = None
+        if self._selection is not None:
+            grafts = self._grafts
+            tensors.append(self._selection.top_scores_index)
+        requests, self._selection = [req.rid for req in reqs], None
+        self._outcomes.append(_Outcome(requests, self._reads.start(*tensors), grafts))
+        self._take_in(_MOST_UNREAD)
+        self.seconds += time.perf_counter() - began
+
+    def discard(self) -> None:
+        """Forget steps whose results belong to no request, as those of synthetic batches."""
+        self._outcomes.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return what an operator wants to see, as JSON."""
+        return {
+            "copies_accepted": self.num_accepted,
+            "copy_bytes": self.num_bytes,
+            "copies": [row._asdict() for row in self.chances.classes()],
+        }
+
+    def _take_in(self, most_unread: int) -> None:
+        """Add what earlier steps brought to the texts, and learn from it."""
+        while len(self._outcomes) > most_unread:
+            outcome = self._outcomes.popleft()
+            tokens, lens, accept_index, *index = (part.numpy() for part in outcome.read.wait())
+            lens = lens.astype(np.int64)
+            tokens = tokens.reshape(len(lens), -1).astype(np.int64)
+            self.index.add_rows(outcome.requests, tokens, lens)
+            if outcome.grafts is not None and index:
+                rows = accept_index.astype(np.int64)
+                seen = judge(outcome.grafts, index[0], rows, tokens, lens)
+                self.chances.update(*seen[:2])
+                self.num_accepted += seen[2]
+
+    def _checked_texts(self, roots: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
+        """Make sure that each text ends with the root of its tree; return the blocks.
+
+        Args:
+            roots, seq_lens: [B] int, the root's token and the tokens before it.
+        """
+        blocks = self.index.blocks(self._rids)
+        is_stale = self._wants & (self.index.sizes(blocks) != seq_lens + 1)
+        for place in np.flatnonzero(is_stale).tolist():
+            self._read_anew(self._reqs[place], int(roots[place]), int(seq_lens[place]))
+        if is_stale.any():
+            blocks = self.index.blocks(self._rids)
+        blocks[~self._wants] = NO_BLOCK
+        return blocks
+
+    def _read_anew(self, req: Req, root: int, size: int) -> None:
+        """Read a request's text from the request; none if that is not what it is served with."""
+        self.index.drop(req.rid)
+        text = [*req.origin_input_ids, *req.output_ids]
+        if len(text) == size:
+            text.append(root)  # of a result that the request does not hold yet
+        if len(text) == size + 1 and text[-1] == root:
+            self.index.add(req.rid, np.array(text, np.int64))

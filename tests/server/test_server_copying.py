@@ -1,0 +1,85 @@
+"""Copied drafts change how fast greedy answers come, and no token of them."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from benchmarks.harness.copied import edits, tables
+from benchmarks.harness.counters import cast_state
+from benchmarks.harness.servers import Server
+from tests.server.client import generate, greedy_ids, post_generate
+from tests.server.conftest import NUM_TOKENS, ServerFactory
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def copying(start_server: ServerFactory) -> Iterator[Server]:
+    with start_server("cast", "--cast-copying", "on", name="copying") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def repeating(prompts) -> list[str]:
+    """Prompts that say what they have said before, and stop in the middle of it."""
+    again = [f"{prompt}\n\n{prompt[: len(prompt) // 2]}" for prompt in prompts[:30]]
+    return again + [item.turns[0] for item in edits()[:12] + tables()[:8]]
+
+
+@pytest.fixture(scope="module")
+def repeated_ids(plain, repeating) -> list[list[int]]:
+    """Plain decoding's answers, one request at a time."""
+    return greedy_ids(plain, repeating, 1, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_greedy_tokens_equal_plain_decoding(copying, repeating, repeated_ids, batch):
+    before = cast_state(copying)
+    assert greedy_ids(copying, repeating, batch, NUM_TOKENS) == repeated_ids
+    after = cast_state(copying)
+    accepted = after["copies_accepted"] - before["copies_accepted"]
+    drafts = after["drafts_accepted"] - before["drafts_accepted"]
+    assert 0 < accepted <= drafts
+    assert after["copy_bytes"] > 0 and after["copies"]
+
+
+def test_text_without_repeats_is_served_as_before(copying, prompts, expected_ids):
+    assert greedy_ids(copying, prompts, 8, NUM_TOKENS) == expected_ids
+
+
+@pytest.mark.parametrize("tokens", [[7] * 1000, [7, 8, 9] * 300])
+def test_text_of_one_token(copying, plain, tokens):
+    wanted = {"max_new_tokens": NUM_TOKENS}
+    answer = generate(copying, tokens, **wanted)["output_ids"]
+    assert answer == generate(plain, tokens, **wanted)["output_ids"]
+
+
+def test_requests_that_sample_are_not_copied_and_those_beside_them_are_exact(
+    copying, repeating, repeated_ids
+):
+    sampling = threading.Thread(
+        target=generate,
+        args=(copying, repeating[8:16]),
+        kwargs={"temperature": 1.0, "max_new_tokens": 2 * NUM_TOKENS},
+    )
+    sampling.start()
+    assert greedy_ids(copying, repeating[:8], 8, NUM_TOKENS) == repeated_ids[:8]
+    sampling.join()
+
+
+def test_an_aborted_request_leaves_nothing_behind(copying, repeating, repeated_ids):
+    long = threading.Thread(
+        target=post_generate,
+        args=(copying, repeating[:4]),
+        kwargs={"max_new_tokens": 2000},
+    )
+    before = cast_state(copying)["steps"]
+    long.start()
+    while cast_state(copying)["steps"] < before + 5:
+        time.sleep(0.05)
+    httpx.post(f"{copying.url}/abort_request", json={"abort_all": True}, timeout=60.0)
+    long.join()
+    assert greedy_ids(copying, repeating[4:8], 4, NUM_TOKENS) == repeated_ids[4:8]

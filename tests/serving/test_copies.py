@@ -1,0 +1,225 @@
+"""Copies in a serving loop: texts stay those of the requests, whatever happens to these."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cast_sglang.config import CastConfig
+from cast_sglang.ops import loops
+from cast_sglang.serving.copies import Copies
+from cast_sglang.serving.host_reads import HostReads
+from cast_sglang.serving.step import Drafted, Verified
+from cast_sglang.tree import DraftTree
+
+TOPK, NODES, DEPTH, VOCAB = 3, 7, 6, 50
+
+
+class Server:
+    """Serves requests greedily: each has a text of its own that its target says, step by step."""
+
+    def __init__(self, max_tokens=1 << 14):
+        self.copies = Copies(
+            HostReads("cpu"), topk=TOPK, num_nodes=NODES, max_tokens=max_tokens, vocab_size=VOCAB
+        )
+        self.rng = np.random.default_rng(0)
+        self.num_copied = 0
+
+    def request(self, rid, text, num_prompt, top_k=1):
+        prompt, first = text[:num_prompt], text[num_prompt]
+        return SimpleNamespace(
+            rid=rid,
+            text=text,
+            origin_input_ids=list(prompt),
+            output_ids=[first],
+            sampling_params=SimpleNamespace(top_k=top_k),
+        )
+
+    def length(self, req):
+        return len(req.origin_input_ids) + len(req.output_ids)
+
+    def step(self, reqs, weights=None, is_plain=False):
+        """Run a step; return the new tokens of each request."""
+        if is_plain:
+            paths, selection = [[] for _ in reqs], None
+        else:
+            paths, selection = self.draft(reqs, weights)
+        new = [
+            req.text[(size := self.length(req)) : size + len(path) + 1]
+            for req, path in zip(reqs, paths, strict=True)
+        ]
+        rows = 1 if selection is None else selection.draft_tokens.shape[1] + 1
+        tokens = np.full((len(reqs), rows + 1), -1)
+        accept_index = np.full((len(reqs), rows + 1), -1, np.int32)
+        for b, (row, path) in enumerate(zip(new, paths, strict=True)):
+            tokens[b, : len(row)] = row
+            accept_index[b, : len(path) + 1] = [b * rows, *(b * rows + r for r in path)]
+        self.copies.on_verified(
+            reqs,
+            Verified(
+                num_draft_tokens=rows,
+                accept_index=torch.from_numpy(accept_index),
+                accept_lens=torch.tensor([len(row) for row in new], dtype=torch.int32),
+                tokens=torch.from_numpy(tokens).flatten().int(),
+                logits=torch.empty(0),
+                sampling_info=None,
+            ),
+        )
+        for req, row in zip(reqs, new, strict=True):
+            req.output_ids += row
+        return new
+
+    def draft(self, reqs, weights):
+        batch = SimpleNamespace(
+            reqs=list(reqs),
+            spec_info=SimpleNamespace(bonus_tokens=torch.tensor([r.output_ids[-1] for r in reqs])),
+            seq_lens=torch.tensor([self.length(req) - 1 for req in reqs]),
+        )
+        copies = self.copies
+        copies.begin_step(batch, weights, DEPTH, 1e-3)
+
+        def children(rows):
+            tokens = np.stack([self.rng.permutation(VOCAB)[:TOPK] for _ in range(rows)])
+            return torch.from_numpy(tokens), torch.full((rows, TOPK), 0.2)
+
+        tree = DraftTree(*children(len(reqs)), DEPTH, loops)
+        copies.start()
+        best, left = copies.look(tree.newest)
+        assert best.shape == (len(reqs), NODES) and left.shape == (len(reqs), TOPK)
+        tree.grow(tree.frontier(), 2, *children(2 * len(reqs)))
+        copies.look(tree.newest)
+        for b, req in enumerate(reqs):
+            if req.rid in copies.index:
+                base, _ = copies.index.blocks([req.rid])[0]
+                size = self.length(req)
+                text = copies.index.ints[base + 4 : base + 4 + size].tolist()
+                assert text == req.text[:size], (req.rid, b)
+        grafts = copies.graft_into(tree)
+        if grafts is not None:
+            self.num_copied += int(grafts.counts.sum())
+        selection = tree.select(tree.ranked(NODES), NODES + 1)
+        copies.on_drafted(Drafted(tree, tree.num_layers, (2,), selection))
+        paths = []
+        for b, req in enumerate(reqs):
+            path, size = [], self.length(req)
+            while True:
+                at = path[-1] if path else 0
+                wanted = req.text[size + len(path)]
+                rows = [
+                    row
+                    for row in range(at + 1, NODES + 1)
+                    if int(selection.parent_rows[b, row - 1]) == at
+                    and int(selection.draft_tokens[b, row - 1]) == wanted
+                ]
+                if not rows:
+                    break
+                path.append(rows[0])
+            paths.append(path)
+        return paths, selection
+
+
+def said_twice(seed, size=40):
+    once = np.random.default_rng(seed).integers(0, VOCAB, size).tolist()
+    return once * 8
+
+
+def test_text_that_was_said_before_is_proposed_and_accepted():
+    server = Server()
+    req = server.request("a", said_twice(1), 40)
+    counts = [len(server.step([req])[0]) for _ in range(30)]
+    # The first tokens find their copies; from then on a step is as deep as it may be.
+    assert min(counts[8:]) == DEPTH + 1
+    assert server.copies.num_accepted > 20 * DEPTH
+    state = server.copies.state()
+    assert state["copies_accepted"] == server.copies.num_accepted
+    assert state["copy_bytes"] == server.copies.num_bytes > 0
+    chances = {row["chance"] for row in state["copies"] if row["num_copies"] > 20}
+    assert chances and min(chances) > 0.9
+
+
+def test_what_is_never_said_again_is_soon_not_trusted():
+    server = Server()
+    rng = np.random.default_rng(2)
+    # Each token is followed by any other one.
+    req = server.request("a", rng.integers(0, VOCAB, 1200).tolist(), 200)
+    for _ in range(150):
+        server.step([req])
+    rows = [row for row in server.copies.state()["copies"] if row["num_copies"] > 40]
+    assert rows and all(row["chance"] < 0.15 for row in rows)
+
+
+def test_requests_come_and_go_and_come_back():
+    """Between plain steps and trees, with one that samples and one that wants no drafts."""
+    server = Server()
+    reqs = {
+        name: server.request(name, said_twice(ord(name)), 30 + ord(name) % 7) for name in "abcd"
+    }
+    reqs["c"].sampling_params.top_k = 20
+    rng = np.random.default_rng(5)
+    for number in range(60):
+        present = [req for name, req in reqs.items() if rng.random() < 0.8 or name == "a"]
+        weights = None
+        if number % 5 == 0:
+            weights = np.array([0.0 if req.rid == "d" else 1.0 for req in present])
+        server.step(present, weights, is_plain=number % 4 == 3 or number in range(20, 30))
+        for name, req in reqs.items():
+            if server.length(req) > 250:  # it ends, and another one takes its name
+                reqs[name] = server.request(name, said_twice(number), 33)
+                reqs[name].sampling_params.top_k = 20 if name == "c" else 1
+    assert "c" not in server.copies.index and server.copies.num_accepted > 100
+
+
+def test_a_text_that_is_not_the_served_one_is_not_copied():
+    """As where a request was put together from embeddings, or its result is under way."""
+    server = Server()
+    # The last result of one has not arrived, and the other is longer than it says.
+    late, other = server.request("b", said_twice(2), 40), server.request("c", said_twice(3), 40)
+    batch = SimpleNamespace(
+        reqs=[late, other],
+        spec_info=SimpleNamespace(bonus_tokens=torch.tensor([late.text[41], 5])),
+        seq_lens=torch.tensor([41, 77]),
+    )
+    copies = server.copies
+    copies.begin_step(batch, None, DEPTH, 1e-3)
+    copies.start()
+    tree = DraftTree(torch.zeros(2, TOPK).long(), torch.full((2, TOPK), 0.2), DEPTH, loops)
+    copies.look(tree.newest)
+    assert copies.index.num_tokens("b") == 42 and "c" not in copies.index
+
+
+def test_memory_beyond_the_limit_is_not_taken():
+    server = Server(max_tokens=200)
+    reqs = [server.request(name, said_twice(1), 60) for name in "ab"]
+    for _ in range(6):
+        server.step(reqs)
+    assert server.copies.num_bytes <= 200 * 120
+    assert ("a" in server.copies.index) != ("b" in server.copies.index)
+
+
+def test_results_of_measuring_are_forgotten():
+    server = Server()
+    req = server.request("a", said_twice(1), 40)
+    server.step([req])
+    server.copies.discard()
+    size = server.length(req)
+    assert server.copies.index.num_tokens("a") == 41 < size
+    server.step([req])  # reads the text anew
+    assert server.copies.index.num_tokens("a") == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({}, False), ({"copying": "on"}, True), ({"copying": "on", "policy": "fixed"}, False)],
+)
+def test_policy_auto_copies_where_it_is_told_to(settings, copies):
+    worker = SimpleNamespace(
+        reads=HostReads("cpu"),
+        topk=TOPK,
+        token_to_kv_pool_allocator=SimpleNamespace(size=100),
+        target_worker=SimpleNamespace(
+            model_runner=SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB))
+        ),
+    )
+    made = Copies.of(CastConfig(**settings), worker, NODES)
+    assert (made is not None) == copies
