@@ -8,7 +8,7 @@ import torch
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
-from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
 from cast_sglang.policy.lookahead import HALF_LIFE
 from cast_sglang.policy.turns import DEFAULT_SHAPES, FIRST
 from tests.support.policies import costs, priced
@@ -74,6 +74,13 @@ def test_no_layer_is_grown_where_copies_promise_the_same_for_nothing():
         assert bool(grow(policy, scores, cheap)) is grows
         policy.rerank(copied, cheap)
         assert bool(grow(policy, scores, cheap))  # the next step has no copies
+
+
+def test_a_copy_is_looked_for_while_it_is_worth_a_row_in_the_mean():
+    stairs = costs(verify=[1.0, 1.0, 1.3, 1.3, 1.7])
+    policy = priced(AutoPolicy((2, 5), 8), 2.0)
+    assert policy.least_score(1, stairs) == pytest.approx(2.0 * 0.7 / 4)
+    assert policy.least_score(1, costs()) == LEAST_CUT  # where rows cost nothing
 
 
 # --- The price ---
