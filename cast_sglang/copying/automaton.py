@@ -34,8 +34,9 @@ from cast_sglang.ops.compiled import compiled
 
 __all__ = ["MAX_LINKS", "NO_BLOCK", "SuffixIndex", "copy_of", "descend", "longest_match"]
 
-# Contexts in which a token is noted. In the 2,048-token vocabulary of the tiny pair, Python source
-# has 3.5 links from the last state on average, 6 in 90 and 9 in 99 of 100 places.
+# Contexts in which a token is noted. Python source has 1.75 such contexts that were said before, in
+# the mean, 5 in 99 of 100 places, 7 at most (textwrap, fractions and heapq of Python 3.11, 22,511
+# tokens of the tiny pair), so all of them are noted but in text that repeats itself closely.
 MAX_LINKS = 32
 
 NO_BLOCK = -1, 0  # first int and capacity of the block of a request without one
