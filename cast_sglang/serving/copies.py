@@ -181,7 +181,7 @@ class Copies:
         if grafts is None or not grafts.counts.any() and (grafts.classes < 0).all():
             return None
         began = time.perf_counter()
-        device = tree.scores.device
+        device = tree.frontier().scores.device
         arrays = grafts.scores, grafts.parents, grafts.tokens, grafts.copied_scores
         tree.graft(*(torch.from_numpy(part).to(device, non_blocking=True) for part in arrays))
         self.seconds += time.perf_counter() - began
