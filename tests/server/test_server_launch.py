@@ -185,7 +185,9 @@ def test_a_bad_launch_says_why(outcomes, directory, name):
     assert_one_clear_line(stderr, says)
 
 
-@pytest.mark.parametrize("name", ["missing profile", "threshold flag out of range", "pages"])
+@pytest.mark.parametrize(
+    "name", ["missing profile", "threshold flag out of range", "pages of a tree"]
+)
 def test_a_bad_server_ends_before_it_loads_a_model(launch, name, tmp_path):
     argv, env = launch(CASES[name])
     with pytest.raises(ServerError, match="ended with exit code [^0]"):
