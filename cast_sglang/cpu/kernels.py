@@ -255,20 +255,24 @@ def _write_slots(
             index += 1
 
 
-def get_last_loc(req_to_token: Tensor, req_pool_indices: Tensor, prefix_lens: Tensor) -> Tensor:
+def get_last_loc(
+    req_to_token: Tensor, req_pool_indices_tensor: Tensor, prefix_lens_tensor: Tensor
+) -> Tensor:
     """Return the slot of each request's last token, -1 for one without tokens.
 
     A request goes on in the page of that slot.
 
     Args:
         req_to_token: [slots, tokens] int32.
-        req_pool_indices, prefix_lens: [B] int.
+        req_pool_indices_tensor, prefix_lens_tensor: [B] int.
 
     Returns:
-        [B], dtype of `prefix_lens`.
+        [B], dtype of `prefix_lens_tensor`.
     """
-    last = req_to_token[req_pool_indices, (prefix_lens - 1).clamp(min=0)].to(prefix_lens.dtype)
-    return torch.where(prefix_lens > 0, last, -1)
+    last = req_to_token[req_pool_indices_tensor, (prefix_lens_tensor - 1).clamp(min=0)].to(
+        prefix_lens_tensor.dtype
+    )
+    return torch.where(prefix_lens_tensor > 0, last, -1)
 
 
 def fill_bonus_tokens(

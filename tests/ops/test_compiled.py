@@ -27,17 +27,18 @@ def arguments(function, rng, batch, n):
     sums = np.sort(floats(rng, 3, *shape, dtype=np.float64), axis=0)[::-1].copy()
     flags = rng.random((2, batch, n)) < 0.5
     shares_out = bool(flags[0, 0, 0])
+    nodes = (
+        np.where(flags[0], rng.random((batch, n)), np.nan),
+        rng.integers(1, 12, (batch, n)),
+        *flags,
+        rng.integers(0, shape[0], batch),
+    )
     children = floats(rng, 4, n, dtype=np.float64)
     return {
         "_piece": (float(rng.random()),),
-        "_add_nodes": (
-            sums,
-            0.9,
-            np.where(flags[0], rng.random((batch, n)), np.nan),
-            rng.integers(1, 12, (batch, n)),
-            *flags,
-            rng.integers(0, shape[0], batch),
-        ),
+        "_bucket": (int(rng.integers(1, 12)),),
+        "_expect": (np.sort(floats(rng, *shape, dtype=np.float64)), *nodes),
+        "_add_nodes": (sums, 0.9, *nodes),
         "_pack_curves": (np.sort(floats(rng, *shape, dtype=np.float64)),),
         "_isotonic": (
             floats(rng, batch * n, dtype=np.float64),
