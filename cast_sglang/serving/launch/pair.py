@@ -81,10 +81,7 @@ def check_target(path: str, model_config: ModelConfig | Any) -> None:
             "number of verified rows, and CAST verifies another number in every step"
         )
     elif model_config.attention_arch == AttentionArch.MLA:
-        reason = (
-            "it has multi-head latent attention (MLA), whose decode buffers on triton take "
-            "gigabytes at the rows of a draft tree, and which CAST has never been run with"
-        )
+        reason = "it has multi-head latent attention (MLA), which CAST has never been run with"
     if reason is not None:
         raise HostError(
             f"--model-path {path}: CAST does not serve this target: {reason}; use SGLang's own "
