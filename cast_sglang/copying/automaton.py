@@ -88,6 +88,14 @@ class SuffixIndex:
             return np.zeros(len(bases), np.int32)
         return np.where(bases < 0, 0, self._ints[np.maximum(bases, 0)])
 
+    def last_tokens(self, blocks: np.ndarray) -> np.ndarray:
+        """Return [B] int, the last token of the texts in blocks [B, 2]; -1 where there is none."""
+        sizes = self.sizes(blocks)
+        if not len(self._ints):
+            return np.full(len(sizes), -1, np.int32)
+        last = np.maximum(blocks[:, 0] + _HEADER + sizes - 1, 0)
+        return np.where(sizes == 0, -1, self._ints[last])
+
     def blocks(self, requests: Sequence[Hashable]) -> np.ndarray:
         """Return [B, 2] int64, first int and capacity of each block; `NO_BLOCK` for none."""
         return np.array([self._blocks.get(request, NO_BLOCK) for request in requests], np.int64)

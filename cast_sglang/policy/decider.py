@@ -222,8 +222,10 @@ class Decider:
         facts = self._step()
         assert facts.is_drawn is not None
         chosen = np.full(len(scores), size) if num_rows is None else num_rows
-        places = np.maximum(chosen - 2, 0)
-        last = scores.numpy()[np.arange(len(chosen)), places][facts.is_drawn & (chosen > 1)]
+        # A request may have fewer nodes than rows; a score of 0 stands where there is none.
+        places = np.minimum(chosen - 2, (scores.numpy() > 0.0).sum(1) - 1)
+        is_known = facts.is_drawn & (places >= 0)
+        last = scores.numpy()[np.arange(len(chosen)), places][is_known]
         if len(last):
             rows = int(chosen.max())
             self.policy.learn_settlement(facts.batch_size, _geometric_mean(last), rows)

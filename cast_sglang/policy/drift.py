@@ -17,6 +17,9 @@ __all__ = ["COLLAPSED", "Drift"]
 # Accepted nodes that a window expects. With chances near one half their standard deviation is 3,
 # so what counts as a collapse below is almost four of them away.
 WINDOW = 16.0
+# Passes that a window has at least. Requests of one pass are often alike, such as samples of one
+# prompt, and their nodes then count as one.
+LEAST_PASSES = 32
 # Of what is expected, what counts as a collapse and what ends it. A draft that was never calibrated
 # is overconfident, but not by so much: see `policy.acceptance`.
 COLLAPSED, RECOVERED = 1 / 3, 2 / 3
@@ -42,6 +45,7 @@ class Drift:
         self._acceptance = acceptance
         self._remembered: np.ndarray | None = None  # curves, taken with the first nodes
         self._expected = self._accepted = 0.0  # of the window that is open
+        self._passes = 0
 
     def update(self, nodes: VerifiedNodes, kinds: np.ndarray) -> bool:
         """Count the nodes of one verify pass; return whether that ended a window.
@@ -54,10 +58,11 @@ class Drift:
         expected, accepted = self._acceptance.expect(nodes, kinds, self._remembered)
         self._expected += expected
         self._accepted += accepted
-        if self._expected < WINDOW:
+        self._passes += 1
+        if self._expected < WINDOW or self._passes < LEAST_PASSES:
             return False
         self.ratio = self._accepted / self._expected
-        self._expected = self._accepted = 0.0
+        self._expected, self._accepted, self._passes = 0.0, 0.0, 0
         self.is_collapsed = self.ratio < (RECOVERED if self.is_collapsed else COLLAPSED)
         if not self.is_collapsed:
             self._remembered = self._acceptance.curves().copy()

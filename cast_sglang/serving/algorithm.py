@@ -13,6 +13,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from cast_sglang.config import CastConfig
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
+    check_copying,
     check_flags,
     set_draft,
     set_envelope,
@@ -93,6 +94,7 @@ class CastAlgorithm(CustomSpecAlgo):
         set_draft(server_args)
         set_envelope(server_args)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
+        check_copying(config, server_args.speculative_eagle_topk)
         check_pair(server_args)
         set_attention_backends(server_args)
 

@@ -18,6 +18,7 @@ import torch
 from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.graft import Grafts, graft, judge, outlook
+from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.host_reads import HostReads, Read
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Copies:
         self._num_nodes, self._vocab_size = num_nodes, vocab_size
         self._reqs: list[Req] = []
         self._rids: list[str] = []
+        self._has_no_room: set[str] = set()  # requests whose text the index could not take
         self._weights: np.ndarray | None = None
         self._wants = np.empty(0, np.bool_)
         self._max_depth, self._least_score = 0, 0.0
@@ -124,7 +126,14 @@ class Copies:
         began = time.perf_counter()
         self._max_depth, self._least_score, self._batch = max_depth, least_score, batch
         if self._reqs != batch.reqs or weights is not self._weights:
+            before = {req.rid: req for req in self._reqs}
+            for req in batch.reqs:
+                if (
+                    before.get(req.rid) is not req
+                ):  # another request may have the name of an old one
+                    self.index.drop(req.rid)
             self._reqs, self._weights = list(batch.reqs), weights
+            self._has_no_room.clear()
             self._wants = np.array([req.sampling_params.top_k == 1 for req in batch.reqs])
             if weights is not None:
                 self._wants &= weights > 0.0
@@ -183,7 +192,7 @@ class Copies:
         began = time.perf_counter()
         device = tree.frontier().scores.device
         arrays = grafts.scores, grafts.parents, grafts.tokens, grafts.copied_scores
-        tree.graft(*(torch.from_numpy(part).to(device, non_blocking=True) for part in arrays))
+        tree.graft(*(to_device(part, device) for part in arrays))
         self.seconds += time.perf_counter() - began
         return grafts
 
@@ -193,6 +202,8 @@ class Copies:
 
     def on_verified(self, reqs: Sequence[Req], verified: Verified) -> None:
         """Begin to read what the step brought."""
+        if self._selection is None and not any(req.rid in self.index for req in reqs):
+            return  # Nothing would be learned, and reads of plain steps alone would pile up.
         began = time.perf_counter()
         tensors = [verified.tokens, verified.accept_lens, verified.accept_index]
         grafts = None
@@ -237,9 +248,11 @@ class Copies:
             roots, seq_lens: [B] int, the root's token and the tokens before it.
         """
         blocks = self.index.blocks(self._rids)
-        is_stale = self._wants & (self.index.sizes(blocks) != seq_lens + 1)
+        is_stale = self.index.sizes(blocks) != seq_lens + 1
+        is_stale = self._wants & (is_stale | (self.index.last_tokens(blocks) != roots))
         for place in np.flatnonzero(is_stale).tolist():
-            self._read_anew(self._reqs[place], int(roots[place]), int(seq_lens[place]))
+            if self._rids[place] not in self._has_no_room:
+                self._read_anew(self._reqs[place], int(roots[place]), int(seq_lens[place]))
         if is_stale.any():
             blocks = self.index.blocks(self._rids)
         blocks[~self._wants] = NO_BLOCK
@@ -251,5 +264,6 @@ class Copies:
         text = [*req.origin_input_ids, *req.output_ids]
         if len(text) == size:
             text.append(root)  # of a result that the request does not hold yet
-        if len(text) == size + 1 and text[-1] == root:
-            self.index.add(req.rid, np.array(text, np.int64))
+        is_served = len(text) == size + 1 and text[-1] == root
+        if is_served and not self.index.add(req.rid, np.array(text, np.int64)):
+            self._has_no_room.add(req.rid)

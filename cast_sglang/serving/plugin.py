@@ -14,6 +14,7 @@ import sys
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -98,14 +99,15 @@ def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None
         worker.cast_stats.export(context.collector.labels)
     if get_parallel().tp_rank == 0:
         _say_capacity(scheduler.max_total_num_tokens, scheduler.max_running_requests)
-    if worker.device != "cpu":
-        from cast_sglang.serving.profiling.warm_up import warm_up
+    with torch.no_grad():  # as the scheduler's loop, which has not begun
+        if worker.device != "cpu":
+            from cast_sglang.serving.profiling.warm_up import warm_up
 
-        warm_up(worker)
-    if worker.lacks_profile:
-        from cast_sglang.serving.profiling.first_start import provide_profile
+            warm_up(worker)
+        if worker.lacks_profile:
+            from cast_sglang.serving.profiling.first_start import provide_profile
 
-        provide_profile(scheduler)
+            provide_profile(scheduler)
 
 
 def _say_capacity(pool: int, requests: int) -> None:

@@ -59,6 +59,8 @@ def test_it_finds_what_a_look_through_the_text_finds(texts, cuts, paths):
                 assert add(index, request, piece)
                 told[request] += piece
                 assert index.num_tokens(request) == len(told[request])
+                last = index.last_tokens(index.blocks([request, "none"]))
+                assert last.tolist() == [told[request][-1], -1]
                 check(index, request, Text(told[request]), paths)
 
 

@@ -185,6 +185,18 @@ def test_a_drawn_request_verifies_what_earlier_steps_settled():
     assert size == 2 and rows.tolist() == [1, 1]
 
 
+def test_places_without_a_node_settle_nothing():
+    """Beside a request with copies a tree has places that a drawn request has no node for."""
+    policy = Scripted(size=9)
+    made = decider(policy, is_ragged=True)
+    made.begin_step(facts(is_drawn=np.array([True, False])))
+    ranked = scores(10)
+    ranked[0, 4:] = 0.0
+    made.rows(ranked, settled(0.35))
+    kind, _, score, _ = policy.asked[-1]
+    assert kind == "learn" and score == pytest.approx(float(ranked[0, 3]))
+
+
 def test_where_all_have_equal_rows_a_drawn_request_stays_within_those_of_the_last_step():
     made = decider(Scripted(size=6), verify_graphs=GraphSizes({4: (7, 12)}))
     made.begin_step(facts(is_drawn=np.array([True, False])))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED, Acceptance
-from cast_sglang.policy.drift import COLLAPSED, WINDOW, Drift
+from cast_sglang.policy.drift import COLLAPSED, LEAST_PASSES, WINDOW, Drift
 from cast_sglang.policy.outcomes import VerifiedNodes
 
 
@@ -70,6 +70,19 @@ def test_hard_text_and_an_overconfident_draft_are_no_collapse(seed):
     assert not server.drift.is_collapsed
 
 
+def test_many_equal_requests_that_err_together_are_no_collapse():
+    acceptance = Acceptance()
+    drift, kinds = Drift(acceptance), np.full(32, GREEDY)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        accepted = np.full((32, 1), rng.random() < 0.9)
+        one = np.ones((32, 1), np.int64)
+        nodes = VerifiedNodes(np.full((32, 1), 0.9), one, one > 0, accepted)
+        drift.update(nodes, kinds)
+        acceptance.update(nodes, kinds)
+        assert not drift.is_collapsed
+
+
 def test_what_an_earlier_server_learned_is_remembered():
     """A draft of which much less was accepted than it says, and still is, has not collapsed."""
 
@@ -84,9 +97,19 @@ def test_what_an_earlier_server_learned_is_remembered():
     assert server.serve(2000, modest) == 2000 and server.drift.ratio > 0.5
 
 
-def test_a_window_ends_when_enough_was_expected():
+@pytest.mark.parametrize("requests", [1, 64])
+def test_a_window_ends_when_enough_was_expected_of_enough_passes(requests):
     drift = Drift(Acceptance())
-    shares = np.full((1, 4), 0.5)
-    nodes = VerifiedNodes(shares, np.ones((1, 4), int), shares > 0.0, shares > 1.0)
-    ended = [drift.update(nodes, np.array([GREEDY])) for _ in range(int(2 * WINDOW / 2))]
-    assert ended == ([False] * (int(WINDOW / 2) - 1) + [True]) * 2 and drift.ratio == 0.0
+    shares = np.full((requests, 4), 0.5)
+    nodes = VerifiedNodes(shares, np.ones((requests, 4), int), shares > 0.0, shares > 1.0)
+    kinds = np.full(requests, GREEDY)
+    ended = [drift.update(nodes, kinds) for _ in range(2 * LEAST_PASSES)]
+    assert ended == ([False] * (LEAST_PASSES - 1) + [True]) * 2 and drift.ratio == 0.0
+
+
+def test_a_window_of_few_nodes_a_pass_is_longer():
+    drift = Drift(Acceptance())
+    share = np.full((1, 1), 0.25)
+    nodes = VerifiedNodes(share, np.ones((1, 1), int), share > 0.0, share > 1.0)
+    ended = [drift.update(nodes, np.array([GREEDY])) for _ in range(int(WINDOW / 0.25))]
+    assert not any(ended[:-1]) and ended[-1]

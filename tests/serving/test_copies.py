@@ -197,6 +197,54 @@ def test_memory_beyond_the_limit_is_not_taken():
     assert ("a" in server.copies.index) != ("b" in server.copies.index)
 
 
+def test_a_text_without_room_is_read_once_until_other_requests_run(monkeypatch):
+    server = Server(max_tokens=200)
+    reqs = [server.request(name, said_twice(1), 60) for name in "ab"]
+    added = []
+    add = server.copies.index.add
+    monkeypatch.setattr(
+        server.copies.index, "add", lambda rid, tokens: added.append(rid) or add(rid, tokens)
+    )
+    for _ in range(4):
+        server.step(reqs)
+    without = next(rid for rid in "ab" if rid not in server.copies.index)
+    added.clear()
+    for _ in range(4):
+        server.step(reqs)
+    assert without not in added
+    server.step([req for req in reqs if req.rid == without])
+    assert without in server.copies.index
+
+
+def test_a_request_with_the_name_of_an_earlier_one_gets_none_of_its_text():
+    server = Server()
+    text = said_twice(1)
+    first = server.request("a", text, 40)
+    server.step([first])
+    # As long as the first one with its latest tokens, and with the same last token.
+    size = server.length(first)
+    other = said_twice(2)[: size - 1] + [first.text[size - 1]] + said_twice(3)
+    server.step([server.request("a", other, size - 1)])  # `draft` compares the texts
+
+
+def test_a_text_that_ends_with_another_token_is_read_anew():
+    server = Server()
+    req = server.request("a", said_twice(1), 40)
+    server.step([req])
+    size = server.length(req)
+    req.text = [*req.text[: size - 1], 49 - req.text[size - 1], *said_twice(4)]
+    req.output_ids[-1] = req.text[size - 1]  # it was retracted, and prefill has put another one
+    server.step([req])
+
+
+def test_plain_steps_alone_leave_nothing_behind():
+    server = Server()
+    req = server.request("a", said_twice(1), 40)
+    for _ in range(10):
+        server.step([req], is_plain=True)
+    assert not server.copies._outcomes
+
+
 def test_results_of_measuring_are_forgotten():
     server = Server()
     req = server.request("a", said_twice(1), 40)

@@ -200,11 +200,11 @@ class CastDraftWorker(EagleDraftWorker):
         )
         verify_input.num_rows, verify_input.rows_with_nodes = num_rows, rows_with_nodes
         verify_input.drawn = tools.draws.drawn(selection)
+        siblings = verify_input.retrieve_next_sibling
+        # Known for free where nothing is in flight. A node that is cut has a row all the same.
+        verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
         if may_stay is not None and rows is None:
             cut_links(verify_input, selection.top_scores_index, may_stay)
-        siblings = verify_input.retrieve_next_sibling
-        # Known for free where nothing is in flight.
-        verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
         if wants_drafts is not None:
             # Nothing hangs below the root of a request that wants no drafts.
             verify_input.retrieve_next_token.masked_fill_(~wants_drafts.unsqueeze(1), -1)

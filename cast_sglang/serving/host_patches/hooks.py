@@ -131,7 +131,9 @@ def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
 def _slots_lacking(request: Req, reserve: int, page_size: int) -> int:
     """Return the slots, in whole pages, that a request still needs for `reserve` more tokens."""
     end = -(-(request.kv.kv_committed_len + reserve) // page_size) * page_size
-    return max(0, end - request.kv.kv_allocated_len)
+    # After a prefill a request holds the rest of its last page too.
+    held = -(-request.kv.kv_allocated_len // page_size) * page_size
+    return max(0, end - held)
 
 
 def _tokens_required(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 __all__ = [
+    "check_copying",
     "check_device",
     "check_flags",
     "set_draft",
@@ -155,6 +156,20 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
             "chains: --speculative-eagle-topk 1"
         )
     read_draft_config(*draft, args.trust_remote_code)
+
+
+def check_copying(config: CastConfig, topk: int) -> None:
+    """Refuse copies in chains: SGLang reads what a chain accepts as if it had no siblings.
+
+    Raises:
+        HostError: names the flags and the fix.
+    """
+    if config.copying == "on" and topk == 1:
+        raise HostError(
+            "--cast-copying on cannot be combined with --speculative-eagle-topk 1: a copy beside "
+            "the draft's token makes a tree of the chain; use --speculative-eagle-topk 2 or more, "
+            "or --cast-copying off"
+        )
 
 
 def set_draft(server_args: ServerArgs) -> None:

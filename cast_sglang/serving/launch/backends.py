@@ -60,11 +60,13 @@ def set_attention_backends(server_args: ServerArgs) -> None:
         )
     if {prefill, decode} != {verifies[0]}:
         server_args.speculative_draft_attention_backend = verifies[0]
-    if is_cpu or prefill == decode:
+    # SGLang decodes on `attention_backend` where no other backend is named.
+    if is_cpu or prefill == decode == (server_args.attention_backend or decode):
         return
     server_args.prefill_attention_backend = prefill
     server_args.decode_attention_backend = decode
-    server_args.speculative_attention_mode = "decode"  # the backend that SGLang verifies on
+    if prefill != decode:
+        server_args.speculative_attention_mode = "decode"  # the backend that SGLang verifies on
     logger.info("CAST: prompts run on %s, verify and plain steps on %s", prefill, decode)
 
 

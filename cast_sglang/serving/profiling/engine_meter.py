@@ -180,9 +180,11 @@ class EngineMeter:
         """Give every request row slots of its own; rows that exceed the pool share them."""
         table = self.worker.req_to_token_pool.req_to_token
         self._slots_before = table.clone()
-        size = self.worker.token_to_kv_pool_allocator.size
-        positions = torch.arange(table.numel(), device=table.device).view(table.shape)
-        table.copy_(positions % size + 1)
+        size, num_columns = self.worker.token_to_kv_pool_allocator.size, table.shape[1]
+        columns = torch.arange(num_columns, dtype=torch.int64, device=table.device)
+        # Row by row: at long contexts the table is large, and the cache has taken its share.
+        for number, row in enumerate(table):
+            row.copy_((columns + number * num_columns) % size + 1)
 
     def _batch(self, batch_size: int, context: int) -> ScheduleBatch:
         """Return a decode batch as the scheduler would hand it to the worker."""
@@ -211,6 +213,8 @@ class EngineMeter:
             accept_index=result.accept_index.new_zeros((batch_size, rows)),
             new_seq_lens=batch.seq_lens + rows,
             speculative_num_draft_tokens=rows,
+            # Those of the verify pass, which had another shape.
+            prepared_draft_extend_inputs=None,
         )
 
     def _slots(self, batch: ScheduleBatch, context: int, rows: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ def warm_up(worker: CastWorker) -> None:
 
 def _run_all(worker: CastWorker, meter: Any) -> int:
     draft, num_passes = worker.draft_worker, 0
-    for batch_size in _powers_of_two(worker.limits.max_batch_size):
+    for batch_size in _batch_sizes(worker.limits.max_batch_size):
         # What depends on the depth does not depend on the batch.
         is_first = batch_size == 1
         for rows in _verify_sizes(worker, batch_size):
@@ -67,5 +67,6 @@ def _verify_sizes(worker: CastWorker, batch_size: int) -> tuple[int, ...]:
     return graphs.sizes.at(bucket)
 
 
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << power for power in range(most.bit_length())]
+def _batch_sizes(most: int) -> list[int]:
+    """Return batch sizes of which each power of two holds one."""
+    return sorted({*(1 << power for power in range(most.bit_length())), most})

@@ -120,6 +120,9 @@ def test_chains_reserve_whole_pages(algorithm):
     # Two more tokens need a page that the request does not hold yet.
     batch = batch_of(request(320), free=64, page_size=64)
     assert hooks._tokens_required(lambda *args: 128, batch, batch.reqs, 64) == 64
+    # Behind a prefill the rest of the last page is held, whatever was asked for.
+    batch = batch_of(request(300, allocated=300), free=0, page_size=64)
+    assert hooks._tokens_required(lambda *args: 128, batch, batch.reqs, 64) == 0
     with pytest.raises(IndexError, match=str(ROW)):
         prepared(batch_of(request(ROW - RESERVE - 63), page_size=256))
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cast_sglang.config import CastConfig
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch import arguments
 
@@ -110,3 +111,10 @@ def test_what_is_left_open_fits_what_is_given(given, found):
 def test_trees_and_chains_that_cannot_be(given, says):
     with pytest.raises(HostError, match=says):
         envelope(*given)
+
+
+def test_chains_are_not_copied_into():
+    for copying, topk in (("on", 2), ("off", 1)):
+        arguments.check_copying(CastConfig(copying=copying), topk)
+    with pytest.raises(HostError, match="--cast-copying on.*--speculative-eagle-topk 2"):
+        arguments.check_copying(CastConfig(copying="on"), 1)

@@ -44,6 +44,12 @@ def made_up(**given):
             "triton",
         ),
         (
+            {"attention_backend": "fa3", "prefill_attention_backend": "triton"},
+            "triton",
+            "triton",
+            None,
+        ),
+        (
             {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
             "fa3",
             "flashinfer",

@@ -61,13 +61,16 @@ def test_every_captured_size_runs_at_every_depth_and_every_power_of_two(warmed):
     at_one = {(rows, depth) for batch, rows, depth in meter.verified if batch == 1}
     # A path is no longer than the tree is deep, nor than its nodes.
     assert at_one == {(1, 0), (2, 1), (8, 1), (8, 2), (8, 3)}
+    # Six requests have no graph, and are held by another power of two than four.
     assert {(b, rows) for b, rows, _ in meter.verified if b > 1} == {
-        (b, rows) for b in (2, 4) for rows in (1, 4, 8)
+        *((b, rows) for b in (2, 4) for rows in (1, 4, 8)),
+        *((6, rows) for rows in (1, 2, 5, 8)),
     }
     # What the draft catches up on may be as much as the backlog keeps.
     assert meter.extended == {
         *((1, rows) for rows in (2, 3, 8)),
         *((b, rows) for b in (2, 4) for rows in (2, 3, 8)),
+        (6, ROWS),
     }
 
 
