@@ -23,8 +23,11 @@ chat: install ## talk to a model under CAST and see what each step brought
 
 # Two workers, each with servers of its own. A file's tests stay together, and files in their order:
 # the long ones, which start servers, come before many short ones.
-test: install ## all tests; some start real servers
+test: install ## the tests; some start real servers
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-extended: install ## a soak under faults, Triton's interpreter, rarer drafts: the tests of minutes
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m extended $(ARGS)
 
 check: install ## lint, format and types
 	scripts/check

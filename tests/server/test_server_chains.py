@@ -72,6 +72,7 @@ def test_greedy_tokens_on_pages_equal_plain_decoding(start_server, prompts, expe
         assert twice["output_ids"] == again["output_ids"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("pool", [16384, 640])
 def test_chains_on_pages_at_the_limits_of_context_and_memory(start_server, pool):
     """A pool hardly larger than one request has no whole page left for drafts."""
@@ -95,6 +96,7 @@ def num_accepted(server) -> int:
     return sum((int(length) - 1) * count for length, count in lengths.items())
 
 
+@pytest.mark.extended
 def test_an_mtp_layer_drafts_for_its_own_target(
     start_server, pair, tmp_path, prompts, expected_ids
 ):
@@ -106,6 +108,7 @@ def test_an_mtp_layer_drafts_for_its_own_target(
         assert num_accepted(server) > 0
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("topk", ["1", "4"])
 def test_an_eagle1_draft_with_a_token_map(
     start_server, pair, tmp_path, prompts, expected_ids, topk

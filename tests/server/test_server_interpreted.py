@@ -16,7 +16,7 @@ from tests.server.test_server_limits import Ask, ask, token_ids
 from tests.support.interpreted import ENVIRONMENT, REPLAYS_FILE, CapturedLayersServer
 
 # An interpreted step takes seconds.
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.server, pytest.mark.extended, pytest.mark.timeout(1800)]
 
 NUM_TOKENS, CONTEXT = 6, 40
 FLAGS = (

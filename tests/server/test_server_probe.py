@@ -67,6 +67,7 @@ def probed(pair: Pair, made_up_profile: Path, tmp_path: Path) -> Callable[..., d
     return start
 
 
+@pytest.mark.extended
 def test_an_engine_is_started_and_a_draft_that_fits_is_said_to(probed):
     checks = probed(None)
     assert checks["head fits"].status == checks["draft head"].status == "ok", checks
@@ -74,6 +75,7 @@ def test_an_engine_is_started_and_a_draft_that_fits_is_said_to(probed):
     assert not [check for check in checks.values() if check.status in ("fail", "skip")], checks
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [

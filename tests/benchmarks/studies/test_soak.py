@@ -13,6 +13,7 @@ REQUESTS = 132
 
 
 @pytest.mark.server
+@pytest.mark.extended
 @pytest.mark.timeout(900)
 def test_everything_goes_wrong_and_nothing_is_lost(tmp_path):
     options = ["--requests", str(REQUESTS), "--wave", "12", "--prompts", "22", "--rate", "20"]
