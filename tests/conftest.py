@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--law-samples", type=int, default=720, help="samples of each law of sampling (720)"
     )
     parser.addoption(
-        "--mt-bench-questions", type=int, default=8, help="for the published model, at most 80 (8)"
+        "--mt-bench-questions", type=int, default=4, help="for the published model, at most 80 (4)"
     )
 
 

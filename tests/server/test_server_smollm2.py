@@ -14,7 +14,7 @@ from tests.server.conftest import ServerFactory
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 BATCH_SIZE = 8
-NUM_ALONE = 4  # of them, asked one at a time too
+NUM_ALONE = 2  # of them, asked one at a time too
 NUM_TOKENS = 48
 
 

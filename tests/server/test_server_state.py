@@ -129,4 +129,5 @@ def test_an_idle_server_uses_no_core(cast):
     time.sleep(1.0)
     before = cpu_seconds()
     time.sleep(4.0)
-    assert cpu_seconds() - before < 0.1 * 4.0
+    # One that polls takes a core or more, and on a busy machine no less than a good part of it.
+    assert cpu_seconds() - before < 0.3 * 4.0
