@@ -41,9 +41,10 @@ MAX_LINKS = 32
 
 NO_BLOCK = -1, 0  # first int and capacity of the block of a request without one
 
-_HEADER = 4
+_HEADER = 4  # ints of the header above
 _TEXT_COLUMNS, _STATE_COLUMNS, _EDGE_COLUMNS, _BUCKETS = 1, 2 * 6, 3 * 5, 2
 _INTS_PER_TOKEN = _TEXT_COLUMNS + _STATE_COLUMNS + _EDGE_COLUMNS + _BUCKETS
+# So that a short text does not grow its block every few steps; other sizes were not measured.
 _LEAST_CAPACITY = 64
 # Of a state, and of an edge.
 _LENGTH, _LINK, _END, _BEFORE, _COUNT, _FIRST_EDGE = range(6)

@@ -14,6 +14,7 @@ import msgspec
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_schedule, get_spec
+from sglang.srt.utils.common import ceil_align
 
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.serving.launch.identity import is_draft_path
@@ -130,10 +131,9 @@ def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
 
 def _slots_lacking(request: Req, reserve: int, page_size: int) -> int:
     """Return the slots, in whole pages, that a request still needs for `reserve` more tokens."""
-    end = -(-(request.kv.kv_committed_len + reserve) // page_size) * page_size
+    end = ceil_align(request.kv.kv_committed_len + reserve, page_size)
     # After a prefill a request holds the rest of its last page too.
-    held = -(-request.kv.kv_allocated_len // page_size) * page_size
-    return max(0, end - held)
+    return max(0, end - ceil_align(request.kv.kv_allocated_len, page_size))
 
 
 def _tokens_required(
@@ -162,8 +162,7 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
         return
     _reserve = PLAIN_RESERVE if _must_decode_plainly(batch, batch.reqs) else slots_reserved()
     end = max(req.kv.kv_committed_len for req in batch.reqs) + _reserve
-    page_size = batch.token_to_kv_pool_allocator.page_size
-    end = -(-end // page_size) * page_size
+    end = ceil_align(end, batch.token_to_kv_pool_allocator.page_size)
     row = batch.req_to_token_pool.req_to_token.shape[1]
     if end > row:
         raise IndexError(f"a request reserves {end} slots, and its row of req_to_token has {row}")
