@@ -67,6 +67,7 @@ def test_before_any_outcome_scores_are_the_drafts_own():
 @pytest.mark.parametrize("change", ["", "the weights of the target were updated from x"])
 def test_a_collapse_is_logged_once_and_exported(caplog, monkeypatch, change):
     monkeypatch.setattr(drift, "WINDOW", 2.0)
+    monkeypatch.setattr(drift, "LEAST_PASSES", 2)
     stats = StepStats()
     calibration = Calibration(stats=stats)
     calibration.last_change = change
