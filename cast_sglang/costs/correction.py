@@ -104,6 +104,7 @@ class Residuals:
         self._starts = np.cumsum((0, *counts))
         self._prior = np.repeat(np.square(list(DEVIATIONS.values())), counts)
         self._places: dict[tuple[str, int, int], np.ndarray] = {}
+        self._places_of_counts: dict[tuple[str, int, int], np.ndarray] = {}
         self.version = 0
         self.reset()
 
@@ -224,7 +225,11 @@ class Residuals:
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
-        parts = self._parts(operation, batch_size, np.arange(1, num_counts + 1))
+        key = operation, self.batch_bucket(batch_size), num_counts
+        parts = self._places_of_counts.get(key)
+        if parts is None:
+            parts = self._parts(operation, batch_size, np.arange(1, num_counts + 1))
+            self._places_of_counts[key] = parts
         limit = math.log(MAX_SCALE)
         return np.exp(self._known[0][parts].sum(axis=0).clip(-limit, limit)).astype(np.float32)
 

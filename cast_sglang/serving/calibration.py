@@ -22,15 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration"]
 
-# Once _MANY outcomes are known, only one step in TEACH_EVERY teaches, and LEARN_AT_ONCE of them are
-# learned together: between two passes of a model the code has left the caches, and most of the time
-# goes into fetching it. On two cores learning one outcome took 0.26 ms, eight 0.46 ms, and making
-# the curves 0.24 ms, so this takes 0.04 ms a step in place of 0.5. On simulated machines it costs
-# no speed (+0.2 %, standard error 0.3), but would at the start: of the speed of the first 100
-# steps, eight together lost 0.5 % and sixteen 1.8 %.
-TEACH_EVERY = 2
+# Steps that are learned together: between two passes of a model the code has left the caches, and
+# most of the time goes into fetching it. On two cores learning one outcome took 0.26 ms, eight 0.46
+# ms, and making the curves 0.24 ms, so this takes 0.09 ms a step in place of 0.5. On simulated
+# machines eight together lose 0.5 % of the speed of the first 100 steps, sixteen 1.8 %, and neither
+# loses any later.
 LEARN_AT_ONCE = 8
-_MANY = 128
 LIKELY_CAUSES = (
     "the weights of target or draft have changed, or the draft was trained for another target, "
     "other layers or another vocabulary"
@@ -62,9 +59,8 @@ class _Lesson(NamedTuple):
 class Calibration:
     """Gives the layers of a tree an `Acceptance`'s curves and teaches it by the tree's outcome.
 
-    Outcomes are learned when the next tree has been drafted: drafting has waited for them, so by
-    then their copies are on the host. At first each of them is learned at once, later a part of
-    them, several together.
+    Outcomes of several steps are learned together when the next tree has been drafted: drafting has
+    waited for them, so by then their copies are on the host.
 
     Args:
         stats: told how far acceptance is from what is remembered.
@@ -81,7 +77,6 @@ class Calibration:
         self.seconds = 0.0
         self._stats = StepStats() if stats is None else stats
         self._reads = HostReads("cpu") if reads is None else reads
-        self._num_learned = self._num_drafted = 0
         # Of the step's requests.
         self._top_ks: torch.Tensor | None = None
         self._is_drawn: torch.Tensor | None = None
@@ -126,11 +121,9 @@ class Calibration:
         """Keep the tree that the step verifies, and learn from the steps before when it is time."""
         began = time.perf_counter()
         self._learn()
-        self._num_drafted += 1
-        if self._num_learned < _MANY or self._num_drafted % TEACH_EVERY == 0:
-            probs, topk = self._node_probs(drafted), drafted.tree.topk
-            assert self._kinds is not None
-            self._lesson = _Lesson(drafted.selection, probs, self._kinds, topk)
+        probs, topk = self._node_probs(drafted), drafted.tree.topk
+        assert self._kinds is not None
+        self._lesson = _Lesson(drafted.selection, probs, self._kinds, topk)
         self.seconds += time.perf_counter() - began
 
     def _node_probs(self, drafted: Drafted) -> torch.Tensor:
@@ -154,7 +147,7 @@ class Calibration:
         lesson, self._lesson = self._lesson, None
         if lesson is not None:
             self._lessons.append(lesson._replace(accept_index=verified.accept_index))
-            if len(self._lessons) >= (LEARN_AT_ONCE if self._num_learned >= _MANY else 1):
+            if len(self._lessons) >= LEARN_AT_ONCE:
                 tensors = [tensor for lesson in self._lessons for tensor in lesson.tensors()]
                 self._read = self._reads.start(*tensors)
 
@@ -169,7 +162,6 @@ class Calibration:
             if self.drift.update(outcome, kinds):
                 self._report(was_collapsed)
             self.acceptance.update(outcome, kinds)
-            self._num_learned += 1
         self._lessons.clear()
         self._read = None
 
