@@ -93,5 +93,5 @@ def cast(start_server: ServerFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def expected_ids(plain: Server, prompts: list[str]) -> list[list[int]]:
-    """Plain decoding's greedy answers, one request at a time."""
-    return greedy_ids(plain, prompts, batch=1, num_tokens=NUM_TOKENS)
+    """Plain decoding's greedy answers; `test_server_lossless.py` has some of them alone too."""
+    return greedy_ids(plain, prompts, batch=8, num_tokens=NUM_TOKENS)

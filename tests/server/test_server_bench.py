@@ -45,7 +45,8 @@ def preloaded(monkeypatch, tmp_path) -> None:
 
 def test_smoke(preloaded, tmp_path, capsys):
     argv = ["--smoke", "--out", str(tmp_path), "--temperatures", "0,1"]
-    code = bench_serving.main([*argv, "--tasks", "code,best-of-2", "--requests", "2"])
+    argv += ["--tasks", "code,best-of-2", "--requests", "2", "--tokens", "48"]
+    code = bench_serving.main(argv)
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "2 of 2 servers are up" in err
@@ -77,6 +78,7 @@ def test_smoke(preloaded, tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
+@pytest.mark.extended
 def test_cold_smoke(preloaded, tmp_path, capsys):
     argv = ["--smoke", "--out", str(tmp_path), "--batches", "2", "--requests", "2"]
     code = bench_serving.main([*argv, "--tokens", "32", "--cold", "1"])

@@ -14,6 +14,11 @@ def test_greedy_tokens_equal_plain_decoding(cast, prompts, expected_ids, batch):
     assert greedy_ids(cast, prompts, batch, NUM_TOKENS) == expected_ids
 
 
+def test_plain_decoding_answers_alone_as_in_a_batch(plain, prompts, expected_ids):
+    """So it does not matter how the answers were made that all others are compared with."""
+    assert greedy_ids(plain, prompts[:8], 1, NUM_TOKENS) == expected_ids[:8]
+
+
 def test_trees_differ_in_size_from_step_to_step(cast, prompts):
     def shapes() -> tuple[int, int, int]:
         stats = cast.get("/server_info")["internal_states"][0]["cast"]
