@@ -97,14 +97,12 @@ class Residuals:
     def __init__(self, limits: Limits) -> None:
         self._batch_edges = _edges(limits.max_batch_size, halves=False)
         self._token_edges = _edges(limits.max_verify_rows, halves=True)
-        self._num_sizes = limits.max_verify_rows
-        octaves = len(NAMES) * len(self._batch_edges)
-        counts = (len(NAMES), octaves, octaves * len(self._token_edges), octaves * self._num_sizes)
+        octaves, num_sizes = len(NAMES) * len(self._batch_edges), limits.max_verify_rows
+        counts = (len(NAMES), octaves, octaves * len(self._token_edges), octaves * num_sizes)
         # The parts of each kind lie one after the other in the arrays of parts.
         self._starts = np.cumsum((0, *counts))
         self._prior = np.repeat(np.square(list(DEVIATIONS.values())), counts)
-        self._places: dict[tuple[str, int, int], np.ndarray] = {}
-        self._places_of_counts: dict[tuple[str, int, int], np.ndarray] = {}
+        self._places = self._place_parts(num_sizes)
         self.version = 0
         self.reset()
 
@@ -132,7 +130,8 @@ class Residuals:
         """
         if not 0.0 < ratio < math.inf:
             return
-        places = self._places_of(operation, batch_size, num_tokens)
+        places = self._places_of(operation, batch_size)
+        places = places[:, min(max(num_tokens, 1), places.shape[1]) - 1]
         self._samples[places[2] - self._starts[2]] += 1
         _share_out_surprise(self._means, self._variances, places, self._moment, math.log(ratio))
 
@@ -225,13 +224,11 @@ class Residuals:
 
     def scales(self, operation: str, batch_size: int, num_counts: int) -> np.ndarray:
         """Return [num_counts] float32, the factors on the table's times of 1.. tokens."""
-        key = operation, self.batch_bucket(batch_size), num_counts
-        parts = self._places_of_counts.get(key)
-        if parts is None:
-            parts = self._parts(operation, batch_size, np.arange(1, num_counts + 1))
-            self._places_of_counts[key] = parts
+        known = self._known[0][self._places_of(operation, batch_size)].sum(axis=0)
         limit = math.log(MAX_SCALE)
-        return np.exp(self._known[0][parts].sum(axis=0).clip(-limit, limit)).astype(np.float32)
+        # Beyond the largest size all are as that one.
+        counts = known.take(np.arange(num_counts), mode="clip")
+        return np.exp(counts.clip(-limit, limit)).astype(np.float32)
 
     def rest(self, batch_size: int) -> tuple[float, float]:
         """Return the time of a step beyond the table, and that of each layer, in its units."""
@@ -244,8 +241,8 @@ class Residuals:
         for index in np.flatnonzero(self._samples).tolist():
             which, batch, token = (int(part) for part in np.unravel_index(index, shape))
             batch_sizes, tokens = _span(self._batch_edges, batch), _span(self._token_edges, token)
-            parts = self._parts(NAMES[which], batch_sizes[1], np.arange(tokens[0], tokens[1] + 1))
-            ratio = math.exp(self._means[parts].sum(axis=0).mean())
+            places = self._places[which, batch, :, tokens[0] - 1 : tokens[1]]
+            ratio = math.exp(self._means[places].sum(axis=0).mean())
             yield Residual(NAMES[which], batch_sizes, tokens, ratio, int(self._samples[index]))
 
     def suspects(self) -> list[Residual]:
@@ -259,23 +256,19 @@ class Residuals:
         batch = bisect.bisect_left(self._batch_edges, batch_size)
         return min(batch, len(self._batch_edges) - 1)
 
-    def _places_of(self, operation: str, batch_size: int, num_tokens: int) -> np.ndarray:
-        """Return the indices of the four parts of a pass."""
-        key = operation, self.batch_bucket(batch_size), num_tokens
-        places = self._places.get(key)
-        if places is None:
-            places = self._parts(operation, batch_size, np.array([num_tokens]))[:, 0]
-            self._places[key] = places
+    def _places_of(self, operation: str, batch_size: int) -> np.ndarray:
+        """Return [4, sizes], the indices of the parts of passes over 1.. tokens."""
+        places: np.ndarray = self._places[NAMES.index(operation), self.batch_bucket(batch_size)]
         return places
 
-    def _parts(self, operation: str, batch_size: int, counts: np.ndarray) -> np.ndarray:
-        """Return [4, n], the indices of the parts of passes over these [n] numbers of tokens."""
-        which, octave = NAMES.index(operation), self.batch_bucket(batch_size)
-        tokens = np.searchsorted(self._token_edges, counts).clip(max=len(self._token_edges) - 1)
-        sizes = counts.clip(1, self._num_sizes) - 1
-        row = which * len(self._batch_edges) + octave
-        parts = which, row, row * len(self._token_edges) + tokens, row * self._num_sizes + sizes
-        return self._starts[:4, None] + np.stack(np.broadcast_arrays(*parts))
+    def _place_parts(self, num_sizes: int) -> np.ndarray:
+        """Return [passes, octaves, 4, sizes] int64, the indices of the parts of every pass."""
+        octaves, buckets = len(self._batch_edges), len(self._token_edges)
+        row = np.arange(len(NAMES) * octaves).reshape(len(NAMES), octaves, 1)
+        sizes = np.arange(num_sizes)
+        tokens = np.searchsorted(self._token_edges, sizes + 1)
+        parts = row // octaves, row, row * buckets + tokens, row * num_sizes + sizes
+        return self._starts[:4, None] + np.stack(np.broadcast_arrays(*parts), axis=2)
 
 
 class CorrectedCosts:
