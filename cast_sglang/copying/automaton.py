@@ -41,7 +41,7 @@ MAX_LINKS = 32
 
 NO_BLOCK = -1, 0  # first int and capacity of the block of a request without one
 
-_HEADER = 4  # ints of the header above
+_HEADER = 4  # tokens, states, edges so far, the last state
 _TEXT_COLUMNS, _STATE_COLUMNS, _EDGE_COLUMNS, _BUCKETS = 1, 2 * 6, 3 * 5, 2
 _INTS_PER_TOKEN = _TEXT_COLUMNS + _STATE_COLUMNS + _EDGE_COLUMNS + _BUCKETS
 # So that a short text does not grow its block every few steps; other sizes were not measured.

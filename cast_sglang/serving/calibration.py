@@ -25,8 +25,8 @@ __all__ = ["Calibration"]
 # Steps that are learned together: between two passes of a model the code has left the caches, and
 # most of the time goes into fetching it. On two cores learning one outcome took 0.26 ms, eight 0.46
 # ms, and making the curves 0.24 ms, so this takes 0.09 ms a step in place of 0.5. On simulated
-# machines eight together lose 0.5 % of the speed of the first 100 steps, sixteen 1.8 %, and neither
-# loses any later.
+# machines, where that time does not count, eight together lose 0.5 % of the speed of the first 100
+# steps and sixteen 1.8 %; later on, sixteen lose nothing.
 LEARN_AT_ONCE = 8
 LIKELY_CAUSES = (
     "the weights of target or draft have changed, or the draft was trained for another target, "
