@@ -167,7 +167,7 @@ def sample_steps(steps: Sequence[TracedStep], max_steps: int) -> list[TracedStep
 
 def print_tuned(tuned: Tuned, console: Console) -> None:
     """Print speeds and regrets by batch size, and the settings to use."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=0)  # else ten columns are cut at a width of 80
     headings = ["batch", "steps", "before", "tuned", *YARDSTICKS, "of shape"]
     for heading in [*headings, *(f"to {against}" for against in YARDSTICKS)]:
         table.add_column(heading, justify="right", no_wrap=True)
