@@ -66,7 +66,7 @@ def test_the_drafter_of_the_example_grows_trees():
         reads=HostReads("cpu"),
         clock=PassClock("cpu"),
         recorder=None,
-        room=StepRoom(STEPS, 1 + TOPK * STEPS),
+        room=StepRoom(STEPS, 1 + TOPK * STEPS, TOPK * STEPS),
         forward_batch=batch,
         draws=Draws("cpu", seed=0, topk=TOPK),
     )

@@ -47,6 +47,7 @@ class StepFacts(NamedTuple):
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
     is_drawn: np.ndarray | None = None  # [B] bool, whose drafts are drawn at random; None for none
+    max_nodes: int | None = None  # that the draft may run per request; None for any number
 
 
 class Plan(NamedTuple):
@@ -97,6 +98,7 @@ class Decider:
         self._is_ragged, self._shares_out = is_ragged, shares_out
         self._facts: StepFacts | None = None
         self._num_layers = 0  # of the tree that grows
+        self._num_nodes = 0  # of it, that were run
         self._cut, self._most_rows = 0.0, 0  # of drawn requests in this step
 
     def begin_step(self, facts: StepFacts) -> Plan:
@@ -106,7 +108,7 @@ class Decider:
         oldest would be lost, so the draft takes them if that is cheap.
         """
         began = time.perf_counter()
-        self._facts, self._num_layers = facts, 1
+        self._facts, self._num_layers, self._num_nodes = facts, 1, 0
         policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
         policy.weigh(facts.weights)
         drafts = facts.max_layers > 0 and facts.max_rows > 1
@@ -150,19 +152,31 @@ class Decider:
             with_copies: arguments of `TreePolicy.stand`; None where nothing is copied.
         """
         facts = self._step()
-        if self._num_layers == facts.max_layers:
+        most = self._most_width(facts)
+        if self._num_layers == facts.max_layers or most == 0:
             return None
         began = time.perf_counter()
         if with_copies is not None:
             self.policy.stand(*with_copies)
-        width = self.policy.breadth(scores, facts.costs)
+        width = min(self.policy.breadth(scores, facts.costs), most)
         grows = self.policy.deepen()
         if grows:
             if self.width_graphs is not None:
-                width = self.width_graphs.fit(facts.batch_size, width, self._topk) or width
+                width = self.width_graphs.fit(facts.batch_size, width, most) or width
             self._num_layers += 1
+            self._num_nodes += width
         self.seconds += time.perf_counter() - began
         return width if grows else None
+
+    def _most_width(self, facts: StepFacts) -> int:
+        """Return the most nodes that the next layer may run; 0 where none can."""
+        if facts.max_nodes is None:
+            return self._topk
+        most = min(self._topk, facts.max_nodes - self._num_nodes)
+        graphs = self.width_graphs
+        if graphs is not None and graphs.bucket(facts.batch_size) is not None:
+            return most if graphs.fit(facts.batch_size, 1, most) is not None else 0
+        return most
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
         """Learn of the children of the nodes just expanded; shapes of `TreePolicy.expanded`."""

@@ -124,7 +124,7 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
         )
-        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args)))
+        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args, config)))
 
 
 def register() -> None:

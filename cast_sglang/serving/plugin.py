@@ -113,14 +113,14 @@ def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None
 def _say_capacity(pool: int, requests: int) -> None:
     """Log what speculation costs of the cache, and so of how many requests run at once."""
     from cast_sglang.serving.host_patches.hooks import slots_reserved
+    from cast_sglang.serving.step_room import STOCK_TREE, stock_slots
 
     reserve = slots_reserved()
     logger.info(
         "CAST: at most %d requests at once in a cache of %d tokens; each reserves %d slots for its "
-        "next step, all together %.0f %% of the cache. Plain decoding reserves one; smaller "
-        "--speculative-num-steps, --speculative-eagle-topk and --speculative-num-draft-tokens "
-        "reserve less",
-        *(requests, pool, reserve, 100 * requests * reserve / pool),
+        "next step, all together %.0f %% of the cache. Plain decoding reserves one, SGLang's "
+        "default tree %d; a smaller --speculative-num-draft-tokens reserves less",
+        *(requests, pool, reserve, 100 * requests * reserve / pool, stock_slots(*STOCK_TREE)),
     )
 
 

@@ -4,29 +4,67 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from sglang.srt.runtime_context import get_schedule, get_spec
+
 from cast_sglang.costs.limits import Limits
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-__all__ = ["PLAIN_RESERVE", "Envelope", "StepRoom", "most_tokens", "step_reserve"]
+    from cast_sglang.config import CastConfig
+
+__all__ = [
+    "PLAIN_RESERVE",
+    "STOCK_TREE",
+    "Envelope",
+    "StepRoom",
+    "most_tokens",
+    "needs_whole_trees",
+    "step_reserve",
+    "stock_slots",
+]
 
 # Slots that a request reserves where it can only be decoded plainly: one for the step, and one for
 # the step before, whose result the host may not know yet.
 PLAIN_RESERVE = 2
+# SGLang's default tree for Llama: steps, topk, tokens.
+STOCK_TREE = (5, 4, 8)
 
 
-def step_reserve(max_layers: int, topk: int, max_rows: int, *, overlaps: bool) -> int:
-    """Return the slots past its known tokens that a request needs for a step of the whole envelope.
+def stock_slots(num_steps: int, topk: int, num_draft_tokens: int) -> int:
+    """Return the slots that SGLang reserves for a request's next two steps.
+
+    A row of the request pool's table has room for as many, under CAST too.
+    """
+    return 2 * max(num_steps * topk, num_draft_tokens)
+
+
+def needs_whole_trees(config: CastConfig) -> bool:
+    """Return whether trees may always be as large as the envelope.
+
+    Policy `auto` adapts its trees to the slots that there are. The others promise a shape, and a
+    trace of whole trees needs them.
+    """
+    return config.policy != "auto" or config.trace_full
+
+
+def step_reserve(
+    max_layers: int, topk: int, max_rows: int, *, overlaps: bool, is_whole: bool
+) -> int:
+    """Return the slots past its known tokens that a request reserves for a step with drafts.
 
     Draft layers and verify use the same slots, one after the other. The children of the last layer
     are not run, so they take none, and one slot is left for the step after.
 
     Args:
         overlaps: the step before may still run, whose tokens the host does not know yet.
+        is_whole: reserve what a step of the whole envelope needs. Else a request reserves no more
+            than SGLang does with its default tree, unless verify alone needs more, and trees keep
+            within that.
     """
     slots = max((max_layers - 1) * topk, max_rows + 1)
-    return slots + (most_tokens(max_layers, max_rows) if overlaps else 0)
+    slots += most_tokens(max_layers, max_rows) if overlaps else 0
+    return slots if is_whole else max(max_rows + 1, min(slots, stock_slots(*STOCK_TREE)))
 
 
 def most_tokens(max_layers: int, max_rows: int) -> int:
@@ -39,6 +77,7 @@ class StepRoom(NamedTuple):
 
     max_layers: int  # of the tree; 0 where nothing may be drafted
     max_rows: int  # verified per request, root included
+    max_nodes: int  # that the draft may run per request
 
 
 class Envelope:
@@ -50,12 +89,41 @@ class Envelope:
         max_layers: layers that a tree may have.
         topk: nodes that a layer may have.
         max_rows: rows that may be verified per request, root included.
+        overlaps: as of `step_reserve`, and the next.
+        is_whole: layers have all their nodes, or do not run.
+
+    Attributes:
+        reserve: slots that each request of a batch reserves for a step with drafts.
     """
 
-    def __init__(self, max_layers: int, topk: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        max_layers: int,
+        topk: int,
+        max_rows: int,
+        *,
+        overlaps: bool = False,
+        is_whole: bool = False,
+    ) -> None:
         self._max_layers, self._topk, self._max_rows = max_layers, topk, max_rows
+        self._is_whole = is_whole
         self._max_tokens = most_tokens(max_layers, max_rows)
         self._tokens_left = 0  # lower bound for the request that may still get most
+        self.reserve = step_reserve(
+            max_layers, topk, max_rows, overlaps=overlaps, is_whole=is_whole
+        )
+
+    @classmethod
+    def of_server(cls, config: CastConfig) -> Envelope:
+        """Return that of the server of this process."""
+        spec = get_spec()
+        return cls(
+            spec.speculative_num_steps,
+            spec.speculative_eagle_topk,
+            spec.speculative_num_draft_tokens,
+            overlaps=not get_schedule().disable_overlap_schedule,
+            is_whole=needs_whole_trees(config),
+        )
 
     def limits(self, max_batch_size: int, max_context: int) -> Limits:
         """Return the largest shapes of one pass in trees of this envelope."""
@@ -71,31 +139,34 @@ class Envelope:
     @property
     def whole(self) -> StepRoom:
         """The room of a step that may use all of it."""
-        return StepRoom(self._max_layers, self._max_rows)
+        nodes = (self._max_layers - 1) * self._topk
+        return StepRoom(self._max_layers, self._max_rows, min(nodes, self.reserve))
 
     def room(self, reqs: list[Req], pending: list[int], are_new: bool) -> StepRoom:
         """Return how much of the envelope the next step may use.
 
         A tree is no deeper than the request that may get the most tokens can go, which is what is
-        left of its answer and so of the context. A request that is alone may hold fewer slots than
-        the envelope takes (`host_patches.hooks`); then the tree keeps within them and leaves one
-        for the step after.
+        left of its answer and so of the context. It keeps within the slots that each request holds
+        and leaves one for the step after. That is the reserve, less what earlier steps may have
+        brought meanwhile; a request that is alone may hold fewer (`host_patches.hooks`).
 
         Args:
             pending: of each earlier step whose result is not in the requests yet, the most tokens
                 that it may have brought a request.
             are_new: the requests differ from those of the step before.
         """
-        layers, rows = self._max_layers, self._max_rows
+        layers, rows, nodes = self.whole
         if are_new or self._tokens_left < self._max_tokens:
             left = max(req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs)
             # A step whose result is not known has brought one token at least.
             layers = min(layers, left - len(pending) - 1)
             self._tokens_left = left - sum(pending)
         self._tokens_left -= self._max_tokens
+        slots = self.reserve
         if len(reqs) == 1:
-            kv = reqs[0].kv
-            slots = kv.kv_allocated_len - kv.kv_committed_len - sum(pending)
+            slots = reqs[0].kv.kv_allocated_len - reqs[0].kv.kv_committed_len
+        slots -= sum(pending)
+        if self._is_whole:
             # The children of the last layer are not run, so they take no slots.
-            layers, rows = min(layers, slots // self._topk + 1), min(rows, slots - 1)
-        return StepRoom(layers, rows)
+            layers = min(layers, slots // self._topk + 1)
+        return StepRoom(layers, min(rows, slots - 1), min(nodes, slots))

@@ -211,8 +211,7 @@ class TraceRecorder:
             requests=requests,
             predicted_us=report.predicted_us,
             expected_us=report.expected_us,
-            max_layers=report.room.max_layers,
-            max_rows=report.room.max_rows,
+            **report.room._asdict(),
             policy_us=report.policy_us,
             price=report.price,
         )

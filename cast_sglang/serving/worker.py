@@ -91,7 +91,7 @@ class CastWorker(EAGLEWorkerV2):
         self.calibration = Calibration(self.reads, self.cast_stats) if calibrates else None
         self._running = RunningRequests(draws_children(self.config))
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
-        self._envelope = Envelope(self.speculative_num_steps, self.topk, self.max_draft_tokens)
+        self._envelope = Envelope.of_server(self.config)
         self._pending: deque[PendingStep] = deque()
         self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
@@ -240,8 +240,7 @@ class CastWorker(EAGLEWorkerV2):
                 costs=costs.current,
                 weights=tools.weights,
                 missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
-                max_layers=tools.room.max_layers,
-                max_rows=tools.room.max_rows,
+                **tools.room._asdict(),
                 is_drawn=self._running.drawn,
             )
         )

@@ -133,6 +133,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     expected_us: float | None = None  # by the corrected tables, with catching up after plain steps
     max_layers: int | None = None  # limit by the room in the requests; None for the envelope
     max_rows: int | None = None  # the same for rows per request
+    max_nodes: int | None = None  # the same for nodes that the draft runs per request
     passes: list[TracedPass] = []  # passes whose times became known during the step
 
     @property

@@ -117,6 +117,26 @@ def test_a_tree_has_no_more_layers_than_there_is_room_for(layers):
     assert len(grown(made)) == layers - 1
 
 
+@pytest.mark.parametrize(
+    ("nodes", "widths"), [(1, [1]), (3, [2, 1]), (5, [2, 3]), (7, [2, 3, 2]), (9, [2, 3, 3, 1])]
+)
+def test_a_tree_has_no_more_nodes_than_there_are_slots(nodes, widths):
+    made = decider(Scripted(widths=(2, 3, 3, 3)))
+    made.begin_step(facts(max_nodes=nodes))
+    assert grown(made) == widths
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "widths"),
+    [((2, 4), 2, [4, 2]), ((4,), 2, [4]), ((4,), 9, [3, 3, 1]), ((1, 3, 4), 1, [3, 3, 1])],
+)
+def test_the_last_slots_are_left_where_no_graph_fits_them(sizes, batch_size, widths):
+    """But for a batch beyond the graphs, whose layers run without."""
+    made = decider(Scripted(widths=(3, 3, 3, 3)), width_graphs=GraphSizes({4: sizes}))
+    made.begin_step(facts(max_nodes=7, batch_size=batch_size))
+    assert grown(made) == widths
+
+
 def test_the_draft_catches_up_before_it_drafts_and_while_it_is_cheap():
     extend = [0.5, 0.6, 0.7]
     made = decider(Scripted())

@@ -61,7 +61,7 @@ def checked(monkeypatch):
 
     monkeypatch.setattr(module, "announce_profile", announce)
     monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
-    monkeypatch.setattr(module, "reserve_of_server", lambda args: Reserve([], 128, 40))
+    monkeypatch.setattr(module, "reserve_of_server", lambda *args: Reserve([], 128, 40, 0.1, 48))
     return log
 
 

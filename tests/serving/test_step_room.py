@@ -5,7 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope, most_tokens, step_reserve
+from cast_sglang.config import CastConfig
+from cast_sglang.serving.step_room import (
+    PLAIN_RESERVE,
+    STOCK_TREE,
+    Envelope,
+    most_tokens,
+    needs_whole_trees,
+    step_reserve,
+    stock_slots,
+)
 
 LAYERS, TOPK, ROWS = 8, 8, 32
 FULL_RESERVE = 2 * LAYERS * TOPK
@@ -32,19 +41,46 @@ def test_no_tree_is_deeper_than_what_is_left(left, layers):
         assert has_drafts(room) == (layers > 0)
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
 @pytest.mark.parametrize("slots", range(1, FULL_RESERVE + 1))
-def test_a_lone_request_keeps_within_its_slots(slots):
-    room = Envelope(LAYERS, TOPK, ROWS).room([request(500, slots)], [], True)
+def test_a_lone_request_keeps_within_its_slots(slots, is_whole):
+    room = Envelope(LAYERS, TOPK, ROWS, is_whole=is_whole).room([request(500, slots)], [], True)
     if has_drafts(room):
-        assert (room.max_layers - 1) * TOPK <= slots
+        assert room.max_nodes <= slots
+        if is_whole:
+            assert (room.max_layers - 1) * TOPK <= room.max_nodes
         # Every verified row may be accepted, and the step after needs a slot for its root.
         assert room.max_rows < slots
     assert has_drafts(room) == (slots > PLAIN_RESERVE)
 
 
 def test_requests_that_share_a_batch_have_the_whole_envelope():
-    room = Envelope(LAYERS, TOPK, ROWS).room([request(500, 3), request(500, 3)], [], True)
-    assert room == (LAYERS, ROWS)
+    envelope = Envelope(LAYERS, TOPK, ROWS, is_whole=True)
+    room = envelope.room([request(500, 3), request(500, 3)], [], True)
+    assert room == (LAYERS, ROWS, (LAYERS - 1) * TOPK)
+
+
+@pytest.mark.parametrize(
+    ("layers", "topk", "rows"), [(8, 8, 32), (8, 8, 64), (8, 8, 39), (5, 4, 8), (3, 1, 4)]
+)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_trees_of_a_batch_keep_within_its_reserve(layers, topk, rows, overlaps):
+    envelope = Envelope(layers, topk, rows, overlaps=overlaps)
+    assert envelope.reserve <= max(rows + 1, stock_slots(*STOCK_TREE))
+    for tokens in range(most_tokens(layers, rows) + 1 if overlaps else 1):
+        pending = [tokens] if tokens else []
+        room = envelope.room([request(500)] * 2, pending, True)
+        # One slot is left for the step after.
+        assert has_drafts(room) and room.max_rows + tokens < envelope.reserve
+        assert room.max_nodes + tokens <= envelope.reserve
+    # Most of the envelope is there even behind the deepest step.
+    assert room.max_rows >= rows - most_tokens(layers, rows)
+
+
+def test_a_policy_that_promises_a_shape_gets_it():
+    assert not needs_whole_trees(CastConfig())
+    assert needs_whole_trees(CastConfig(trace="t.jsonl", trace_full=True))
+    assert needs_whole_trees(CastConfig(policy="eagle"))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,8 +115,9 @@ def test_the_end_is_seen_although_requests_are_looked_at_seldom(seed):
     ("layers", "topk", "rows"), [(8, 8, 32), (8, 8, 80), (1, 2, 2), (2, 4, 5), (5, 4, 8), (3, 1, 9)]
 )
 def test_a_reserve_holds_the_whole_envelope_and_no_more(layers, topk, rows, overlaps):
-    reserve = step_reserve(layers, topk, rows, overlaps=overlaps)
-    envelope = Envelope(layers, topk, rows)
+    reserve = step_reserve(layers, topk, rows, overlaps=overlaps, is_whole=True)
+    envelope = Envelope(layers, topk, rows, overlaps=overlaps, is_whole=True)
+    assert envelope.reserve == reserve
     # What the step before may have brought, if it still runs.
     pending = [most_tokens(layers, rows)] if overlaps else []
 

@@ -71,7 +71,7 @@ def verified(num_rows, new_tokens, accepted=()):
 
 def report(number, shape, **changes):
     facts = {"extend_rows": 1.0, "weights": None, "predicted_us": 50.0, "policy_us": 7.0}
-    facts |= {"expected_us": 55.0, "room": StepRoom(3, 8)}
+    facts |= {"expected_us": 55.0, "room": StepRoom(3, 8, 9)}
     return StepReport(number, shape, **facts | changes, price=None)
 
 

@@ -187,7 +187,7 @@ def grow(drafter, model, widths, batch, seed, calibration=None):
         reads=HostReads("cpu"),
         clock=PassClock("cpu"),
         recorder=None,
-        room=StepRoom(STEPS, 1 + TOPK * STEPS),
+        room=StepRoom(STEPS, 1 + TOPK * STEPS, TOPK * STEPS),
         forward_batch=forward_batch(batch, seed),
         draws=Draws("cpu", seed=seed, topk=TOPK),
     )

@@ -166,7 +166,7 @@ class CapturedLayers:
         self._batch_size = batch_size = forward_batch.batch_size
         self._slots = forward_batch.out_cache_loc.view(batch_size, -1)
         self._hidden_states = forward_batch.spec_info.hidden_states.unsqueeze(1)
-        self._depth = 0
+        self._depth = self._num_nodes = 0  # of the layers that were prepared, and run
         graphs.seq_lens[:batch_size].copy_(forward_batch.seq_lens)
         graphs.req_pool_indices[:batch_size].copy_(forward_batch.req_pool_indices)
         padding = slice(batch_size, graphs.sizes.bucket(batch_size))
@@ -187,7 +187,7 @@ class CapturedLayers:
         graphs, batch_size = self._graphs, self._batch_size
         self._depth += 1
         depth = self._depth
-        own = self._slots[:, (depth - 1) * graphs.topk :][:, : graphs.topk]
+        own = self._slots[:, self._num_nodes : self._num_nodes + graphs.topk]
         path = graphs.path_slots[:batch_size]
         if depth > 1:
             path.copy_(take_rows(path, frontier.parents))
@@ -200,6 +200,7 @@ class CapturedLayers:
 
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         probs, tokens, hidden_states = self._graphs.run(self._batch_size, width)
+        self._num_nodes += width
         self._hidden_states = hidden_states.view(self._batch_size, width, -1)
         # The tree keeps them beyond the next replay.
         return probs.clone(), tokens.clone()

@@ -31,8 +31,9 @@ class EagerLayers:
     def __init__(self, model: DraftModel, forward_batch: ForwardBatch) -> None:
         self._model, self._forward_batch = model, forward_batch
         batch_size = forward_batch.batch_size
-        # [B, D * K] cache slots: layer i of the tree owns columns (i - 1) * K onwards.
+        # [B, D * K] cache slots; a layer takes the next ones, as many as it has nodes.
         self._slots = forward_batch.out_cache_loc.view(batch_size, -1)
+        self._num_nodes = 0  # that were run
         # [B, W of the layer above, H] and [B, W of the layer above, depth].
         self._hidden_states = forward_batch.spec_info.hidden_states.unsqueeze(1)
         self._path_slots = self._slots.new_empty((batch_size, 1, 0))
@@ -43,8 +44,8 @@ class EagerLayers:
     def run(self, frontier: Frontier, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         model, forward_batch = self._model, self._forward_batch
         depth, batch_size = self._path_slots.shape[2], len(frontier.tokens)
-        first = depth * model.topk
-        own = self._slots[:, first : first + width]
+        own = self._slots[:, self._num_nodes : self._num_nodes + width]
+        self._num_nodes += width
         if depth == 0:  # all children of the root, which has no slot here
             self._path_slots = own.unsqueeze(2)
             hidden_states = self._hidden_states.expand(-1, width, -1)

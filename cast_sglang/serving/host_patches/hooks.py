@@ -7,18 +7,20 @@ the CPU platform.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_schedule, get_spec
+from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import ceil_align
 
+from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.serving.launch.identity import is_draft_path
-from cast_sglang.serving.step_room import PLAIN_RESERVE, step_reserve
+from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
 from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
 
 if TYPE_CHECKING:
@@ -106,18 +108,13 @@ def _reserve_no_context(original: Callable[[], int]) -> int:
     return 0 if is_cast() else original()
 
 
+@functools.cache
 def slots_reserved() -> int:
-    """Return the slots that a request reserves for a step with drafts.
+    """Return the slots that a request of this server reserves for a step with drafts.
 
     SGLang reserves twice the larger of all nodes and all rows.
     """
-    spec = get_spec()
-    return step_reserve(
-        spec.speculative_num_steps,
-        spec.speculative_eagle_topk,
-        spec.speculative_num_draft_tokens,
-        overlaps=not get_schedule().disable_overlap_schedule,
-    )
+    return Envelope.of_server(CastConfig.load()).reserve
 
 
 def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:

@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 # The envelope when the flags are not given. A step uses as much of it as pays, so it is generous:
-# its price is KV reserved per running request (`step_room.step_reserve`).
+# a request reserves no more of the cache for it than for SGLang's default tree
+# (`step_room.step_reserve`).
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32

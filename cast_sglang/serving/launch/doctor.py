@@ -23,7 +23,6 @@ from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Di
 from cast_sglang.serving.launch.engine import environment, started_engine
 from cast_sglang.serving.launch.host_contract import broken_promises, host_source, read_contract
 from cast_sglang.serving.launch.probe import EngineOfOurs, RunningServer, probe
-from cast_sglang.serving.step_room import step_reserve
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -249,12 +248,8 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
         args.speculative_eagle_topk,
         args.speculative_num_draft_tokens,
     )
-    reserve = step_reserve(*envelope, overlaps=not args.disable_overlap_schedule)
-    text = (
-        "steps {}, topk {}, tokens {}; ".format(*envelope)
-        + f"at most {args.max_running_requests} requests at once, each reserves {reserve} cache "
-        f"slots for its next step; attention {identity.attention_backend}"
-    )
+    text = "steps {}, topk {}, tokens {}; ".format(*envelope)
+    text += f"attention {identity.attention_backend}"
     pair = (
         f"{identity.target.name} ({', '.join(identity.target.architectures)}) + "
         f"{identity.draft.name} ({', '.join(identity.draft.architectures)}), "
@@ -263,7 +258,10 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     return [
         Check("server flags", OK, text),
         Check("pair", OK, pair),
-        _attempt("memory", lambda: Check("memory", OK, describe_reserve(reserve_of_server(args)))),
+        _attempt(
+            "memory",
+            lambda: Check("memory", OK, describe_reserve(reserve_of_server(args, config))),
+        ),
         *_check_profile(config, identity, args, profile_command(args, identity)),
     ]
 

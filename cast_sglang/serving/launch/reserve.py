@@ -5,25 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cast_sglang.serving.launch.identity import architecture, captures_decode
-from cast_sglang.serving.step_room import step_reserve
+from cast_sglang.serving.step_room import STOCK_TREE, needs_whole_trees, step_reserve, stock_slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sglang.srt.server_args import ServerArgs
 
-__all__ = [
-    "Item",
-    "Reserve",
-    "Shapes",
-    "describe_reserve",
-    "reserve_of",
-    "reserve_of_server",
-    "stock_slots",
-]
+    from cast_sglang.config import CastConfig
 
-# SGLang's default tree for Llama: steps, topk, tokens.
-STOCK_TREE = (5, 4, 8)
+__all__ = ["Item", "Reserve", "Shapes", "describe_reserve", "reserve_of", "reserve_of_server"]
+
 INDEX_BYTES = 8  # a cache slot in a list on a device
 TABLE_BYTES = 4  # a cache slot in the request pool's table
 FLOAT_BYTES = 4
@@ -43,9 +35,11 @@ class Shapes(NamedTuple):
     vocab_size: int
     hidden_bytes: int  # of the target's states that the draft reads, per token
     kv_bytes: int  # of target and draft, per token
+    draft_kv_bytes: int  # the draft's part of it
     draft_heads: int
     draft_head_dim: int
     overlaps: bool  # the step before may still run when the next one is prepared
+    is_whole: bool  # as of `step_reserve`
 
 
 class Item(NamedTuple):
@@ -62,19 +56,13 @@ class Reserve(NamedTuple):
     items: list[Item]
     slots: int  # of the cache, reserved for each running request
     stock_slots: int  # what a request reserves with SGLang's default tree
+    draft_share: float  # of a slot's bytes that hold the draft's keys and values
+    max_requests: int
 
     @property
     def total(self) -> int:
         """Bytes on the device beside the cache."""
         return sum(item.size for item in self.items if not item.is_cache)
-
-
-def stock_slots(num_steps: int, topk: int, num_draft_tokens: int) -> int:
-    """Return the slots that SGLang reserves for a request's next two steps.
-
-    A row of the request pool's table has room for as many, under CAST too.
-    """
-    return 2 * max(num_steps * topk, num_draft_tokens)
 
 
 def reserve_of(shapes: Shapes) -> Reserve:
@@ -85,7 +73,8 @@ def reserve_of(shapes: Shapes) -> Reserve:
     """
     s, tokens = shapes, STOCK_TREE[2]
     envelope = s.num_steps, s.topk, s.num_draft_tokens
-    slots, stock = step_reserve(*envelope, overlaps=s.overlaps), stock_slots(*STOCK_TREE)
+    slots = step_reserve(*envelope, overlaps=s.overlaps, is_whole=s.is_whole)
+    stock = stock_slots(*STOCK_TREE)
     more_slots = max(0, slots - stock)
     more_columns = max(0, stock_slots(*envelope) - stock)
     more_rows = max(0, s.num_draft_tokens - tokens)
@@ -103,11 +92,12 @@ def reserve_of(shapes: Shapes) -> Reserve:
             nodes * s.draft_heads * KV_SPLITS * (s.draft_head_dim + 1) * FLOAT_BYTES,
         ),
     ]
-    return Reserve([item for item in items if item.size], slots, stock)
+    taken = [item for item in items if item.size]
+    return Reserve(taken, slots, stock, s.draft_kv_bytes / s.kv_bytes, s.max_requests)
 
 
-def reserve_of_server(server_args: ServerArgs) -> Reserve:
-    """Return what a launch with these resolved arguments takes."""
+def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
+    """Return what a launch with these resolved arguments and settings takes."""
     from sglang.srt.configs.model_config import ModelConfig
 
     target = ModelConfig.from_server_args(server_args)
@@ -118,7 +108,7 @@ def reserve_of_server(server_args: ServerArgs) -> Reserve:
         is_draft_model=True,
     )
     max_requests, tp_size = int(server_args.max_running_requests), server_args.tp_size
-    captured = 0
+    captured, draft_kv_bytes = 0, _kv_bytes(draft, tp_size, server_args)
     if captures_decode(server_args):
         batch_sizes: Sequence[int] = server_args.cuda_graph_config.decode.bs or ()
         captured = min(max_requests, max(batch_sizes, default=max_requests))
@@ -132,22 +122,25 @@ def reserve_of_server(server_args: ServerArgs) -> Reserve:
             context=target.context_len,
             vocab_size=target.vocab_size,
             hidden_bytes=_states(draft) * target.dtype.itemsize,
-            kv_bytes=_kv_bytes(target, tp_size, server_args)
-            + _kv_bytes(draft, tp_size, server_args),
+            kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
+            draft_kv_bytes=draft_kv_bytes,
             draft_heads=draft.num_attention_heads // tp_size,
             draft_head_dim=draft.head_dim,
             overlaps=not server_args.disable_overlap_schedule,
+            is_whole=needs_whole_trees(config),
         )
     )
 
 
 def describe_reserve(reserve: Reserve) -> str:
-    """Return one line for people."""
+    """Return one line for people: what speculation takes of the cache, and what CAST takes."""
     parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in reserve.items)
+    tree = "-".join(map(str, STOCK_TREE))
     return (
-        f"beyond SGLang's default tree {'-'.join(map(str, STOCK_TREE))} CAST takes "
-        f"{_gib(reserve.total)} beside the cache and reserves {reserve.slots} slots of it per "
-        f"request, not {reserve.stock_slots}: {parts}"
+        f"each of at most {reserve.max_requests} requests reserves {reserve.slots} slots of the "
+        f"cache ({reserve.stock_slots} with SGLang's default tree {tree}, plain decoding 1), and "
+        f"the draft takes {reserve.draft_share:.0%} of a slot, as it does there; beyond that tree "
+        f"CAST takes {_gib(reserve.total)} beside the cache: {parts}"
     )
 
 

@@ -31,7 +31,7 @@ def growth(drafter, policy, max_layers=STEPS, recorder=None, batch=2):
         reads=HostReads("cpu"),
         clock=PassClock("cpu"),
         recorder=recorder,
-        room=StepRoom(max_layers, 1 + TOPK * STEPS),
+        room=StepRoom(max_layers, 1 + TOPK * STEPS, TOPK * STEPS),
         forward_batch=forward_batch(batch, 0),
         draws=Draws("cpu", seed=0, topk=TOPK),
     )

@@ -38,12 +38,12 @@ class Recorder:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_node_gets_its_parents_state_and_the_slots_of_its_ancestors(widths, batch_size):
     batch, model = forward_batch(batch_size, seed=4), Recorder()
-    slots = batch.out_cache_loc.view(batch_size, STEPS, TOPK).clone()
+    slots = batch.out_cache_loc.view(batch_size, STEPS * TOPK).clone()
     roots = batch.spec_info.hidden_states.clone()
     layers = EagerLayers(model, batch)
     generator = torch.Generator().manual_seed(5)
     paths = {(b, -1): ([], roots[b]) for b in range(batch_size)}  # slots and state, by node
-    above = 1
+    above, num_nodes = 1, 0
     for depth, width in enumerate(widths):
         parents = torch.randint(above, (batch_size, TOPK), generator=generator)
         tokens = torch.randint(50, (batch_size, TOPK), generator=generator)
@@ -57,13 +57,13 @@ def test_a_node_gets_its_parents_state_and_the_slots_of_its_ancestors(widths, ba
             b, w = divmod(row, width)
             parent = -1 if depth == 0 else int(parents[b, w])
             path, state = paths[b, parent]
-            path = [*path, int(slots[b, depth, w])]
+            path = [*path, int(slots[b, num_nodes + w])]  # one behind another
             assert seen.tokens[row] == tokens[b, w]
             assert seen.positions[row] == batch.seq_lens[b] + depth
             assert seen.path_slots[b, w].tolist() == path and seen.written[row] == path[-1]
             assert torch.equal(seen.hidden_states[row], state)
             below[b, w] = path, model.states[-1][row]
-        paths, above = below, width
+        paths, above, num_nodes = below, width, num_nodes + width
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 2), (2, 5, 3), (2, 1, 3, 2)])

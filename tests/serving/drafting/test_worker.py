@@ -52,7 +52,7 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
         is_ragged=is_ragged,
         graph_plan=None,
         verify_sizes=(2, 5, ROWS),
-        room=StepRoom(STEPS, max_rows),
+        room=StepRoom(STEPS, max_rows, TOPK * STEPS),
         draws=Draws("cpu", seed=0, topk=TOPK),
     )
     return worker

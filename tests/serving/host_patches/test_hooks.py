@@ -6,6 +6,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
+from cast_sglang.serving import step_room
 from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.step_room import PLAIN_RESERVE
 from tests.support.hooks import collect_hooks, hooked
@@ -93,15 +94,19 @@ def test_enough_is_enough(algorithm):
     assert hooks._tokens_required(lambda *args: 0, two, two.reqs, 1) == RESERVE - 30
 
 
-@pytest.mark.parametrize(("is_serial", "slots"), [(True, 56), (False, 56 + 9)])
-def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, is_serial, slots):
-    """With the default envelope; SGLang's own number is 128."""
+@pytest.mark.parametrize(
+    ("policy", "is_serial", "slots"),
+    [("auto", True, 40), ("auto", False, 40), ("eagle", True, 56), ("fixed", False, 56 + 9)],
+)
+def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, policy, is_serial, slots):
+    """With the default envelope; SGLang's own number is 128, and 40 with its default tree."""
     spec = SimpleNamespace(speculative_num_steps=8, speculative_eagle_topk=8)
     spec.speculative_num_draft_tokens = 32
     schedule = SimpleNamespace(disable_overlap_schedule=is_serial)
-    monkeypatch.setattr(hooks, "get_spec", lambda: spec)
-    monkeypatch.setattr(hooks, "get_schedule", lambda: schedule)
-    assert hooks.slots_reserved() == slots
+    monkeypatch.setattr(step_room, "get_spec", lambda: spec)
+    monkeypatch.setattr(step_room, "get_schedule", lambda: schedule)
+    monkeypatch.setenv("CAST_POLICY", policy)
+    assert hooks.slots_reserved.__wrapped__() == slots
 
 
 def test_no_request_writes_into_anothers_row(algorithm):

@@ -11,12 +11,11 @@ from cast_sglang.serving.drafting.attention import triton_tree_backend_class
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.launch.reserve import (
     KV_SPLITS,
-    STOCK_TREE,
     Shapes,
     describe_reserve,
     reserve_of,
-    stock_slots,
 )
+from cast_sglang.serving.step_room import STOCK_TREE, stock_slots
 
 SHAPES = Shapes(
     num_steps=8,
@@ -28,9 +27,11 @@ SHAPES = Shapes(
     vocab_size=5000,
     hidden_bytes=96,
     kv_bytes=4096,
+    draft_kv_bytes=512,
     draft_heads=4,
     draft_head_dim=16,
     overlaps=True,
+    is_whole=True,
 )
 
 
@@ -65,6 +66,9 @@ def test_only_what_is_beyond_sglangs_own_tree_is_counted():
     more = reserve_of(SHAPES)
     assert (more.slots, more.stock_slots) == (65, 40)
     assert reserve_of(SHAPES._replace(overlaps=False)).slots == 56
+    # Where trees keep within what SGLang's default tree takes, there is nothing more to take.
+    within = reserve_of(SHAPES._replace(is_whole=False))
+    assert within.slots == 40 and "slots of the cache" not in {item.name for item in within.items}
     found = sizes()
     assert found["slots of the cache"] == 48 * 25 * 4096
     assert found["table of requests"] == 48 * 88 * torch.int32.itemsize
@@ -108,5 +112,6 @@ def test_states_of_plain_steps_are_kept_for_every_request():
 
 def test_people_read_one_line():
     line = describe_reserve(reserve_of(SHAPES))
-    assert "reserves 65 slots of it per request, not 40" in line and "\n" not in line
+    assert "each of at most 48 requests reserves 65 slots of the cache (40 with" in line
+    assert "the draft takes 12% of a slot" in line and "\n" not in line
     assert "logits of verify 0.02 GiB" in line
