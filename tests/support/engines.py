@@ -45,6 +45,7 @@ def make_worker(num_rows=5, num_slots=90):
         device="cpu",
         topk=TOPK,
         verify_graphs=None,
+        spec_v2_attn_backends=(SimpleNamespace(needs_cpu_seq_lens=True),),
         speculative_num_steps=STEPS,
         speculative_algorithm=eagle,
         limits=Limits(max_batch_size=4, max_context=CONTEXT, max_verify_rows=ROWS, max_width=TOPK),

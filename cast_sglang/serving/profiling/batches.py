@@ -44,6 +44,7 @@ class Rows:
 
         self._worker = worker
         self._context = context
+        self._knows_lengths = _knows_lengths(worker)
         self._reqs = [
             Req(
                 rid=f"cast-profile-{row}",
@@ -75,10 +76,11 @@ class Rows:
             worker.speculative_algorithm,
         )
         batch.forward_mode = ForwardMode.DECODE
-        batch.seq_lens_cpu = torch.full((batch_size,), self._context, dtype=torch.int64)
-        batch.seq_lens = batch.seq_lens_cpu.to(device)
+        lengths = torch.full((batch_size,), self._context, dtype=torch.int64)
+        batch.seq_lens = lengths.to(device)
         batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
-        batch.seq_lens_sum = self._context * batch_size
+        if self._knows_lengths:
+            batch.seq_lens_cpu, batch.seq_lens_sum = lengths, self._context * batch_size
         # SGLang lets padded requests write to row 0.
         batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
         batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
@@ -100,3 +102,16 @@ class Rows:
             hidden_states=torch.zeros((batch_size, hidden_size), dtype=dtype, device=device),
             bonus_tokens=torch.ones(batch_size, dtype=torch.int32, device=device),
         )
+
+
+def _knows_lengths(worker: CastWorker) -> bool:
+    """Return whether the scheduler's batches have the lengths of their requests on the host too.
+
+    With overlap they have not where no backend asks for them, and SGLang then runs other kernels.
+    """
+    from sglang.srt.managers.overlap_utils import decide_needs_cpu_seq_lens
+    from sglang.srt.runtime_context import get_schedule
+
+    if get_schedule().disable_overlap_schedule:
+        return True
+    return decide_needs_cpu_seq_lens(worker.spec_v2_attn_backends)

@@ -41,20 +41,20 @@ def warm_up(worker: CastWorker) -> None:
 
 
 def _run_all(worker: CastWorker, meter: Any) -> int:
-    draft, num_passes = worker.draft_worker, 0
-    for batch_size in _batch_sizes(worker.limits.max_batch_size):
-        # What depends on the depth does not depend on the batch.
-        is_first = batch_size == 1
-        for rows in _verify_sizes(worker, batch_size):
+    num_passes, batch_sizes = 0, _batch_sizes(worker.limits.max_batch_size)
+    sizes = {batch_size: _verify_sizes(worker, batch_size) for batch_size in batch_sizes}
+    widths = {batch_size: _extend_widths(worker, batch_size) for batch_size in batch_sizes}
+    # What depends on the rows and the depth does not depend on the batch.
+    sizes[1] = tuple(sorted(set().union(*sizes.values())))
+    for batch_size in batch_sizes:
+        for rows in sizes[batch_size]:
             deepest = min(worker.speculative_num_steps, rows - 1)
-            for depth in range(1, deepest + 1) if is_first and rows > 1 else (deepest,):
+            for depth in range(1, deepest + 1) if batch_size == 1 and rows > 1 else (deepest,):
                 meter.verify_path(batch_size, CONTEXT, rows, depth)
                 num_passes += 1
-        if draft.extend_graphs is not None:
-            sizes, backlog = draft.extend_graphs.sizes, worker.tools.backlog
-            for rows in catch_up_widths(sizes, batch_size, backlog):
-                meter.draft_extend(batch_size, CONTEXT, rows)
-                num_passes += 1
+        for width in widths[batch_size]:
+            meter.draft_extend(batch_size, CONTEXT, width)
+            num_passes += 1
     return num_passes
 
 
@@ -65,6 +65,17 @@ def _verify_sizes(worker: CastWorker, batch_size: int) -> tuple[int, ...]:
     if graphs is None or bucket is None:
         return (1, *worker.tools.verify_sizes)
     return graphs.sizes.at(bucket)
+
+
+def _extend_widths(worker: CastWorker, batch_size: int) -> tuple[int, ...]:
+    """Return the rows per request that draft extend of this batch may have."""
+    graphs, backlog = worker.draft_worker.extend_graphs, worker.tools.backlog
+    captured = () if graphs is None else catch_up_widths(graphs.sizes, batch_size, backlog)
+    if graphs is not None and graphs.sizes.bucket(batch_size) is not None:
+        return captured
+    # As many as an accepted path can have, and what catches up.
+    most = worker.limits.max_extend_rows or worker.limits.max_verify_rows
+    return tuple(sorted({*range(2, most + 1), *captured}))
 
 
 def _batch_sizes(most: int) -> list[int]:

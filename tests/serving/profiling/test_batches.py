@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_context
 
 from cast_sglang.serving.profiling.batches import Rows, SmallTree
 from tests.support.drafts import decider_of
@@ -31,6 +32,17 @@ def test_a_batch_is_one_that_decodes_after_its_contexts(batch_size, context):
         assert req.kv.kv_allocated_len == context + 2 * MAX_STEPS * TOPK
         assert not req.finished()
     assert batch.sampling_info.is_all_greedy
+
+
+def test_a_batch_knows_its_lengths_on_the_host_where_the_schedulers_do():
+    worker = make_worker()
+    assert Rows(worker, 2, 9).batch().seq_lens_cpu.tolist() == [9, 9]
+    for backend in worker.spec_v2_attn_backends:
+        backend.needs_cpu_seq_lens = False
+    batch = Rows(worker, 2, 9).batch()
+    assert batch.seq_lens_cpu is batch.seq_lens_sum is None and batch.seq_lens.tolist() == [9, 9]
+    with get_context().override_server_args(disable_overlap_schedule=True):
+        assert Rows(worker, 2, 9).batch().seq_lens_sum == 18
 
 
 def test_the_draft_has_proposed_the_roots_children():

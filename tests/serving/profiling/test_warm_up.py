@@ -9,7 +9,7 @@ from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.profiling import warm_up as module
 from cast_sglang.serving.profiling.warm_up import warm_up
 
-DEPTH, ROWS = 3, 8
+DEPTH, ROWS, EXTEND = 3, 8, 4
 
 
 class Meter:
@@ -35,7 +35,7 @@ def worker_of(verify, extend):
         return None if tiers is None else SimpleNamespace(sizes=GraphSizes(tiers))
 
     return SimpleNamespace(
-        limits=SimpleNamespace(max_batch_size=6),
+        limits=SimpleNamespace(max_batch_size=6, max_extend_rows=EXTEND),
         speculative_num_steps=DEPTH,
         verify_graphs=graphs(verify),
         draft_worker=SimpleNamespace(extend_graphs=graphs(extend)),
@@ -59,8 +59,10 @@ def warmed(monkeypatch):
 def test_every_captured_size_runs_at_every_depth_and_every_power_of_two(warmed):
     meter = warmed({1: (1, 2, 8), 4: (1, 4, 8)}, {1: (2, 3), 4: (2, 3, 8)})
     at_one = {(rows, depth) for batch, rows, depth in meter.verified if batch == 1}
-    # A path is no longer than the tree is deep, nor than its nodes.
-    assert at_one == {(1, 0), (2, 1), (8, 1), (8, 2), (8, 3)}
+    # A path is no longer than the tree is deep, nor than its nodes. Sizes that are kept for other
+    # batches alone, or run without a graph, are run at all their depths here.
+    paths = {(rows, depth) for rows in (2, 4, 5, 8) for depth in range(1, DEPTH + 1)}
+    assert at_one == {(1, 0), *(paths - {(2, 2), (2, 3)})}
     # Six requests have no graph, and are held by another power of two than four.
     assert {(b, rows) for b, rows, _ in meter.verified if b > 1} == {
         *((b, rows) for b in (2, 4) for rows in (1, 4, 8)),
@@ -70,16 +72,17 @@ def test_every_captured_size_runs_at_every_depth_and_every_power_of_two(warmed):
     assert meter.extended == {
         *((1, rows) for rows in (2, 3, 8)),
         *((b, rows) for b in (2, 4) for rows in (2, 3, 8)),
-        (6, ROWS),
+        *((6, rows) for rows in (2, 3, EXTEND, ROWS)),
     }
 
 
 def test_without_graphs_the_allowed_sizes_run(warmed):
     meter = warmed(None, None)
-    assert {rows for _, rows, _ in meter.verified} == {1, 2, 5, 8} and meter.extended == set()
+    assert {rows for _, rows, _ in meter.verified} == {1, 2, 5, 8}
+    assert {rows for _, rows in meter.extended} == {2, 3, EXTEND}
     beyond = warmed({1: (1, 8)}, {1: (2,)})
     assert {rows for b, rows, _ in beyond.verified if b == 4} == {1, 2, 5, 8}
-    assert {rows for b, rows in beyond.extended if b == 4} == {ROWS}
+    assert {rows for b, rows in beyond.extended if b == 4} == {2, 3, EXTEND, ROWS}
 
 
 @pytest.mark.parametrize(("device", "warms"), [("cuda", True), ("cpu", False)])
