@@ -122,6 +122,7 @@ class AutoPolicy(TreePolicy):
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
         self._deepen = False
+        self._parents = 0  # depth of the nodes whose children `expanded` showed last
         self._turn: Shape | None = None  # of the step that runs; None for the policy's own
         self._shares_out = False  # the last tree was cut by `share_out`
         # [B, K] scores; None once `expanded` reported deeper children in this step.
@@ -183,10 +184,7 @@ class AutoPolicy(TreePolicy):
         view = self._read(costs)
         if self._layers == 1:
             self._lookahead.begin_tree(scores.shape[0])
-            self._root_children = scores
-            if not self._lookahead.has_learned:
-                self._lookahead.add(0, None, scores)
-                self._lookahead.learn()
+            self._begin(scores)
         room = self._max_layers - self._layers
         (best, left), self._standing = self._standing or (None, scores), None
         width, gain = self._lookahead.best_width(
@@ -209,13 +207,36 @@ class AutoPolicy(TreePolicy):
         self._layers += self._deepen
         return self._deepen
 
+    def chain_layers(self, scores: torch.Tensor, costs: Costs | None, max_layers: int) -> int:
+        """Choose the length that promises most, by the children that nodes of each depth had."""
+        view = self._read(costs)
+        self._begin(scores)
+        if self._turn is not None:
+            return min(self._turn.num_steps, max_layers)
+        return self._lookahead.best_length(
+            self._worth(scores, view),
+            view.costs.verify if self._shares_out else view.sized,
+            float(view.growth[0]),
+            self.price(len(scores)),
+            max_layers,
+            self._shares_out,
+        )
+
+    def _begin(self, scores: torch.Tensor) -> None:
+        """See the roots' children; they stand for all others while nothing is known of those."""
+        self._root_children = scores
+        if not self._lookahead.has_learned:
+            self._lookahead.add(0, None, scores)
+            self._lookahead.learn()
+
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
         """Keep the children of the nodes just expanded until the step learns from them.
 
         The tensors must not be overwritten before `rerank` or `share_out`.
         """
         self._root_children = None
-        self._lookahead.add(self._layers - 1, parent_scores, child_probs)
+        self._parents += 1
+        self._lookahead.add(self._parents, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the allowed size whose nodes bring most beyond the price of their time."""
@@ -286,7 +307,7 @@ class AutoPolicy(TreePolicy):
         if self._root_children is not None:
             self._lookahead.add(0, None, self._root_children)
         self._lookahead.learn()
-        self._layers, self._root_children = 1, None
+        self._layers, self._parents, self._root_children = 1, 0, None
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Count tokens and time of a step with a tree, which may have run several steps ago."""

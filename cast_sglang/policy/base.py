@@ -106,6 +106,22 @@ class TreePolicy(ABC):
     def deepen(self) -> bool:
         """Return whether to expand the nodes just kept, and so grow one more layer."""
 
+    def chain_layers(
+        self, scores: torch.Tensor, costs: Costs | None, max_layers: int
+    ) -> int | None:
+        """Return how many layers a step's chains get, decided before their first layer runs.
+
+        Called in place of `breadth` and `deepen` where a chain grows without being looked at.
+
+        Args:
+            scores: [B, 1] float32, of the roots' children, which are layer 1.
+            max_layers: the most layers that they may get.
+
+        Returns:
+            A number in 1..max_layers; None to decide layer by layer.
+        """
+        return None
+
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
         """Show the policy the children of the nodes just expanded.
 

@@ -7,7 +7,7 @@ The order of calls in a step:
 
     begin_step      draft a tree, or decode plainly
     width           for each layer: how many nodes to expand, or no more layer
-    expanded            what the expanded nodes' children are
+    expanded            what the expanded nodes' children are; or `launched`, once, behind the last
     depth, rows     what is verified of the tree
     end_step        what the step brought; on a server some steps later
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,11 +30,18 @@ if TYPE_CHECKING:
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.policy.base import TreePolicy
 
-__all__ = ["Decider", "Plan", "VerifyRows", "StepFacts"]
+__all__ = ["Arriving", "Decider", "Plan", "VerifyRows", "StepFacts"]
 
 # During plain decoding the draft catches up whenever its backlog is full if that takes less than
 # this share of the time; else only before the next step that drafts.
 KEEP_UP_SHARE = 0.01
+
+
+class Arriving(Protocol):
+    """Tensors on their way to the host."""
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Return them when they are there."""
 
 
 class StepFacts(NamedTuple):
@@ -75,9 +82,13 @@ class Decider:
         width_graphs: widths of a draft layer that have a graph; None where layers run without.
         is_ragged: requests of unequal numbers of rows run in one pass.
         shares_out: one budget of verified rows is shared out among the requests.
+        plans_chains: trees are chains, and the host decides how long before their first layer runs,
+            so that it need not wait for any.
 
     Attributes:
         seconds: host time spent deciding since the step began.
+        planned: layers that the chain of this step gets; None where each layer is decided when the
+            one above it is known.
     """
 
     def __init__(
@@ -90,12 +101,16 @@ class Decider:
         width_graphs: GraphSizes | None = None,
         is_ragged: bool = False,
         shares_out: bool = False,
+        plans_chains: bool = False,
     ) -> None:
         self.policy = policy
         self.verify_graphs, self.width_graphs = verify_graphs, width_graphs
         self.seconds = 0.0
         self._max_missing, self._topk = max_missing, topk
         self._is_ragged, self._shares_out = is_ragged, shares_out
+        self._plans_chains = plans_chains
+        self.planned: int | None = None
+        self._launched: Arriving | None = None
         self._facts: StepFacts | None = None
         self._num_layers = 0  # of the tree that grows
         self._num_nodes = 0  # of it, that were run
@@ -109,6 +124,7 @@ class Decider:
         """
         began = time.perf_counter()
         self._facts, self._num_layers, self._num_nodes = facts, 1, 0
+        self.planned = self._launched = None
         policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
         policy.weigh(facts.weights)
         drafts = facts.max_layers > 0 and facts.max_rows > 1
@@ -156,10 +172,18 @@ class Decider:
         if self._num_layers == facts.max_layers or most == 0:
             return None
         began = time.perf_counter()
-        if with_copies is not None:
-            self.policy.stand(*with_copies)
-        width = min(self.policy.breadth(scores, facts.costs), most)
-        grows = self.policy.deepen()
+        if self._plans_chains and self._num_layers == 1:
+            layers = facts.max_layers
+            if facts.max_nodes is not None:  # one of each layer but the last
+                layers = min(layers, facts.max_nodes + 1)
+            self.planned = self.policy.chain_layers(scores, facts.costs, layers)
+        if self.planned is not None:
+            width, grows = 1, self._num_layers < self.planned
+        else:
+            if with_copies is not None:
+                self.policy.stand(*with_copies)
+            width = min(self.policy.breadth(scores, facts.costs), most)
+            grows = self.policy.deepen()
         if grows:
             if self.width_graphs is not None:
                 width = self.width_graphs.fit(facts.batch_size, width, most) or width
@@ -184,6 +208,14 @@ class Decider:
         self.policy.expanded(parent_scores, child_probs)
         self.seconds += time.perf_counter() - began
 
+    def launched(self, children: Arriving) -> None:
+        """Learn of the children of planned layers when they are on the host, which `rows` sees to.
+
+        Args:
+            children: what `expanded` takes of each layer, one after the other.
+        """
+        self._launched = children
+
     def depth(self, num_layers: int) -> int:
         """Return how many of the grown layers stay."""
         began = time.perf_counter()
@@ -199,6 +231,10 @@ class Decider:
             settled: [B, n] float32, the same as drawn requests may verify them
                 (`DraftTree.ranked_settled`); where there are such requests.
         """
+        if self._launched is not None:  # before what the scores were made of
+            parts, self._launched = self._launched.wait(), None
+            for above, probs in zip(parts[::2], parts[1::2], strict=True):
+                self.expanded(above, probs)
         began = time.perf_counter()
         facts, most = self._step(), scores.shape[1] + 1
         costs, num_rows = facts.costs, None

@@ -40,6 +40,9 @@ class EaglePolicy(TreePolicy):
     def deepen(self) -> bool:
         return True
 
+    def chain_layers(self, scores: torch.Tensor, costs: Costs | None, max_layers: int) -> int:
+        return max_layers
+
     def rerank(self, scores: torch.Tensor, costs: Costs | None = None) -> int:
         return min(self.num_draft_tokens, scores.shape[1] + 1)
 

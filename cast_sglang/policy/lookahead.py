@@ -143,6 +143,33 @@ class Lookahead:
         width, gain = _best_width(self._means[depth:], self._best, scores, *cut)
         return int(width), float(gain)
 
+    def best_length(
+        self,
+        scores: np.ndarray,
+        verify: np.ndarray,
+        growth: float,
+        price: float,
+        max_layers: int,
+        shares_out: bool = False,
+    ) -> int:
+        """Return how many layers a chain is worth, by the mean children of nodes of each depth.
+
+        Definition: the smallest number of layers that maximises
+            cut(the chains' nodes) - price * growth * (layers - 1)
+        with `cut` of `best_width`, where a node scores what the one above it does, times the mean
+        of the best children of that depth.
+
+        Args:
+            scores: [B, 1] float32, what the chains' first nodes are worth.
+            growth: time of one more layer.
+            max_layers: the most layers that a chain may get.
+        """
+        children, most = self._means[1:, 0], min(max_layers, self._max_nodes)
+        chains = np.zeros((len(scores), self._max_nodes), np.float32)
+        return int(
+            _best_length(children, scores[:, 0], chains, verify, growth, price, most, shares_out)
+        )
+
 
 @compiled("void(f8[:, :], f8[:], f8[:, :])")
 def _fill_means(sums: np.ndarray, weights: np.ndarray, means: np.ndarray) -> None:
@@ -236,3 +263,34 @@ def _best_width(
             gain = _best_cut(grown, verify, price, shares_out) - stands - price * time
             most = max(most, gain)
     return width, most
+
+
+@compiled("i8(f8[:], f4[:], f4[:, :], f4[:], f8, f8, i8, b1)")
+def _best_length(
+    children: np.ndarray,
+    scores: np.ndarray,
+    chains: np.ndarray,
+    verify: np.ndarray,
+    growth: float,
+    price: float,
+    most: int,
+    shares_out: bool,
+) -> int:
+    """Do the work of `Lookahead.best_length`.
+
+    Args:
+        children: [>= most - 1], the mean best child of a node of each depth, from 1.
+        scores: [B] float32, of the chains' first nodes.
+        chains: [B, n] float32, zeros, n >= most.
+    """
+    best, length = -np.inf, 1
+    for layer in range(most):
+        for request in range(len(scores)):
+            score = scores[request]
+            if layer:
+                score = np.float32(chains[request, layer - 1] * children[layer - 1])
+            chains[request, layer] = score
+        gain = _best_cut(chains, verify, price, shares_out) - price * growth * layer
+        if gain > best:
+            best, length = gain, layer + 1
+    return length

@@ -60,6 +60,7 @@ class Recording(NamedTuple):
     verify_graphs: GraphSizes | None  # sizes with a captured graph, here and below
     width_graphs: GraphSizes | None
     extend_graphs: GraphSizes | None
+    plans_chains: bool = False  # the length of a chain is decided before its first layer runs
 
 
 class _VerifiedOnHost(NamedTuple):
@@ -331,6 +332,7 @@ class TraceRecorder:
             max_context=limits.longest_context,
             is_ragged=recording.is_ragged,
             shares_out=recording.shares_out,
+            plans_chains=recording.plans_chains,
             extends_by_outcome=recording.extends_by_outcome,
             is_full=config.trace_full,
             has_tokens=config.trace_tokens,

@@ -68,6 +68,7 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     verify_graphs: dict[int, list[int]] | None = None
     width_graphs: dict[int, list[int]] | None = None
     extend_graphs: dict[int, list[int]] | None = None
+    plans_chains: bool = False  # the length of a chain was decided before its first layer ran
     # Prices and corrections that the server started from, as `AutoPolicy` and `Residuals` keep
     # them; empty where it had learned nothing before.
     learned: dict[str, Any] = {}

@@ -157,6 +157,7 @@ class Replay:
             width_graphs=_graph_sizes(header.width_graphs),
             is_ragged=header.is_ragged,
             shares_out=header.shares_out,
+            plans_chains=header.plans_chains,
         )
         drafted = next((step for step in trace.steps if not step.is_plain), None)
         if drafted is not None:

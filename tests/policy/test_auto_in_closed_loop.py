@@ -37,14 +37,16 @@ def test_auto_is_near_the_best_fixed_tree_of_hindsight(regime, batch_size):
     assert result.rate() >= 0.98 / plain_units(step_costs)
 
 
+@pytest.mark.parametrize("plans_chains", [False, True], ids=["looking", "planning"])
 @pytest.mark.parametrize("batch_size", [1, 8, 32])
 @pytest.mark.parametrize("regime", ["memory", "compute", "stairs", "knee"])
-def test_chains_are_near_the_best_fixed_chain_of_hindsight(regime, batch_size):
+def test_chains_are_near_the_best_fixed_chain_of_hindsight(regime, batch_size, plans_chains):
     """With one child a node, the policy chooses how many passes to draft and rows to verify."""
     step_costs, text = make_costs(regime, batch_size), Text(batch_size, 5)
     steps = 1200 if batch_size == 1 else 400
     policy = AutoPolicy(SIZES, LAYERS)
-    result = run(policy, text, step_costs, batch_size, steps, Acceptance(), topk=1)
+    how = {"topk": 1, "plans_chains": plans_chains}
+    result = run(policy, text, step_costs, batch_size, steps, Acceptance(), **how)
     fixed, shape = best_fixed(step_costs, text, topks=(1,))
     rate = result.rate(WARM_UP)
     assert rate >= 0.95 * fixed, f"{rate:.3f} against {fixed:.3f} of {shape}"

@@ -237,3 +237,64 @@ def test_a_small_tree_is_verified_as_it_is():
     made = decider(Scripted(size=12))
     made.begin_step(facts())
     assert made.rows(scores(4)) == (5, None)
+
+
+class Arrived:
+    """Tensors that are on the host once they are waited for."""
+
+    def __init__(self, *tensors):
+        self.tensors, self.is_waited_for = tensors, False
+
+    def wait(self):
+        self.is_waited_for = True
+        return self.tensors
+
+
+class Planning(Scripted):
+    """Plans chains of three layers."""
+
+    def chain_layers(self, scores, costs, max_layers):
+        self.asked.append(("chain", max_layers))
+        return min(3, max_layers)
+
+    def expanded(self, parent_scores, child_probs):
+        self.asked.append(("expanded", parent_scores.item(), child_probs.item()))
+
+
+@pytest.mark.parametrize(
+    ("room", "nodes", "layers"), [(5, None, 3), (2, None, 2), (1, None, 1), (5, 9, 3), (2, 1, 2)]
+)
+def test_a_planned_chain_is_not_looked_at(room, nodes, layers):
+    policy, unseen = Planning(size=2), None
+    ours = decider(policy, topk=1, plans_chains=True)
+    ours.begin_step(facts(batch_size=1, max_layers=room, max_nodes=nodes))
+    assert ours.planned is None
+    scores = torch.tensor([[0.5]])
+    widths = [ours.width(scores)] + [ours.width(unseen) for _ in range(layers - 1)]
+    assert widths == [1] * (layers - 1) + [None]
+    assert policy.asked[2:] == [("chain", room)] * (room > 1)
+    # What the layers were is learned when the rows are chosen, in their order.
+    read = Arrived(*(torch.tensor([[0.1 * number]]) for number in range(1, 5)))
+    ours.launched(read)
+    assert not read.is_waited_for
+    ours.rows(torch.tensor([[0.5, 0.2]]))
+    seen = [call for call in policy.asked if call[0] == "expanded"]
+    assert [tuple(round(part, 3) for part in call[1:]) for call in seen] == [(0.1, 0.2), (0.3, 0.4)]
+    # The next step has a plan of its own.
+    ours.begin_step(facts(batch_size=1, max_layers=room))
+    assert ours.planned is None and ours.width(scores) == (1 if room > 1 else None)
+
+
+def test_a_chain_is_planned_within_the_slots_that_there_are():
+    policy = Planning(size=2)
+    ours = decider(policy, topk=1, plans_chains=True)
+    ours.begin_step(facts(batch_size=1, max_layers=5, max_nodes=1))
+    scores = torch.tensor([[0.5]])
+    assert [ours.width(scores), ours.width(scores)] == [1, None] and ours.planned == 2
+
+
+def test_a_policy_without_plans_looks_at_each_layer():
+    ours = decider(Scripted(widths=(1, 1)), topk=1, plans_chains=True)
+    ours.begin_step(facts(batch_size=1))
+    scores = torch.tensor([[0.5]])
+    assert [ours.width(scores) for _ in range(3)] == [1, 1, None] and ours.planned is None

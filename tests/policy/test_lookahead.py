@@ -138,3 +138,40 @@ def test_a_tree_with_copies_is_what_stands(batch, seed, price):
     alone = lookahead().best_width(1, scores, verify, growth, price, 1)
     none = np.pad(scores, ((0, 0), (0, 3)))
     assert lookahead().best_width(1, scores, verify, growth, price, 1, standing=none) == alone
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    most=st.integers(1, 6),
+    price=st.sampled_from([0.2, 1.0, 3.0]),
+    shares_out=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_length_of_a_chain_is_its_definition(batch, most, price, shares_out, seed):
+    rng = np.random.default_rng(seed)
+    lookahead, means = Lookahead(6, 5), rng.random(5)
+    for depth, mean in enumerate(means, start=1):
+        lookahead.add(depth, torch.ones(1, 1), torch.tensor([[mean]]))
+        lookahead.learn()
+    # What is known of a depth is moved towards the depth above, as if one node had had that.
+    known = [means[0]]
+    for mean in means[1:]:
+        known.append((mean + known[-1]) / 2)
+    scores = rng.random((batch, 1)).astype(np.float32)
+    verify = (1 + rng.random(6).cumsum()).astype(np.float32)
+    growth = float(rng.random())
+    gains = []
+    for layers in range(1, min(most, 5) + 1):
+        chains = [
+            [float(score) * np.prod(known[:n]) for n in range(layers)] for score in scores[:, 0]
+        ]
+        if shares_out:
+            pool = sorted((node / batch for chain in chains for node in chain), reverse=True)
+            rows = np.minimum(np.arange(1, len(pool) + 1) / batch, 5)
+            cut = max(np.cumsum(pool) - price * np.interp(rows, np.arange(6), verify))
+        else:
+            cut = best_cut(chains, verify, price)
+        gains.append(cut - price * growth * (layers - 1))
+    length = lookahead.best_length(scores, verify, growth, price, most, shares_out)
+    assert gains[length - 1] == pytest.approx(max(gains), abs=1e-4)

@@ -159,6 +159,7 @@ def run(
     acceptance: Acceptance | None = None,
     joint: bool = False,
     topk: int = TOPK,
+    plans_chains: bool = False,
 ) -> Result:
     """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
 
@@ -166,10 +167,18 @@ def run(
         server: costs stand for a server that they are true of.
         joint: share one budget of nodes out among the requests, which may then differ in rows.
         topk: children of a node; 1 for chains.
+        plans_chains: as of `Decider`.
     """
     if isinstance(server, StepCosts):
         server = ByTable(server)
-    decider = Decider(policy, max_missing=0, topk=topk, is_ragged=joint, shares_out=joint)
+    decider = Decider(
+        policy,
+        max_missing=0,
+        topk=topk,
+        is_ragged=joint,
+        shares_out=joint,
+        plans_chains=plans_chains,
+    )
     rows = []
     for step in range(steps):
         text.advance()

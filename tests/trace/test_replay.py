@@ -52,6 +52,18 @@ def test_the_recorded_policy_makes_the_recorded_choices(tables, name, batch_size
             assert outcome.price == step.price
 
 
+def test_chains_are_planned_where_the_server_planned_them(tables):
+    trace = Recorder(default_policy(), tables).run(40)
+    trace = trace._replace(header=make_header(tables, plans_chains=True))
+    lengths = {}
+    for name in ("auto", "eagle"):
+        outcomes = Replay(trace, tables, make_policy(name, trace.header))
+        drafted = [o.choice for o in outcomes if not o.choice.is_plain]
+        assert all(set(choice.widths) <= {1} for choice in drafted)
+        lengths[name] = {choice.num_layers for choice in drafted}
+    assert lengths["eagle"] == {LAYERS} and len(lengths["auto"]) > 1
+
+
 def test_plain_steps_are_replayed(tables):
     dear = make_tables(row_us=40_000.0, draft_us=200_000.0)
     trace = Recorder(default_policy(), dear, seed=1).run(150)

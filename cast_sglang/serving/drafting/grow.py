@@ -49,7 +49,8 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     """Grow a step's tree until one more layer no longer pays.
 
     The host reads the scores of each layer and waits for nothing else. What the next layer needs
-    whatever is decided is prepared before that.
+    whatever is decided is prepared before that. The layers of a chain whose length is planned are
+    launched one behind the other; of those it waits for none.
 
     Returns:
         The tree, and the width of each layer below the root.
@@ -76,18 +77,23 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     scores = tree.frontier().scores
     read = reads.start(scores, *shown())
     widths: list[int] = []
+    launched: list[torch.Tensor] = []  # of a planned chain, for `decider.launched`
+    with_copies = None
 
     while True:
-        frontier, is_full = tree.frontier(), tree.num_layers == growth.room.max_layers
-        if not is_full:
+        frontier, most = tree.frontier(), decider.planned or growth.room.max_layers
+        if tree.num_layers < most:
             layers.prepare(frontier)
-        above = scores
-        scores, *parts = read.wait()
-        with_copies = None if copies is None else copies.look(parts[-3:])
-        if tree.num_layers > 1:
-            decider.expanded(above, parts[0])
+        if decider.planned is None:
+            above = scores
+            scores, *parts = read.wait()
+            with_copies = None if copies is None else copies.look(parts[-3:])
+            if tree.num_layers > 1:
+                decider.expanded(above, parts[0])
         width = decider.width(scores, with_copies)
         if width is None:
+            if launched:
+                decider.launched(reads.start(*launched))
             return tree, tuple(widths)
 
         # The time of growing the tree is part of the layer's: a layer that is not run saves both.
@@ -98,7 +104,10 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
         if recorder is not None:
             recorder.on_layer(tree.num_layers, probs, chances)
         widths.append(width)
-        read = reads.start(tree.frontier().scores, chances, *shown())
+        if decider.planned is None:
+            read = reads.start(tree.frontier().scores, chances, *shown())
+        else:
+            launched += (frontier.scores, chances)
 
 
 def _curve(

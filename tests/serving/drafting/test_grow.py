@@ -1,7 +1,9 @@
 """Growing a tree: what is asked in which order, and where it ends."""
 
 import pytest
+import torch
 
+from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
@@ -21,8 +23,8 @@ from tests.support.drafts import (
 )
 
 
-def growth(drafter, policy, max_layers=STEPS, recorder=None, batch=2):
-    return Growth(
+def growth(drafter, policy, max_layers=STEPS, recorder=None, batch=2, **changes):
+    own = Growth(
         model=FakeModel(),
         drafter=drafter,
         max_layers=STEPS,
@@ -35,6 +37,7 @@ def growth(drafter, policy, max_layers=STEPS, recorder=None, batch=2):
         forward_batch=forward_batch(batch, 0),
         draws=Draws("cpu", seed=0, topk=TOPK),
     )
+    return own._replace(**changes)
 
 
 def test_a_drafter_is_asked_layer_by_layer():
@@ -77,3 +80,66 @@ def test_ops_can_be_compiled_before_the_first_request():
     model, draws = FakeModel(), Draws("cpu", seed=0, topk=TOPK)
     model.num_proposed = TOPK + 2
     compile_ops(model, Calibration(), draws, max_layers=STEPS, max_rows=12, verify_sizes=sizes)
+
+
+class Chain(OnePass):
+    """Proposes one child of each node."""
+
+    def run(self, frontier, width):
+        probs, tokens = super().run(frontier, width)
+        return probs[:, :1], tokens[:, :1]
+
+
+class Plans(Widths):
+    """Plans chains of some layers."""
+
+    def __init__(self, layers):
+        super().__init__([])
+        self.layers = layers
+
+    def chain_layers(self, scores, costs, max_layers):
+        return min(self.layers, max_layers)
+
+
+class Counted(HostReads):
+    """Counts what is read, and what is waited for."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.log = []
+
+    def start(self, *tensors):
+        read, number = super().start(*tensors), len(self.log)
+        self.log.append("read")
+        wait = read.wait
+
+        def note():
+            self.log[number] = "waited for"
+            return wait()
+
+        read.wait = note
+        return read
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_nothing_is_waited_for_between_the_layers_of_a_planned_chain(layers):
+    """But for the roots' children, which decide how long it gets."""
+    log, reads, policy = [], Counted(), Plans(layers)
+    decider = Decider(policy, max_missing=8, topk=1, plans_chains=True)
+    decider.begin_step(StepFacts(2, None, None, 0, STEPS, 12))
+    ours = growth(
+        Chain(2, log), policy, decider=decider, reads=reads, draws=Draws("cpu", seed=0, topk=1)
+    )
+    tree, widths = grow_tree(ours)
+    assert widths == (1,) * (layers - 1) and tree.num_layers == layers
+    # Nor is a layer prepared that is not run.
+    assert log == ["layers", *(["prepare", "run 1"] * (layers - 1) or ["prepare"])]
+    assert reads.log == ["waited for", "read"][: 1 + (layers > 1)] and policy.seen == []
+    decider.rows(tree.ranked(3).scores)
+    assert reads.log == ["waited for"] * len(reads.log)
+    # The policy then knows what it would have seen of each layer.
+    seen = policy.seen
+    looked = Widths([1] * (layers - 1))
+    grow_tree(growth(Chain(2, []), looked, draws=Draws("cpu", seed=0, topk=1)))
+    for ours, theirs in zip(seen, looked.seen, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
