@@ -49,7 +49,9 @@ def build_tree(
         raise NotImplementedError(f"SGLANG_PLATFORM=cast_cpu has no {tree_mask_mode!r} tree mask")
     batch, width = seq_lens.shape[0], num_verify_tokens
     is_full = tree_mask_mode == TreeMaskMode.FULL_MASK
-    sees = tree_mask.new_empty(batch * width * width) if is_full else tree_mask
+    sees = tree_mask
+    if is_full:  # the mask of `triton` is one of bytes
+        sees = tree_mask.new_empty(batch * width * width, dtype=torch.bool)
     parent_rows = torch.empty_like(top_scores_index)
     _find_parents(parent_list.numpy(), top_scores_index.numpy(), topk, parent_rows.numpy())
     loops.build_tree(
@@ -63,7 +65,8 @@ def build_tree(
         num_steps=width - 1,
     )
     if is_full:
-        tree_mask[full_mask_cells(seq_lens, width)] = sees.view(batch, width, width)
+        cells = sees.view(batch, width, width).to(tree_mask.dtype)
+        tree_mask[full_mask_cells(seq_lens, width)] = cells
 
 
 @compiled("void(i8[:, :], i8[:, :], i8, i8[:, :])")

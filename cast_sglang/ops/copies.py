@@ -1,11 +1,16 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Copies to a device that the host does not wait for, and what it need not wait for."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-__all__ = ["to_device"]
+__all__ = ["is_on_host", "to_device"]
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Return whether the host may read the tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def to_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:

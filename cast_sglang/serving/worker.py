@@ -21,6 +21,7 @@ from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from cast_sglang.config import PENDING, CastConfig
 from cast_sglang.costs.limits import Limits
+from cast_sglang.ops.copies import is_on_host
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
@@ -31,10 +32,11 @@ from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.draws import Draws, draws_children
 from cast_sglang.serving.drafting.tools import StepTools
 from cast_sglang.serving.drafting.worker import CastDraftWorker
+from cast_sglang.serving.graphs.backends import VerifyBackends
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
 from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
-from cast_sglang.serving.host_patches.passes import packed_pass, set_verify_graph, unmasked_root
+from cast_sglang.serving.host_patches.passes import packed_pass
 from cast_sglang.serving.host_patches.sampling import sampling_as_plain
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
@@ -102,13 +104,14 @@ class CastWorker(EAGLEWorkerV2):
     def init_cuda_graphs(self) -> None:
         """Hand the draft worker its tools; capture the passes where the device can."""
         target_runner = self.target_worker.model_runner
+        self.backends = VerifyBackends(target_runner)
         first = target_runner.decode_cuda_graph_runner
         plan = plan_graphs(first, self.limits, self.config, self._verify_sizes, self.costs.model)
         self.tools = self._draft_worker.tools = self._make_tools(plan)
         self._go_on()
         super().init_cuda_graphs()
         if plan is not None:
-            self.verify_graphs = capture_verify(target_runner, plan.verify)
+            self.verify_graphs = capture_verify(target_runner, plan.verify, self.backends)
         if self.device != "cpu":
             self._draft_worker.compile_ops()
 
@@ -116,6 +119,8 @@ class CastWorker(EAGLEWorkerV2):
         draft, config = self._draft_worker, self.config
         is_ragged = all(map(can_pack_rows, (self.target_worker.model_runner, draft.draft_runner)))
         shares_out = is_ragged and config.joint_budget == "on"
+        # Looking at each layer is free where nothing runs behind the host.
+        plans_chains = self.topk == 1 and not is_on_host(self.req_to_token_pool.req_to_token)
         # As many rows as verify may have, so that catching up fits wherever verify does.
         backlog = Backlog(len(self.req_to_token_pool.req_to_token), self.max_draft_tokens)
         decider = Decider(
@@ -126,21 +131,20 @@ class CastWorker(EAGLEWorkerV2):
             width_graphs=None if plan is None else plan.widths,
             is_ragged=is_ragged,
             shares_out=shares_out,
+            plans_chains=plans_chains,
         )
         recorder = None
         if config.trace != "none" and get_parallel().tp_rank == 0:
+            identity = host_identity(resolving_view(self.server_args))
             recording = Recording(
-                config=config,
-                identity=host_identity(resolving_view(self.server_args)),
-                limits=self.limits,
-                max_layers=self.speculative_num_steps,
-                verify_sizes=self._verify_sizes,
+                *(config, identity, self.limits, self.speculative_num_steps, self._verify_sizes),
                 is_ragged=is_ragged,
                 shares_out=shares_out,
                 extends_by_outcome=self.device == "cpu",
                 verify_graphs=decider.verify_graphs,
                 width_graphs=decider.width_graphs,
                 extend_graphs=None if plan is None else plan.extend,
+                plans_chains=plans_chains,
             )
             recorder = TraceRecorder(recording)
         return StepTools(
@@ -310,8 +314,7 @@ class CastWorker(EAGLEWorkerV2):
 
     def _build_trivial_verify_input(self, batch: ScheduleBatch) -> EagleVerifyInput:
         """Return the verify input of a plain step, one row per request."""
-        backend = self.target_worker.model_runner.attn_backend
-        return unmasked_root(super()._build_trivial_verify_input, batch, backend)
+        return self.backends.root_input(super()._build_trivial_verify_input, batch)
 
     def _on_pass(self) -> Callable[[TimedPass], None] | None:
         return None if self.tools.recorder is None else self.tools.recorder.on_pass_timed
@@ -334,9 +337,8 @@ class CastWorker(EAGLEWorkerV2):
             self.topk = 1  # accepted nodes stand where they belong, so nothing is to be moved
         try:
             runner = self.target_worker.model_runner
-            if (graphs := self.verify_graphs) is not None:
-                set_verify_graph(runner, graphs.runner(len(batch.reqs), rows))
             with (
+                self.backends.running(rows, len(batch.reqs), self.verify_graphs),
                 self.clock.time("verify", mean_rows),
                 packed_pass(runner, packed_rows),
                 sampling_as_plain(self._running.sampling, runner.sampler),

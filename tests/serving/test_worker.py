@@ -23,6 +23,7 @@ from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.tools import StepTools
+from cast_sglang.serving.graphs.backends import VerifyBackends
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.requests import RunningRequests
@@ -86,7 +87,10 @@ def worker(monkeypatch):
     runner = SimpleNamespace(model_config=SimpleNamespace(context_len=1024))
     runner.attn_backend = SimpleNamespace(packed_rows=None)
     runner.forward = runner.sampler = None
+    runner.decode_cuda_graph_runner = runner.decode_attention_backend_str = None
+    runner.decode_num_tokens_per_req = lambda: ROWS
     worker._target_worker = SimpleNamespace(model_runner=runner)
+    worker.backends = VerifyBackends(runner)
     worker.cast_stats, worker.clock = StepStats(), PassClock("cpu")
     worker.costs = ServedCosts(worker.config, worker.clock, worker.cast_stats)
     worker.calibration = worker.verify_graphs = worker._last_done = None

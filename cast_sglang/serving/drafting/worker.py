@@ -21,7 +21,7 @@ from sglang.srt.speculative.eagle_worker_common import prepare_for_draft
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from cast_sglang.config import CastConfig
-from cast_sglang.ops.copies import to_device
+from cast_sglang.ops.copies import is_on_host, to_device
 from cast_sglang.serving.drafting.attention import create_tree_backend
 from cast_sglang.serving.drafting.catch_up import catch_up_widths, past_of
 from cast_sglang.serving.drafting.draws import cut_links, num_proposed
@@ -202,7 +202,7 @@ class CastDraftWorker(EagleDraftWorker):
         verify_input.drawn = tools.draws.drawn(selection)
         siblings = verify_input.retrieve_next_sibling
         # Known for free where nothing is in flight. A node that is cut has a row all the same.
-        verify_input.is_path = siblings.device.type == "cpu" and bool((siblings < 0).all())
+        verify_input.is_path = is_on_host(siblings) and bool((siblings < 0).all())
         if may_stay is not None and rows is None:
             cut_links(verify_input, selection.top_scores_index, may_stay)
         if wants_drafts is not None:
@@ -266,7 +266,7 @@ class CastDraftWorker(EagleDraftWorker):
             return
         rows, packed_rows = batch_result.accept_index.shape[1], None
         self.last_extend_rows = rows
-        if batch_result.accept_lens.device.type == "cpu":  # free where nothing is in flight
+        if is_on_host(batch_result.accept_lens):
             rows = int(batch_result.accept_lens.max())
             self.last_extend_rows = rows
             if self.tools.is_ragged:

@@ -1,9 +1,9 @@
 """Captured graphs of verify and draft extend, one set for each number of rows per request.
 
 SGLang's own graph runners are built once per number of rows, as its adaptive mode builds them once
-per number of steps. A step runs with the runner of its size, or eagerly where there is none. All
-runners of a pass share one attention backend: `triton` keeps nothing that depends on the number of
-rows but its buffers, and those are made for the largest.
+per number of steps. A step runs with the runner of its size, or eagerly where there is none. On
+`triton` all runners of a pass share one attention backend, which keeps nothing that depends on the
+number of rows but its buffers, and those are made for the largest; `backends.py` has the others.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from cast_sglang.serving.host_patches.passes import (
     extend_rows,
     keeping_buffers,
     leave_prefix_unmasked,
+    sharing_buffers,
 )
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from cast_sglang.serving.graphs.backends import VerifyBackends
 
 __all__ = ["PassGraphs", "capture_extend", "capture_verify"]
 
@@ -64,7 +67,7 @@ class PassGraphs:
         return self._runners[size]
 
 
-def capture_verify(runner: ModelRunner, sizes: GraphSizes) -> PassGraphs:
+def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBackends) -> PassGraphs:
     """Capture the target's pass at each size, and at the one row of a plain step.
 
     SGLang has captured the largest size by then, at every batch size.
@@ -78,12 +81,25 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes) -> PassGraphs:
     graphs = PassGraphs("verify", GraphSizes(every))
 
     def build(size: int) -> Any:
-        return DecodeCudaGraphRunner(runner, speculative_num_draft_tokens=size)
+        backend, shared = backends.at(size), backends.shared
+        buffers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if backend is not shared:
+            buffers = sharing_buffers(backend, shared)
+        elif not backends.has_one_per_size:
+            buffers = keeping_buffers(shared)
+        with buffers:
+            return DecodeCudaGraphRunner(
+                runner, attn_backend=backend, speculative_num_draft_tokens=size
+            )
 
     first = runner.decode_cuda_graph_runner
-    with _measured(runner, graphs), keeping_buffers(runner.attn_backend):
-        graphs.capture(build, capturing_size, {first.captured_req_width: first})
-    leave_prefix_unmasked(runner.attn_backend)
+    existing = {first.captured_req_width: first}
+    if backends.has_one_per_size:  # whose buffers are made anew, with room behind the context
+        first.backend.cleanup()
+        existing = {}
+    with _measured(runner, graphs):
+        graphs.capture(build, capturing_size, existing)
+    leave_prefix_unmasked(backends.shared, backends.name)
     return graphs
 
 

@@ -193,7 +193,8 @@ def _size_graph_buffers(
     if not is_cast() or kv_indices_buf is not None:
         original(backend, max_bs, max_num_tokens, kv_indices_buf, **buffers)
         return
-    slots = torch.zeros(max_bs * backend.max_context_len, dtype=torch.int64, device=backend.device)
+    longest = backend.max_context_len + slots_reserved()  # what a step may write past the limit
+    slots = torch.zeros(max_bs * longest, dtype=torch.int64, device=backend.device)
     original(backend, max_bs, max_bs, slots, **buffers)
     if backend.use_sliding_window_kv_pool:  # of each row, where its keys are written
         backend.cuda_graph_swa_out_cache_loc = slots.new_zeros(max_num_tokens)

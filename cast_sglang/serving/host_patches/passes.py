@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from sglang.srt.utils.common import ceil_align
 
 from cast_sglang.errors import HostError
+from cast_sglang.serving.host_patches.hooks import slots_reserved
 from cast_sglang.serving.row_packing import spread_rows
 
 if TYPE_CHECKING:
@@ -22,14 +24,17 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 __all__ = [
+    "building_backend",
     "capturing_size",
     "extend_rows",
     "keeping_buffers",
     "last_rows_only",
     "leave_prefix_unmasked",
+    "leave_room",
+    "maskless_root",
     "packed_pass",
-    "set_verify_graph",
-    "unmasked_root",
+    "running_on",
+    "sharing_buffers",
 ]
 
 
@@ -128,9 +133,54 @@ def _narrow_last_layer(layer: Any, rows: torch.Tensor) -> Iterator[None]:
             hook.remove()
 
 
-def set_verify_graph(runner: ModelRunner, graph_runner: Any | None) -> None:
-    """Make the target's next passes replay the graphs of this runner; None for eager passes."""
-    runner.decode_cuda_graph_runner = graph_runner
+@contextlib.contextmanager
+def running_on(runner: ModelRunner, backend: Any, graph_runner: Any | None) -> Iterator[None]:
+    """Make the target's passes inside run on this backend, and replay this runner's graphs.
+
+    Args:
+        graph_runner: None for passes without graphs.
+    """
+    before = runner.attn_backend
+    runner.attn_backend, runner.decode_cuda_graph_runner = backend, graph_runner
+    try:
+        yield
+    finally:
+        runner.attn_backend = before
+
+
+@contextlib.contextmanager
+def building_backend(rows: int) -> Iterator[None]:
+    """Make the attention backends that are built inside lay passes out with so many rows."""
+    from sglang.srt.runtime_context import get_context, get_spec
+
+    spec = get_spec()
+    before = {
+        "speculative_num_draft_tokens": spec.speculative_num_draft_tokens,
+        "speculative_eagle_topk": spec.speculative_eagle_topk,
+    }
+    changed = {**before, "speculative_num_draft_tokens": rows}
+    if rows == 1:  # which is no tree
+        changed["speculative_eagle_topk"] = 1
+    get_context().override("cast.backend", **changed)
+    try:
+        yield
+    finally:
+        get_context().override("cast.built", **before)
+
+
+def leave_room(backend: Any) -> None:
+    """Let the buffers that are yet to be made hold what a step may write past the longest context.
+
+    SGLang ends a request before a step could write there. CAST serves it to the limit, beside
+    others that draft on.
+
+    Args:
+        backend: the target's, or another of `fa3`.
+    """
+    backend = _verify_backend(backend)
+    backend.max_context_len += slots_reserved()
+    backend.max_num_pages = ceil_align(backend.max_context_len, backend.page_size)
+    backend.max_num_pages //= backend.page_size
 
 
 @contextlib.contextmanager
@@ -186,44 +236,86 @@ def keeping_buffers(backend: Any) -> Iterator[None]:
         del backend.init_cuda_graph_state
 
 
-def leave_prefix_unmasked(backend: Any) -> None:
+@contextlib.contextmanager
+def sharing_buffers(backend: Any, owner: Any) -> Iterator[None]:
+    """Let the graphs of one backend use the tables of slots and the mask of another.
+
+    They are as large as the longest context, and filled before each pass, so that the one pass that
+    runs reads them.
+
+    Args:
+        owner: has captured at least as many requests and rows.
+    """
+    backend, owner = getattr(backend, "backend", backend), _verify_backend(owner)
+    make = backend.init_cuda_graph_state
+
+    def make_and_share(*args: Any, **kwargs: Any) -> None:
+        make(*args, **kwargs)
+        for name, theirs in vars(owner).items():
+            own = getattr(backend, name, None)
+            if isinstance(theirs, dict) and isinstance(own, dict):
+                own.update(_shared_tables(own, theirs))
+        if getattr(owner, "_verify_mask", None) is not None:
+            backend._verify_mask = owner._verify_mask
+
+    backend.init_cuda_graph_state = make_and_share
+    try:
+        yield
+    finally:
+        del backend.init_cuda_graph_state
+
+
+def _shared_tables(own: dict[Any, Any], theirs: dict[Any, Any]) -> dict[Any, torch.Tensor]:
+    """Return those of their tables of slots that are as wide as the own ones, by name."""
+    shared = {}
+    for name, table in theirs.items():
+        mine = own.get(name)
+        if "page_table" in str(name) and isinstance(mine, torch.Tensor):
+            if mine.shape[1:] == table.shape[1:] and len(mine) <= len(table):
+                shared[name] = table[: len(mine)]
+    return shared
+
+
+def leave_prefix_unmasked(backend: Any, name: str) -> None:
     """Stop SGLang from filling the whole mask of captured verify passes in every step.
 
     The mask has a cell for each row and each token of the longest context, hundreds of megabytes
-    for a full batch. `triton` reads the cells among the rows themselves, which the tree builder
-    writes one by one, and takes the prefix as seen.
+    for a full batch. `triton` and `fa3` read the cells among the rows themselves, which the tree
+    builder writes one by one, and take the prefix as seen.
 
     Args:
         backend: the target's attention backend, after its buffers were made.
+        name: SGLang's of the one that verifies.
     """
     backend = _verify_backend(backend)
-    if _reads_rows_alone(backend):
+    if backend.verify_mask is None:
+        return
+    # The kernels of inference that is to be deterministic read the mask of the prefix too.
+    if name == "fa3" or (name == "triton" and not backend.enable_deterministic):
         backend._verify_mask = msgspec.structs.replace(backend.verify_mask, is_read=False)
 
 
-def unmasked_root(
+def maskless_root(
     build: Callable[[ScheduleBatch], EagleVerifyInput], batch: ScheduleBatch, backend: Any
 ) -> EagleVerifyInput:
-    """Return the verify input of a plain step; only the cells of the roots are written.
+    """Return the verify input of a plain step that runs as a decode pass, which reads no mask.
 
     Args:
         build: SGLang's builder, which fills the whole mask.
         backend: the target's attention backend.
     """
+    from sglang.srt.layers.attention.verify_mask import VerifyMask
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode
+
     backend = _verify_backend(backend)
-    mask = backend.verify_mask
-    if not (_reads_rows_alone(backend) and mask.fits(len(batch.seq_lens))):
-        return build(batch)
-    backend._verify_mask = msgspec.structs.replace(mask, buffer=mask.buffer[:0])
+    mask, nothing = backend._verify_mask, torch.zeros(0, dtype=torch.bool, device=backend.device)
+    backend._verify_mask = VerifyMask(
+        buffer=nothing, mode=TreeMaskMode.FULL_MASK, max_bs=len(batch.seq_lens)
+    )
     try:
-        verify_input = build(batch)
+        return build(batch)
     finally:
         backend._verify_mask = mask
-    # A request has one row: its prefix, then the root itself.
-    roots = torch.cumsum(batch.seq_lens + 1, dim=0) - 1
-    mask.buffer.index_fill_(0, roots, 1)
-    verify_input.custom_mask = mask.buffer
-    return verify_input
 
 
 def _verify_backend(backend: Any) -> Any:
@@ -234,12 +326,3 @@ def _verify_backend(backend: Any) -> Any:
     if isinstance(backend, HybridAttnBackend):
         backend = backend._select_backend(ForwardMode.TARGET_VERIFY)
     return backend
-
-
-def _reads_rows_alone(backend: Any) -> bool:
-    """Return whether the backend has a mask of which it does not read the prefix."""
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    if not isinstance(backend, TritonAttnBackend) or backend.verify_mask is None:
-        return False
-    return not backend.enable_deterministic  # whose kernel reads the mask of the prefix too

@@ -9,6 +9,7 @@ from cast_sglang.cpu.names import ATTENTION_BACKEND
 from cast_sglang.errors import HostError
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
     from cast_sglang.config import CastConfig
@@ -18,11 +19,11 @@ __all__ = ["limit_graphs", "set_attention_backends", "verify_backend"]
 logger = logging.getLogger(__name__)
 
 # Those that verify trees of every width; the draft runs on the first.
-VERIFY_BACKENDS: tuple[str, ...] = ("triton", "flashinfer")
+VERIFY_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3")
 # Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
 PREFILL_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
-# Its graphs do not depend on the number of rows but by their buffers.
-GRAPH_BACKEND = "triton"
+# Those whose passes are captured at every number of rows (`graphs.backends`).
+GRAPH_BACKENDS = ("triton", "fa3")
 
 
 def set_attention_backends(server_args: ServerArgs) -> None:
@@ -46,11 +47,19 @@ def set_attention_backends(server_args: ServerArgs) -> None:
             f"{flag} {prefill}: beside CAST's verify prompts run here on {', '.join(prefills)} "
             f"alone; pass {flag} {prefills[0]}"
         )
-    decode = server_args.decode_attention_backend or verifies[0]
+    decode = server_args.decode_attention_backend
+    if decode is None:
+        runs_on_fa3 = prefill == "fa3" and "fa3" in verifies and _why_not_fa3(server_args) is None
+        decode = "fa3" if runs_on_fa3 else verifies[0]
     if decode not in verifies:
         raise HostError(
             f"--decode-attention-backend {decode}: CAST verifies trees of every width here on "
-            f"{' and '.join(verifies)} alone; pass {verifies[0]}, or drop the flag"
+            f"{', '.join(verifies)} alone; pass {verifies[0]}, or drop the flag"
+        )
+    if decode == "fa3" and (reason := _why_not_fa3(server_args)) is not None:
+        raise HostError(
+            f"--decode-attention-backend fa3: CAST does not verify on it where {reason}; pass "
+            f"{verifies[0]}, or drop the flag"
         )
     draft = server_args.speculative_draft_attention_backend
     if draft not in (None, verifies[0]):
@@ -68,6 +77,29 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     if prefill != decode:
         server_args.speculative_attention_mode = "decode"  # the backend that SGLang verifies on
     logger.info("CAST: prompts run on %s, verify and plain steps on %s", prefill, decode)
+
+
+def _why_not_fa3(server_args: ServerArgs) -> str | None:
+    """Return why the target's verify passes do not run on `fa3`; None where they do.
+
+    Its trees are a pass over the prefix and one over the rows, whose results are merged. Layers
+    that attend to a window or a sink have other passes there.
+    """
+    config = _target_config(server_args)
+    has_window = config.sliding_window_size is not None and getattr(
+        config.hf_text_config, "use_sliding_window", True
+    )
+    if config.is_hybrid_swa or has_window or config.attention_chunk_size is not None:
+        return "the target has layers that attend to a window"
+    if config.has_attention_sinks:
+        return "the target has attention sinks"
+    return None
+
+
+def _target_config(server_args: ServerArgs) -> ModelConfig:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig.from_server_args(server_args)
 
 
 def _backends_of_the_cpu(server_args: ServerArgs) -> tuple[str, ...]:
@@ -95,10 +127,10 @@ def limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
         reason = "--cast-graphs off"
     elif backend != Backend.FULL:
         reason = f"CAST captures whole passes, not {backend} ones"
-    elif (target := verify_backend(server_args)) != GRAPH_BACKEND:
+    elif (target := verify_backend(server_args)) not in GRAPH_BACKENDS:
         reason = (
             f"verify runs on {target}, whose graphs are made for one number of rows; pass "
-            f"--decode-attention-backend {GRAPH_BACKEND}"
+            f"--decode-attention-backend {GRAPH_BACKENDS[0]}"
         )
     else:
         return

@@ -10,19 +10,22 @@ from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_context, get_spec
 from sglang.srt.speculative import eagle_worker_common
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.host_patches.passes import (
+    building_backend,
     capturing_size,
     extend_rows,
     keeping_buffers,
     last_rows_only,
     leave_prefix_unmasked,
+    maskless_root,
     packed_pass,
-    set_verify_graph,
-    unmasked_root,
+    running_on,
+    sharing_buffers,
 )
 from cast_sglang.serving.row_packing import find_packed_rows, last_rows
 
@@ -163,10 +166,57 @@ def test_a_pass_ends_at_the_last_row_of_each_request():
     torch.testing.assert_close(run(), everything)
 
 
-def test_a_verify_graph_replaces_the_runners_own():
-    runner = SimpleNamespace(decode_cuda_graph_runner="SGLang's own")
-    set_verify_graph(runner, None)
-    assert runner.decode_cuda_graph_runner is None
+def test_passes_run_on_a_backend_and_prompts_go_back_to_the_runners_own():
+    runner = SimpleNamespace(attn_backend="own", decode_cuda_graph_runner="SGLang's own")
+    with pytest.raises(RuntimeError), running_on(runner, "of 5 rows", None):
+        assert runner.attn_backend == "of 5 rows" and runner.decode_cuda_graph_runner is None
+        raise RuntimeError
+    assert runner.attn_backend == "own"
+
+
+@pytest.mark.parametrize(("rows", "topk"), [(5, 3), (1, 1)])
+def test_a_backend_is_built_for_its_rows(rows, topk):
+    given = {"speculative_num_draft_tokens": 32, "speculative_eagle_topk": 3}
+
+    def seen():
+        spec = get_spec()
+        return spec.speculative_num_draft_tokens, spec.speculative_eagle_topk
+
+    with get_context().override_server_args(speculative_algorithm="EAGLE3", **given):
+        with pytest.raises(RuntimeError), building_backend(rows):
+            assert seen() == (rows, topk)
+            raise RuntimeError
+        assert seen() == (32, 3)
+
+
+def test_tables_as_long_as_the_context_are_there_once():
+    class Backend:
+        """As much as there is of a backend that keeps its buffers by name."""
+
+        def __init__(self, rows):
+            self.rows, self._verify_mask = rows, None
+
+        def init_cuda_graph_state(self, max_bs, max_num_tokens):
+            self._verify_mask = f"of {self.rows}"
+            self.verify = {
+                "page_table": torch.zeros(max_bs, 50),
+                "cu_seqlens_q": torch.arange(max_bs + 1) * self.rows,
+                max_bs: "metadata",
+            }
+            self.expand = {"page_table": torch.zeros(max_bs * self.rows, self.rows)}
+
+    owner, backend = Backend(8), Backend(3)
+    owner.init_cuda_graph_state(4, 32)
+    with sharing_buffers(backend, owner):
+        backend.init_cuda_graph_state(2, 6)
+    table = backend.verify["page_table"]
+    assert table.data_ptr() == owner.verify["page_table"].data_ptr() and len(table) == 2
+    assert backend._verify_mask == "of 8"
+    # What depends on the rows is each backend's own.
+    assert backend.verify["cu_seqlens_q"].tolist() == [0, 3, 6] and backend.verify[2] == "metadata"
+    assert backend.expand["page_table"].shape == (6, 3)
+    backend.init_cuda_graph_state(2, 6)
+    assert backend._verify_mask == "of 3"
 
 
 def test_draft_extends_rows_are_put_back():
@@ -222,7 +272,8 @@ def triton_backend(**changes):
     cells = CAPTURED * ROWS * (LONGEST + ROWS)
     buffer = torch.full((cells,), 7, dtype=torch.uint8)
     mask = VerifyMask(buffer=buffer, mode=TreeMaskMode.FULL_MASK, max_bs=CAPTURED)
-    vars(backend).update({"_verify_mask": mask, "enable_deterministic": False, **changes})
+    own = {"_verify_mask": mask, "enable_deterministic": False, "device": "cpu"}
+    vars(backend).update({**own, **changes})
     return backend
 
 
@@ -237,7 +288,7 @@ def hybrid(decode):
 def test_the_prefix_of_the_verify_mask_is_not_filled(wrap, monkeypatch):
     """What SGLang's builder does with the buffer: it leaves all to the kernel of the tree."""
     backend = triton_backend()
-    leave_prefix_unmasked(wrap(backend))
+    leave_prefix_unmasked(wrap(backend), "triton")
     mask, filled = backend.verify_mask, []
     monkeypatch.setattr(
         eagle_worker_common,
@@ -281,34 +332,29 @@ def trivial_input(backend, lens):
         seq_lens_sum=sum(lens),
     )
     build = functools.partial(EAGLEWorkerV2._build_trivial_verify_input, worker)
-    return unmasked_root(build, batch, backend)
+    return maskless_root(build, batch, backend)
 
 
-@pytest.mark.parametrize("lens", [[5], [1, 50, 7]])
+@pytest.mark.parametrize("has_mask", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("wrap", [lambda backend: backend, hybrid], ids=["alone", "split"])
-def test_a_plain_step_marks_the_cells_of_the_roots_alone(wrap, lens):
-    backend = triton_backend()
+def test_no_mask_is_written_for_a_plain_step(wrap, has_mask):
+    backend = triton_backend(**({} if has_mask else {"_verify_mask": None}))
     before = backend.verify_mask
-    custom_mask = trivial_input(wrap(backend), lens).custom_mask
-    assert backend.verify_mask is before and custom_mask is before.buffer
-    # Of each request the row holds its prefix, then the root; `triton` starts it at these places.
-    ends = torch.tensor(lens).add(1).cumsum(0) - 1
-    changed = (custom_mask != 7).nonzero().flatten()
-    assert changed.tolist() == ends.tolist() and (custom_mask[ends] == 1).all()
+    assert len(trivial_input(wrap(backend), [1, 50, 7]).custom_mask) == 0
+    assert backend.verify_mask is before
+    assert not has_mask or (before.buffer == 7).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "lens"), [({"enable_deterministic": True}, [5]), ({}, [1, 1, 1, 1])]
-)
-def test_a_mask_that_is_read_or_too_small_is_filled(changes, lens):
-    backend = triton_backend(**changes)
-    mask = trivial_input(backend, lens).custom_mask
-    assert (mask == 1).all() and len(mask) >= sum(lens) + len(lens)
-    leave_prefix_unmasked(backend)
-    assert backend.verify_mask.is_read == bool(changes)
+def test_a_mask_of_which_the_prefix_is_read_is_filled():
+    backend = triton_backend(enable_deterministic=True)
+    leave_prefix_unmasked(backend, "triton")
+    assert backend.verify_mask.is_read
+    # `fa3` gathers the cells among the rows, whatever the kernels.
+    leave_prefix_unmasked(backend, "fa3")
+    assert not backend.verify_mask.is_read
 
 
 def test_other_backends_keep_their_mask():
     backend = SimpleNamespace(verify_mask=None)
-    leave_prefix_unmasked(backend)
+    leave_prefix_unmasked(backend, "flashinfer")
     assert vars(backend) == {"verify_mask": None}

@@ -13,6 +13,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cast_sglang.config import CastConfig
 from cast_sglang.errors import HostError
+from cast_sglang.serving.launch import backends as module
 from cast_sglang.serving.launch.backends import (
     limit_graphs,
     set_attention_backends,
@@ -28,17 +29,40 @@ def made_up(**given):
     return SimpleNamespace(**{**values, "speculative_attention_mode": "prefill", **given})
 
 
+PLAIN_LAYERS = {
+    "sliding_window_size": None,
+    "is_hybrid_swa": False,
+    "attention_chunk_size": None,
+    "has_attention_sinks": False,
+    "hf_text_config": SimpleNamespace(),
+}
+
+
+@pytest.fixture(autouse=True)
+def target(monkeypatch):
+    """The target of all launches here, as SGLang's configuration describes it."""
+    config = SimpleNamespace(**PLAIN_LAYERS)
+    monkeypatch.setattr(module, "_target_config", lambda args: config)
+    return config
+
+
 @pytest.mark.parametrize(
     ("given", "prefill", "decode", "draft"),
     [
         # What stock SGLang chooses for prompts: on Hopper, elsewhere, and on Blackwell for chains.
-        ({"attention_backend": "fa3"}, "fa3", "triton", "triton"),
+        ({"attention_backend": "fa3"}, "fa3", "fa3", "triton"),
         ({"attention_backend": "flashinfer"}, "flashinfer", "triton", "triton"),
         ({"attention_backend": "trtllm_mha"}, "trtllm_mha", "triton", "triton"),
         ({"attention_backend": "triton"}, "triton", "triton", None),
         # What a user may ask for.
         (
             {"attention_backend": "triton", "prefill_attention_backend": "fa3"},
+            "fa3",
+            "fa3",
+            "triton",
+        ),
+        (
+            {"attention_backend": "fa3", "decode_attention_backend": "triton"},
             "fa3",
             "triton",
             "triton",
@@ -63,7 +87,7 @@ def made_up(**given):
         ),
     ],
 )
-def test_prompts_stay_where_they_are_and_verify_runs_on_triton(given, prefill, decode, draft):
+def test_prompts_stay_where_they_are_and_verify_runs_where_it_can(given, prefill, decode, draft):
     args = made_up(**given)
     set_attention_backends(args)
     base = args.attention_backend
@@ -74,16 +98,44 @@ def test_prompts_stay_where_they_are_and_verify_runs_on_triton(given, prefill, d
     assert (args.speculative_attention_mode == "decode") == (prefill != decode)
 
 
-@pytest.mark.parametrize("backend", ["fa3", "flashinfer"])
-def test_an_engine_without_flags_gets_what_a_command_gets(backend):
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"is_hybrid_swa": True},
+        {"sliding_window_size": 4096},
+        {"attention_chunk_size": 8192},
+        {"has_attention_sinks": True},
+    ],
+)
+def test_windows_and_sinks_are_verified_on_triton(layers, target):
+    vars(target).update(layers)
+    args = made_up(attention_backend="fa3")
+    set_attention_backends(args)
+    assert args.prefill_attention_backend == "fa3" and verify_backend(args) == "triton"
+    with pytest.raises(HostError, match="fa3: CAST does not verify on it where.*pass triton"):
+        set_attention_backends(made_up(attention_backend="fa3", decode_attention_backend="fa3"))
+
+
+def test_a_window_that_no_layer_uses_is_none(target):
+    """As the configurations of Qwen2 and Qwen3 state it."""
+    target.sliding_window_size = 32768
+    target.hf_text_config.use_sliding_window = False
+    args = made_up(attention_backend="fa3")
+    set_attention_backends(args)
+    assert verify_backend(args) == "fa3"
+
+
+@pytest.mark.parametrize(("backend", "verifies"), [("fa3", "fa3"), ("flashinfer", "triton")])
+def test_an_engine_without_flags_gets_what_a_command_gets(backend, verifies):
     """Through SGLang's own record of a launch, where the backend is resolved and not given."""
     args = ServerArgs(model_path="m", device="cuda")
     args._resolved_overrides = [("sglang", {"attention_backend": backend})]
     record_foreign_defaults(args, "cast", set_attention_backends)
     found = resolving_view(args)
-    assert found.prefill_attention_backend == backend
-    assert found.decode_attention_backend == found.speculative_draft_attention_backend == "triton"
-    assert found.speculative_attention_mode == "decode"
+    assert (found.prefill_attention_backend or found.attention_backend) == backend
+    assert verify_backend(found) == verifies
+    assert found.speculative_draft_attention_backend == "triton"
+    assert (found.speculative_attention_mode == "decode") == (backend != verifies)
 
 
 HOPPER, BLACKWELL, OTHERS = "is_hopper_with_cuda_12_3", "is_sm100", ""
@@ -117,8 +169,8 @@ def test_what_stock_chooses_on_a_gpu_is_kept_for_prompts(gpu, topk, prefill, mon
     args._resolved_overrides = [("sglang", {"attention_backend": backend})]
     record_foreign_defaults(args, "cast", set_attention_backends)
     found = resolving_view(args)
-    assert found.prefill_attention_backend == prefill
-    assert verify_backend(found) == "triton"
+    assert (found.prefill_attention_backend or backend) == prefill
+    assert verify_backend(found) == ("fa3" if prefill == "fa3" else "triton")
 
 
 @pytest.mark.parametrize(("backend", "draft"), [("cast_cpu", None), (None, "cast_cpu")])
@@ -154,7 +206,7 @@ def test_backends_that_prompts_cannot_run_on(flag, device, backend, advised):
         set_attention_backends(made_up(device=device, **given))
 
 
-@pytest.mark.parametrize("backend", ["fa3", "fa4", "flashmla", "trtllm_mha", "torch_native"])
+@pytest.mark.parametrize("backend", ["fa4", "flashmla", "trtllm_mha", "torch_native"])
 @pytest.mark.parametrize(("device", "advised"), [("cuda", "triton"), ("cpu", "cast_cpu")])
 def test_backends_that_cannot_verify(backend, device, advised):
     args = made_up(device=device, decode_attention_backend=backend)
@@ -184,7 +236,7 @@ def test_the_draft_runs_on_triton(backend):
         ({"attention_backend": "triton"}, {"graphs": "passes"}, None),
     ],
 )
-def test_passes_are_captured_where_verify_runs_on_triton(given, settings, reason, caplog):
+def test_passes_are_captured_where_verify_can_be(given, settings, reason, caplog):
     args = made_up(**given)
     set_attention_backends(args)
     with caplog.at_level(logging.WARNING):
