@@ -69,10 +69,10 @@ def num_candidates(topk, steps):
     return topk + topk * topk * (steps - 1)
 
 
-def build(trees, topk, steps, num_nodes, seq_lens, mode):
+def build(trees, topk, steps, num_nodes, seq_lens, mode, dtype=torch.bool):
     batch = len(trees)
     prefix_cells = int(seq_lens.sum()) * num_nodes if mode == TreeMaskMode.FULL_MASK else 0
-    mask = torch.ones(prefix_cells + batch * num_nodes**2, dtype=torch.bool)
+    mask = torch.ones(prefix_cells + batch * num_nodes**2, dtype=dtype)
     positions = torch.empty(batch * num_nodes, dtype=torch.long)
     links = torch.full((3, batch, num_nodes), -1)
     kernels.build_tree(
@@ -104,7 +104,10 @@ def drafted_batch(shape):
 def test_tree_links_positions_and_masks(shape):
     _, trees, topk, steps, num_nodes, seq_lens = drafted_batch(shape)
     qlen, positions, links = build(trees, topk, steps, num_nodes, seq_lens, TreeMaskMode.QLEN_ONLY)
-    full, _, _ = build(trees, topk, steps, num_nodes, seq_lens, TreeMaskMode.FULL_MASK)
+    how = topk, steps, num_nodes, seq_lens, TreeMaskMode.FULL_MASK
+    full, _, _ = build(trees, *how)
+    # SGLang's `triton` has a mask of bytes.
+    assert torch.equal(build(trees, *how, torch.uint8)[0].bool(), full)
     rows = full.split([n for n in (seq_lens + num_nodes).tolist() for _ in range(num_nodes)])
     qlen = qlen.view(len(trees), num_nodes, num_nodes)
     for b, tree in enumerate(trees):

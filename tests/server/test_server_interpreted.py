@@ -1,10 +1,10 @@
-"""The attention of a GPU, run by Triton's interpreter: SGLang's kernels and CAST's tree metadata.
+"""The path of a GPU without one: Triton's interpreter, recorded graphs, overlap scheduling.
 
-Streams, overlap and graphs of the device need one. What runs here is what surrounds them: verify of
-trees and chains over custom masks, draft layers over lists of slots, draft extend, plain steps, and
-draft layers over the static buffers of graphs, replayed by a stand-in.
+`tests/support/interpreted.py` says what is put in place of a device; everything else is what a GPU
+runs. `docs/gpu.md` lists what only a device can show.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,63 +13,83 @@ from benchmarks.harness.servers import Server
 from tests.server.client import generate, loads
 from tests.server.conftest import ServerFactory
 from tests.server.test_server_limits import Ask, ask, token_ids
-from tests.support.interpreted import ENVIRONMENT, REPLAYS_FILE, CapturedLayersServer
+from tests.support.interpreted import BATCHES, DENSE, ENVIRONMENT, REPLAYS_FILE, CapturedServer
+from tests.support.waits import WAITS_FILE
 
 # An interpreted step takes seconds.
 pytestmark = [pytest.mark.server, pytest.mark.extended, pytest.mark.timeout(1800)]
 
 NUM_TOKENS, CONTEXT = 6, 40
 FLAGS = (
-    *("--attention-backend", "triton", "--max-running-requests", "4", "--skip-server-warmup"),
-    *("--cast-residuals", "off"),
+    *("--max-running-requests", "4", "--skip-server-warmup"),
+    *("--cast-residuals", "off", "--context-length", str(CONTEXT)),
 )
+TRITON = ("--attention-backend", "triton")
+FA3 = ("--attention-backend", "fa3", "--decode-attention-backend", "fa3")
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
+TREE += ("--speculative-num-draft-tokens", "6", "--cast-verify-sizes", "2,4,6")
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+SHAPES = pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
 
 
-@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
-def test_greedy_tokens_equal_plain_decoding(
+@SHAPES
+def test_kernel_by_kernel_greedy_tokens_equal_plain_decoding(
     start_server: ServerFactory, plain: Server, prompts: list[str], shape: tuple[str, ...]
 ):
     short = [prompt[:40] for prompt in prompts[:2]]
     wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
     with start_server(
-        "cast", *FLAGS, *shape, name=f"interpreted-{shape[-1]}", kind=Server, **ENVIRONMENT
+        *("cast", *TRITON, *FLAGS, *shape),
+        name=f"interpreted-{shape[3]}",
+        kind=Server,
+        **ENVIRONMENT,
     ) as server:
         answers = generate(server, short, max_new_tokens=NUM_TOKENS)
         assert [answer["output_ids"] for answer in answers] == wanted
-        # One that wants no drafts is decoded plainly, by verify of its root.
+        # One that wants no drafts is decoded plainly.
         alone = generate(server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"})
         assert alone["output_ids"] == wanted[0]
         state = server.get("/server_info")["internal_states"][0]["cast"]
         assert state["steps"] > NUM_TOKENS and state["nodes_verified"] > state["requests"]
 
 
-@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
-def test_captured_layers_serve_what_eager_ones_do(
+@pytest.mark.parametrize("backend", [TRITON, FA3], ids=["triton", "fa3"])
+@SHAPES
+def test_captured_and_overlapped_greedy_tokens_equal_plain_decoding(
     start_server: ServerFactory,
     plain: Server,
     prompts: list[str],
     shape: tuple[str, ...],
+    backend: tuple[str, ...],
     tmp_path: Path,
 ):
-    """One request, then three, whose graph is one of four: padding reads and writes slot 0.
+    """One request, then three, whose graphs are those of four: padding reads and writes slot 0.
 
-    Then one is aborted while it runs, and one runs to the limit of the context.
+    Then one that is decoded plainly, one that is aborted while it runs, and one that runs to the
+    limit of the context.
     """
     short, replays = [prompt[:40] for prompt in prompts[:3]], tmp_path / "replays"
     wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
-    environment = {**ENVIRONMENT, REPLAYS_FILE: str(replays)}
+    waits = tmp_path / "waits"
+    environment = {**ENVIRONMENT, REPLAYS_FILE: str(replays), WAITS_FILE: str(waits)}
+    if backend == FA3:
+        environment[DENSE] = "1"
     with start_server(
-        *("cast", *FLAGS, *shape, "--context-length", str(CONTEXT)),
-        name=f"captured-{shape[-1]}",
-        kind=CapturedLayersServer,
+        *("cast", *backend, *FLAGS, *shape),
+        name=f"captured-{backend[1]}-{shape[3]}",
+        kind=CapturedServer,
         **environment,
     ) as server:
+        info = server.get("/server_info")
+        assert not info["disable_overlap_schedule"]
         alone = generate(server, short[0], max_new_tokens=NUM_TOKENS)
         assert alone["output_ids"] == wanted[0]
         answers = generate(server, short, max_new_tokens=NUM_TOKENS)
         assert [answer["output_ids"] for answer in answers] == wanted
+        plainly = generate(
+            server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"}
+        )
+        assert plainly["output_ids"] == wanted[0]
 
         ids = token_ids()[: CONTEXT // 2]
         longest = generate(plain, ids, max_new_tokens=CONTEXT // 2)["output_ids"]
@@ -80,5 +100,10 @@ def test_captured_layers_serve_what_eager_ones_do(
         assert len(ids) + len(to_the_limit) >= CONTEXT - 2
         server.flush_cache()
         assert loads(server)["num_used_tokens"] == 0
-    batches = {line.split()[0] for line in replays.read_text().splitlines()}
-    assert batches == {"1", "4"}
+    ran = Counter(line.rpartition(",")[0] for line in replays.read_text().splitlines())
+    runners = ("DecodeCudaGraphRunner", "EAGLEDraftExtendCudaGraphRunner", "LayerGraphs")
+    # Every pass of every step was a replay, of both batch sizes.
+    assert set(ran) == {f"{runner},{batch}" for runner in runners for batch in BATCHES}
+    assert "DecodeCudaGraphRunner,1,1 rows" in replays.read_text()
+    # Whatever the host waits for is read through `HostReads`.
+    assert waits.read_text() == ""

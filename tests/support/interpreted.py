@@ -1,25 +1,30 @@
-"""A server on the CPU platform whose attention is `triton`'s, run by Triton's interpreter.
+"""A server on the CPU platform that takes the path of a GPU: `triton`, graphs, overlap.
 
-Run as a program it is a command of `sglang` whose draft layers are captured: by the stand-in of
-`tests.support.graphs`, over the static buffers that graphs read. Verify and draft extend run
-eagerly, in the sizes of a server with graphs.
+Attention is `triton`'s, run by Triton's interpreter. Run as a program this module is a command of
+`sglang` whose passes are captured too: SGLang's graph runners and CAST's captured layers are built
+as on a GPU, and replay what they recorded (`tests.support.graphs`). The scheduler overlaps, and the
+host copies what it reads. What else asks for CUDA itself takes the way of the CPU:
+`docs/gpu.md` lists it.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import IO
 
 from benchmarks.harness.servers import Server
 
 # Kernels are interpreted from their import on, so this is no server that is forked.
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
-REPLAYS_FILE = "TEST_REPLAYS_FILE"  # gets a line for each replayed layer
+REPLAYS_FILE = "TEST_REPLAYS_FILE"  # gets a line for each replay
+DENSE = "TEST_DENSE_FA3"  # where it is set, `fa3` is there
 BATCHES = (1, 4)  # three requests are padded to four
 
 
-class CapturedLayersServer(Server):
+class CapturedServer(Server):
     """A server of this module."""
 
     def _start_process(self, command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -29,49 +34,90 @@ class CapturedLayersServer(Server):
 
 
 def capture_on_the_cpu() -> None:
-    """Put the stand-in where CAST captures."""
-    from cast_sglang.costs.graph_sizes import GraphSizes
-    from cast_sglang.serving import worker
-    from cast_sglang.serving.drafting import eagle
-    from cast_sglang.serving.drafting import worker as draft_worker
-    from cast_sglang.serving.drafting.captured_layers import LayerGraphs
-    from cast_sglang.serving.graphs.passes import PassGraphs
-    from cast_sglang.serving.graphs.plan import GraphPlan
-    from tests.support.graphs import RecordedGraphs
+    """Make SGLang and CAST capture passes, by the stand-in."""
+    import torch
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
+    from sglang.srt.model_executor.runner import DecodeCudaGraphRunner, decode_cuda_graph_runner
+    from sglang.srt.model_executor.runner_utils import pool
+    from sglang.srt.runtime_context import get_context, get_exec
 
-    class CountedGraphs(RecordedGraphs):
+    from cast_sglang.cpu.platform import CastCpuPlatform
+    from cast_sglang.serving.worker import CastWorker
+    from tests.support.graphs import RecordedRunnerGraphs
+
+    class Counted(RecordedRunnerGraphs):
         def replay(self, key, batch):
+            rows = key.variant_label or f"{self.runner.captured_req_width} rows"
             with open(os.environ[REPLAYS_FILE], "a") as file:
-                print(key.size, key.variant_label, file=file)
+                print(type(self.runner).__name__, key.size, rows, sep=",", file=file)
             return super().replay(key, batch)
 
-    def plan(runner, limits, config, verify_sizes, cost_model):
-        def sizes(*each):
-            return GraphSizes(dict.fromkeys(BATCHES, tuple(sorted(set(each)))))
+    @contextlib.contextmanager
+    def graph_capture(stream=None):
+        yield SimpleNamespace(stream=stream)
 
-        rows, topk = limits.max_verify_rows, limits.max_width
-        extend = sizes(2, limits.max_extend_rows)
-        return GraphPlan(sizes(2, rows - 1, rows), sizes(1, topk), extend)
+    stream = torch.cpu.Stream()
+    torch.cpu.is_current_stream_capturing = lambda: False
+    ForwardMode.is_cpu_graph = ForwardMode.is_cuda_graph
+    CastCpuPlatform.get_full_graph_backend_cls = lambda platform: Counted
+    for module in (pool, decode_cuda_graph_runner):
+        module.get_or_create_global_graph_capture_stream = lambda: stream
+    for module in (parallel_state, decode_cuda_graph_runner):
+        module.graph_capture = graph_capture
+    init = CastWorker.init_cuda_graphs
 
-    def passes(name, sizes):
-        graphs = PassGraphs(name, sizes)
-        graphs.capture(lambda size: None, None, dict.fromkeys(sizes.sizes))
-        return graphs
+    def init_cuda_graphs(worker):
+        # What SGLang does first on a GPU.
+        config = get_exec().graph.cuda_graph_config
+        phase = {"bs": list(BATCHES), "backend": Backend.FULL}
+        config = with_phase(config, Phase.DECODE, **phase)
+        get_context().override("test.graphs", cuda_graph_config=config)
+        runner = worker.target_worker.model_runner
+        for each in (runner, worker.draft_worker.draft_runner):
+            each.graph_shared_output = GraphSharedOutput.create_for_model_runner(each)
+        runner.decode_cuda_graph_runner = DecodeCudaGraphRunner(runner)
+        init(worker)
 
-    def layers(model, max_layers, sizes):
-        graphs = LayerGraphs(model, max_layers, sizes)
-        graphs.capture(CountedGraphs())
-        return graphs
+    CastWorker.init_cuda_graphs = init_cuda_graphs
 
-    worker.plan_graphs, eagle.capture_layers = plan, layers
-    worker.capture_verify = lambda runner, sizes: passes(
-        "verify", GraphSizes({batch: (1, *sizes.at(batch)) for batch in sizes.all_batch_sizes})
-    )
-    draft_worker.capture_extend = lambda runner, backend, sizes, build: passes("extend", sizes)
+
+def run_behind_the_host() -> None:
+    """Make the scheduler overlap, and CAST read what it decides by as from a device."""
+    import torch
+
+    from cast_sglang.serving import host_reads
+    from cast_sglang.serving.algorithm import CastAlgorithm
+    from cast_sglang.serving.drafting import worker as draft_worker
+
+    handle, init = CastAlgorithm.handle_server_args, host_reads.HostReads.__init__
+
+    def handle_server_args(algorithm, server_args):
+        handle(algorithm, server_args)
+        server_args.disable_overlap_schedule = False
+
+    def init_reads(reads, device):
+        init(reads, device)
+        reads._module = torch.cpu
+
+    CastAlgorithm.handle_server_args = handle_server_args
+    host_reads.HostReads.__init__ = init_reads
+    host_reads._pinned = lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8)
+    draft_worker.is_on_host = lambda tensor: False
 
 
 if __name__ == "__main__":
     from tests.support.preloaded import serve
+    from tests.support.waits import WAITS_FILE, watch_steps
 
+    if DENSE in os.environ:
+        from tests.support import dense_attention
+
+        dense_attention.install()
     capture_on_the_cpu()
+    run_behind_the_host()
+    if WAITS_FILE in os.environ:
+        watch_steps()
     serve(["sglang", *sys.argv[1:]])
