@@ -20,12 +20,12 @@ from benchmarks.harness.servers import Server, ServerError
 
 # Waves at either end of a server's life that are compared.
 WAVES = 3
-
-
 # Ends that a fault explains, of every request of its wave. A fault that names none is to be unseen
 # by the others.
 FAULTS: dict[str, set[str]] = {
     "none": set(),
+    "sigterm": {"aborted", "broken"},
+    "kill": {"broken"},
     "vanish": set(),
     "abort": set(),
     "abort all": {"aborted"},
@@ -34,12 +34,24 @@ FAULTS: dict[str, set[str]] = {
     "flush": set(),
     "same weights": set(),
     "other weights": set(),
-    "sigterm": {"aborted", "broken"},
-    "kill": {"broken"},
 }
+# Those that end the server.
+ENDS = ("sigterm", "kill")
 # SGLang looks for a SIGTERM every 5 s and then serves the running requests to their end.
 END_SECONDS = 60.0
 RETRACTED = "sglang:num_retracted_requests_total"
+
+
+def schedule(waves: int) -> list[str]:
+    """Return the fault of each wave: all take turns.
+
+    In the second half no server ends, so that its life is long enough to see what grows.
+    """
+    turns = itertools.cycle(FAULTS)
+    return [
+        next(fault for fault in turns if number < waves / 2 or fault not in ENDS)
+        for number in range(waves)
+    ]
 
 
 class Subject:

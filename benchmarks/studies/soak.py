@@ -1,15 +1,17 @@
 """Soak and chaos: mixed requests under an open load with bursts, while everything goes wrong.
 
     python -m benchmarks.studies.soak --requests 1000 --out DIR
+    python -m benchmarks.studies.soak --requests 10000 --wave 100 --prompts 132 --rate 16
 
 Serves the tiny pair in float32 on CAST, with a cache so small that requests are retracted. Each
 wave of requests meets one fault: clients that vanish, aborts, pauses, flushes of the cache, the
 same and other weights, SIGTERM under load, kill -9 with calibration and profile left half written.
-Plain decoding has answered all greedy requests before. It is checked
+In the second half of the run the server is not ended. Plain decoding has answered all greedy
+requests before. It is checked
 
   - that every request ends with an answer or an error that its fault explains (else it is lost),
   - that greedy answers are plain decoding's, token for token (else altered),
-  - that after each wave no token of the cache is held,
+  - that after each wave every token of the cache is free or may be evicted (else it is leaked),
   - that memory, file handles and threads of the server do not grow,
   - that the same prompts are drafted for as well at the end as at the start.
 
@@ -19,7 +21,6 @@ DIR gets soak.log, soak.json and the logs of the servers. The exit code is 0 if 
 
 import argparse
 import asyncio
-import itertools
 import json
 import logging
 import random
@@ -35,12 +36,14 @@ from tokenizers import Tokenizer
 
 from benchmarks.harness.arms import parse_arm
 from benchmarks.harness.faults import (
+    ENDS,
     FAULTS,
     Holding,
     Subject,
     changed_target,
     held_by,
     largest_growth,
+    schedule,
     update_weights,
 )
 from benchmarks.harness.mixed_load import KINDS, Ask, Outcome, expect, judge, make_asks, send
@@ -59,6 +62,8 @@ from tests.support.profiles import write_profile
 CONTEXT, POOL, RUNNING = 512, 1536, 12
 # Share of a wave's requests whose own client vanishes, or that are aborted, in such a wave.
 HIT_SHARE = 0.4
+# The longest request takes some seconds, and after a pause or new weights the server catches up.
+SETTLE_SECONDS = 60.0
 # Greedy requests whose answers may have any length.
 ACCEPT_KINDS = ("short", "long", "logprobs", "prefix", "turn")
 BURST_SHARE, BURST = 0.15, 8
@@ -149,7 +154,8 @@ class Soak:
     async def _waves(self) -> None:
         sizes = wave_sizes(self._args.requests, self._args.wave)
         sent, began = 0, time.monotonic()
-        for number, (size, fault) in enumerate(zip(sizes, itertools.cycle(FAULTS), strict=False)):
+        faults = schedule(len(sizes))
+        for number, (size, fault) in enumerate(zip(sizes, faults, strict=True)):
             await self._wave(number, size, fault)
             sent += size
             await self._settle(number)
@@ -157,10 +163,11 @@ class Soak:
             if number == 0 or sent == self._args.requests:
                 self.accept.append(await self._accept_length())
             self.holdings.append(held_by(self.subject.server, self.subject.life))
+            seconds = time.monotonic() - began
             logger.info(
-                "wave %d of %d, fault %r: %d of %d requests, %d wrong, %.0f s; %s",
+                "wave %d of %d, fault %r: %d of %d requests, %d wrong, %.0f s, %.0f to go; %s",
                 *(number + 1, len(sizes), fault, sent, self._args.requests, len(self.wrong)),
-                *(time.monotonic() - began, dict(self.ends)),
+                *(seconds, seconds * (self._args.requests / sent - 1), dict(self.ends)),
             )
 
     async def _wave(self, number: int, size: int, fault: str) -> None:
@@ -196,7 +203,7 @@ class Soak:
             self._judge(index, outcome, weights, explained, f"wave {number} ({fault}), {place}")
         if fault == "other weights":
             await asyncio.to_thread(self.subject.load, "own")
-        elif fault in ("sigterm", "kill"):
+        elif fault in ENDS:
             problem = await asyncio.to_thread(self.subject.restart, fault)
             if problem is not None:
                 self.note(problem)
@@ -237,16 +244,17 @@ class Soak:
         logger.error("%s", problem)
 
     async def _settle(self, number: int) -> None:
-        """Wait until nothing runs; then no token of the cache may be held."""
+        """Wait until nothing runs; then no token may be held, but by prefixes that can be evicted.
+
+        Before a flush, which would free what was lost as well.
+        """
         self.subject.server.check()
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + SETTLE_SECONDS
+        held = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
         while True:
             load = self.subject.server.get("/v1/loads")["loads"][0]
-            if not load["num_running_reqs"] and not load["num_waiting_reqs"]:
-                self.subject.server.flush_cache()
-                load = self.subject.server.get("/v1/loads")["loads"][0]
-                if load["num_used_tokens"] == 0:
-                    return
+            if not any(load[name] for name in held):
+                return
             if time.monotonic() > deadline:
                 self.note(f"leaked: wave {number} leaves {load}")
                 return
@@ -254,6 +262,7 @@ class Soak:
 
     async def _accept_length(self) -> float:
         """Return tokens per pass of the same prompts, asked one after the other."""
+        self.subject.server.flush_cache()  # so that all are drafted for from their first token
         tokens = passes = 0
         async with httpx.AsyncClient(base_url=self.subject.server.url, timeout=120) as client:
             for ask in self._asks:
@@ -266,16 +275,17 @@ class Soak:
         logger.info("accept length of the same prompts: %.3f", tokens / passes)
         return tokens / passes
 
+    def counts(self) -> dict[str, int]:
+        """Return how often each thing went wrong."""
+        found = Counter(problem.partition(":")[0] for problem in self.wrong)
+        names = ("lost", "altered", "leaked", "unending", "unfinished")
+        return {name: found[name] for name in names}
+
     def checks(self) -> dict[str, bool]:
         """Return what was checked, and whether it holds."""
         growth = largest_growth(self.holdings)
-        count = Counter(problem.partition(":")[0] for problem in self.wrong)
         return {
-            "lost": count["lost"] == 0,
-            "altered": count["altered"] == 0,
-            "leaked": count["leaked"] == 0,
-            "ends": count["unending"] == 0,
-            "finished": count["unfinished"] == 0,
+            **{name: count == 0 for name, count in self.counts().items()},
             "accept": len(self.accept) == 2 and self.accept[1] >= LEAST_ACCEPT * self.accept[0],
             **{name: growth[name] <= most for name, most in MAX_GROWTH.items()},
         }
@@ -322,8 +332,8 @@ def main(argv: Sequence[str] | None = None, kind: type[Server] = Server) -> int:
     soak, began = Soak(args, kind), time.monotonic()
     try:
         soak.run()
-    except ServerError as error:
-        soak.note(f"lost: the server is gone: {error}")
+    except (ServerError, httpx.HTTPError) as error:
+        soak.note(f"lost: the server is gone: {type(error).__name__}: {error}")
     except (KeyboardInterrupt, SystemExit):
         soak.note("unfinished: this program was told to end")
     finally:
@@ -342,6 +352,7 @@ def report(soak: Soak, args: argparse.Namespace, argv: Sequence[str] | None, sec
         "provenance": provenance("benchmarks.studies.soak", argv, tiny_pair(), note, {}),
         "ok": all(checks.values()),
         "checks": checks,
+        **soak.counts(),
         "seconds": round(seconds, 1),
         "requests": sum(soak.ends.values()),
         "by_kind": dict(soak.kinds),
@@ -354,7 +365,8 @@ def report(soak: Soak, args: argparse.Namespace, argv: Sequence[str] | None, sec
         "wrong": soak.wrong,
     }
     (args.out / "soak.json").write_text(json.dumps(content, indent=1) + "\n")
-    shown = ("requests", "by_end", "faults", "retracted", "accept_lengths", "growth", "checks")
+    shown = ("seconds", "requests", "by_end", "faults", "retracted", "accept_lengths", "growth")
+    shown = (*shown, "checks", *soak.counts())
     print("\n".join(f"{name}: {content[name]}" for name in shown))
     print("all holds" if content["ok"] else f"NOT all holds; {args.out / 'soak.log'} has it")
     return 0 if content["ok"] else 1

@@ -5,7 +5,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import faults
-from benchmarks.harness.faults import Holding, Subject, changed_target, halve, largest_growth
+from benchmarks.harness.faults import (
+    ENDS,
+    FAULTS,
+    Holding,
+    Subject,
+    changed_target,
+    halve,
+    largest_growth,
+    schedule,
+)
 from benchmarks.harness.servers import ServerError
 
 
@@ -19,6 +28,13 @@ def test_growth_is_that_of_the_server_that_grew_most():
     assert largest_growth(steady)["memory_mb"] == pytest.approx(0.01)
     assert largest_growth(steady + growing) == {"memory_mb": 0.2, "handles": 0.0, "threads": 0.0}
     assert largest_growth(life(1, 1, 2, 3, 4, 5, 600))["memory_mb"] == 0.0  # too short to tell
+
+
+@pytest.mark.parametrize("waves", [len(FAULTS), 40, 100])
+def test_all_faults_take_turns_and_no_server_ends_in_the_second_half(waves):
+    faults = schedule(waves)
+    assert len(faults) == waves and set(faults) == FAULTS.keys()
+    assert not {*faults[-(waves // 2) :]} & {*ENDS}
 
 
 def test_files_are_left_half_written(tmp_path):

@@ -1,7 +1,10 @@
 """The soak: a short one of real servers, and that it would see what it looks for."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from benchmarks.harness.faults import FAULTS
@@ -28,13 +31,22 @@ def test_everything_goes_wrong_and_nothing_is_lost(tmp_path):
     assert {holding["life"] for holding in content["holdings"]} == {1, 2, 3}
     log = (tmp_path / "soak.log").read_text()
     assert f"{REQUESTS} of {REQUESTS} requests, 0 wrong" in log
+    assert content["lost"] == content["altered"] == content["leaked"] == 0
     # What a kill has left half written is said, and does not stop the next start.
-    assert "half-written.json" in (tmp_path / "cast-3.log").read_text()
+    log = (tmp_path / "cast-3.log").read_text()
+    assert "half-written.json" in log
+    [line] = [line for line in log.splitlines() if "starting without it" in line]
+    assert "/calibration/" in line
 
 
 @pytest.mark.parametrize(
     ("problem", "check"),
-    [("lost: no answer", "lost"), ("altered: [1]", "altered"), ("leaked: 3 tokens", "leaked")],
+    [
+        ("lost: no answer", "lost"),
+        ("altered: [1]", "altered"),
+        ("leaked: 3 tokens", "leaked"),
+        ("unending: after SIGTERM", "unending"),
+    ],
 )
 def test_a_problem_fails_its_check(tmp_path, problem, check):
     run = Soak(parse_args(["--out", str(tmp_path)]))
@@ -42,6 +54,34 @@ def test_a_problem_fails_its_check(tmp_path, problem, check):
     assert all(run.checks().values())
     run.note(problem)
     assert [name for name, holds in run.checks().items() if not holds] == [check]
+    assert {name: count for name, count in run.counts().items() if count} == {check: 1}
+
+
+class Pool:
+    """A server that is idle and holds some tokens, until a flush."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def check(self):
+        pass
+
+    def flush_cache(self):
+        self.held = 0
+
+    def get(self, path):
+        load = {"num_running_reqs": 0, "num_waiting_reqs": 0, "num_used_tokens": self.held}
+        return {"loads": [load]}
+
+
+@pytest.mark.parametrize("held", [0, 3])
+def test_a_lost_token_of_the_cache_is_seen(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(soak, "SETTLE_SECONDS", 0.0)
+    run = Soak(parse_args(["--out", str(tmp_path)]))
+    run._subject = SimpleNamespace(server=Pool(held))
+    asyncio.run(run._settle(7))
+    assert run.checks()["leaked"] == (held == 0)
+    assert not run.wrong or run.wrong[0].startswith("leaked: wave 7 leaves")
 
 
 def test_drafts_that_get_worse_fail(tmp_path):
@@ -54,7 +94,8 @@ def test_drafts_that_get_worse_fail(tmp_path):
 @pytest.mark.parametrize(
     ("error", "wrong"),
     [
-        (soak.ServerError("it ended"), "lost: the server is gone: it ended"),
+        (soak.ServerError("it ended"), "lost: the server is gone: ServerError: it ended"),
+        (httpx.ConnectError("refused"), "lost: the server is gone: ConnectError: refused"),
         (SystemExit(143), "unfinished: this program was told to end"),
     ],
 )
