@@ -11,8 +11,11 @@ from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.costs.model import CostModel, StepCosts, step_units
+from cast_sglang.serving.launch.cost_profile import find_server_profile
 
 if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
     from cast_sglang.config import CastConfig
     from cast_sglang.costs.limits import Limits
     from cast_sglang.costs.profiles import FoundProfile
@@ -45,7 +48,7 @@ class ServedCosts:
         stats: exports how far the tables are off.
 
     Attributes:
-        profile: in use; None before `use`.
+        profile: in use; None before `use` or a `find` that finds one.
         model: the tables as measured; None before `use`.
         corrected: the tables as corrected; None before `use`.
         residuals: what was measured against the tables; None before `use`, and without correction.
@@ -62,6 +65,22 @@ class ServedCosts:
         self.current: StepCosts | None = None
         self._config, self._clock, self._stats = config, clock, stats
         self._is_reported = False
+
+    def find(self, server_args: ServerArgs, limits: Limits) -> None:
+        """Take the tables of the profile of this device and pair, if there is one.
+
+        Every rank takes what rank 0 finds: meanwhile another server may save a profile.
+
+        Args:
+            limits: the largest shapes of the server.
+        """
+        found, parallel = None, get_parallel()
+        if parallel.tp_rank == 0:
+            found = find_server_profile(self._config, server_args)
+        if parallel.tp_size > 1:
+            found = get_tp_group().broadcast_object(found, src=0)
+        if found is not None:
+            self.use(found, limits)
 
     def use(self, found: FoundProfile, limits: Limits) -> None:
         """Take this profile's tables.

@@ -40,7 +40,6 @@ from cast_sglang.serving.host_patches.passes import packed_pass
 from cast_sglang.serving.host_patches.sampling import sampling_as_plain
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
-from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
@@ -98,8 +97,7 @@ class CastWorker(EAGLEWorkerV2):
         self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
         self._num_steps, self._prefill_since_step = 0, True
-        if (found := find_server_profile(self.config, resolving_view(server_args))) is not None:
-            self.costs.use(found, self.limits)
+        self.costs.find(resolving_view(server_args), self.limits)
 
     def init_cuda_graphs(self) -> None:
         """Hand the draft worker its tools; capture the passes where the device can."""

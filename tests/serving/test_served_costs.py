@@ -60,6 +60,32 @@ def test_before_there_is_a_profile():
     assert seen == [SLOW] and costs.model is costs.corrected is costs.residuals is None
 
 
+@pytest.mark.parametrize("found_by_others", [True, False])
+@pytest.mark.parametrize("found_by_first", [True, False])
+def test_every_rank_decides_by_the_profile_that_rank_0_finds(
+    monkeypatch, found_by_first, found_by_others
+):
+    """Another server may save one between the looks of two ranks."""
+    sent, taken = [], []
+    found = FoundProfile(make_profile(), Path("first.json"), [], "COMMAND")
+    there = {0: found_by_first, 1: found_by_others}
+
+    def broadcast(value, src):
+        sent.append(value)
+        return sent[src]
+
+    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(broadcast_object=broadcast))
+    for rank in (0, 1):
+        parallel = SimpleNamespace(tp_rank=rank, tp_size=2)
+        monkeypatch.setattr(module, "get_parallel", lambda parallel=parallel: parallel)
+        mine = found if there[rank] else None
+        monkeypatch.setattr(module, "find_server_profile", lambda config, args, mine=mine: mine)
+        costs = ServedCosts(CastConfig(), Clock(), None)
+        costs.find(None, LIMITS)
+        taken.append(costs.profile)
+    assert taken == [found if found_by_first else None] * 2
+
+
 @pytest.mark.parametrize(
     "settings", [{"residuals": "off"}, {"policy": "eagle"}, {"trace_full": True, "trace": "t"}]
 )
