@@ -163,12 +163,12 @@ def user_profile_path(identity: HostIdentity) -> Path:
 
 
 def profile_directories() -> list[Path]:
-    """Return where a search looks: at the user's own profiles first, then at those shipped."""
-    package = Path(__file__).resolve().parents[1]
-    directories = [user_cache_dir() / "profiles", package / "_profiles"]
-    # In a checkout the shipped profiles lie beside the package instead of inside it.
-    if (package.parent / "pyproject.toml").is_file():
-        directories.append(package.parent / "profiles")
+    """Return where a search looks: at the user's own profiles first, then at a checkout's."""
+    directories = [user_cache_dir() / "profiles"]
+    # Those of a checkout are of its own models, so no wheel has them.
+    root = Path(__file__).resolve().parents[2]
+    if (root / "pyproject.toml").is_file():
+        directories.append(root / "profiles")
     return directories
 
 
