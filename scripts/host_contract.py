@@ -89,6 +89,7 @@ def _used_by(path: Path, source: HostSource) -> Iterator[str]:
 
 def _hooked() -> list[str]:
     """Return what the plugin and the CPU platform hook or fill in."""
+    from cast_sglang.cpu.adapters import UNPINNED
     from cast_sglang.cpu.install import FILLED, REPLACED
     from cast_sglang.serving import plugin
     from cast_sglang.serving.host_patches import hooks
@@ -101,7 +102,8 @@ def _hooked() -> list[str]:
         mock.patch.object(plugin, "_print_errors_as_one_line"),
     ):
         plugin.register()
-    return [*registry.targets, *REPLACED, *(f"{home}.{name}" for name, (home, _) in FILLED.items())]
+    filled = [f"{home}.{name}" for name, (home, _) in FILLED.items()]
+    return [*registry.targets, *REPLACED, *UNPINNED, *filled]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

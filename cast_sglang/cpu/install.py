@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
 from cast_sglang.cpu import kernels, sampling
+from cast_sglang.cpu.adapters import UNPINNED, without_pinning
 from cast_sglang.cpu.attention import CastCpuAttnBackend, CastCpuMultiStepDraftBackend
 from cast_sglang.cpu.layers import register_layers
 from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
@@ -81,6 +82,8 @@ def install() -> None:
     register_layers(PLATFORM_NAME)
     for target, replacement in REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
+    for target in UNPINNED:
+        HookRegistry.register(target, without_pinning, HookType.AROUND)
     HookRegistry.register(
         f"{DraftBackendFactory.__module__}.{DraftBackendFactory.__qualname__}",
         CastCpuDraftBackendFactory,

@@ -17,7 +17,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from cast_sglang.cpu.names import ATTENTION_BACKEND, PLATFORM_NAME
+from cast_sglang.cpu.names import ATTENTION_BACKEND, LORA_BACKEND, PLATFORM_NAME
 from cast_sglang.errors import HostError
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     config = resolving_view(server_args)
-    fields = {"sampling_backend": "pytorch"}
+    fields = {"sampling_backend": "pytorch", "lora_backend": LORA_BACKEND}
     if config.attention_backend is None:
         fields["attention_backend"] = ATTENTION_BACKEND
     declare_resolution(server_args, PLATFORM_NAME, **fields)

@@ -29,8 +29,8 @@ __all__ = ["Calibration"]
 # steps and sixteen 1.8 %; later on, sixteen lose nothing.
 LEARN_AT_ONCE = 8
 LIKELY_CAUSES = (
-    "the weights of target or draft have changed, or the draft was trained for another target, "
-    "other layers or another vocabulary"
+    "the weights of target or draft have changed, by an update or while their memory was released, "
+    "or the draft was trained for another target, other layers or another vocabulary"
 )
 
 logger = logging.getLogger(__name__)

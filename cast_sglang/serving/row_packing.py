@@ -34,8 +34,11 @@ __all__ = [
 
 
 def can_pack_rows(runner: ModelRunner) -> bool:
-    """Return whether the runner's attention backend can leave rows of a pass out."""
-    return hasattr(runner.attn_backend, "packed_rows")
+    """Return whether rows of a pass can be left out, by the attention backend and by adapters.
+
+    SGLang lays adapters out for as many rows of every request.
+    """
+    return hasattr(runner.attn_backend, "packed_rows") and runner.lora_manager is None
 
 
 def find_packed_rows(num_rows: torch.Tensor, width: int) -> torch.Tensor | None:

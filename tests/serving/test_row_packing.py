@@ -51,8 +51,16 @@ def test_a_draft_of_other_layers_runs_them_whole():
 
 
 def test_a_backend_that_does_not_know_of_packed_rows_is_left_alone():
-    assert not can_pack_rows(SimpleNamespace(attn_backend=SimpleNamespace()))
-    assert can_pack_rows(SimpleNamespace(attn_backend=CastCpuAttnBackend))
+    assert not can_pack_rows(runner_of(SimpleNamespace()))
+    assert can_pack_rows(runner_of(CastCpuAttnBackend))
+
+
+def test_adapters_are_laid_out_for_as_many_rows_of_every_request():
+    assert not can_pack_rows(runner_of(CastCpuAttnBackend, lora_manager=SimpleNamespace()))
+
+
+def runner_of(attn_backend, lora_manager=None):
+    return SimpleNamespace(attn_backend=attn_backend, lora_manager=lora_manager)
 
 
 def test_rows_are_spread_to_their_places():

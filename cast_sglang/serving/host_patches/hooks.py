@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from sglang.srt.arg_groups.overrides import ResolvedView, resolved_view
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import ceil_align
@@ -52,6 +53,7 @@ def register_hooks() -> None:
         # Both names of the function: SGLang's two front ends import it.
         (f"{_TOKENIZER_MANAGER}.compute_num_reserved_tokens", _reserve_no_context),
         ("sglang.srt.rust_server.config.compute_num_reserved_tokens", _reserve_no_context),
+        ("sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility", _check_adapters),
         (f"{_SCHEDULE_BATCH}._new_tokens_required_next_decode_spec_v2", _tokens_required),
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
@@ -106,6 +108,18 @@ def _widen_rows(original: Callable[[], int]) -> int:
 def _reserve_no_context(original: Callable[[], int]) -> int:
     """Admit the prompts and lengths that plain decoding admits: drafts shrink near the limit."""
     return 0 if is_cast() else original()
+
+
+def _check_adapters(original: Callable[[Any], None], server_args: Any) -> None:
+    """Allow adapters with what SGLang allows them with under EAGLE; it goes by the name.
+
+    It asks for as many rows of every request in a verify pass, which CAST gives them.
+    """
+    config = resolved_view(server_args)
+    if config.speculative_algorithm == "CAST":
+        overlay = {"speculative_algorithm": "EAGLE", "_resolved_overrides": ()}
+        server_args = ResolvedView(config, overlay=overlay)
+    original(server_args)
 
 
 @functools.cache

@@ -125,6 +125,8 @@ def limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
         return
     if config.graphs == "off":
         reason = "--cast-graphs off"
+    elif server_args.enable_lora or server_args.lora_paths:
+        reason = "adapters are captured for one number of rows"
     elif backend != Backend.FULL:
         reason = f"CAST captures whole passes, not {backend} ones"
     elif (target := verify_backend(server_args)) not in GRAPH_BACKENDS:

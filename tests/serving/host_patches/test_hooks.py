@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.arg_groups.lora_hook import check_lora_speculative_compatibility
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.server_args import ServerArgs
 
 from cast_sglang.serving import step_room
 from cast_sglang.serving.host_patches import hooks
@@ -68,6 +70,28 @@ def test_prompts_are_admitted_as_plain_decoding_admits_them(algorithm):
     for name, reserved in (("CAST", 0), ("EAGLE3", 7), (None, 7)):
         algorithm(name)
         assert hooks._reserve_no_context(lambda: 7) == reserved
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "refused"),
+    [
+        ("CAST", {}, None),
+        ("CAST", {"moe_runner_backend": "experimental_sgl_trtllm"}, "experimental_sgl_trtllm"),
+        ("STANDALONE", {}, "not STANDALONE"),
+        ("EAGLE3", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_adapters_are_allowed_as_under_eagle(name, given, refused):
+    args = ServerArgs(model_path="m", enable_lora=True, **given)
+    # As SGLang has it when it checks: what was resolved stands beside what was given.
+    args._resolved_overrides = [("flags", {"speculative_algorithm": name})]
+    check = check_lora_speculative_compatibility
+    if refused is None:
+        hooks._check_adapters(check, args)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            hooks._check_adapters(check, args)
 
 
 def test_requests_reserve_the_envelope(algorithm):

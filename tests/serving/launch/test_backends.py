@@ -23,7 +23,8 @@ from cast_sglang.serving.launch.backends import (
 
 def made_up(**given):
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    values = dict.fromkeys((*names, "speculative_draft_attention_backend"))
+    more = ("speculative_draft_attention_backend", "enable_lora", "lora_paths")
+    values = dict.fromkeys((*names, *more))
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     values |= {"device": "cuda", "cuda_graph_config": graphs}
     return SimpleNamespace(**{**values, "speculative_attention_mode": "prefill", **given})
@@ -233,6 +234,8 @@ def test_the_draft_runs_on_triton(backend):
             "verify runs on flashinfer.*--decode-attention-backend triton",
         ),
         ({"attention_backend": "triton"}, {"graphs": "off"}, "--cast-graphs off"),
+        ({"attention_backend": "triton", "enable_lora": True}, {}, "adapters are captured"),
+        ({"attention_backend": "triton", "lora_paths": ["a=b"]}, {}, "adapters are captured"),
         ({"attention_backend": "triton"}, {"graphs": "passes"}, None),
     ],
 )
