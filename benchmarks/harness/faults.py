@@ -39,6 +39,9 @@ FAULTS: dict[str, set[str]] = {
 ENDS = ("sigterm", "kill")
 # SGLang looks for a SIGTERM every 5 s and then serves the running requests to their end.
 END_SECONDS = 60.0
+# SGLang waits for the answers of all requests before it updates weights, and then counts those as
+# running that ended in the step before, so that it may not flush its cache. It asks to do so again.
+UPDATE_TRIES, NOT_FLUSHED = 5, "the cache was not flushed"
 RETRACTED = "sglang:num_retracted_requests_total"
 
 
@@ -209,9 +212,13 @@ def update_weights(server: Server, path: str) -> None:
     Raises:
         ServerError: it refuses.
     """
-    answer = httpx.post(
-        f"{server.url}/update_weights_from_disk", json={"model_path": path}, timeout=300
-    ).json()
+    for _ in range(UPDATE_TRIES):
+        answer = httpx.post(
+            f"{server.url}/update_weights_from_disk", json={"model_path": path}, timeout=300
+        ).json()
+        if answer["success"] or NOT_FLUSHED not in answer["message"]:
+            break
+        time.sleep(0.5)
     if not answer["success"]:
         raise ServerError(f"server {server.name} refuses {path}: {answer['message']}")
 

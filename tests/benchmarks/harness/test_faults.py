@@ -1,5 +1,8 @@
 """What a soak does to servers, and what it sees of them."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,3 +93,26 @@ def test_a_server_is_seen_to_end_and_the_next_one_starts(tmp_path, monkeypatch, 
     assert servers["cast-1"].log == ["launch", "wait_until_ready", "stop"]
     assert servers["cast-2"].log == ["launch", "wait_until_ready"]
     assert (subject.life, subject.weights) == (2, "own")
+
+
+@pytest.mark.parametrize(
+    ("messages", "refusal"),
+    [
+        ([None], None),
+        (["Weights were updated, but the cache was not flushed", None], None),
+        (["the cache was not flushed"] * 9, "not flushed"),
+        (["no such file", None], "no such file"),
+    ],
+)
+def test_weights_are_loaded_again_where_the_cache_was_not_flushed(monkeypatch, messages, refusal):
+    answers = iter(messages)
+
+    def post(url, json, timeout):
+        message = next(answers)
+        return SimpleNamespace(json=lambda: {"success": message is None, "message": message})
+
+    monkeypatch.setattr(faults.httpx, "post", post)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
+    server = SimpleNamespace(name="cast-1", url="u")
+    with pytest.raises(ServerError, match=refusal) if refusal else nullcontext():
+        faults.update_weights(server, "path")
