@@ -197,8 +197,6 @@ class CastConfig:
             )
         if self.trace_full and self.trace == "none":
             raise ConfigError("trace_full=True: there is no trace; name one with --cast-trace FILE")
-        if self.trace != "none" and self.copying == "on":
-            raise ConfigError("trace: it does not hold what is copied; use --cast-copying off")
 
     @classmethod
     def load(

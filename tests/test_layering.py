@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "policy": "costs ops tree config",
     "copying": "policy ops",
     "profiling": "costs",
-    "trace": "policy costs ops tree config",
+    "trace": "copying policy costs ops tree config",
     "report": "trace costs tree config",
     "cpu": "ops",
     "serving": "copying policy profiling trace cpu costs ops tree config",

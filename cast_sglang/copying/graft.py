@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.copying.automaton import copy_of, descend, longest_match
-from cast_sglang.copying.chances import class_of
+from cast_sglang.copying.paths import copied_child, go_on, start_of
 from cast_sglang.ops.compiled import compiled
 
 __all__ = ["Grafts", "Outlook", "graft", "judge", "outlook"]
@@ -87,7 +86,8 @@ def graft(
         and below each new child its own copied child, and so on, while scores are above the floor.
 
     Args:
-        ints, blocks: of `SuffixIndex`; a request whose first int is -1 gets no copies.
+        ints, blocks: of `SuffixIndex`, or `paths.looked_up`; a request whose first int is -1 gets
+            no copies.
         tokens: [B, M] int64, drafted candidates, numbered as in `tree.py`.
         scores: [B, M] float32 in [0, 1], none above the parent's.
         parents: [B, M] int64, candidate numbers, -1 for the root.
@@ -244,7 +244,7 @@ def _graft(
         if base < 0:
             continue
         block = ints[base:]
-        state[0], length[0] = longest_match(block, capacity)
+        state[0], length[0] = start_of(block, capacity)
         floor = max(least_score, _nth_best(scores[request], num_nodes))
         first_child[:] = -1
         for group in range(num_drafted // topk):
@@ -265,13 +265,13 @@ def _graft(
                 depth[node] = depth[above] + 1
                 if score <= floor:
                     continue
-                state[node], length[node] = descend(
+                state[node], length[node] = go_on(
                     block, capacity, state[above], length[above], tokens[request, node - 1]
                 )
             at, known, level, number = state[node], length[node], depth[node], node - 1
             is_drafted = True
             while True:
-                token, known, at, count, same = copy_of(block, capacity, at, known)
+                token, known, at, kind = copied_child(block, capacity, at, known)
                 if token < 0 or token >= vocab_size:
                     break
                 first, match = first_child[node] if is_drafted else -1, -1
@@ -280,7 +280,7 @@ def _graft(
                     if tokens[request, first + child] == token:
                         match, agreement = child, _PROPOSED if child else _LIKELIEST
                         break
-                kind = class_of(known, count, same, agreement)
+                kind += agreement
                 children[0, request, number + 1], children[1, request, number + 1] = kind, token
                 chance = chances[kind]
                 if first >= 0:
@@ -304,7 +304,7 @@ def _graft(
                 copied_scores[request, new] = score
                 counts[request] += 1
                 level, number, is_drafted = level + 1, num_drafted + new, False
-                deepest, known = max(deepest, level), known + 1
+                deepest = max(deepest, level)
     return deepest
 
 

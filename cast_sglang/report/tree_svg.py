@@ -1,7 +1,7 @@
 """Draw one draft tree as SVG: all candidates, which rule pruned them, and which were accepted.
 
-Each layer is a column. The best K candidates of a layer and all verified ones are boxes. The other
-candidates, which no rule considered, are dots below their parent.
+Each layer is a column. The best K candidates of a layer, verified ones and copies are boxes. The
+other candidates, which no rule considered, are dots below their parent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.trace.records import TracedRequest, TracedStep, unpacked
-from cast_sglang.tree import layer_ends, parents_of
+from cast_sglang.trace.records import TracedRequest, TracedStep, candidate_parents, unpacked
 
 __all__ = ["legend_svg", "tree_svg"]
 
@@ -33,14 +32,15 @@ ACCEPTED, VERIFIED, PLAIN_FILL = "#b7e4c7", "#d6e6f7", "#ffffff"
 ACCEPTED_EDGE, EDGE, FAINT = "#1b7f4b", "#8aa4bd", "#c9ced4"
 INK, GREY = "#1f2933", "#6b7680"
 # Outlines of nodes: expanded, or the rule that kept the node from being expanded.
-EXPANDED, C1, C2 = "#33475b", "#d55e00", "#7b3fa0"
-DASHES = {EXPANDED: "", C1: ' stroke-dasharray="5 3"', C2: ' stroke-dasharray="1.5 2.5"'}
+EXPANDED, C1, C2, COPIED = "#33475b", "#d55e00", "#7b3fa0", "#b8860b"
+DASHES = {EXPANDED: "", COPIED: ""}
+DASHES |= {C1: ' stroke-dasharray="5 3"', C2: ' stroke-dasharray="1.5 2.5"'}
 
 
 class _Tree(NamedTuple):
-    """A recorded tree in the form that the drawing needs; arrays are [M], by candidate."""
+    """A recorded tree in the form that the drawing needs; arrays are [M + E], by candidate."""
 
-    depths: np.ndarray
+    depths: np.ndarray  # 0 for what is not in the tree
     parents: np.ndarray
     probs: np.ndarray
     chances: np.ndarray
@@ -49,8 +49,15 @@ class _Tree(NamedTuple):
     expanded: set[int]
     verified: set[int]
     accepted: set[int]
-    ranked: set[int]  # the best K of each layer
+    ranked: set[int]  # the best K of each layer, and what else is a box
+    copied: set[int]  # candidates that copying proposes, alone or as well as the draft
+    num_drafted: int  # M
     num_layers: int
+
+    @property
+    def num_grown(self) -> int:
+        """Layers that the draft proposed."""
+        return int(self.depths[: self.num_drafted].max())
 
 
 @dataclass(slots=True)
@@ -95,7 +102,7 @@ def tree_svg(
     parts = [_header(tree, columns)]
     parts += [_edge(node, child, tree) for node in _walk(root) for child in node.boxes]
     parts += [_box(node, tree, text) for node in _walk(root)]
-    parts.append(_stop(tree, columns, max_layers, height))
+    parts.append(_stop(tree, tree.num_grown, max_layers, height))
     return _svg(width, height, parts, f"draft tree of step {step.step}, request {request.request}")
 
 
@@ -108,40 +115,52 @@ def legend_svg() -> str:
         (PLAIN_FILL, EXPANDED, "solid: expanded"),
         (PLAIN_FILL, C1, "dashed: not kept in its layer, C1"),
         (PLAIN_FILL, C2, "dotted: no further layer grown, C2"),
+        (PLAIN_FILL, COPIED, "gold: proposed by copying alone"),
     ]
     parts = []
     for i, (fill, outline, meaning) in enumerate(samples):
         x, y = LEFT + 270 * (i % 3), 10 + 28 * (i // 3)
         parts.append(_rect(x, y, 34, 18, fill, outline))
         parts.append(_text(x + 42, y + 13, meaning, 12, INK))
-    y = 66
+    y = 94
     parts += [_dot(LEFT + 8 + DOT_STEP * i, y + 9) for i in range(3)]
     meanings = (
         (42, "drafted, but not among the best of its layer"),
         (312, "number in a box: path score, the chance that all tokens up to it are accepted"),
     )
     parts += [_text(LEFT + x, y + 13, meaning, 12, INK) for x, meaning in meanings]
-    return _svg(LEFT + 810, 92, parts, "legend")
+    return _svg(LEFT + 810, 120, parts, "legend")
 
 
 def _read(step: TracedStep, request: TracedRequest, topk: int) -> _Tree:
     probs = unpacked(request.probs, "float32")
     chances = unpacked(request.chances, "float32") if request.chances else probs
-    expanded = unpacked(request.expanded, "int32")
-    parents = parents_of(expanded, topk)
-    bounds = layer_ends(step.widths, topk)
-    depths = np.searchsorted(bounds, np.arange(len(probs)), side="right") + 1
-    scores = np.empty(len(probs))
+    expanded, num_drafted = unpacked(request.expanded, "int32"), len(probs)
+    parents = candidate_parents(request, topk)
+    probs, chances = (np.append(x, np.zeros(len(parents) - num_drafted)) for x in (probs, chances))
+    depths, scores = np.ones(len(parents), np.int64), np.empty(len(parents))
     for node, parent in enumerate(parents.tolist()):
+        depths[node] = 1 if parent < 0 else depths[parent] + 1
         scores[node] = chances[node] * (scores[parent] if parent >= 0 else 1.0)
+    if request.scores:  # copies have changed them
+        scores = unpacked(request.scores, "float32")
+        above = np.append(scores, np.float32(1.0))[parents]
+        chances = np.divide(scores, above, out=np.zeros_like(scores), where=above > 0.0)
+        depths[num_drafted:][scores[num_drafted:] == 0.0] = 0  # not in the tree
+    copied = {node for node in unpacked(request.copied, "int32")[1::3].tolist() if depths[node]}
     verified = unpacked(request.verified, "int32")
     target_probs = np.full(len(probs), np.nan)
     if request.target_probs:
         target_probs[verified] = unpacked(request.target_probs, "float32")
     ranked: set[int] = set()
-    for depth in range(1, len(bounds) + 1):
-        [layer] = np.nonzero(depths == depth)
+    for depth in range(1, len(step.widths) + 2):
+        [layer] = np.nonzero(depths[:num_drafted] == depth)
         ranked.update(layer[np.argsort(-scores[layer], kind="stable")[:topk]].tolist())
+    ranked |= set(verified.tolist()) | set(expanded.tolist())
+    for node in copied:
+        while node >= 0 and node not in ranked:
+            ranked.add(node)
+            node = int(parents[node])
     return _Tree(
         depths=depths,
         parents=parents,
@@ -152,7 +171,9 @@ def _read(step: TracedStep, request: TracedRequest, topk: int) -> _Tree:
         expanded=set(expanded.tolist()),
         verified=set(verified.tolist()),
         accepted=set(request.accepted),
-        ranked=ranked | set(verified.tolist()) | set(expanded.tolist()),
+        ranked=ranked,
+        copied=copied,
+        num_drafted=num_drafted,
         num_layers=step.num_layers,
     )
 
@@ -167,6 +188,8 @@ def _place(tree: _Tree) -> _Node:
     nodes, by_layer = {-1: root}, [[root]]
     order = sorted(range(len(tree.scores)), key=lambda node: -tree.scores[node])
     for candidate in sorted(order, key=lambda node: tree.depths[node]):
+        if not tree.depths[candidate]:
+            continue
         parent = nodes[int(tree.parents[candidate])]
         if candidate in tree.ranked:
             nodes[candidate] = _Node(candidate, int(tree.depths[candidate]))
@@ -193,7 +216,9 @@ def _walk(node: _Node) -> list[_Node]:
 def _outline(candidate: int, tree: _Tree) -> str:
     if candidate < 0 or candidate in tree.expanded:
         return EXPANDED
-    return C2 if tree.depths[candidate] == tree.depths.max() else C1
+    if candidate >= tree.num_drafted:
+        return COPIED
+    return C2 if tree.depths[candidate] == tree.num_grown else C1
 
 
 def _fill(candidate: int, tree: _Tree) -> str:
@@ -209,7 +234,9 @@ def _header(tree: _Tree, columns: int) -> str:
         num_verified = len(tree.verified.intersection(layer))
         x = LEFT + ROOT_COLUMN + (depth - 1) * COLUMN
         parts.append(_text(x, 16, f"layer {depth}", 13, INK, weight="600"))
-        words = f"{len(layer)} drafted, {num_verified} verified"
+        num_drafted = sum(node < tree.num_drafted for node in layer)
+        more = f" + {len(layer) - num_drafted} copied" if len(layer) > num_drafted else ""
+        words = f"{num_drafted} drafted{more}, {num_verified} verified"
         parts.append(_text(x, 31, words, 10.5, GREY))
     return "".join(parts)
 
@@ -279,12 +306,14 @@ def _facts(candidate: int, tree: _Tree, text: Callable[[int], str] | None) -> st
     words = [f"candidate {candidate}, layer {tree.depths[candidate]}"]
     if text is not None:
         words.append(repr(text(candidate)))
-    words.append(f"draft probability {tree.probs[candidate]:.3f}")
+    if candidate < tree.num_drafted:
+        words.append(f"draft probability {tree.probs[candidate]:.3f}")
     words.append(f"calibrated {tree.chances[candidate]:.3f}")
     words.append(f"score {tree.scores[candidate]:.3f}")
     if not np.isnan(tree.target_probs[candidate]):
         words.append(f"target {tree.target_probs[candidate]:.3f}")
-    names = {"expanded": tree.expanded, "verified": tree.verified, "accepted": tree.accepted}
+    names = {"expanded": tree.expanded, "copied": tree.copied}
+    names |= {"verified": tree.verified, "accepted": tree.accepted}
     words += [name for name, members in names.items() if candidate in members]
     return "\n".join(words)
 

@@ -18,8 +18,11 @@ import torch
 from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.graft import Grafts, graft, judge, outlook
+from cast_sglang.copying.paths import copied_paths
 from cast_sglang.ops.copies import to_device
+from cast_sglang.policy.auto import LEAST_CUT
 from cast_sglang.serving.host_reads import HostReads, Read
+from cast_sglang.serving.step import Copied
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -169,12 +172,8 @@ class Copies:
         self._nodes, tokens = nodes, tokens.reshape(batch_size, -1)
         self._layers.append((tokens, scores, np.repeat(above, self._topk, axis=1)))
         table = self.chances.table()
-        all_tokens, all_scores, parents = (
-            np.concatenate(parts, axis=1) for parts in zip(*self._layers, strict=True)
-        )
         self._grafts = graft(
-            *(self.index.ints, self._blocks, all_tokens, all_scores, parents),
-            *(self._topk, table),
+            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
             least_score=self._least_score,
@@ -183,6 +182,22 @@ class Copies:
         view = outlook(self._grafts, table, nodes)
         self.seconds += time.perf_counter() - began
         return torch.from_numpy(view.best), torch.from_numpy(view.left)
+
+    def _drafted(self) -> tuple[np.ndarray, ...]:
+        """Return tokens, scores and parents [B, M] of the candidates in all layers so far."""
+        return tuple(np.concatenate(parts, axis=1) for parts in zip(*self._layers, strict=True))
+
+    def traced(self) -> Copied:
+        """Return what a trace needs to know of the step's trees, which have grown."""
+        assert self._grafts is not None, "`look` comes first"
+        table = self.chances.table()
+        paths = copied_paths(
+            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table),
+            max_depth=self._max_depth,
+            least_score=max(self._least_score, LEAST_CUT),
+            vocab_size=self._vocab_size,
+        )
+        return Copied(self._grafts, paths, table, self._max_depth)
 
     def graft_into(self, tree: DraftTree) -> Grafts | None:
         """Add what `look` found to the tree that has grown; None where no request has a copy."""

@@ -13,10 +13,21 @@ import torch
 if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+    from cast_sglang.copying.graft import Grafts
+    from cast_sglang.copying.paths import CopiedPaths
     from cast_sglang.serving.step_room import StepRoom
     from cast_sglang.tree import DraftTree, Selection
 
-__all__ = ["PLAIN_SHAPE", "DraftShape", "Drafted", "Drawn", "PendingStep", "StepReport", "Verified"]
+__all__ = [
+    "PLAIN_SHAPE",
+    "Copied",
+    "DraftShape",
+    "Drafted",
+    "Drawn",
+    "PendingStep",
+    "StepReport",
+    "Verified",
+]
 
 
 class DraftShape(NamedTuple):
@@ -44,6 +55,15 @@ class Drafted(NamedTuple):
     widths: tuple[int, ...]  # as of `DraftShape`, of the layers that stay
     selection: Selection
     wants_drafts: torch.Tensor | None = None  # [B] bool; None where all requests do
+
+
+class Copied(NamedTuple):
+    """What was copied into a step's trees, and what else might have been."""
+
+    grafts: Grafts
+    paths: list[CopiedPaths]  # of each request
+    chances: np.ndarray  # [classes] float32, `Chances.table()`
+    max_depth: int  # of a copied node
 
 
 class Drawn(NamedTuple):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cast_sglang.costs.limits import Limits
     from cast_sglang.costs.schema import CostProfile, HostIdentity
     from cast_sglang.serving.pass_clock import TimedPass
-    from cast_sglang.serving.step import Drafted, StepReport, Verified
+    from cast_sglang.serving.step import Copied, Drafted, StepReport, Verified
 
 __all__ = ["Recording", "TraceRecorder"]
 
@@ -118,6 +118,7 @@ class TraceRecorder:
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
         self._chances: list[torch.Tensor] = []  # the same as calibrated
         self._drafted: Drafted | None = None
+        self._copied: Copied | None = None
         self._outcome: _VerifiedOnHost | None = None
         self._contexts: list[int] = []
 
@@ -147,7 +148,7 @@ class TraceRecorder:
             self._contexts = batch.seq_lens_cpu.tolist()
         else:
             self._contexts = [len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs]
-        self._drafted = self._outcome = None
+        self._drafted = self._copied = self._outcome = None
 
     def on_pass_timed(self, timed: TimedPass) -> None:
         """Add a pass that the device has finished to the last step that is done."""
@@ -167,9 +168,9 @@ class TraceRecorder:
         self._probs.append(probs)
         self._chances.append(chances)
 
-    def on_drafted(self, drafted: Drafted) -> None:
-        """Keep the step's tree and what is verified of it."""
-        self._drafted = drafted
+    def on_drafted(self, drafted: Drafted, copied: Copied | None = None) -> None:
+        """Keep the step's tree, what is verified of it, and what was copied into it."""
+        self._drafted, self._copied = drafted, copied
 
     def on_verified(self, verified: Verified) -> None:
         """Read the outcome; waits for the device."""
@@ -186,7 +187,7 @@ class TraceRecorder:
 
     def on_step(self, report: StepReport) -> None:
         """Put the step together; it is written when its time and what follows are known."""
-        outcome, numbers = self._outcome, list(self._requests.values())
+        outcome, numbers, copied = self._outcome, list(self._requests.values()), self._copied
         if outcome is None:
             return
         expanded: list[np.ndarray] = []
@@ -215,6 +216,8 @@ class TraceRecorder:
             **report.room._asdict(),
             policy_us=report.policy_us,
             price=report.price,
+            copy_chances=b"" if copied is None else packed(copied.chances, "float32"),
+            copy_depth=0 if copied is None else copied.max_depth,
         )
         self._open.append(_OpenStep(traced, continuations, []))
         running = dict(zip(numbers, outcome.tokens, strict=True))
@@ -273,14 +276,16 @@ class TraceRecorder:
         self, drafted: Drafted, outcome: _VerifiedOnHost, numbers: list[int], weights: list[float]
     ) -> tuple[list[TracedRequest], dict[int, Continuation]]:
         batch_size = len(numbers)
-        topk, num_candidates = drafted.tree.topk, drafted.tree.num_candidates
 
         def by_request(layers: list[torch.Tensor]) -> np.ndarray:
             return torch.cat([x.reshape(batch_size, -1) for x in layers], dim=1).numpy(force=True)
 
         probs, chances = by_request(self._probs), by_request(self._chances)
         is_calibrated = self._probs[0] is not self._chances[0]
-        tokens = drafted.tree.tokens.numpy(force=True)
+        tokens, parents = (
+            part[:, : probs.shape[1]].numpy(force=True)
+            for part in (drafted.tree.tokens, drafted.tree.parents)
+        )
         layers = drafted.tree.expanded
         expanded = by_request(layers) if layers else np.empty((batch_size, 0), dtype=np.int64)
         index = drafted.selection.top_scores_index.numpy(force=True)
@@ -291,7 +296,11 @@ class TraceRecorder:
         for b, number in enumerate(numbers):
             # Row 0 is the root, and candidate M stands for none.
             accepted_rows = [row - b * rows for row in outcome.accept_index[b].tolist() if row >= 0]
-            is_verified = index[b] < num_candidates
+            copies, number_of = _copies(self._copied, b, probs.shape[1])
+            nodes = number_of[np.minimum(index[b], len(number_of) - 1)]
+            is_verified = nodes >= 0
+            paths = (np.empty(0, np.int64),) * 2 if self._copied is None else self._copied.paths[b]
+            all_parents, all_tokens = map(np.append, (parents[b], tokens[b]), paths)
             requests.append(
                 TracedRequest(
                     request=number,
@@ -299,15 +308,16 @@ class TraceRecorder:
                     probs=packed(probs[b], "float32"),
                     chances=packed(chances[b], "float32") if is_calibrated else b"",
                     expanded=packed(expanded[b], "int32"),
-                    verified=packed(index[b][is_verified], "int32"),
+                    verified=packed(nodes[is_verified], "int32"),
                     target_probs=packed(outcome.target_probs[b][is_verified], "float32"),
-                    accepted=[int(index[b, row - 1]) for row in accepted_rows if row > 0],
+                    accepted=[int(nodes[row - 1]) for row in accepted_rows if row > 0],
                     weight=weights[b],
                     is_drawn=is_drawn[b],
-                    tokens=packed(tokens[b], "int32") if self._has_tokens else b"",
+                    tokens=packed(all_tokens, "int32") if self._has_tokens else b"",
+                    **copies,
                 )
             )
-            continuations[number] = Continuation(tokens[b], expanded[b], topk)
+            continuations[number] = Continuation(all_tokens, all_parents)
         return requests, continuations
 
     def _header(self) -> TraceHeader:
@@ -345,6 +355,28 @@ class TraceRecorder:
 
 def _tiers(sizes: GraphSizes | None) -> dict[int, list[int]] | None:
     return None if sizes is None else sizes.tiers
+
+
+def _copies(
+    copied: Copied | None, request: int, num_drafted: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return what is recorded of a request's copies, and the number of each candidate of the tree.
+
+    The tree has places for copies that the request does not have, and numbers behind all: -1.
+    """
+    if copied is None:
+        return {}, np.append(np.arange(num_drafted), -1)
+    grafts, paths = copied.grafts, copied.paths[request]
+    numbers = paths.numbers_of(grafts.parents[request, : grafts.counts[request]], num_drafted)
+    scores = np.append(grafts.scores[request], np.zeros(len(paths.parents), np.float32))
+    scores[numbers] = grafts.copied_scores[request, : len(numbers)]
+    fields = {
+        "copy_parents": packed(paths.parents, "int32"),
+        "copied": packed(paths.copied, "int32"),
+        "match": int(paths.match),
+        "scores": packed(scores, "float32"),
+    }
+    return fields, np.concatenate([np.arange(num_drafted), numbers, [-1]])
 
 
 def _target_probs(verified: Verified, drafted: Drafted) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cast_sglang.trace.records import TracedRequest, TracedStep, unpacked
+from cast_sglang.copying.graft import Grafts
+from cast_sglang.trace.records import TracedRequest, TracedStep, candidate_parents, unpacked
 from cast_sglang.trace.reward import TreeReward, tree_reward
-from cast_sglang.tree import DraftTree, first_child_of, parents_of
+from cast_sglang.tree import DraftTree, first_child_of
 
 __all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
 
@@ -14,11 +15,14 @@ __all__ = ["RecordedTrees", "ReplayedTree", "recorded_reward"]
 class RecordedTrees:
     """The recorded candidates of one step, one row per request.
 
-    The last column, index -1, stands for a candidate that was not recorded.
+    The last column, index -1, stands for a candidate that was not recorded. M counts those that
+    only copying proposes, which have neither probabilities nor chances.
     """
 
     def __init__(self, step: TracedStep, topk: int) -> None:
-        trees = [_tree_of(request, topk) for request in step.requests]
+        self._topk = topk
+        counts = [(len(r.probs) + len(r.copy_parents)) // 4 for r in step.requests]
+        trees = [_tree_of(request, topk, max(counts)) for request in step.requests]
         probs, chances, target_probs, accepted, first_child = zip(*trees, strict=True)
         self.probs = np.stack(probs)  # [B, M + 1] float32, the draft's own
         self.chances = np.stack(chances)  # [B, M + 1] float32, calibrated
@@ -34,10 +38,9 @@ class RecordedTrees:
         """
         depth = min(depth, len(self._bounds) - 1)
         start, end = self._bounds[depth - 1 : depth + 1]
-        topk = (self.chances.shape[1] - 1) // self._bounds[-1]
-        first, last = first_child_of(int(start), topk), first_child_of(int(end), topk)
+        first, last = (first_child_of(int(bound), self._topk) for bound in (start, end))
         parts = (part[:, first:last] for part in (self.probs, self.chances))
-        return np.stack([part.reshape(-1, topk) for part in parts], axis=1)
+        return np.stack([part.reshape(-1, self._topk) for part in parts], axis=1)
 
 
 class ReplayedTree:
@@ -72,6 +75,28 @@ class ReplayedTree:
         probs = np.where(np.isnan(probs), chances, probs)
         self._target_probs.append(probs.reshape(len(nodes), -1))
 
+    def graft(self, grafts: Grafts) -> None:
+        """Add copied candidates, of which `grafts.tokens` says the recorded numbers."""
+        batch_size, num_drafted = grafts.scores.shape
+        requests = np.arange(batch_size)[:, None]
+        accepted = self._recorded.accepted[requests, grafts.tokens]
+        probs = self._recorded.target_probs[requests, grafts.tokens]
+        # Of the root, of the drafted candidates, and then of the copied ones, parents first.
+        reach = np.concatenate([np.ones((batch_size, 1)), *self.reach], axis=1)
+        above = np.concatenate([np.ones((batch_size, 1)), grafts.scores], axis=1)
+        for i in range(grafts.tokens.shape[1]):
+            parents = grafts.parents[:, i : i + 1] + 1
+            score, over = grafts.copied_scores[:, i], np.take_along_axis(above, parents, 1)[:, 0]
+            chance = np.divide(score, over, out=np.zeros_like(score), where=over > 0.0)
+            assumed = np.take_along_axis(reach, parents, 1)[:, 0] * chance
+            ours = np.where(np.isnan(accepted[:, i]), assumed, accepted[:, i]) * (score > 0.0)
+            probs[:, i] = np.where(np.isnan(probs[:, i]), chance, probs[:, i]) * (score > 0.0)
+            reach = np.column_stack([reach, ours * self._is_wanted[:, 0, 0]])
+            above = np.column_stack([above, score])
+        self.reach.append(reach[:, 1 + num_drafted :])
+        self.is_known.append(~np.isnan(accepted) | (self.reach[-1] == 0.0))
+        self._target_probs.append(probs)
+
     def reach_of(self, nodes: np.ndarray) -> np.ndarray:
         """Return the chance of being accepted of candidates of the newest layer, [B, W]."""
         start = sum(layer.shape[1] for layer in self.reach[:-1])
@@ -87,14 +112,10 @@ class ReplayedTree:
             is_verified: [B, n] bool, which of them are verified.
         """
         probs = np.concatenate(self._target_probs, axis=1)
-        kept = self.tree.expanded
-        expanded = np.concatenate([layer.numpy() for layer in kept], axis=1) if kept else None
-        rewards = []
+        parents, rewards = self.tree.parents.numpy(), []
         for b in range(len(nodes)):
             chosen = np.sort(nodes[b][is_verified[b]])
-            own = np.empty(0, dtype=np.int64) if expanded is None else expanded[b]
-            parents = parents_of(own, self.tree.topk)[chosen]
-            rewards.append(tree_reward(chosen, parents, probs[b][chosen]))
+            rewards.append(tree_reward(chosen, parents[b][chosen], probs[b][chosen]))
         return TreeReward(*(sum(part) / len(rewards) for part in zip(*rewards, strict=True)))
 
 
@@ -109,22 +130,22 @@ def recorded_reward(step: TracedStep, topk: int) -> TreeReward | None:
         probs = unpacked(request.target_probs, "float32")
         if step.is_plain or len(probs) < len(nodes):
             return None
-        parents = parents_of(unpacked(request.expanded, "int32"), topk)[nodes]
+        parents = candidate_parents(request, topk)[nodes]
         rewards.append(tree_reward(nodes, parents, probs))
     return TreeReward(*(sum(part) / len(rewards) for part in zip(*rewards, strict=True)))
 
 
 def _tree_of(
-    request: TracedRequest, topk: int
+    request: TracedRequest, topk: int, num_candidates: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return what is known of each candidate, in the order of the fields of `RecordedTrees`.
 
-    One more entry at the end stands for a candidate that was not recorded.
+    One more entry at the end, after `num_candidates`, stands for a candidate that was not recorded.
     """
     probs = unpacked(request.probs, "float32")
     chances = unpacked(request.chances, "float32") if request.chances else probs
     expanded = unpacked(request.expanded, "int32")
-    count = len(chances)
+    count = num_candidates
     first_child = np.full(count + 1, -1, dtype=np.int64)
     first_child[expanded] = first_child_of(np.arange(1, 1 + len(expanded)), topk)
     target_probs = np.full(count + 1, np.nan)
@@ -138,9 +159,9 @@ def _tree_of(
         # The request ended here, so nobody knows which node below the last accepted one follows.
         last = request.follows[-1] if request.follows else -1
         is_below = np.zeros(count + 1, dtype=bool)
-        for node, parent in enumerate(parents_of(expanded, topk)):
+        for node, parent in enumerate(candidate_parents(request, topk)):
             is_below[node] = parent == last or (parent >= 0 and is_below[parent])
         accepted[is_below] = np.nan
-    last_entry = np.zeros(1, dtype=np.float32)
-    probs, chances = (np.append(part, last_entry) for part in (probs, chances))
+    rest = np.zeros(count + 1 - len(probs), dtype=np.float32)
+    probs, chances = (np.append(part, rest) for part in (probs, chances))
     return probs, chances, target_probs, accepted, first_child

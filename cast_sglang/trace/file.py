@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+import numpy as np
 
 from cast_sglang.errors import TraceError
 from cast_sglang.trace.records import (
     TRACE_FORMAT,
     TRACE_VERSION,
     Trace,
+    TracedRequest,
     TracedStep,
     TraceHeader,
     unpacked,
@@ -105,14 +107,34 @@ def _check_step(step: TracedStep, topk: int) -> None:
             raise ValueError(f"expected {num_candidates} candidates, {num_expanded} expanded")
         if len(request.chances) not in (0, len(request.probs)):
             raise ValueError("as many chances as candidates are needed")
-        if len(request.tokens) not in (0, len(request.probs)):
-            raise ValueError("as many tokens as candidates are needed")
+        num_all = num_candidates + len(request.copy_parents) // 4
+        for name in ("tokens", "scores"):
+            if len(getattr(request, name)) not in (0, 4 * num_all):
+                raise ValueError(f"as many {name} as candidates are needed")
         if len(request.target_probs) not in (0, 4 * len(verified)):
             raise ValueError("as many target probabilities as verified nodes are needed")
         named = [*request.accepted, *request.follows, *verified.tolist()]
         named += unpacked(request.expanded, "int32").tolist()
-        if named and not 0 <= min(named) <= max(named) < num_candidates:
+        if named and not 0 <= min(named) <= max(named) < num_all:
             raise ValueError("a candidate that does not exist")
+        _check_copies(request, num_candidates, num_all, len(step.copy_chances) // 4)
+
+
+def _check_copies(
+    request: TracedRequest, num_candidates: int, num_all: int, num_classes: int
+) -> None:
+    """Raise ValueError where what is copied does not fit to the candidates."""
+    parents = unpacked(request.copy_parents, "int32")
+    if not ((parents >= -1) & (parents < np.arange(num_candidates, num_all))).all():
+        raise ValueError("a copied candidate before its parent")
+    rows = unpacked(request.copied, "int32")
+    if len(rows) % 3:
+        raise ValueError("copies have three numbers each")
+    nodes, children, classes = rows.reshape(-1, 3).T
+    is_fit = (nodes >= -1) & (nodes < children) & (children < num_all)
+    # A class is that of the draft's likeliest child; three more say the same of others.
+    if not (is_fit & (classes >= 0) & (classes + 3 < num_classes)).all():
+        raise ValueError("a copy that does not exist")
 
 
 class TraceWriter:

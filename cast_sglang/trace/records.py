@@ -4,9 +4,10 @@ A trace is a text file of JSON objects, one per line: a `TraceHeader`, then one 
 every decoding step. Arrays are stored as little-endian bytes in base64, which is short and exact.
 Prompts and generated text are never stored; tokens of drafted nodes only with --cast-trace-tokens.
 
-Candidates are numbered as in `tree.py`. A record lists the verified and the accepted nodes. It also
-lists the candidates that the later text went through (`follows`). These show for every candidate,
-verified or not, whether the target would have accepted it, so a replay can judge other trees.
+Drafted candidates are numbered as in `tree.py`. Behind them come those that only copying proposes;
+`copying/paths.py` says which. A record lists the verified and the accepted nodes. It also lists the
+candidates that the later text went through (`follows`). These show for every candidate, verified or
+not, whether the target would have accepted it, so a replay can judge other trees.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import msgspec
 import numpy as np
 
 from cast_sglang.costs.schema import CostTables, HostIdentity, Provenance
-from cast_sglang.tree import first_child_of
+from cast_sglang.tree import parents_of
 
 __all__ = [
     "TRACE_VERSION",
@@ -28,6 +29,7 @@ __all__ = [
     "TracedPass",
     "TracedRequest",
     "TracedStep",
+    "candidate_parents",
     "packed",
     "tables_digest",
     "unpacked",
@@ -105,7 +107,12 @@ class TracedRequest(_Record, frozen=True, kw_only=True):
     is_open: bool = False  # the request ended inside the tree, so `follows` may be incomplete
     weight: float = 1.0  # worth of one of its tokens to the policy
     is_drawn: bool = False  # its drafts were drawn at random
-    tokens: bytes = b""  # [M] int32
+    tokens: bytes = b""  # [M + E] int32
+    # Of a server that copies, whose E further candidates are numbered from M on:
+    copy_parents: bytes = b""  # [E] int32, candidate numbers, -1 for the root
+    copied: bytes = b""  # [n, 3] int32, `copying.paths.CopiedPaths.copied`
+    match: int = 0  # length of the longest end of the text that occurred before
+    scores: bytes = b""  # [M + E] float32, as ranked; 0 for what was not in the tree
 
 
 class TracedChoice(_Record, frozen=True, kw_only=True):
@@ -136,6 +143,8 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     max_rows: int | None = None  # the same for rows per request
     max_nodes: int | None = None  # the same for nodes that the draft runs per request
     passes: list[TracedPass] = []  # passes whose times became known during the step
+    copy_chances: bytes = b""  # [classes] float32, `Chances.table()`; empty where none were copied
+    copy_depth: int = 0  # limit for copied nodes
 
     @property
     def batch_size(self) -> int:
@@ -177,6 +186,12 @@ def tables_digest(tables: CostTables) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
+def candidate_parents(request: TracedRequest, topk: int) -> np.ndarray:
+    """Return [M + E] int, the candidate number of each candidate's parent, -1 for the root."""
+    drafted = parents_of(unpacked(request.expanded, "int32"), topk)
+    return np.concatenate([drafted, unpacked(request.copy_parents, "int32")])
+
+
 class Continuation:
     """Finds the candidates of a tree that the later text goes through.
 
@@ -184,31 +199,26 @@ class Continuation:
     have been accepted if the text goes through it.
 
     Args:
-        tokens: [M] int, token of each candidate.
-        expanded: [E] int, candidates in the order in which they were expanded.
+        tokens: [M + E] int, token of each candidate.
+        parents: [M + E] int, number of each candidate's parent, -1 for the root.
     """
 
-    def __init__(self, tokens: np.ndarray, expanded: np.ndarray, topk: int) -> None:
+    def __init__(self, tokens: np.ndarray, parents: np.ndarray) -> None:
         self.follows: list[int] = []
         self.is_closed = False  # the text has left the tree, or ended
         self.is_open = False  # the text ended inside the tree
-        self._tokens = tokens
-        self._topk = topk
-        self._first_child = {
-            node: first_child_of(proposer, topk)
-            for proposer, node in enumerate(expanded.tolist(), start=1)
-        }
+        self._tokens, self._parents = tokens, parents
 
     def go_on(self, tokens: list[int]) -> None:
         """Follow the next tokens of the text down the tree."""
         for token in tokens:
             if self.is_closed:
                 return
-            first = self._first_child[self.follows[-1]] if self.follows else 0
-            [found] = np.nonzero(self._tokens[first : first + self._topk] == token)
+            is_child = self._parents == (self.follows[-1] if self.follows else -1)
+            [found] = np.nonzero(is_child & (self._tokens == token))
             if len(found):
-                self.follows.append(first + int(found[0]))
-            self.is_closed = not len(found) or self.follows[-1] not in self._first_child
+                self.follows.append(int(found[0]))
+            self.is_closed = not len(found) or not (self._parents == self.follows[-1]).any()
 
     def end(self) -> None:
         """Record that the text ends here; candidates below are then unknown."""

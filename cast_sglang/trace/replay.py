@@ -10,7 +10,7 @@ recorded candidates is known. Two things are not known, and replay assumes them:
   chance.
 
 Of requests whose drafts were drawn at random, a tree of other nodes would have made the target draw
-other tokens; replay takes the recorded text for it too.
+other tokens; replay takes the recorded text for it too. What is known of copies: `copied.py`.
 
 `ReplayedStep.assumed_accepted` is the part of the accepted drafts that rests on these assumptions.
 """
@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residuals
@@ -31,16 +30,16 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, StepCosts, pass_us, step_units
 from cast_sglang.costs.schema import CostTables
 from cast_sglang.errors import TraceError
-from cast_sglang.ops import loops
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.decider import Decider, Plan, StepFacts
 from cast_sglang.policy.fixed import EaglePolicy
-from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
+from cast_sglang.trace.candidates import RecordedTrees
+from cast_sglang.trace.copied import whole_drafts
 from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHeader, tables_digest
 from cast_sglang.trace.reward import TreeReward
-from cast_sglang.tree import DraftTree
+from cast_sglang.trace.trees import TreeGrower, VerifiedTree
 
 __all__ = ["ReplayedStep", "Replay", "make_policy"]
 
@@ -97,6 +96,9 @@ class Replay:
         lookup: "linear" or "nearest"; None takes the recorded setting.
         seed: seed of the random draws of children that were not recorded.
         rewards: whether to compute the reward of each tree, which takes half of the time.
+        copies: whether what was copied is copied again; policy auto alone does.
+        switch_at: the whole draft is a copy where the match is at least so long, and nothing is
+            copied elsewhere (`copied.whole_drafts`); None for no such switch.
 
     Attributes:
         extrapolated: axes of the tables that the trace exceeds, such as "target.batch_sizes".
@@ -115,11 +117,13 @@ class Replay:
         lookup: str | None = None,
         seed: int = 0,
         rewards: bool = True,
+        copies: bool = True,
+        switch_at: int | None = None,
     ) -> None:
         header = self._header = trace.header
+        self._switch_at = switch_at
         self._steps = trace.steps
         self._policy = policy
-        self._rewards = rewards
         self._is_same = tables_digest(tables) == header.tables
         batch_size = max((step.batch_size for step in trace.steps), default=1)
         limits = Limits(
@@ -161,10 +165,19 @@ class Replay:
         )
         drafted = next((step for step in trace.steps if not step.is_plain), None)
         if drafted is not None:
-            self._drawn_from = RecordedTrees(drafted, header.topk)
+            self._grower = TreeGrower(
+                header,
+                drafted,
+                self._decider,
+                # As in the server, only policy auto uses calibrated chances.
+                scores_by_chance=isinstance(policy, AutoPolicy),
+                # No other one copies, nor does a subclass, which cuts whole layers.
+                copies=copies and switch_at is None and type(policy) is AutoPolicy,
+                rewards=rewards,
+                seed=seed,
+            )
         elif trace.steps:
             raise TraceError(f"trace {trace.path}: no step drafted, so none can be decided")
-        self._random = np.random.default_rng(seed)
         self._missing: dict[int, int] = {}  # rows that the draft lacks, by request
         self._was_plain = False  # the step before, as recorded
 
@@ -213,30 +226,21 @@ class Replay:
             return ReplayedStep(TracedChoice(is_plain=True), 0.0, 0.0, *times, price, None)
         for request in step.requests:
             self._missing[request.request] = 0
-        grown = self._grow(step, weights, is_drawn)
-        num_layers = self._decider.depth(grown.tree.num_layers)
-        widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]
-        ranked = grown.tree.ranked(facts.max_rows - 1, num_layers)
-        settled = None
-        if is_drawn is not None:
-            settled_scores = grown.tree.settled_scores(*self._decider.settlement())
-            settled = grown.tree.ranked_settled(settled_scores, facts.max_rows - 1)
-        rows = self._decider.rows(ranked.scores, None if settled is None else settled.scores)
-        ranked = ranked if settled is None else settled
-        num_rows = rows.num_rows
-        if num_rows is None:
-            num_rows = np.full(batch_size, rows.num_draft_tokens)
-        nodes = ranked.node_index.numpy()
-        is_verified = np.arange(nodes.shape[1]) < num_rows[:, None] - 1
-        if not self._header.is_ragged:  # rows that a drawn request has no node for run empty
-            num_rows = np.full(batch_size, rows.num_draft_tokens)
-        reach = np.take_along_axis(np.concatenate(grown.reach, axis=1), nodes, axis=1) * is_verified
-        is_known = np.take_along_axis(np.concatenate(grown.is_known, axis=1), nodes, axis=1)
-        accepted = reach.sum(axis=1)
+        whole = None
+        if self._switch_at is not None and not step.is_plain:
+            accepted = RecordedTrees(step, self._header.topk).accepted
+            whole = whole_drafts(step, accepted, self._switch_at, facts.max_rows - 1)
+        if whole is not None and whole.is_copied.all():
+            nothing = np.zeros(batch_size)
+            tree = VerifiedTree((), 0, 0, nothing, nothing, nothing, None)
+        else:
+            tree = self._grower.verify(step, facts, weights)
+        if whole is not None:
+            tree = tree.with_whole(whole, self._header.is_ragged)
+        most, accepted = int(tree.num_rows.max()), tree.accepted
         if not self._header.extends_by_outcome:
-            extend_rows = float(min(num_layers, rows.num_draft_tokens - 1) + 1)
+            extend_rows = float(min(tree.depth, most - 1) + 1)
             if self._extend_graphs is not None:
-                most = rows.num_draft_tokens
                 fitting = self._extend_graphs.fit(batch_size, int(extend_rows), most)
                 extend_rows = max(extend_rows, fitting or 0.0)
         elif self._header.is_ragged:
@@ -245,18 +249,19 @@ class Replay:
             extend_rows = 1.0 + float(accepted.max())
         # A sum of chances can exceed the depth by a rounding error.
         extend_rows = min(extend_rows, float(len(costs.draft_extend)))
-        mean_rows = float(num_rows.mean())
+        widths, mean_rows = tree.widths, float(tree.num_rows.mean())
         units = step_units(costs, widths, mean_rows, extend_rows)
         self._decider.end_step(batch_size, float(accepted.mean()), units)
         times = self._times(widths, mean_rows, extend_rows, plan.catch_up, raw, corrected)
+        num_rows = tree.num_rows.astype(int).tolist()
         return ReplayedStep(
-            choice=TracedChoice(widths=widths, num_layers=num_layers, num_rows=num_rows.tolist()),
+            choice=TracedChoice(widths=list(widths), num_layers=tree.num_layers, num_rows=num_rows),
             accepted=float(accepted.mean()),
-            assumed_accepted=float((reach * ~is_known).sum()) / batch_size,
+            assumed_accepted=float(tree.assumed.sum()) / batch_size,
             time_us=times[0],
             table_us=times[1],
             price=price,
-            reward=grown.reward(nodes, is_verified) if self._rewards else None,
+            reward=tree.reward,
         )
 
     def _times(
@@ -280,60 +285,6 @@ class Replay:
         for request in step.requests:
             before = 0 if plan.catch_up else self._missing.get(request.request, 0)
             self._missing[request.request] = min(before + 1, self._header.num_draft_tokens)
-
-    def _grow(
-        self, step: TracedStep, weights: np.ndarray, is_drawn: np.ndarray | None
-    ) -> ReplayedTree:
-        recorded = RecordedTrees(step, self._header.topk)
-        if not step.is_plain:
-            self._drawn_from = recorded
-        decider, header, batch_size = self._decider, self._header, step.batch_size
-        grown = ReplayedTree(recorded, weights > 0.0)
-        root = np.zeros((batch_size, 1), dtype=np.int64)
-        first = root if not step.is_plain else root - 1
-        nodes, scored, chances = self._children(recorded, first, depth=1)
-        probs = torch.from_numpy(scored).view(batch_size, -1)
-        tokens = torch.from_numpy(nodes).view(batch_size, -1)
-        drawn = None if is_drawn is None else torch.from_numpy(is_drawn)
-        tree = DraftTree(tokens, probs, header.num_steps, loops, is_drawn=drawn)
-        grown.add(nodes, chances, np.ones((batch_size, 1)))
-        while (width := decider.width(tree.frontier().scores)) is not None:
-            frontier = tree.frontier()
-            kept = frontier.tokens[:, :width].numpy()
-            first = np.take_along_axis(recorded.first_child, kept, axis=1)
-            nodes, scored, chances = self._children(recorded, first, tree.num_layers + 1)
-            probs = torch.from_numpy(scored).view(batch_size * width, -1)
-            decider.expanded(frontier.scores, probs)
-            grown.add(nodes, chances, grown.reach_of(frontier.node_index[:, :width].numpy()))
-            tree.grow(frontier, width, torch.from_numpy(nodes).view(probs.shape), probs)
-        grown.tree = tree
-        return grown
-
-    def _children(
-        self, recorded: RecordedTrees, first: np.ndarray, depth: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the children of each node: candidates (-1: drawn), policy scores and chances.
-
-        Args:
-            first: [B, W] int64, number of each node's first recorded child, -1 for none.
-            depth: layer of the children, from which children are drawn.
-
-        Returns:
-            nodes, [B, W, K] int64 candidate numbers; scored, [B, W, K] float32, the probabilities
-            that the policy decides by; chances, [B, W, K] float32, the calibrated chances.
-        """
-        is_known = (first >= 0)[..., None]
-        nodes = np.where(is_known, first[..., None] + np.arange(self._header.topk), -1)
-        requests = np.arange(len(first))[:, None, None]
-        probs, chances = recorded.probs[requests, nodes], recorded.chances[requests, nodes]
-        if not is_known.all():
-            pool = self._drawn_from.children(depth)
-            drawn = pool[self._random.integers(len(pool), size=first.shape)]
-            probs = np.where(is_known, probs, drawn[..., 0, :])
-            chances = np.where(is_known, chances, drawn[..., 1, :])
-        # As in the server, only policy auto uses calibrated chances.
-        scored = chances if isinstance(self._policy, AutoPolicy) else probs
-        return nodes, scored, chances
 
     def _learn(self, step: TracedStep) -> None:
         """Correct the costs of the next steps by the recorded times of this one."""

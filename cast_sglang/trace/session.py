@@ -34,31 +34,57 @@ class TraceSession(NamedTuple):
     seed: int
     notes: list[str]  # warnings about the profile, for people
 
-    def replay(self, policy: str | None, thresholds: Mapping[str, Any]) -> ReplayResult:
+    def replay(
+        self,
+        policy: str | None,
+        thresholds: Mapping[str, Any],
+        *,
+        copies: bool = True,
+        switch_at: int | None = None,
+    ) -> ReplayResult:
         """Replay the trace.
 
         Args:
             policy: name of the policy; None for the recorded one.
             thresholds: c1, c2, c3, r of policy `fixed`; the trace supplies those missing.
+            copies, switch_at: as of `Replay`.
 
         Raises:
             ConfigError: a threshold is out of range, or is given for another policy.
-            TraceError: the trace cannot be replayed.
+            TraceError: the trace cannot be replayed, or holds no copies and is asked about them.
         """
         header = self.trace.header
+        is_other = not copies or switch_at is not None
+        if is_other and not any(step.copy_chances for step in self.trace.steps):
+            flag = "--no-copies" if switch_at is None else "--switch-at"
+            raise TraceError(
+                f"{flag}: trace {self.trace.path} holds no copies; record with --cast-copying on"
+            )
         name = policy or header.policy
         if thresholds and name != "fixed":
             given = ", ".join(f"--{key}" for key in thresholds)
             raise ConfigError(f"{given}: policy {name} has no thresholds; add --policy fixed")
         CastConfig(**thresholds)
         chosen = make_policy(name, header, **thresholds)
-        replay = Replay(self.trace, self.profile, chosen, correct=self.corrects, seed=self.seed)
+        replay = Replay(
+            self.trace,
+            self.profile,
+            chosen,
+            correct=self.corrects,
+            seed=self.seed,
+            copies=copies,
+            switch_at=switch_at,
+        )
         rows = compare(self.trace, list(replay))
-        is_recorded = name == header.policy and not header.is_full
+        is_recorded = name == header.policy and not header.is_full and not is_other
         if name == "fixed":
             is_recorded &= all(header.settings[key] == thresholds[key] for key in thresholds)
         is_here = _is_same_host(self.profile, header)
-        return ReplayResult(self, name, dict(thresholds), rows, is_recorded and is_here)
+        how = "" if copies else ", without copies"
+        if switch_at is not None:
+            how = f", whole drafts copied where {switch_at} tokens match"
+        is_prediction = is_recorded and is_here
+        return ReplayResult(self, name, dict(thresholds), rows, is_prediction, how)
 
     def print_notes(self, console: Console) -> None:
         """Print the origin of the trace and of the tables, and all warnings about them."""
@@ -89,6 +115,7 @@ class ReplayResult(NamedTuple):
     thresholds: dict[str, float]
     rows: list[BatchSummary]
     is_prediction: bool  # same policy and device as recorded: the times should agree
+    how: str = ""  # what was copied otherwise than recorded, for people
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as values that JSON can hold."""
@@ -101,7 +128,7 @@ class ReplayResult(NamedTuple):
                 "date": header.date,
             },
             "tables": {"device_name": source.device_name, "estimated": source.estimated},
-            "policy": self.policy,
+            "policy": f"{self.policy}{self.how}",
             "thresholds": self.thresholds,
             "corrected": self.session.corrects,
             "is_prediction": self.is_prediction,
@@ -113,7 +140,9 @@ class ReplayResult(NamedTuple):
         """Print the table, how much of it is assumed, and how far predictions are off."""
         self.session.print_notes(console)
         words = "".join(f", {name.upper()} {value:g}" for name, value in self.thresholds.items())
-        console.print(f"[bold]replayed: policy {self.policy}{words}[/bold]", highlight=False)
+        console.print(
+            f"[bold]replayed: policy {self.policy}{words}{self.how}[/bold]", highlight=False
+        )
         print_summaries(self.rows, console)
         lines = []
         for row in self.rows:

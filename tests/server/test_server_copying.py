@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,15 +11,23 @@ import pytest
 from benchmarks.harness.copied import edits, tables
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.servers import Server
+from cast_sglang.trace.file import read_trace
 from tests.server.client import generate, greedy_ids, post_generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
+from tests.server.test_server_trace import check_replayed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def copying(start_server: ServerFactory) -> Iterator[Server]:
-    with start_server("cast", "--cast-copying", "on", name="copying") as server:
+def trace_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("copying") / "t.jsonl"
+
+
+@pytest.fixture(scope="module")
+def copying(start_server: ServerFactory, trace_path: Path) -> Iterator[Server]:
+    flags = ("--cast-copying", "on", "--cast-trace", str(trace_path))
+    with start_server("cast", *flags, name="copying") as server:
         yield server
 
 
@@ -83,3 +92,19 @@ def test_an_aborted_request_leaves_nothing_behind(copying, repeating, repeated_i
     httpx.post(f"{copying.url}/abort_request", json={"abort_all": True}, timeout=60.0)
     long.join()
     assert greedy_ids(copying, repeating[4:8], 4, NUM_TOKENS) == repeated_ids[4:8]
+
+
+def test_replay_makes_the_choices_of_the_server(copying, trace_path, repeating, made_up_profile):
+    """Of all that the tests above have asked, and of requests that come and end."""
+    for batch in (1, 3, 2):
+        generate(copying, repeating[:batch], max_new_tokens=NUM_TOKENS)
+    copying.get("/server_info")  # also writes the last steps
+    trace = read_trace(trace_path)
+    alone = [
+        node >= len(request.probs) // 4
+        for step in trace.steps
+        for request in step.requests
+        for node in request.accepted
+    ]
+    assert any(alone) and not all(alone)
+    check_replayed(trace, made_up_profile)

@@ -24,7 +24,7 @@ from cast_sglang.trace.records import (
     packed,
     tables_digest,
 )
-from cast_sglang.tree import DraftTree
+from cast_sglang.tree import DraftTree, parents_of
 from tests.support.builders import make_identity, make_profile, make_table
 from tests.support.simulator import LAYERS, TOKENS, TOPK, Text
 
@@ -195,7 +195,7 @@ class Recorder:
             for part in range(3)
         )
         expanded = np.array([node for kept in tree.expanded for node in kept[b].tolist()], int)
-        path = Continuation(tokens, expanded, TOPK)
+        path = Continuation(tokens, parents_of(expanded, TOPK))
         first = 0
         while first is not None and not path.is_closed:  # the target picks a child, or none
             odds = true[first : first + TOPK].cumsum()

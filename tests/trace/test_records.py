@@ -38,7 +38,8 @@ class TestContinuation:
     """Candidates 0, 1 below the root; 2, 3 below candidate 1; 4, 5 below candidate 0."""
 
     def path(self):
-        return Continuation(np.array([10, 11, 20, 21, 30, 31]), np.array([1, 0]), topk=2)
+        tokens = np.array([10, 11, 20, 21, 30, 31])
+        return Continuation(tokens, parents_of(np.array([1, 0]), 2))
 
     def test_follows_the_text_over_several_steps(self):
         path = self.path()
@@ -46,6 +47,16 @@ class TestContinuation:
         assert path.follows == [1] and not path.is_closed
         path.go_on([21, 99])
         assert path.follows == [1, 3] and path.is_closed and not path.is_open
+
+    def test_goes_on_along_copies(self):
+        """Candidates 6 and 7 were copied below candidate 5, one below the other."""
+        path = Continuation(
+            np.array([10, 11, 20, 21, 30, 31, 40, 41]), np.array([-1, -1, 1, 1, 0, 0, 5, 6])
+        )
+        path.go_on([10, 31])
+        assert not path.is_closed
+        path.go_on([40, 41, 42])
+        assert path.follows == [0, 5, 6, 7] and path.is_closed and not path.is_open
 
     def test_leaves_the_tree(self):
         path = self.path()

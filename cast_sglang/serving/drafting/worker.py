@@ -182,7 +182,7 @@ class CastDraftWorker(EagleDraftWorker):
         if tools.calibration is not None:
             tools.calibration.on_drafted(drafted)
         if tools.recorder is not None:
-            tools.recorder.on_drafted(drafted)
+            tools.recorder.on_drafted(drafted, None if copies is None else copies.traced())
         if copies is not None:
             copies.on_drafted(drafted)
         # The longest accepted path: no deeper than the tree, no longer than its nodes.

@@ -1,0 +1,222 @@
+"""Copied paths: what a step may copy of each request, without its text, for traces and replays.
+
+A trace holds no text, so it names candidates. Drafted ones have the numbers of `tree.py`, and those
+that only copying proposes come behind them. For each node that has a copied child a row says which
+candidate that is, and its class. `Lookup` arrays made of these rows take the place of automata: a
+state is then 1 + the number of a node, and a token the number of a candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cast_sglang.copying.automaton import NO_BLOCK, copy_of, descend, longest_match
+from cast_sglang.copying.chances import AGREEMENTS, class_of
+from cast_sglang.ops.compiled import compiled
+
+__all__ = ["CopiedPaths", "copied_child", "copied_paths", "go_on", "looked_up", "start_of"]
+
+# Scores are products that are rounded in another order while serving.
+_ROUNDING = 1e-4
+
+
+class CopiedPaths(NamedTuple):
+    """What may be copied for one request, M drafted candidates and E that only copying proposes."""
+
+    parents: np.ndarray  # [E] int64, candidate numbers of those E, -1 for the root
+    tokens: np.ndarray  # [E] int64
+    # [n, 3] int64: a node (-1 for the root), its copied child, and the class of the copy as if it
+    # were the first of `AGREEMENTS`.
+    copied: np.ndarray
+    match: int  # length of the longest end of the text that occurred before
+
+    def numbers_of(self, grafted: np.ndarray, num_drafted: int) -> np.ndarray:
+        """Return [n] int64, the candidates here that grafted ones are; -1 for none.
+
+        Args:
+            grafted: [n] int64, parents of the copied candidates that a request has (`Grafts`).
+            num_drafted: M.
+        """
+        child_of = dict(self.copied[:, :2].tolist())
+        numbers: list[int] = []
+        for parent in grafted.tolist():
+            known = numbers[parent - num_drafted] if parent >= num_drafted else parent
+            numbers.append(child_of.get(known, -1))
+        return np.array(numbers, np.int64)
+
+
+def copied_paths(
+    ints: np.ndarray,
+    blocks: np.ndarray,
+    tokens: np.ndarray,
+    scores: np.ndarray,
+    parents: np.ndarray,
+    topk: int,
+    chances: np.ndarray,
+    *,
+    max_depth: int,
+    least_score: float,
+    vocab_size: int,
+) -> list[CopiedPaths]:
+    """Return all that `graft` may have found for these trees while they grew, and more.
+
+    That is every node whose score would be above `least_score` if its tokens had the higher of
+    their drafted chance and the best chance of their class, one layer deeper than `max_depth`, and
+    the path of copies below the root whatever it is worth.
+
+    Args:
+        ints, blocks, tokens, scores, parents, topk, chances, max_depth, least_score, vocab_size:
+            as of `graft`.
+    """
+    best = np.repeat(chances.reshape(-1, len(AGREEMENTS)).max(axis=1), len(AGREEMENTS))
+    limits = np.array([topk, max_depth, vocab_size])
+    least = np.float32(least_score * (1.0 - _ROUNDING))
+    num_drafted = scores.shape[1]
+    most = (1 + num_drafted) * (max_depth + 1)  # a path of copies below each node
+    found = []
+    for request, (base, capacity) in enumerate(blocks.tolist()):
+        further, copied = np.empty((2, most), np.int64), np.empty((num_drafted + most, 3), np.int64)
+        counts = 0, 0, 0
+        if base >= 0:
+            drafted = tokens[request], scores[request], parents[request]
+            results = further, copied
+            counts = _find(ints[base:], capacity, *drafted, best, least, limits, *results)
+        paths = further[:, : counts[0]]
+        found.append(CopiedPaths(paths[0], paths[1], copied[: counts[1]], counts[2]))
+    return found
+
+
+def looked_up(
+    copied: Sequence[np.ndarray], num_candidates: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `ints` and `blocks` for `graft`, which make it go by rows in place of texts.
+
+    The tokens of `graft` are then candidate numbers, -1 for a candidate that the rows do not know.
+
+    Args:
+        copied: [n, 3] int of each request, as of `CopiedPaths`.
+        num_candidates: M + E of each request.
+    """
+    parts, blocks, used = [np.empty(0, np.int32)], [], 0
+    for rows, count in zip(copied, num_candidates, strict=True):
+        if not len(rows):
+            blocks.append(NO_BLOCK)
+            continue
+        table = np.full((2, 1 + count), -1, np.int32)
+        table[:, rows[:, 0] + 1] = rows[:, 1:].T
+        parts.append(table.ravel())
+        blocks.append((used, -(1 + count)))  # a negative capacity says that it is no automaton
+        used += table.size
+    return np.concatenate(parts), np.array(blocks, np.int64)
+
+
+@compiled("Tuple((i8, i8))(i4[::1], i8)")
+def start_of(block: np.ndarray, capacity: int) -> tuple[int, int]:
+    """Return state and length of the root's context, as `longest_match`.
+
+    Args:
+        block, capacity: of an automaton, or of `looked_up`; also below.
+    """
+    if capacity < 0:
+        return 0, 0
+    return longest_match(block, capacity)
+
+
+@compiled("Tuple((i8, i8))(i4[::1], i8, i8, i8, i8)")
+def go_on(block: np.ndarray, capacity: int, state: int, length: int, token: int) -> tuple[int, int]:
+    """Return state and length of a context and one more token, as `descend`."""
+    if capacity < 0:
+        return (token + 1 if 0 <= token < -capacity - 1 else -1), 0
+    return descend(block, capacity, state, length, token)
+
+
+@compiled("Tuple((i8, i8, i8, i8))(i4[::1], i8, i8, i8)")
+def copied_child(
+    block: np.ndarray, capacity: int, state: int, length: int
+) -> tuple[int, int, int, int]:
+    """Return what followed a context: token, -1 for none; length and state with it; its class.
+
+    The class is that of the first of `AGREEMENTS`.
+    """
+    if capacity < 0:
+        token = block[state] if state >= 0 else -1
+        kind = block[state - capacity] if token >= 0 else -1
+        return token, 0, token + 1, kind
+    token, known, at, count, same = copy_of(block, capacity, state, length)
+    return token, known + 1, at, class_of(known, count, same, 0) if token >= 0 else -1
+
+
+@compiled(
+    "Tuple((i8, i8, i8))(i4[::1], i8, i8[:], f4[:], i8[:], f4[:], f4, i8[:], i8[:, :], i8[:, :])"
+)
+def _find(
+    block: np.ndarray,
+    capacity: int,
+    tokens: np.ndarray,
+    scores: np.ndarray,
+    parents: np.ndarray,
+    best: np.ndarray,
+    least: float,
+    limits: np.ndarray,
+    further: np.ndarray,
+    copied: np.ndarray,
+) -> tuple[int, int, int]:
+    """Do the work of `copied_paths` for one request; return E, the number of rows and the match.
+
+    Arrays of nodes have the root first.
+    """
+    topk, max_depth, vocab_size = limits
+    num_drafted = len(scores)
+    state, length = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.int64)
+    depth, bound = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.float32)
+    raised = np.zeros(num_drafted + 1, np.float32)  # best chance of a copy; 0 for no copied child
+    is_on_path = np.zeros(num_drafted + 1, np.bool_)  # of copies below the root
+    first_child = np.full(num_drafted + 1, -1)
+    for group in range(num_drafted // topk):
+        first_child[parents[group * topk] + 1] = group * topk
+    state[0], length[0] = longest_match(block, capacity)
+    match, bound[0], is_on_path[0] = length[0], 1.0, True
+    num_further = num_copied = 0
+    for node in range(num_drafted + 1):
+        if node:
+            above = parents[node - 1] + 1
+            top = scores[above - 1] if above else np.float32(1.0)
+            share = scores[node - 1] / top if top > 0.0 else np.float32(0.0)
+            bound[node] = bound[above] * max(share, raised[node])
+            depth[node] = depth[above] + 1
+            if bound[node] <= least and not is_on_path[node]:
+                continue
+            state[node], length[node] = descend(
+                block, capacity, state[above], length[above], tokens[node - 1]
+            )
+        at, known, level, number, worth = (
+            state[node],
+            length[node],
+            depth[node],
+            node - 1,
+            bound[node],
+        )
+        first = first_child[node]
+        while level <= max_depth and (worth > least or is_on_path[node]):
+            token, known, at, kind = copied_child(block, capacity, at, known)
+            if token < 0 or token >= vocab_size:
+                break
+            place = -1
+            for child in range(topk if first >= 0 else 0):
+                if tokens[first + child] == token:
+                    place = child
+                    break
+            child = first + place if place >= 0 else num_drafted + num_further
+            copied[num_copied, 0], copied[num_copied, 1] = number, child
+            copied[num_copied, 2] = kind
+            num_copied += 1
+            if place >= 0:
+                raised[child + 1], is_on_path[child + 1] = best[kind], is_on_path[node]
+                break
+            further[0, num_further], further[1, num_further] = number, token
+            num_further += 1
+            level, number, first, worth = level + 1, child, -1, worth * best[kind]
+    return num_further, num_copied, match
