@@ -16,7 +16,8 @@ string matching" (IEEE Transactions on Communications 32, 1984), method A.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,26 @@ class Chances:
         if len(classes):
             _add(self._sums.reshape(2, -1), _KEEP, classes, followed)
             self._table = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums learned so far, as an object that JSON can hold."""
+        return {"copies": self._sums[0].tolist(), "followed": self._sums[1].tolist()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the sums by those that another object's `state()` returned.
+
+        Raises:
+            ValueError: `state` is not valid; nothing is changed then.
+        """
+        try:
+            sums = np.array([state["copies"], state["followed"]], dtype=np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("state of copies: a table is missing or is no table") from error
+        if sums.shape != self._sums.shape:
+            raise ValueError(f"state of copies: tables must be {_SHAPE}, got {sums.shape[1:]}")
+        if not ((sums >= 0.0) & (sums < np.inf)).all() or (sums[1] > sums[0] * (1 + 1e-9)).any():
+            raise ValueError("state of copies: need 0 <= followed <= copies < inf")
+        self._sums, self._table = sums, None
 
     def classes(self) -> list[CopyClass]:
         """Return what was observed of each class that has data, for people."""

@@ -1,8 +1,8 @@
 """What a server has learned of its pair and its device, kept from one start to the next.
 
-That is the acceptance of drafts, the price of each octave of batch sizes, and the corrections of
-the cost tables. A measurement of a profile ends with a short real run, whose result is part of the
-profile; a server goes on from there and keeps what it learned in the user's cache.
+That is the acceptance of drafts and of copies, the price of each octave of batch sizes, and the
+corrections of the cost tables. A measurement of a profile ends with a short real run, whose result
+is part of the profile; a server goes on from there and keeps what it learned in the user's cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.config import user_cache_dir
+from cast_sglang.copying.chances import Chances
 from cast_sglang.costs.correction import Residuals
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import user_profile_path, write_atomically
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cast_sglang.costs.schema import HostIdentity
     from cast_sglang.policy.base import TreePolicy
     from cast_sglang.serving.calibration import Calibration
+    from cast_sglang.serving.copies import Copies
     from cast_sglang.serving.served_costs import ServedCosts
 
 __all__ = ["Learned", "LearnedFile"]
@@ -117,6 +119,7 @@ class Learned:
     Args:
         file: None for what ends with the server.
         calibration: None for a server that calibrates nothing.
+        copies: None for one that copies nothing.
     """
 
     def __init__(
@@ -125,9 +128,10 @@ class Learned:
         policy: TreePolicy,
         calibration: Calibration | None,
         costs: ServedCosts,
+        copies: Copies | None = None,
     ) -> None:
         self._file, self._policy = file, policy
-        self._calibration, self._costs = calibration, costs
+        self._calibration, self._costs, self._copies = calibration, costs, copies
         self._before: Mapping[str, Any] = {}  # what the server went on from
         self._next_save = FIRST_SAVE  # a step
         # Tells the tables in use, to which corrections belong, from others.
@@ -153,6 +157,8 @@ class Learned:
         start = {}
         if self._calibration is not None and "acceptance" in learned:
             self._calibration.acceptance.load_state(learned["acceptance"])
+        if self._copies is not None and "copies" in learned:
+            self._copies.chances.load_state(learned["copies"])
         if isinstance(self._policy, AutoPolicy) and "prices" in learned:
             start["prices"] = learned["prices"]
             self._policy.load_state(learned["prices"])
@@ -188,6 +194,8 @@ class Learned:
         learned = dict(self._before)
         if self._calibration is not None:
             learned["acceptance"] = self._calibration.acceptance.state()
+        if self._copies is not None:
+            learned["copies"] = self._copies.chances.state()
         if isinstance(self._policy, AutoPolicy):
             learned["prices"] = self._policy.state()
         if self._costs.residuals is not None:
@@ -211,6 +219,8 @@ def _check(learned: Mapping[str, Any]) -> None:
     """Raise ValueError for what cannot be used; parts may be missing."""
     if "acceptance" in learned:
         Acceptance().load_state(learned["acceptance"])
+    if "copies" in learned:
+        Chances().load_state(learned["copies"])
     if "prices" in learned:
         AutoPolicy((2,), 1).load_state(learned["prices"])
     if "corrections" in learned:

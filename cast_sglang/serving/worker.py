@@ -182,7 +182,8 @@ class CastWorker(EAGLEWorkerV2):
     def _go_on(self) -> None:
         """Start from what an earlier server, or the profile's short run, has learned."""
         file = LearnedFile.of(self.config, host_identity(resolving_view(self.server_args)))
-        self.learned = Learned(file, self.tools.decider.policy, self.calibration, self.costs)
+        learners = self.tools.decider.policy, self.calibration, self.costs, self.tools.copies
+        self.learned = Learned(file, *learners)
         start = self.learned.start()
         if self.tools.recorder is not None and self.costs.profile is not None:
             self.tools.recorder.use_profile(self.costs.profile.profile, start)

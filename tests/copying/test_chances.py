@@ -1,5 +1,7 @@
 """Chances of copies: the first guess, what is learned, and that nothing depends on its order."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,3 +77,35 @@ def test_chances_are_chances(copies):
     table = chances.table()
     assert ((table > 0.0) & (table < 1.0)).all()
     assert sum(row.num_copies for row in chances.classes()) <= len(copies)
+
+
+def test_another_object_goes_on_from_what_was_learned():
+    first, second = Chances(), Chances()
+    learn(first, class_of(4, 1, 1, 0), 90, 100)
+    second.table()  # must not be kept
+    second.load_state(json.loads(json.dumps(first.state())))
+    np.testing.assert_array_equal(second.table(), first.table())
+    assert second.classes() == first.classes()
+    for chances in (first, second):
+        learn(chances, class_of(4, 1, 1, 0), 0, 10)
+    np.testing.assert_array_equal(second.table(), first.table())
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing():
+    chances = Chances()
+    learn(chances, 0, 5, 9)
+    before, state = chances.table().copy(), chances.state()
+    more = np.array(state["copies"]) + 1.0
+    for damaged in (
+        None,
+        {},
+        {"copies": 1, "followed": 2},
+        {"copies": [1.0], "followed": [0.5]},
+        {"copies": "many", "followed": "few"},
+        state | {"followed": more.tolist()},
+        state | {"copies": (more * np.nan).tolist()},
+        state | {"copies": (-more).tolist()},
+    ):
+        with pytest.raises(ValueError, match="state of copies"):
+            chances.load_state(damaged)
+    np.testing.assert_array_equal(chances.table(), before)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cast_sglang.config import CastConfig
+from cast_sglang.copying.chances import Chances
 from cast_sglang.costs.correction import Residuals
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import FoundProfile
@@ -38,14 +39,16 @@ def parallel(monkeypatch):
 class Server:
     """What one server learns with, and its file."""
 
-    def __init__(self, path=None, profile=None, calibrates=True, policy=None):
+    def __init__(self, path=None, profile=None, calibrates=True, policy=None, copies=True):
         profile = make_profile() if profile is None else profile
         self.policy = AutoPolicy((2, 4, 8), 4) if policy is None else policy
         self.calibration = Calibration() if calibrates else None
         found = FoundProfile(profile, Path("some.json"), [])
         self.costs = SimpleNamespace(profile=found, residuals=Residuals(LIMITS))
         file = None if path is None else LearnedFile(path, make_identity())
-        self.learned = Learned(file, self.policy, self.calibration, self.costs)
+        self.chances = Chances()
+        copied = SimpleNamespace(chances=self.chances) if copies else None
+        self.learned = Learned(file, self.policy, self.calibration, self.costs, copied)
 
     def serve(self):
         """Learn something of each kind."""
@@ -59,6 +62,7 @@ class Server:
                 accepted=np.ones((1, 4), dtype=bool),
             )
             self.calibration.acceptance.update(nodes, np.array([GREEDY]))
+            self.chances.update(np.array([3, 3, 40]), np.array([True, False, True]))
         self.costs.residuals.refresh()
 
     def scale(self):
@@ -75,11 +79,25 @@ def test_what_was_learned_outlives_the_server(tmp_path):
     first.learned.save()
     start = second.learned.start()
     np.testing.assert_array_equal(second.curve(), first.curve())
+    np.testing.assert_array_equal(second.chances.table(), first.chances.table())
+    assert (second.chances.table() != Chances().table()).any()
     assert second.policy.price(2) == pytest.approx(first.policy.price(2), rel=1e-6)
     assert second.policy.price(2) != pytest.approx(AutoPolicy((2,), 1).price(2), rel=0.1)
     assert second.scale() == pytest.approx(first.scale(), rel=1e-3) and first.scale() > 1.1
     # What a trace needs so that a replay starts alike.
     assert set(start) == {"prices", "corrections"}
+
+
+def test_a_server_that_copies_nothing_keeps_what_was_learned_of_copies(tmp_path):
+    first, second, third = (
+        Server(tmp_path / "pair.json", copies=copies) for copies in (True, False, True)
+    )
+    first.serve()
+    first.learned.save()
+    second.learned.start()
+    second.learned.save()
+    third.learned.start()
+    np.testing.assert_array_equal(third.chances.table(), first.chances.table())
 
 
 def test_the_file_is_written_soon_and_then_rarely(tmp_path):
@@ -212,6 +230,7 @@ BAD_FILES = [
     ('{"format": 1, "pair": PAIR, "prices": 3}', "prices"),
     ('{"format": 1, "pair": PAIR, "corrections": {"pass": 1}}', "corrections"),
     ('{"format": 1, "pair": PAIR, "corrections": []}', "corrections"),
+    ('{"format": 1, "pair": PAIR, "copies": {"copies": 1}}', "copies: a table is missing"),
     ("[" * 100_000, "recursion"),
 ]
 
