@@ -27,6 +27,13 @@ SIZES = tuple(range(2, ROWS + 1))
 LIMITS = Limits(8, 4096, ROWS, TOPK, None, LAYERS + 1)
 
 
+class Request(SimpleNamespace):
+    """A request as SGLang holds it, as far as copying reads it; known as an object, not by name."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 class CopyingServer:
     """Serves requests by policy `auto` and records the steps; its loop is not that of `Replay`.
 
@@ -76,8 +83,8 @@ class CopyingServer:
         self.missing: dict[str, int] = {}
         self.number = 0
 
-    def request(self, rid: str, text: list[int], num_prompt: int) -> SimpleNamespace:
-        return SimpleNamespace(
+    def request(self, rid: str, text: list[int], num_prompt: int) -> Request:
+        return Request(
             rid=rid,
             text=text,
             origin_input_ids=text[:num_prompt],
@@ -90,7 +97,7 @@ class CopyingServer:
         self.recorder.flush()
         return read_trace(self.path)
 
-    def step(self, reqs: list[SimpleNamespace]) -> None:
+    def step(self, reqs: list[Request]) -> None:
         self.number += 1
         batch = SimpleNamespace(
             reqs=list(reqs),
@@ -134,11 +141,11 @@ class CopyingServer:
         self.recorder.on_step(report)
         self.recorder.on_step_timed(units * costs.unit_us)
 
-    def _size(self, req: SimpleNamespace) -> int:
+    def _size(self, req: Request) -> int:
         return len(req.origin_input_ids) + len(req.output_ids)
 
     def _children(
-        self, reqs: list[SimpleNamespace], paths: list[list[int]]
+        self, reqs: list[Request], paths: list[list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and probs [n, K] of nodes; a path is None where the text does not go."""
         rows = []
