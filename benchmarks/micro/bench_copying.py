@@ -37,6 +37,8 @@ VOCAB = 32_000
 # Tokens that are said again between two of the answer's own.
 LEAST_PIECE, MOST_PIECE = 8, 60
 ANSWER = 4096
+# As where a row adds 1 % to a pass that brings two tokens.
+LEAST_SCORE = 0.02
 
 
 def main() -> None:
@@ -136,7 +138,9 @@ class Server:
             ),
             seq_lens=torch.tensor(sizes) - 1,
         )
-        self._timed("begin", self.copies.begin_step, batch, None, self.options.steps, 0.02)
+        least = np.full(len(self.reqs), LEAST_SCORE, np.float32)
+        whose = batch, None, None
+        self._timed("begin", self.copies.begin_step, *whose, self.options.steps, least)
         self._timed("begin", self.copies.start)
         tree = self._grown(sizes)
         self._timed("graft", self.copies.graft_into, tree)

@@ -1,11 +1,12 @@
 """Chances: how likely the target is to say what followed a context before, learned while serving.
 
 A copied token has no probability of its own. What is known of it is how long the context is that it
-followed, whether that context was always followed by it, and what the draft model says of it. So
-each such class has a chance of its own, learned from the text that the target went on with. A class
-without data goes by all that the draft may say of such a copy, that by shorter contexts, and the
-shortest ones by the share that prediction by partial matching gives a token: of c + 1 for c times
-that the context occurred, one is kept for what did not follow it yet.
+followed, whether that context was always followed by it, what the draft model says of it, and
+whether the request samples. So each such class has a chance of its own, learned from the text that
+the target went on with. A class without data goes by all that the draft may say of such a copy,
+that by shorter contexts, and the shortest ones by the share that prediction by partial matching
+gives a token: of c + 1 for c times that the context occurred, one is kept for what did not follow
+it yet.
 
 A copy is judged wherever the text went on behind its context, verified or not. So what is verified
 does not decide about what is learned.
@@ -24,7 +25,7 @@ import numpy as np
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.acceptance import HALF_LIFE, PRIOR_WEIGHT
 
-__all__ = ["AGREEMENTS", "EVIDENCE", "Chances", "CopyClass", "class_of"]
+__all__ = ["AGREEMENTS", "CLASSES_OF_KIND", "EVIDENCE", "Chances", "CopyClass", "class_of"]
 
 # Longest context of each class of lengths: 1, 2, 3-4, 5-8, 9-16, 17-32, longer.
 _NUM_LENGTHS = 7
@@ -33,7 +34,11 @@ EVIDENCE = ("once", "always", "at times")
 # What the draft model says of the token: its likeliest child of the node, another of its children,
 # none of them, nothing as it did not expand the node.
 AGREEMENTS = ("likeliest", "proposed", "not proposed", "not asked")
-_SHAPE = (_NUM_LENGTHS, len(EVIDENCE), len(AGREEMENTS))
+# How the target chooses, of a greedy request and of one that samples.
+_CHOICES = ("likeliest", "sampled")
+_SHAPE = (len(_CHOICES), _NUM_LENGTHS, len(EVIDENCE), len(AGREEMENTS))
+# Classes of greedy requests; those of requests that sample follow in the same order.
+CLASSES_OF_KIND = _NUM_LENGTHS * len(EVIDENCE) * len(AGREEMENTS)
 # The share c / (c + 1), and for contexts with several continuations 1 / (c + 1), each of the lowest
 # c of its class.
 _FIRST_GUESS = np.array([1 / 2, 2 / 3, 1 / 3])
@@ -46,6 +51,7 @@ class CopyClass(NamedTuple):
     longest: int | None  # of the contexts; None for no limit
     evidence: str
     agreement: str
+    is_sampled: bool
     num_copies: float
     chance: float  # as it is given to the next copy
     followed: float  # copies that the text went on with
@@ -62,7 +68,8 @@ class Chances:
         """Return [classes] float32, the chance of each class, numbered as `class_of` does."""
         if self._table is None:
             self._table = np.empty(_SHAPE, np.float32)
-            _fit(self._sums, PRIOR_WEIGHT, _FIRST_GUESS, self._table)
+            for kind, table in enumerate(self._table):
+                _fit(self._sums[:, kind], PRIOR_WEIGHT, _FIRST_GUESS, table)
         return self._table.ravel()
 
     def update(self, classes: np.ndarray, followed: np.ndarray) -> None:
@@ -100,12 +107,12 @@ class Chances:
         """Return what was observed of each class that has data, for people."""
         rows, table = [], self.table()
         for number, (count, followed) in enumerate(self._sums.reshape(2, -1).T.tolist()):
-            length, evidence, agreement = np.unravel_index(number, _SHAPE)
+            kind, length, evidence, agreement = np.unravel_index(number, _SHAPE)
             if count > 0.0:
                 rows.append(
                     CopyClass(
                         2 ** int(length) if length < _NUM_LENGTHS - 1 else None,
-                        *(EVIDENCE[evidence], AGREEMENTS[agreement]),
+                        *(EVIDENCE[evidence], AGREEMENTS[agreement], bool(kind)),
                         *(count, float(table[number]), followed),
                     )
                 )
@@ -114,7 +121,7 @@ class Chances:
 
 @compiled("i8(i8, i8, i8, i8)")
 def class_of(length: int, count: int, same: int, agreement: int) -> int:
-    """Return the class of a copy.
+    """Return the class of a copy for a greedy request.
 
     Args:
         length: of the context, in tokens, at least 1.

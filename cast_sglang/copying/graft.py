@@ -4,6 +4,9 @@ Each node has a context, the text and the path down to the node, and so at most 
 what followed the longest known end of that context the last time. It is merged with the drafted
 child of the same token, or is a further child. The chances of siblings never sum to more than 1;
 where a copy is more likely than the draft leaves room for, its siblings share what it leaves.
+
+What is verified of drawn children must not depend on their tokens (docs/sampling.md), so copies
+change no score of theirs, and come behind them.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cast_sglang.copying.chances import CLASSES_OF_KIND
 from cast_sglang.copying.paths import copied_child, go_on, start_of
 from cast_sglang.ops.compiled import compiled
+from cast_sglang.policy.acceptance import DRAWN, GREEDY
 
 __all__ = ["Grafts", "Outlook", "graft", "judge", "outlook"]
 
+_GREEDY, _DRAWN = GREEDY, DRAWN
 # Places in `chances.AGREEMENTS`.
 _LIKELIEST, _PROPOSED, _NOT_PROPOSED, _NOT_ASKED = range(4)
 
@@ -70,20 +76,23 @@ def graft(
     parents: np.ndarray,
     topk: int,
     chances: np.ndarray,
+    kinds: np.ndarray,
     *,
     num_nodes: int,
     max_depth: int,
-    least_score: float,
+    least_scores: np.ndarray,
     vocab_size: int,
 ) -> Grafts:
     """Find the copied children of all nodes that may be verified, and their copied descendants.
 
-    Definition: from the root down, for each node x above the floor, which is `least_score` or, if
+    Definition: from the root down, for each node x above the floor, which is `least_scores` or, if
         it is higher, the score of the n-th best drafted candidate:
             c = chance of the class of x's copied child, of token t
             is t drafted below x: its chance becomes max(its own, c); else t is a new child, with c
             if the chances of x's children sum to more than 1, all but that of t are scaled to fit
         and below each new child its own copied child, and so on, while scores are above the floor.
+        Where children are drawn, the floor is `least_scores`, no chance is changed, and t is a new
+        child too where it was drawn and is not above the floor.
 
     Args:
         ints, blocks: of `SuffixIndex`, or `paths.looked_up`; a request whose first int is -1 gets
@@ -93,9 +102,10 @@ def graft(
         parents: [B, M] int64, candidate numbers, -1 for the root.
         topk: K, candidates of each expanded node.
         chances: [classes] float32, `Chances.table()`.
+        kinds: [B] int64, of `policy.acceptance`.
         num_nodes: n, the most nodes that are verified of a tree, and that are grafted.
         max_depth: of a node, 1 for the root's children.
-        least_score: of a node that is worth to be copied, >= 0.
+        least_scores: [B] float32 >= 0, of a node that is worth to be copied.
         vocab_size: tokens beyond, as those of images, are not copied.
     """
     batch_size, num_drafted = scores.shape
@@ -107,7 +117,7 @@ def graft(
     limits = np.array([topk, num_nodes, max_depth, vocab_size])
     drafted = tokens, scores, parents
     results = merged, copied, copied_scores, children, counts
-    depth = _graft(ints, blocks, *drafted, chances, least_score, limits, *results)
+    depth = _graft(ints, blocks, *drafted, chances, kinds, least_scores, limits, *results)
     return Grafts(
         scores=merged,
         parents=copied[0],
@@ -207,8 +217,8 @@ def _make_room(
 
 
 @compiled(
-    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], f4, i8[:], f4[:, :], i8[:, :, :], "
-    "f4[:, :], i8[:, :, :], i8[:])"
+    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], f4[:, :], "
+    "i8[:, :, :], f4[:, :], i8[:, :, :], i8[:])"
 )
 def _graft(
     ints: np.ndarray,
@@ -217,7 +227,8 @@ def _graft(
     scores: np.ndarray,
     parents: np.ndarray,
     chances: np.ndarray,
-    least_score: float,
+    kinds: np.ndarray,
+    least_scores: np.ndarray,
     limits: np.ndarray,
     merged: np.ndarray,
     copied: np.ndarray,
@@ -245,7 +256,10 @@ def _graft(
             continue
         block = ints[base:]
         state[0], length[0] = start_of(block, capacity)
-        floor = max(least_score, _nth_best(scores[request], num_nodes))
+        is_drawn, floor = kinds[request] == _DRAWN, least_scores[request]
+        if not is_drawn:
+            floor = max(floor, _nth_best(scores[request], num_nodes))
+        first_class = 0 if kinds[request] == _GREEDY else CLASSES_OF_KIND
         first_child[:] = -1
         for group in range(num_drafted // topk):
             first_child[parents[request, group * topk] + 1] = group * topk
@@ -271,19 +285,21 @@ def _graft(
             at, known, level, number = state[node], length[node], depth[node], node - 1
             is_drafted = True
             while True:
-                token, known, at, kind = copied_child(block, capacity, at, known)
+                token, known, at, kind = copied_child(block, capacity, at, known, first_class)
                 if token < 0 or token >= vocab_size:
                     break
                 first, match = first_child[node] if is_drafted else -1, -1
                 agreement = _NOT_ASKED if first < 0 else _NOT_PROPOSED
                 for child in range(topk if first >= 0 else 0):
-                    if tokens[request, first + child] == token:
+                    if tokens[request, first + child] == token and not (
+                        is_drawn and scores[request, first + child] <= floor
+                    ):
                         match, agreement = child, _PROPOSED if child else _LIKELIEST
                         break
                 kind += agreement
                 children[0, request, number + 1], children[1, request, number + 1] = kind, token
                 chance = chances[kind]
-                if first >= 0:
+                if first >= 0 and not is_drawn:
                     _make_room(
                         scores[request],
                         np.float32(1.0) if node == 0 else scores[request, node - 1],
@@ -294,8 +310,8 @@ def _graft(
                         own_factor,
                         raised,
                     )
-                    if match >= 0:
-                        break
+                if match >= 0:
+                    break
                 score *= chance
                 new = counts[request]
                 if level == max_depth or score <= floor or new == num_nodes:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.copying.automaton import NO_BLOCK, copy_of, descend, longest_match
-from cast_sglang.copying.chances import AGREEMENTS, class_of
+from cast_sglang.copying.chances import AGREEMENTS, CLASSES_OF_KIND, class_of
 from cast_sglang.ops.compiled import compiled
 
 __all__ = ["CopiedPaths", "copied_child", "copied_paths", "go_on", "looked_up", "start_of"]
@@ -56,24 +56,23 @@ def copied_paths(
     parents: np.ndarray,
     topk: int,
     chances: np.ndarray,
+    kinds: np.ndarray,
     *,
     max_depth: int,
-    least_score: float,
+    least_scores: np.ndarray,
     vocab_size: int,
 ) -> list[CopiedPaths]:
     """Return all that `graft` may have found for these trees while they grew, and more.
 
-    That is every node whose score would be above `least_score` if its tokens had the higher of
+    That is every node whose score would be above `least_scores` if its tokens had the higher of
     their drafted chance and the best chance of their class, one layer deeper than `max_depth`, and
     the path of copies below the root whatever it is worth.
 
     Args:
-        ints, blocks, tokens, scores, parents, topk, chances, max_depth, least_score, vocab_size:
-            as of `graft`.
+        all: as of `graft`.
     """
     best = np.repeat(chances.reshape(-1, len(AGREEMENTS)).max(axis=1), len(AGREEMENTS))
-    limits = np.array([topk, max_depth, vocab_size])
-    least = np.float32(least_score * (1.0 - _ROUNDING))
+    least = least_scores * np.float32(1.0 - _ROUNDING)
     num_drafted = scores.shape[1]
     most = (1 + num_drafted) * (max_depth + 1)  # a path of copies below each node
     found = []
@@ -82,8 +81,10 @@ def copied_paths(
         counts = 0, 0, 0
         if base >= 0:
             drafted = tokens[request], scores[request], parents[request]
-            results = further, copied
-            counts = _find(ints[base:], capacity, *drafted, best, least, limits, *results)
+            first_class = CLASSES_OF_KIND if kinds[request] else 0
+            limits = np.array([topk, max_depth, vocab_size, first_class])
+            results = limits, further, copied
+            counts = _find(ints[base:], capacity, *drafted, best, least[request], *results)
         paths = further[:, : counts[0]]
         found.append(CopiedPaths(paths[0], paths[1], copied[: counts[1]], counts[2]))
     return found
@@ -133,20 +134,24 @@ def go_on(block: np.ndarray, capacity: int, state: int, length: int, token: int)
     return descend(block, capacity, state, length, token)
 
 
-@compiled("Tuple((i8, i8, i8, i8))(i4[::1], i8, i8, i8)")
+@compiled("Tuple((i8, i8, i8, i8))(i4[::1], i8, i8, i8, i8)")
 def copied_child(
-    block: np.ndarray, capacity: int, state: int, length: int
+    block: np.ndarray, capacity: int, state: int, length: int, first_class: int
 ) -> tuple[int, int, int, int]:
     """Return what followed a context: token, -1 for none; length and state with it; its class.
 
     The class is that of the first of `AGREEMENTS`.
+
+    Args:
+        first_class: of the requests of a kind; rows know it by themselves.
     """
     if capacity < 0:
         token = block[state] if state >= 0 else -1
         kind = block[state - capacity] if token >= 0 else -1
         return token, 0, token + 1, kind
     token, known, at, count, same = copy_of(block, capacity, state, length)
-    return token, known + 1, at, class_of(known, count, same, 0) if token >= 0 else -1
+    kind = first_class + class_of(known, count, same, 0) if token >= 0 else -1
+    return token, known + 1, at, kind
 
 
 @compiled(
@@ -168,7 +173,7 @@ def _find(
 
     Arrays of nodes have the root first.
     """
-    topk, max_depth, vocab_size = limits
+    topk, max_depth, vocab_size, first_class = limits
     num_drafted = len(scores)
     state, length = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.int64)
     depth, bound = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.float32)
@@ -201,7 +206,7 @@ def _find(
         )
         first = first_child[node]
         while level <= max_depth and (worth > least or is_on_path[node]):
-            token, known, at, kind = copied_child(block, capacity, at, known)
+            token, known, at, kind = copied_child(block, capacity, at, known, first_class)
             if token < 0 or token >= vocab_size:
                 break
             place = -1

@@ -143,10 +143,14 @@ class Decider:
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
 
-    def least_score(self) -> float:
-        """Return the score below which no copy is looked for in this step."""
+    def least_scores(self) -> np.ndarray:
+        """Return [B] float32, the score below which no copy is looked for in this step."""
         facts = self._step()
-        return self.policy.least_score(facts.batch_size, facts.costs)
+        least = self.policy.least_score(facts.batch_size, facts.costs)
+        scores = np.full(facts.batch_size, least, np.float32)
+        if facts.is_drawn is not None:  # nothing below the cut is verified of these
+            scores[facts.is_drawn] = self._cut
+        return scores
 
     def settlement(self) -> tuple[float, int]:
         """Return the least score and the most nodes that a drawn request verifies in this step."""

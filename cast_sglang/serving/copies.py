@@ -7,6 +7,7 @@ it is served with (a new one, one that was retracted) is read anew from the requ
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.graft import Grafts, graft, judge, outlook
 from cast_sglang.copying.paths import copied_paths
 from cast_sglang.ops.copies import to_device
+from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
 from cast_sglang.policy.auto import LEAST_CUT
 from cast_sglang.serving.host_reads import HostReads, Read
 from cast_sglang.serving.step import Copied
@@ -47,7 +49,7 @@ class _Outcome(NamedTuple):
 
 
 class Copies:
-    """Grafts copies into the trees of greedy requests, and learns what they are worth.
+    """Grafts copies into the trees of requests, and learns what they are worth.
 
     The text of a request is forgotten when a tree is grown without the request.
 
@@ -76,9 +78,10 @@ class Copies:
         self._reqs: list[Req] = []
         self._rids: list[str] = []
         self._has_no_room: set[str] = set()  # requests whose text the index could not take
-        self._weights: np.ndarray | None = None
+        self._whose: tuple[np.ndarray | None, ...] = (None, None)  # weights, is_drawn
         self._wants = np.empty(0, np.bool_)
-        self._max_depth, self._least_score = 0, 0.0
+        self._kinds = np.empty(0, np.int64)
+        self._max_depth, self._least_scores = 0, np.empty(0, np.float32)
         self._outcomes: deque[_Outcome] = deque()
         # Of the step that runs.
         self._batch: Any = None
@@ -117,29 +120,36 @@ class Copies:
         self,
         batch: ScheduleBatch,
         weights: np.ndarray | None,
+        is_drawn: np.ndarray | None,
         max_depth: int,
-        least_score: float,
+        least_scores: np.ndarray,
     ) -> None:
         """Note whose trees are grafted; forget requests that do not run any more.
 
         Args:
             weights: [B], what a token of each request is worth; None for 1 each.
-            max_depth, least_score: of a node that is copied in this step.
+            is_drawn: [B] bool, whose children are drawn at random; None where no one's are. It and
+                weights are the same objects until the requests change.
+            max_depth: of a node that is copied in this step.
+            least_scores: [B] float32, of such a node.
         """
         began = time.perf_counter()
-        self._max_depth, self._least_score, self._batch = max_depth, least_score, batch
-        if self._reqs != batch.reqs or weights is not self._weights:
+        self._max_depth, self._least_scores, self._batch = max_depth, least_scores, batch
+        whose = weights, is_drawn
+        if self._reqs != batch.reqs or any(map(operator.is_not, whose, self._whose)):
             before = {req.rid: req for req in self._reqs}
             for req in batch.reqs:
                 if (
                     before.get(req.rid) is not req
                 ):  # another request may have the name of an old one
                     self.index.drop(req.rid)
-            self._reqs, self._weights = list(batch.reqs), weights
+            self._reqs, self._whose = list(batch.reqs), whose
             self._has_no_room.clear()
-            self._wants = np.array([req.sampling_params.top_k == 1 for req in batch.reqs])
-            if weights is not None:
-                self._wants &= weights > 0.0
+            is_greedy = [req.sampling_params.top_k == 1 for req in batch.reqs]
+            self._kinds = np.where(is_greedy, GREEDY, SAMPLED)
+            if is_drawn is not None:
+                self._kinds[is_drawn] = DRAWN
+            self._wants = np.ones(len(is_greedy), np.bool_) if weights is None else weights > 0.0
             self._rids = [req.rid for req in batch.reqs]
             self.index.keep(self._rids)
         self.seconds = time.perf_counter() - began
@@ -173,10 +183,10 @@ class Copies:
         self._layers.append((tokens, scores, np.repeat(above, self._topk, axis=1)))
         table = self.chances.table()
         self._grafts = graft(
-            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table),
+            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table, self._kinds),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
-            least_score=self._least_score,
+            least_scores=self._least_scores,
             vocab_size=self._vocab_size,
         )
         view = outlook(self._grafts, table, nodes)
@@ -192,9 +202,9 @@ class Copies:
         assert self._grafts is not None, "`look` comes first"
         table = self.chances.table()
         paths = copied_paths(
-            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table),
+            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table, self._kinds),
             max_depth=self._max_depth,
-            least_score=max(self._least_score, LEAST_CUT),
+            least_scores=np.maximum(self._least_scores, np.float32(LEAST_CUT)),
             vocab_size=self._vocab_size,
         )
         return Copied(self._grafts, paths, table, self._max_depth)

@@ -15,6 +15,7 @@ import torch
 from cast_sglang.copying.chances import AGREEMENTS
 from cast_sglang.copying.graft import Grafts, graft, outlook
 from cast_sglang.copying.paths import looked_up
+from cast_sglang.policy.acceptance import DRAWN, GREEDY
 from cast_sglang.trace.records import TracedStep, unpacked
 from cast_sglang.tree import DraftTree
 
@@ -37,16 +38,27 @@ class ReplayedCopies:
 
     Args:
         step: recorded while copies were looked for.
-        num_nodes, least_score: as of `graft`.
+        is_drawn: [B] bool, whose children are drawn at random; None where no one's are.
+        num_nodes, least_scores: as of `graft`.
     """
 
-    def __init__(self, step: TracedStep, num_nodes: int, least_score: float) -> None:
+    def __init__(
+        self,
+        step: TracedStep,
+        is_drawn: np.ndarray | None,
+        num_nodes: int,
+        least_scores: np.ndarray,
+    ) -> None:
         copied = [unpacked(r.copied, "int32").reshape(-1, 3) for r in step.requests]
         counts = [(len(r.probs) + len(r.copy_parents)) // 4 for r in step.requests]
         self._ints, self._blocks = looked_up(copied, counts)
         self._table = unpacked(step.copy_chances, "float32")
         self._num_nodes, self._max_depth = num_nodes, step.copy_depth
-        self._least_score = least_score
+        self._least_scores = least_scores
+        # Rows say by themselves whether a request samples.
+        self._kinds = np.full(len(step.requests), GREEDY)
+        if is_drawn is not None:
+            self._kinds[is_drawn] = DRAWN
         self._grafts: Grafts | None = None
 
     def look(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,10 +69,10 @@ class ReplayedCopies:
         """
         self._grafts = graft(
             *(self._ints, self._blocks, tree.tokens.numpy(), tree.scores.numpy()),
-            *(tree.parents.numpy(), tree.topk, self._table),
+            *(tree.parents.numpy(), tree.topk, self._table, self._kinds),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
-            least_score=self._least_score,
+            least_scores=self._least_scores,
             vocab_size=np.iinfo(np.int32).max,
         )
         view = outlook(self._grafts, self._table, tree.frontier().node_index.numpy())

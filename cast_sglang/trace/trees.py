@@ -79,8 +79,8 @@ class TreeGrower:
         is_drawn = facts.is_drawn
         copies = None
         if self._copies and step.copy_chances:
-            num_nodes, least_score = self._header.verify_sizes[-1] - 1, self._decider.least_score()
-            copies = ReplayedCopies(step, num_nodes, least_score)
+            num_nodes = self._header.verify_sizes[-1] - 1
+            copies = ReplayedCopies(step, is_drawn, num_nodes, self._decider.least_scores())
         grown = self._grow(step, weights, is_drawn, copies)
         num_layers = self._decider.depth(grown.tree.num_layers)
         widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]

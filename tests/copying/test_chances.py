@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cast_sglang.copying.chances import AGREEMENTS, EVIDENCE, Chances, class_of
+from cast_sglang.copying.chances import (
+    AGREEMENTS,
+    CLASSES_OF_KIND,
+    EVIDENCE,
+    Chances,
+    class_of,
+)
 from cast_sglang.policy.acceptance import PRIOR_WEIGHT
 
 
@@ -21,7 +27,8 @@ def test_classes_are_octaves_of_length_by_evidence_by_what_the_draft_says():
     assert [kind // 12 for kind in kinds] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert [class_of(1, *seen, 0) // 4 for seen in ((1, 1), (2, 2), (9, 9), (2, 1))] == [0, 1, 1, 2]
     assert [class_of(1, 1, 1, place) for place in range(len(AGREEMENTS))] == [0, 1, 2, 3]
-    assert len(Chances().table()) == 7 * len(EVIDENCE) * len(AGREEMENTS)
+    assert CLASSES_OF_KIND == 7 * len(EVIDENCE) * len(AGREEMENTS)
+    assert len(Chances().table()) == 2 * CLASSES_OF_KIND
 
 
 def test_without_data_the_share_of_a_token_in_its_context_decides():
@@ -46,6 +53,8 @@ def test_a_class_learns_its_own_chance_and_lends_it_to_those_without_data():
     assert table[class_of(4, 2, 2, 0)] == pytest.approx(2 / 3)
     learn(chances, class_of(4, 1, 1, 2), 0, 100)
     assert chances.table()[class_of(4, 1, 1, 2)] < 0.05 < 0.8 < chances.table()[known]
+    # Nor do requests that sample, of which the target says the likeliest token less often.
+    assert chances.table()[CLASSES_OF_KIND + known] == pytest.approx(1 / 2)
 
 
 def test_first_guesses_weigh_as_much_as_some_copies():
@@ -63,13 +72,13 @@ def test_old_copies_count_less():
         learn(chances, 0, 0, 1)
     assert chances.table()[0] < 0.01
     [row] = chances.classes()
-    assert (row.longest, row.evidence, row.agreement) == (1, "once", "likeliest")
+    assert row[:4] == (1, "once", "likeliest", False)
     assert row.followed < 0.1 < row.num_copies < 400
     chances.update(np.empty(0, np.int64), np.empty(0, bool))
     assert chances.classes() == [row]
 
 
-@given(st.lists(st.tuples(st.integers(0, 83), st.booleans()), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 2 * CLASSES_OF_KIND - 1), st.booleans()), max_size=60))
 def test_chances_are_chances(copies):
     chances = Chances()
     for kind, followed in copies:

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.copying.automaton import SuffixIndex
-from cast_sglang.copying.chances import Chances, class_of
+from cast_sglang.copying.chances import CLASSES_OF_KIND, Chances, class_of
 from cast_sglang.copying.graft import graft, judge, outlook
 from cast_sglang.copying.reference import Text
 from cast_sglang.ops import reference
+from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
 from cast_sglang.tree import DraftTree
 
 VOCAB = 6
@@ -37,20 +38,22 @@ def indexed(texts):
     return index, index.blocks(range(len(texts)))
 
 
-def grafted(tree, texts, table, least_score=0.0, **limits):
+def grafted(tree, texts, table, least_score=0.0, kinds=None, **limits):
     index, blocks = indexed(texts)
     drafted = tree.tokens.numpy(), tree.scores.numpy(), tree.parents.numpy()
-    return graft(index.ints, blocks, *drafted, tree.topk, table, least_score=least_score, **limits)
+    kinds = np.full(len(texts), GREEDY) if kinds is None else np.array(kinds)
+    limits["least_scores"] = np.full(len(texts), least_score, np.float32)
+    return graft(index.ints, blocks, *drafted, tree.topk, table, kinds, **limits)
 
 
 def learned(rng):
     chances = Chances()
     for _ in range(5):
-        chances.update(rng.integers(0, 84, 40), rng.random(40) < rng.random())
+        chances.update(rng.integers(0, 2 * CLASSES_OF_KIND, 80), rng.random(80) < rng.random())
     return chances.table()
 
 
-def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score):
+def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score, kind):
     """What `graft` says it does, node by node, by the text alone.
 
     Returns each node's score and its copied child's class and token, by candidate number.
@@ -59,7 +62,8 @@ def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score):
     scores = [float(score) for score in tree.scores[b]]
     size = len(tokens)
     floor = sorted(scores, reverse=True)[num_nodes - 1] if size >= num_nodes else 0.0
-    floor = max(floor, least_score)
+    is_drawn = kind == DRAWN
+    floor = least_score if is_drawn else max(floor, least_score)
     floor *= 1 + 1e-5  # products are rounded otherwise here
     text, new, classes, copied = Text(text), {}, {}, []
 
@@ -69,8 +73,14 @@ def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score):
             return None
         children = [c for c in range(size) if parents[c] == node and not is_copied]
         said = [tokens[c] for c in children]
-        agreement = 3 if not children else 2 if token not in said else min(said.index(token), 1)
-        classes[node] = class_of(length, count, same, agreement), token
+        if is_drawn:  # a draw that is not verified may be copied all the same
+            said = [t if scores[c] > floor else -1 for c, t in zip(children, said, strict=True)]
+            children = [c for c in children if tokens[c] != token or scores[c] > floor]
+        has_children = any(parents[c] == node for c in range(size)) and not is_copied
+        agreement = 3 if not has_children else 2
+        agreement = min(said.index(token), 1) if token in said else agreement
+        kind_class = class_of(length, count, same, agreement)
+        classes[node] = kind_class + (0 if kind == GREEDY else CLASSES_OF_KIND), token
         return context[len(context) - length :], token, table[classes[node][0]], children
 
     shares = {c: scores[c] / (scores[p] if p >= 0 else 1.0) for c, p in enumerate(parents)
@@ -88,8 +98,9 @@ def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score):
         while found is not None:
             context, token, chance, children = found
             match = [c for c in children if tokens[c] == token]
+            children = [] if is_drawn else children
             others = sum(shares[c] for c in children if c not in match)
-            for c in match:
+            for c in match if not is_drawn else []:
                 shares[c] = chance = max(shares[c], chance)
             if children and others + chance > 1.0:
                 for c in children:
@@ -114,8 +125,11 @@ def expected_tree(tree, text, table, b, num_nodes, max_depth, least_score):
     num_nodes=st.integers(1, 12),
     max_depth=st.integers(1, 6),
     least_score=st.sampled_from([0.0, 0.0, 0.01, 0.11]),
+    kind=st.sampled_from([GREEDY, SAMPLED, DRAWN]),
 )
-def test_grafts_are_what_the_text_says(seed, batch, topk, sizes, num_nodes, max_depth, least_score):
+def test_grafts_are_what_the_text_says(
+    seed, batch, topk, sizes, num_nodes, max_depth, least_score, kind
+):
     rng = np.random.default_rng(seed)
     tree = grown(rng, batch, topk, [min(size, topk) for size in sizes])
     max_depth = max(max_depth, tree.num_layers)
@@ -126,6 +140,7 @@ def test_grafts_are_what_the_text_says(seed, batch, topk, sizes, num_nodes, max_
         texts,
         table,
         least_score,
+        [kind] * batch,
         num_nodes=num_nodes,
         max_depth=max_depth,
         vocab_size=VOCAB,
@@ -133,7 +148,7 @@ def test_grafts_are_what_the_text_says(seed, batch, topk, sizes, num_nodes, max_
     size, deepest = tree.num_candidates, 0
     for b, text in enumerate(texts):
         new, classes, copied = expected_tree(
-            tree, text, table, b, num_nodes, max_depth, least_score
+            tree, text, table, b, num_nodes, max_depth, least_score, kind
         )
         np.testing.assert_allclose(
             found.scores[b], [new[c] for c in range(size)], rtol=2e-5, atol=1e-12
@@ -215,6 +230,25 @@ def test_without_copies_a_tree_is_node_for_node_what_it_was(seed, sizes):
         assert torch.equal(ours, theirs)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 3), max_size=3))
+def test_copies_change_nothing_of_drawn_candidates(seed, sizes):
+    """Neither their scores nor which of them may be verified; copies are numbered behind them."""
+    rng = np.random.default_rng(seed)
+    tree = grown(rng, 2, 3, sizes)
+    before, drafted = tree.scores.clone(), tree.num_candidates
+    texts = [rng.integers(0, VOCAB - 1, 30).tolist() for _ in range(2)]
+    limits = {"num_nodes": 8, "max_depth": 6, "vocab_size": VOCAB}
+    found = grafted(tree, texts, learned(rng), 0.02, [DRAWN, DRAWN], **limits)
+    assert np.array_equal(found.scores, before.numpy())
+    arrays = found.scores, found.parents, found.tokens, found.copied_scores
+    tree.graft(*map(torch.from_numpy, arrays))
+    tree._is_drawn = torch.ones(2, 1, dtype=torch.bool)
+    settled = tree.settled_scores(0.02, 9)
+    alone = before.masked_fill((before < 0.02) | ((before >= 0.02).cumsum(1) > 9), 0.0)
+    assert torch.equal(settled[:, :drafted], alone)
+
+
 def test_a_token_outside_the_vocabulary_is_not_copied():
     """As the numbers that stand for an image in a prompt."""
     tree = grown(np.random.default_rng(0), 1, 2, [])
@@ -228,7 +262,7 @@ def test_a_token_outside_the_vocabulary_is_not_copied():
 def test_a_policy_sees_what_copies_leave_to_the_draft():
     tokens, probs = torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.25]])
     tree = DraftTree(tokens, probs, 3, reference)
-    table = np.full(84, 0.75, np.float32)
+    table = np.full(2 * CLASSES_OF_KIND, 0.75, np.float32)
     found = grafted(
         tree, [[3, 5, 2, 3, 5, 9, 2]], table, num_nodes=5, max_depth=3, vocab_size=VOCAB
     )
@@ -245,7 +279,7 @@ def test_copies_are_judged_by_how_the_text_goes_on():
     """Also those that were not verified, and no further than the accepted path."""
     tokens, probs = torch.tensor([[3, 4], [3, 4]]), torch.tensor([[0.5, 0.25]] * 2)
     tree = DraftTree(tokens, probs, 3, reference)
-    table = np.full(84, 0.75, np.float32)
+    table = np.full(2 * CLASSES_OF_KIND, 0.75, np.float32)
     text = [3, 5, 1, 2, 3, 5, 1, 0, 2]
     found = grafted(tree, [text, []], table, num_nodes=5, max_depth=3, vocab_size=VOCAB)
     assert found.tokens[0, :2].tolist() == [5, 1]

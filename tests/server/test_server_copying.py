@@ -12,8 +12,10 @@ from benchmarks.harness.copied import edits, tables
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.servers import Server
 from cast_sglang.trace.file import read_trace
-from tests.server.client import generate, greedy_ids, post_generate
+from tests.server.client import generate, greedy_ids, in_parallel, post_generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
+from tests.server.homogeneity import homogeneity_p_value
+from tests.server.test_server_laws import ALPHA, sample
 from tests.server.test_server_trace import check_replayed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
@@ -66,9 +68,10 @@ def test_text_of_one_token(copying, plain, tokens):
     assert answer == generate(plain, tokens, **wanted)["output_ids"]
 
 
-def test_requests_that_sample_are_not_copied_and_those_beside_them_are_exact(
+def test_requests_that_sample_are_copied_and_those_beside_them_are_exact(
     copying, repeating, repeated_ids
 ):
+    """Their law: `test_server_laws.py`."""
     sampling = threading.Thread(
         target=generate,
         args=(copying, repeating[8:16]),
@@ -77,6 +80,21 @@ def test_requests_that_sample_are_not_copied_and_those_beside_them_are_exact(
     sampling.start()
     assert greedy_ids(copying, repeating[:8], 8, NUM_TOKENS) == repeated_ids[:8]
     sampling.join()
+    assert any(row["is_sampled"] for row in cast_state(copying)["copies"])
+
+
+def test_sampled_tokens_have_the_law_of_plain_decoding(copying, plain, repeating):
+    """Where the text has been said before, so that copies hang beside draws."""
+    before = cast_state(copying)["copies_accepted"]
+    (ours, _), (theirs, _) = in_parallel(
+        lambda server: sample(server, repeating[0], 720, temperature=1.0),
+        [copying, plain],
+        workers=2,
+    )
+    assert cast_state(copying)["copies_accepted"] > before
+    for last in range(ours.shape[1]):
+        for of in (slice(last, last + 1), slice(0, last + 1)):
+            assert homogeneity_p_value(ours[:, of], theirs[:, of]) > ALPHA
 
 
 def test_an_aborted_request_leaves_nothing_behind(copying, repeating, repeated_ids):

@@ -77,7 +77,9 @@ class Server:
             seq_lens=torch.tensor([self.length(req) - 1 for req in reqs]),
         )
         copies = self.copies
-        copies.begin_step(batch, weights, DEPTH, 1e-3)
+        drawn = np.array([req.sampling_params.top_k > 1 for req in reqs])
+        least = np.full(len(reqs), 1e-3, np.float32)
+        copies.begin_step(batch, weights, drawn if drawn.any() else None, DEPTH, least)
 
         def children(rows):
             tokens = np.stack([self.rng.permutation(VOCAB)[:TOPK] for _ in range(rows)])
@@ -167,7 +169,8 @@ def test_requests_come_and_go_and_come_back():
             if server.length(req) > 250:  # it ends, and another one takes its name
                 reqs[name] = server.request(name, said_twice(number), 33)
                 reqs[name].sampling_params.top_k = 20 if name == "c" else 1
-    assert "c" not in server.copies.index and server.copies.num_accepted > 100
+    assert "c" in server.copies.index and server.copies.num_accepted > 100
+    assert {row["is_sampled"] for row in server.copies.state()["copies"]} == {False, True}
 
 
 def test_a_text_that_is_not_the_served_one_is_not_copied():
@@ -181,7 +184,7 @@ def test_a_text_that_is_not_the_served_one_is_not_copied():
         seq_lens=torch.tensor([41, 77]),
     )
     copies = server.copies
-    copies.begin_step(batch, None, DEPTH, 1e-3)
+    copies.begin_step(batch, None, None, DEPTH, np.full(2, 1e-3, np.float32))
     copies.start()
     tree = DraftTree(torch.zeros(2, TOPK).long(), torch.full((2, TOPK), 0.2), DEPTH, loops)
     copies.look(tree.newest)

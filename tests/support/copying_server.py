@@ -162,7 +162,7 @@ class CopyingServer:
     def _draft(self, batch):
         reqs, decider, copies = batch.reqs, self.decider, self.copies
         if copies is not None:
-            copies.begin_step(batch, None, LAYERS, decider.least_score())
+            copies.begin_step(batch, None, None, LAYERS, decider.least_scores())
         tokens, probs = self._children(reqs, [[] for _ in reqs])
         tree = DraftTree(tokens, probs, LAYERS, loops)
         self.recorder.on_layer(1, probs, probs)

@@ -201,6 +201,7 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
     places = tl.zeros([KEPT], tl.int64)
     has_place = m < 0
     factor = 1.0
+    copied = first * 0 - 1  # token of the copy that was rejected
     while goes_on:
         probs_ptr = target_ptr + last * vocab_size
         child = tl.load(next_token_ptr + last)
@@ -209,11 +210,15 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
         found = child * 0 - 1
         has_children = child >= 0
         row = request * num_rows
-        if has_children & is_drawn:
-            row += tl.load(proposers_ptr + first + child)
+        copied = first * 0 - 1
+        has_draws = has_children & is_drawn
+        if has_draws:
+            proposer = tl.load(proposers_ptr + first + child)
+            has_draws = proposer >= 0
+            row += tl.maximum(proposer, 0)
         draft = tl.load(proposals_ptr + row * num_kept + m, mask=is_kept, other=0.0)
         places = tl.load(proposal_tokens_ptr + row * num_kept + m, mask=is_kept, other=0)
-        has_place = is_kept & (draft > 0.0) & has_children & is_drawn
+        has_place = is_kept & (draft > 0.0) & has_draws
         draft = tl.where(has_place, draft, 0.0)
         inside = tl.load(probs_ptr + places, mask=has_place, other=0.0)
         mass = tl.sum(draft, axis=0)
@@ -223,22 +228,25 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
         while child >= 0:
             token = tl.load(candidates_ptr + first + child)
             is_place = has_place & (places == token)
+            by_draft = is_drawn & (tl.load(proposers_ptr + first + child) >= 0)
+            own = tl.sum(tl.where(is_place, inside, 0.0), axis=0)
             chance = 0.0
-            if is_drawn:
-                own = tl.sum(tl.where(is_place, inside, 0.0), axis=0)
+            if by_draft:
                 drafted = tl.sum(tl.where(is_place, draft, 0.0), axis=0)
                 if drafted > 0.0:
                     chance = own / total * mass / drafted
             else:
+                if tl.sum(is_place.to(tl.int32), axis=0) == 0:
+                    own = tl.load(probs_ptr + token) * factor
                 if total > 0.0:
-                    chance = tl.load(probs_ptr + token) / total
+                    chance = own / total
             chance = tl.minimum(chance, 1.0)
             tl.store(chances_ptr + first + child, chance)
             if tl.load(coins_ptr + first + child) < chance:
                 found = child
                 child = child * 0 - 1
             else:
-                if is_drawn:
+                if by_draft:
                     left = tl.maximum(inside / total - draft / tl.maximum(mass, 1e-37), 0.0)
                     left = tl.where(has_place, left, 0.0)
                     after = tl.sum(left, axis=0) + outside / total
@@ -256,7 +264,9 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
                         mass = tl.sum(draft, axis=0)
                         child = tl.load(next_sibling_ptr + first + child)
                 else:
-                    total = total - tl.load(probs_ptr + token)
+                    total = total - own
+                    inside = tl.where(is_place, 0.0, inside)
+                    copied = token
                     child = tl.load(next_sibling_ptr + first + child)
         if found >= 0:
             path += 1
@@ -273,7 +283,10 @@ def _accept_draws_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + token, part * factor, mask=token < vocab_size)
     tl.debug_barrier()
     tl.store(out_ptr + places, inside, mask=has_place)
-    if not is_drawn:
+    if is_drawn:
+        if copied >= 0:
+            tl.store(out_ptr + copied, 0.0)
+    else:
         # Of the others, nothing is left of the tokens that were tried.
         child = tl.load(next_token_ptr + last)
         if path + 1 >= max_nodes:

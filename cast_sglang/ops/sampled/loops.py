@@ -167,7 +167,7 @@ def _walk_draws(
         while True:
             probs, out = target_probs[request, last], residual[request]
             child = next_token[request, last] if path + 1 < nodes.shape[1] else -1
-            uses_draft = child >= 0 and is_drawn[request]
+            uses_draft = child >= 0 and is_drawn[request] and proposers[request, child] >= 0
             # Of p: its sum, the part outside the draft's tokens, and the factor there.
             total = outside = factor = 1.0
             row, mass, accepted = 0, 0.0, -1
@@ -182,7 +182,17 @@ def _walk_draws(
                 total = outside + left.sum()
             else:
                 out[:] = probs
-            while child >= 0:
+            while True:
+                if uses_draft and (child < 0 or proposers[request, child] < 0):
+                    # All draws are rejected; a copy behind them is a proposal of its own.
+                    for token in range(len(probs)):
+                        out[token] = probs[token] * factor
+                    for m in range(num_kept):
+                        if proposals[request, row, m] > 0.0:
+                            out[proposal_tokens[request, row, m]] = left[m]
+                    uses_draft = False
+                if child < 0:
+                    break
                 token = candidates[request, child]
                 place = 0
                 if uses_draft:
@@ -219,12 +229,6 @@ def _walk_draws(
             path += 1
             nodes[request, path] = last = accepted
         num_drafts[request] = path
-        if uses_draft:
-            for token in range(len(probs)):
-                out[token] = probs[token] * factor
-            for m in range(num_kept):
-                if proposals[request, row, m] > 0.0:
-                    out[proposal_tokens[request, row, m]] = left[m]
         total = 0.0
         for token in range(len(out)):
             total += out[token]

@@ -94,12 +94,12 @@ def accept_draws(
         drawn:   q = proposals of the node's children; for each child c in order
                      accept with chance min(1, p[c] / q[c])
                      else p = max(p - q, 0) of sum 1; q[c] = 0, q of sum 1
-        others:  for each child c in order
+        others:  for each child c in order, and for what was copied behind the draws
                      accept with chance p[c]
                      else p[c] = 0, p of sum 1
         continue at the accepted child; if there is none, draw the last token from p
     A child is accepted if its coin is below its chance. The others are the case of a q with all its
-    mass on the child. Each token is an exact sample of the target, if the number of a node's
+    mass on the child. Each token is an exact sample of the target, if the number of a node's drawn
     children that are in the tree was settled without regard to their tokens and to what lies below.
 
     Args:
@@ -107,7 +107,8 @@ def accept_draws(
             the request cuts.
         candidates, next_token, next_sibling: [B, N] int64, the tokens of the nodes and the links of
             the tree, -1 for none; siblings in the order of the draws, none left out before another.
-        proposers: [B, N] int64, row of `proposals` that a node was drawn from; of the root any.
+        proposers: [B, N] int64, row of `proposals` that a node was drawn from, -1 for a copy, which
+            no draw of the same parent follows; of the root any.
         proposals: [B, E, M] float, 0 for tokens that could not be drawn.
         proposal_tokens: [B, E, M] int64, distinct in a row.
         is_drawn: [B] bool.
@@ -130,13 +131,12 @@ def accept_draws(
         while True:
             accepted, child = None, int(next_token[b, path[-1]]) if len(path) < max_nodes else -1
             proposal = torch.zeros_like(probs)
-            if child >= 0 and is_drawn[b]:
-                row = proposers[b, child]
+            if child >= 0 and is_drawn[b] and (row := proposers[b, child]) >= 0:
                 proposal[proposal_tokens[b, row]] = proposals[b, row].to(probs.dtype)
                 proposal /= proposal.sum()
             while child >= 0 and accepted is None:
                 token = candidates[b, child]
-                if not is_drawn[b]:
+                if not is_drawn[b] or proposers[b, child] < 0:
                     proposal = torch.zeros_like(probs)
                     proposal[token] = 1.0
                 # A token that could not be drawn is not accepted.

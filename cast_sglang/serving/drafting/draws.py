@@ -55,15 +55,24 @@ def cut_links(
 ) -> None:
     """Take the nodes that a drawn request may not verify out of its tree.
 
-    Of a node's children they are the last, so that a link to one of them ends the list.
+    A link to one of them goes to its next sibling that stays: a copy, if any.
 
     Args:
         index: [B, N - 1] int64, candidate numbers of the nodes.
         settled_scores: [B, M] float32, 0 for such nodes.
     """
-    may_stay = torch.nn.functional.pad(settled_scores.gather(1, index) > 0.0, (1, 0), value=True)
-    for links in (verify_input.retrieve_next_token, verify_input.retrieve_next_sibling):
-        links.masked_fill_((links >= 0) & ~may_stay.gather(1, links.clamp(min=0)), -1)
+    stays = torch.nn.functional.pad(settled_scores.gather(1, index) > 0.0, (1, 0), value=True)
+    siblings = verify_input.retrieve_next_sibling
+
+    def skip(links: torch.Tensor) -> None:
+        places = links.clamp(min=0)
+        is_cut = (links >= 0) & ~stays.gather(1, places)
+        links.copy_(torch.where(is_cut, siblings.gather(1, places), links))
+
+    # Each time a link skips twice as many siblings that are cut.
+    for _ in range(index.shape[1].bit_length()):
+        skip(siblings)
+    skip(verify_input.retrieve_next_token)
 
 
 def num_proposed(config: CastConfig, runner: ModelRunner, topk: int) -> int:
@@ -109,6 +118,11 @@ class Draws:
     def is_drawn(self) -> torch.Tensor | None:
         """[B] bool, whose drafts are drawn in this step; None where no one's are."""
         return None if self._cuts is None else self._cuts.is_drawn
+
+    @property
+    def whose(self) -> np.ndarray | None:
+        """The same on the host."""
+        return self._whose
 
     def begin_step(self, whose: np.ndarray | None, info: SamplingBatchInfo) -> None:
         """Note how the step's requests sample.
@@ -189,7 +203,7 @@ class Draws:
 
         proposals = joined(self._proposals)
         proposers = proposer_of(selection.top_scores_index, self._topk)
-        # A place that no candidate fills hangs nowhere; its proposer is only to be one that exists.
-        proposers = proposers.clamp_(max=proposals.shape[1] - 1)
+        # Copies were not drawn, and a place that no candidate fills hangs nowhere.
+        proposers = torch.where(proposers < proposals.shape[1], proposers, -1)
         proposers = torch.nn.functional.pad(proposers, (1, 0))
         return Drawn(proposals, joined(self._tokens), proposers, self._cuts.is_drawn)

@@ -143,7 +143,8 @@ class CastDraftWorker(EagleDraftWorker):
         tools, copies = self.tools, self.tools.copies
         decider = tools.decider
         if copies is not None:
-            copies.begin_step(batch, tools.weights, tools.room.max_layers, decider.least_score())
+            whose = tools.weights, tools.draws.whose
+            copies.begin_step(batch, *whose, tools.room.max_layers, decider.least_scores())
         forward_batch, _, _ = prepare_for_draft(
             batch.spec_info,
             self.req_to_token_pool,

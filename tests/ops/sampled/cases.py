@@ -43,8 +43,12 @@ def cuts(generator: torch.Generator, batch: int, **changed: Any) -> DrawCuts:
 def walk(
     generator: torch.Generator, batch: int, layers: int, topk: int, num_kept: int, vocab: int
 ) -> WalkCase:
-    """Return a tree that expands the first node of each layer, its children drawn at random."""
-    num_nodes = 1 + layers * topk
+    """Return a tree that expands the first node of each layer, its children drawn at random.
+
+    Behind the draws of each node hangs a copy: of a token that might have been drawn, of one that
+    was, and of one that could not be, in turn. The last node expanded has a copy alone.
+    """
+    num_nodes = 1 + layers * topk + layers + 1
     target = torch.rand((batch, num_nodes, vocab), generator=generator) ** 4
     target[torch.rand(target.shape, generator=generator) < 0.3] = 0.0
     target[..., 0] += 1e-3
@@ -55,9 +59,11 @@ def walk(
     if topk > 1:  # a child that could not have been drawn
         proposals[0, :, topk - 1] = 0.0
     proposals /= proposals.sum(-1, keepdim=True)
-    kept = torch.rand((batch, layers, vocab), generator=generator).argsort(-1)[..., :num_kept]
+    kept = torch.rand((batch, layers, vocab), generator=generator).argsort(-1)
+    everything = kept  # all tokens, those that may be drawn first
+    kept = everything[..., :num_kept]
     candidates = torch.zeros((batch, num_nodes), dtype=torch.int64)
-    candidates[:, 1:] = kept[:, :, :topk].reshape(batch, -1)
+    candidates[:, 1 : 1 + layers * topk] = kept[:, :, :topk].reshape(batch, -1)
     next_token = torch.full((batch, num_nodes), -1)
     next_sibling, proposers = next_token.clone(), torch.zeros_like(next_token)
     parent = 0
@@ -66,10 +72,16 @@ def walk(
         next_token[:, parent] = parent = first
         next_sibling[:, first : first + topk - 1] = torch.arange(first + 1, first + topk)
         proposers[:, first : first + topk] = layer
+        copy = 1 + layers * topk + layer
+        place = (min(topk, vocab - 1), 0, min(num_kept, vocab - 1))[layer % 3]
+        next_sibling[:, first + topk - 1] = copy
+        candidates[:, copy], proposers[:, copy] = everything[:, layer, place], -1
+    next_token[:, parent] = num_nodes - 1
+    candidates[:, -1], proposers[:, -1] = everything[:, -1, -1], -1
     return WalkCase(
         target, candidates, next_token, next_sibling, proposers, proposals, kept,
         torch.arange(batch) % 3 != 1,
         torch.rand((batch, num_nodes), generator=generator),
         torch.rand(batch, generator=generator),
-        layers + 1,
+        layers + 2,
     )  # fmt: skip

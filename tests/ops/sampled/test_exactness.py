@@ -1,9 +1,9 @@
 """Drawn drafts keep the law of the target: all draws and all coins of a step, added up exactly.
 
 The step is that of the server: `draw_children` draws, `Decider` and policy `auto` choose widths,
-`DraftTree` and the decider what is verified, `build_tree` links, and the walk of `accept_draws`
-verifies, here as Python in float64. Draws are forced by their noise, coins by values outside of
-0..1.
+`graft` hangs copies in, `DraftTree` and the decider choose what is verified, `build_tree` links,
+and the walk of `accept_draws` verifies, here as Python in float64. Draws are forced by their noise,
+coins by values outside of 0..1.
 """
 
 import copy
@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from cast_sglang.copying.automaton import SuffixIndex
+from cast_sglang.copying.chances import Chances
+from cast_sglang.copying.graft import graft, outlook
 from cast_sglang.ops import loops as tree_ops
 from cast_sglang.ops import reference as tree_reference
 from cast_sglang.ops.sampled import loops
 from cast_sglang.ops.sampled.contract import DrawCuts
+from cast_sglang.policy.acceptance import DRAWN, GREEDY
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.tree import DraftTree, proposer_of
@@ -58,11 +62,23 @@ class Step:
     """One step of one request, its draws given."""
 
     def __init__(
-        self, pair, policy, topk, max_layers, anticipates=False, rows=ROWS, costs=None, **cuts
+        self,
+        pair,
+        policy,
+        topk,
+        max_layers,
+        anticipates=False,
+        rows=ROWS,
+        costs=None,
+        said=(),
+        kind=DRAWN,
+        **cuts,
     ):
         self.pair, self.policy, self.topk, self.max_layers = pair, policy, topk, max_layers
         self.rows, self.costs = rows, COSTS if costs is None else costs
         self.anticipates = anticipates
+        self.said, self.kind = said, kind  # the text before the step, and how copies are hung in
+        self.num_copied = 0
         values = {"temperatures": 1.0, "top_ks": 99, "top_ps": 1.0, "min_ps": 0.0, "is_drawn": True}
         self.cuts = DrawCuts(**{k: torch.tensor([v]) for k, v in (values | cuts).items()})
 
@@ -100,9 +116,20 @@ class Step:
         paths = {}
         for node, token in enumerate(tokens[0].tolist()):
             paths[node] = (token,)
+        index, table = SuffixIndex(1 << 10), Chances().table()
+        assert index.add(0, np.array(self.said, np.int64))
         while True:
             frontier = tree.frontier()
-            width = decider.width(frontier.scores)
+            grafts = graft(
+                *(index.ints, index.blocks([0]), tree.tokens.numpy(), tree.scores.numpy()),
+                *(tree.parents.numpy(), topk, table, np.array([self.kind])),
+                num_nodes=self.rows - 1,
+                max_depth=self.max_layers,
+                least_scores=decider.least_scores(),
+                vocab_size=pair.vocab,
+            )
+            view = map(torch.from_numpy, outlook(grafts, table, frontier.node_index.numpy()))
+            width = decider.width(frontier.scores, tuple(view))
             if width is None:
                 break
             nodes = frontier.node_index[0, :width].tolist()
@@ -111,9 +138,16 @@ class Step:
             for place, token in enumerate(tokens.flatten().tolist()):
                 paths[first + place] = (*paths[nodes[place // topk]], token)
             decider.expanded(frontier.scores, tree.grow(frontier, width, tokens, probs))
+        num_drafted = tree.num_candidates
+        for place, parent in enumerate(grafts.parents[0, : grafts.counts[0]].tolist()):
+            above = () if parent < 0 else paths[parent]
+            paths[num_drafted + place] = (*above, int(grafts.tokens[0, place]))
+        arrays = grafts.scores, grafts.parents, grafts.tokens, grafts.copied_scores
+        tree.graft(*map(torch.from_numpy, arrays))
         ranked = tree.ranked(self.rows - 1)
         settled = tree.ranked_settled(tree.settled_scores(*decider.settlement()), self.rows - 1)
         size, num_rows = decider.rows(ranked.scores, settled.scores)
+        size, num_rows = grafts.fit(size, num_rows, True)
         num_rows = np.array([size]) if num_rows is None else num_rows
         if self.anticipates:
             # The second draw goes where the draft is not sure of what follows it.
@@ -133,11 +167,12 @@ class Step:
             torch.zeros(size * size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64),
             *links, self.max_layers,
         )  # fmt: skip
-        index = selection.top_scores_index
+        index = selection.top_scores_index.numpy()
         texts = [(), *(paths.get(node, ()) for node in index[0].tolist())]
         joined = torch.cat(proposals).double().numpy()[None], torch.cat(kept_tokens).numpy()[None]
-        proposers = np.concatenate([[0], proposer_of(index[0].numpy(), topk)])
-        proposers = np.minimum(proposers, joined[0].shape[1] - 1)
+        proposers = np.concatenate([[0], proposer_of(index[0], topk)])
+        proposers = np.where(proposers < joined[0].shape[1], proposers, -1)
+        self.num_copied += int(((index >= num_drafted) & (index < tree.num_candidates)).sum())
         return texts, links[1].numpy(), links[2].numpy(), proposers[None], joined
 
     def outcomes(self, choices: list) -> Iterator[tuple[tuple, float, np.ndarray]]:
@@ -258,6 +293,33 @@ def test_the_law_is_the_target_s(name, seed):
     found = law(step, layers + 1)
     assert abs(found.sum() - 1.0) < MAX_ERROR
     assert abs(found - expected_law(pair, layers + 1)).max() < MAX_ERROR
+
+
+# Texts before the step, which end with what they said before; and what was said of all tokens.
+SAID = ((0, 1, 2, 0, 1), (2, 1, 0, 2, 2, 1), (1, 1, 1, 1), (0, 2, 1, 2, 0, 0, 2))
+
+
+@pytest.mark.parametrize("said", SAID, ids=str)
+@pytest.mark.parametrize("name", ["wide", "small cut", "large cut", "deep", "top_k", "top_p"])
+def test_copies_beside_draws_keep_the_law(name, said):
+    """Copies hang below the root, below draws and below each other, beside draws and alone."""
+    vocab, topk, layers, cut, cuts = CASES[name]
+    pair = Pair(vocab, 0)
+    step = Step(pair, policy(layers, cut), topk, layers, said=said, **cuts)
+    found = law(step, layers + 1)
+    assert abs(found.sum() - 1.0) < MAX_ERROR
+    assert abs(found - expected_law(pair, layers + 1)).max() < MAX_ERROR
+    assert step.num_copied
+
+
+def test_copies_that_raise_the_scores_of_draws_are_found_out():
+    """As for greedy requests: a draw would then be verified more often for being the copied one."""
+    pair, said = Pair(3, 1), SAID[0]
+    errors = []
+    for kind in (GREEDY, DRAWN):
+        step = Step(pair, policy(2, 0.2), 2, 2, costs=WIDE, said=said, kind=kind)
+        errors.append(abs(law(step, 3) - expected_law(pair, 3)).max())
+    assert errors[0] > 1e-4 and errors[1] < MAX_ERROR
 
 
 def test_trees_differ_and_some_drafts_are_accepted():

@@ -44,10 +44,10 @@ def test_verify_gets_the_row_that_each_node_was_drawn_from():
     draws.begin_step(whose, sampling_info())
     for width in (1, 2):
         draws.children(*layer(width, seed=width))
-    # Two children of the root, two of each expanded node; 6 stands for no candidate.
+    # Two children of the root, two of each expanded node; 6 stands for a copy.
     index = torch.tensor([[0, 1, 3, 5], [0, 2, 4, 6], [1, 2, 3, 4]])
     drawn = draws.drawn(SimpleNamespace(top_scores_index=index))
-    assert drawn.proposers.tolist() == [[0, 0, 0, 1, 2], [0, 0, 1, 2, 2], [0, 0, 1, 1, 2]]
+    assert drawn.proposers.tolist() == [[0, 0, 0, 1, 2], [0, 0, 1, 2, -1], [0, 0, 1, 1, 2]]
     assert drawn.proposals.shape == drawn.tokens.shape == (BATCH, 3, NUM_TOKENS)
     assert drawn.is_drawn.tolist() == whose.tolist()
     assert not drawn.proposals[1].any()
@@ -92,6 +92,22 @@ def test_links_end_before_nodes_that_may_not_be_verified():
     cut_links(verify_input, torch.tensor([[0, 1, 2, 5]]), scores)
     assert verify_input.retrieve_next_token.tolist() == [[1, -1, -1, -1, -1]]
     assert verify_input.retrieve_next_sibling.tolist() == [[-1, 2, -1, -1, -1]]
+
+
+def test_links_skip_nodes_that_may_not_be_verified_where_a_copy_hangs_behind_them():
+    # Root 0 with children 1 to 5, of which 2, 3 and 4 are cut; 1 with child 6, cut, and 7.
+    verify_input = SimpleNamespace(
+        retrieve_next_token=torch.tensor([[1, 6, -1, -1, -1, -1, -1, -1]]),
+        retrieve_next_sibling=torch.tensor([[-1, 2, 3, 4, 5, -1, 7, -1]]),
+    )
+    scores = torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.4, 0.0, 0.2]])
+    cut_links(verify_input, torch.arange(7)[None], scores)
+    next_token, siblings = (
+        links[0].tolist()
+        for links in (verify_input.retrieve_next_token, verify_input.retrieve_next_sibling)
+    )
+    assert next_token == [1, 7, -1, -1, -1, -1, -1, -1]
+    assert siblings[1] == 5 and siblings[5] == siblings[7] == -1
 
 
 def test_nothing_waits_to_say_whose_drafts_are_drawn(monkeypatch):
