@@ -27,8 +27,8 @@ arm for each shape of --static-grid) | adaptive (SGLang's --speculative-adaptive
 cast[:POLICY[:C1-C2-C3]]. Each takes settings: cast:auto+calibration=off gives --cast-calibration
 off, static+--random-seed=1 gives --random-seed 1.
 
-Tasks: code | edit | table (much to copy) | hostile (random tokens) | humaneval | humaneval-chat |
-gsm8k | mt-bench (two turns) |
+Tasks: code | edit | table | quote | agent (much to copy) | hostile (random tokens) |
+humaneval | humaneval-chat | gsm8k | mt-bench (two turns) |
 sharegpt-instruct | sharegpt-summarise | sharegpt-qa | chat (two turns) | instruct | summarise |
 qa | reasoning | best-of-N[:TASK] | multi-round[-ROUNDS][:TASK] | FILE.jsonl[:CATEGORY].
 What mt-bench and sharegpt-* need is fetched once.

