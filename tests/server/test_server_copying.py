@@ -112,6 +112,25 @@ def test_an_aborted_request_leaves_nothing_behind(copying, repeating, repeated_i
     assert greedy_ids(copying, repeating[4:8], 4, NUM_TOKENS) == repeated_ids[4:8]
 
 
+def test_a_retracted_request_goes_on_as_plain_decoding_would(copying, plain, repeating):
+    """Its text is read anew when it runs again."""
+    wanted = {"max_new_tokens": 4 * NUM_TOKENS}
+    answers: list[dict] = []
+    running = threading.Thread(
+        target=lambda: answers.extend(generate(copying, repeating[:4], **wanted))
+    )
+    before = cast_state(copying)["steps"]
+    running.start()
+    while cast_state(copying)["steps"] < before + 5:
+        time.sleep(0.02)
+    for path, body in (("pause_generation", {"mode": "retract"}), ("continue_generation", {})):
+        httpx.post(f"{copying.url}/{path}", json=body, timeout=60.0).raise_for_status()
+    running.join()
+    expected = generate(plain, repeating[:4], **wanted)
+    assert [a["output_ids"] for a in answers] == [a["output_ids"] for a in expected]
+    assert any(a["meta_info"]["num_retractions"] for a in answers)
+
+
 def test_replay_makes_the_choices_of_the_server(copying, trace_path, repeating, made_up_profile):
     """Of all that the tests above have asked, and of requests that come and end."""
     for batch in (1, 3, 2):

@@ -191,6 +191,41 @@ def test_a_text_that_is_not_the_served_one_is_not_copied():
     assert copies.index.num_tokens("b") == 42 and "c" not in copies.index
 
 
+@pytest.mark.parametrize("period", [1, 3])
+def test_text_that_repeats_one_token_is_copied_from_the_first_step_on(period):
+    server = Server()
+    req = server.request("a", (list(range(period)) * 1200)[:1200], 1000)
+    counts = [len(server.step([req])[0]) for _ in range(20)]
+    assert counts[0] > DEPTH // 2 and min(counts[2:]) == DEPTH + 1
+
+
+def test_a_long_prompt_is_read_once_and_copied():
+    server = Server(max_tokens=1 << 17)
+    text = np.random.default_rng(3).integers(0, VOCAB, 30_000).tolist()
+    req = server.request("a", text + text[:200], 30_000)
+    reads = []
+    add = server.copies.index.add
+    server.copies.index.add = lambda request, tokens: (
+        reads.append(len(tokens)) or add(request, tokens)
+    )
+    counts = [len(server.step([req])[0]) for _ in range(12)]
+    assert max(reads) > 30_000 and sum(size > 1000 for size in reads) == 1
+    assert min(counts[6:]) == DEPTH + 1
+
+
+def test_requests_that_end_in_the_middle_leave_no_text_and_no_outcome_to_others():
+    """As where one is aborted while its step runs; its results are not read into another text."""
+    server = Server()
+    reqs = [server.request(name, said_twice(ord(name)), 40) for name in "abc"]
+    for number in range(30):
+        server.step(reqs)
+        if number % 3 == 2:
+            place = number % len(reqs)
+            reqs[place] = server.request(f"new-{number}", said_twice(number), 37 + number % 5)
+    server.step(reqs[:1])
+    assert len(server.copies.index._blocks) == 1
+
+
 def test_memory_beyond_the_limit_is_not_taken():
     server = Server(max_tokens=200)
     reqs = [server.request(name, said_twice(1), 60) for name in "ab"]
