@@ -20,7 +20,7 @@ from cast_sglang.copying.paths import copied_child, go_on, start_of
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 
-__all__ = ["Grafts", "Outlook", "graft", "judge", "outlook"]
+__all__ = ["Grafts", "Outlook", "Seen", "graft", "outlook"]
 
 _GREEDY, _DRAWN = GREEDY, DRAWN
 # Places in `chances.AGREEMENTS`.
@@ -68,6 +68,33 @@ class Outlook(NamedTuple):
     left: np.ndarray  # [B, K] float32, part of a node's score that copies leave to drafted children
 
 
+class Seen:
+    """What was found below the nodes of a step's trees, kept while these grow.
+
+    Args:
+        batch_size: requests.
+        num_candidates: M, the most drafted candidates of a tree.
+        max_depth: the most that `graft` is asked for.
+    """
+
+    def __init__(self, batch_size: int, num_candidates: int, max_depth: int) -> None:
+        nodes = batch_size, 1 + num_candidates  # the root first
+        self.counts = np.full(nodes, -1)  # of the node's path of copies; -1: nothing is known
+        # Of each node's context, and of the last one of its path: state and length.
+        self.contexts, self.ends = np.empty((2, *nodes), np.int64), np.empty((2, *nodes), np.int64)
+        # Of the path, root first, down to one that copies nothing: token and class.
+        self.path = np.empty((2, *nodes, max_depth + 1), np.int32)
+
+    def holds(self, batch_size: int, num_candidates: int, max_depth: int) -> bool:
+        """Return whether there is room for trees of so many candidates."""
+        size, nodes = self.counts.shape
+        return size == batch_size and nodes > num_candidates and self.path.shape[3] > max_depth
+
+    def forget(self) -> None:
+        """Begin another step."""
+        self.counts.fill(-1)
+
+
 def graft(
     ints: np.ndarray,
     blocks: np.ndarray,
@@ -82,6 +109,7 @@ def graft(
     max_depth: int,
     least_scores: np.ndarray,
     vocab_size: int,
+    seen: Seen | None = None,
 ) -> Grafts:
     """Find the copied children of all nodes that may be verified, and their copied descendants.
 
@@ -107,6 +135,8 @@ def graft(
         max_depth: of a node, 1 for the root's children.
         least_scores: [B] float32 >= 0, of a node that is worth to be copied.
         vocab_size: tokens beyond, as those of images, are not copied.
+        seen: of the step, where its trees were grafted before they had all of their layers; None
+            for what is grafted once.
     """
     batch_size, num_drafted = scores.shape
     merged, copied_scores = scores.copy(), np.zeros((batch_size, num_nodes), np.float32)
@@ -117,7 +147,11 @@ def graft(
     limits = np.array([topk, num_nodes, max_depth, vocab_size])
     drafted = tokens, scores, parents
     results = merged, copied, copied_scores, children, counts
-    depth = _graft(ints, blocks, *drafted, chances, kinds, least_scores, limits, *results)
+    if seen is None:
+        seen = Seen(batch_size, num_drafted, max_depth)
+    known = seen.counts, seen.contexts, seen.ends, seen.path
+    how = chances, kinds, least_scores, limits
+    depth = _graft(ints, blocks, *drafted, *how, *known, *results)
     return Grafts(
         scores=merged,
         parents=copied[0],
@@ -141,35 +175,6 @@ def outlook(grafts: Grafts, chances: np.ndarray, nodes: np.ndarray) -> Outlook:
     left = np.empty(nodes.shape, np.float32)
     _look(grafts.scores, grafts.copied_scores, grafts.classes, chances, nodes, best, left)
     return Outlook(best, left)
-
-
-def judge(
-    grafts: Grafts,
-    top_scores_index: np.ndarray,
-    accept_index: np.ndarray,
-    tokens: np.ndarray,
-    accept_lens: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return which copies the text went on with.
-
-    Args:
-        top_scores_index: [B, N - 1] int64, `tree.Selection`'s.
-        accept_index: [B, *] int64, b * N + row of the root and of each accepted node.
-        tokens: [B, *] int64, new tokens of each request.
-        accept_lens: [B] int64, their number.
-
-    Returns:
-        classes [n] int64 of the copies whose parents were accepted; followed [n] bool; and how many
-        of the accepted nodes were proposed by copying alone.
-    """
-    most = int(accept_lens.sum())
-    classes, followed = np.empty(most, np.int64), np.empty(most, np.bool_)
-    first_copied = grafts.scores.shape[1]
-    count, num_copied = _judge(
-        *(grafts.classes, grafts.child_tokens, first_copied),
-        *(top_scores_index, accept_index, tokens, accept_lens, classes, followed),
-    )
-    return classes[:count], followed[:count], int(num_copied)
 
 
 @compiled("f4(f4[:], i8)")
@@ -217,8 +222,8 @@ def _make_room(
 
 
 @compiled(
-    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], f4[:, :], "
-    "i8[:, :, :], f4[:, :], i8[:, :, :], i8[:])"
+    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i8[:, :], "
+    "i8[:, :, :], i8[:, :, :], i4[:, :, :, :], f4[:, :], i8[:, :, :], f4[:, :], i8[:, :, :], i8[:])"
 )
 def _graft(
     ints: np.ndarray,
@@ -230,6 +235,10 @@ def _graft(
     kinds: np.ndarray,
     least_scores: np.ndarray,
     limits: np.ndarray,
+    num_known: np.ndarray,
+    contexts: np.ndarray,
+    ends: np.ndarray,
+    path: np.ndarray,
     merged: np.ndarray,
     copied: np.ndarray,
     copied_scores: np.ndarray,
@@ -238,11 +247,12 @@ def _graft(
 ) -> int:
     """Do the work of `graft`; return the depth of the deepest copied candidate.
 
-    Arrays of nodes have the root first, so that candidate c is at c + 1.
+    What the texts say is asked once for each node and place of its path, and kept (`Seen`): a hash
+    table that has left the caches takes longer than all that is done with its answers. Arrays of
+    nodes have the root first, so that candidate c is at c + 1.
     """
     topk, num_nodes, max_depth, vocab_size = limits
     batch_size, num_drafted = scores.shape
-    state, length = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.int64)
     depth = np.zeros(num_drafted + 1, np.int64)
     first_child = np.empty(num_drafted + 1, np.int64)
     # What a candidate's score is multiplied with, because of its ancestors, and of its siblings.
@@ -255,7 +265,8 @@ def _graft(
         if base < 0:
             continue
         block = ints[base:]
-        state[0], length[0] = start_of(block, capacity)
+        if num_known[request, 0] < 0:
+            contexts[0, request, 0], contexts[1, request, 0] = start_of(block, capacity)
         is_drawn, floor = kinds[request] == _DRAWN, least_scores[request]
         if not is_drawn:
             floor = max(floor, _nth_best(scores[request], num_nodes))
@@ -279,13 +290,27 @@ def _graft(
                 depth[node] = depth[above] + 1
                 if score <= floor:
                     continue
-                state[node], length[node] = go_on(
-                    block, capacity, state[above], length[above], tokens[request, node - 1]
-                )
-            at, known, level, number = state[node], length[node], depth[node], node - 1
-            is_drafted = True
+                if num_known[request, node] < 0:
+                    state, length = contexts[0, request, above], contexts[1, request, above]
+                    token = tokens[request, node - 1]
+                    state, length = go_on(block, capacity, state, length, token)
+                    contexts[0, request, node], contexts[1, request, node] = state, length
+            if num_known[request, node] < 0:
+                num_known[request, node] = 0
+                ends[0, request, node] = contexts[0, request, node]
+                ends[1, request, node] = contexts[1, request, node]
+            level, number, place, is_drafted = depth[node], node - 1, 0, True
             while True:
-                token, known, at, kind = copied_child(block, capacity, at, known, first_class)
+                if place == num_known[request, node]:
+                    state, length = ends[0, request, node], ends[1, request, node]
+                    token, length, state, kind = copied_child(
+                        block, capacity, state, length, first_class
+                    )
+                    ends[0, request, node], ends[1, request, node] = state, length
+                    path[0, request, node, place], path[1, request, node, place] = token, kind
+                    num_known[request, node] += 1
+                token, kind = path[0, request, node, place], path[1, request, node, place]
+                place += 1
                 if token < 0 or token >= vocab_size:
                     break
                 first, match = first_child[node] if is_drafted else -1, -1
@@ -351,33 +376,3 @@ def _look(
             kind = classes[request, node + 1]
             taken = chances[kind] if kind >= 0 else np.float32(0.0)
             left[request, place] = scores[request, node] * (np.float32(1.0) - taken)
-
-
-@compiled(
-    "Tuple((i8, i8))(i8[:, :], i8[:, :], i8, i8[:, :], i8[:, :], i8[:, :], i8[:], i8[:], b1[:])"
-)
-def _judge(
-    classes: np.ndarray,
-    child_tokens: np.ndarray,
-    first_copied: int,
-    top_scores_index: np.ndarray,
-    accept_index: np.ndarray,
-    tokens: np.ndarray,
-    accept_lens: np.ndarray,
-    seen: np.ndarray,
-    followed: np.ndarray,
-) -> tuple[int, int]:
-    """Do the work of `judge`; return how many copies were judged, and accepted as copies."""
-    count = num_copied = 0
-    num_rows = top_scores_index.shape[1] + 1
-    for request in range(len(classes)):
-        for place in range(accept_lens[request]):
-            row = accept_index[request, place] - request * num_rows
-            number = top_scores_index[request, row - 1] if row > 0 else -1
-            num_copied += number >= first_copied
-            kind = classes[request, number + 1]
-            if kind >= 0:
-                seen[count] = kind
-                followed[count] = child_tokens[request, number + 1] == tokens[request, place]
-                count += 1
-    return count, num_copied

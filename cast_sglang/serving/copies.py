@@ -18,7 +18,8 @@ import torch
 
 from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
 from cast_sglang.copying.chances import Chances
-from cast_sglang.copying.graft import Grafts, graft, judge, outlook
+from cast_sglang.copying.graft import Grafts, Seen, graft, outlook
+from cast_sglang.copying.outcomes import judge
 from cast_sglang.copying.paths import copied_paths
 from cast_sglang.ops.copies import to_device
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
@@ -88,6 +89,7 @@ class Copies:
         self._roots: Read | None = None
         self._blocks = np.empty((0, 2), np.int64)
         self._layers: list[tuple[np.ndarray, ...]] = []  # tokens, scores, parents
+        self._seen = Seen(0, 0, 0)
         self._nodes = np.empty((0, 0), np.int64)  # of the newest layer, best first
         self._grafts: Grafts | None = None
         self._selection: Selection | None = None
@@ -174,6 +176,7 @@ class Copies:
             roots, seq_lens = (part.numpy() for part in self._roots.wait())
             self._roots = None
             self._take_in(0)
+            self._seen.forget()
             self._blocks = self._checked_texts(roots, seq_lens)
         tokens, scores, nodes = (array.numpy() for array in arrays)
         batch_size, above = len(scores), np.full((len(scores), 1), -1)
@@ -182,12 +185,16 @@ class Copies:
         self._nodes, tokens = nodes, tokens.reshape(batch_size, -1)
         self._layers.append((tokens, scores, np.repeat(above, self._topk, axis=1)))
         table = self.chances.table()
+        shape = batch_size, sum(part[0].shape[1] for part in self._layers), self._max_depth
+        if not self._seen.holds(*shape):
+            self._seen = Seen(*shape)
         self._grafts = graft(
             *(self.index.ints, self._blocks, *self._drafted(), self._topk, table, self._kinds),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
             least_scores=self._least_scores,
             vocab_size=self._vocab_size,
+            seen=self._seen,
         )
         view = outlook(self._grafts, table, nodes)
         self.seconds += time.perf_counter() - began

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import CLASSES_OF_KIND, Chances, class_of
-from cast_sglang.copying.graft import graft, judge, outlook
+from cast_sglang.copying.graft import Seen, graft, outlook
+from cast_sglang.copying.outcomes import judge
 from cast_sglang.copying.reference import Text
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
-from cast_sglang.tree import DraftTree
+from cast_sglang.tree import DraftTree, layer_ends
 
 VOCAB = 6
 
@@ -209,6 +210,44 @@ def test_every_cut_of_a_grafted_tree_is_a_tree(seed, topk, sizes, num_rows):
             children = scores[b, :real][parents[b, :real] == node]
             assert children.sum() <= above * (1 + 1e-5)
             assert (children <= above).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    topk=st.integers(1, 4),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    num_nodes=st.integers(1, 12),
+    kind=st.sampled_from([GREEDY, DRAWN]),
+)
+def test_what_was_found_while_a_tree_grew_is_found_again(seed, topk, sizes, num_nodes, kind):
+    rng = np.random.default_rng(seed)
+    tree = grown(rng, 2, topk, [min(size, topk) for size in sizes])
+    texts = [rng.integers(0, VOCAB - 1, 30).tolist() for _ in range(2)]
+    table, limits = learned(rng), {"num_nodes": num_nodes, "max_depth": 5, "vocab_size": VOCAB}
+    size = tree.num_candidates
+    seen = Seen(2, size + 3, 6)
+    assert seen.holds(2, size, 5) and seen.holds(2, size + 3, 6)
+    for other in ((3, size, 5), (2, size + 4, 5), (2, size, 7)):
+        assert not seen.holds(*other)
+    index, roots = indexed(texts)
+    arrays = tree.tokens.numpy(), tree.scores.numpy(), tree.parents.numpy()
+    ends = layer_ends([nodes.shape[1] for nodes in tree.expanded], topk)
+    for least in (0.05, 0.0):  # a step, and another one whose limit is lower
+        kinds, floors = np.full(2, kind), np.full(2, least, np.float32)
+        limits["least_scores"] = floors
+        for end in ends.tolist():
+            part = [array[:, :end] for array in arrays]
+            how = topk, table, kinds
+            again = graft(index.ints, roots, *part, *how, **limits, seen=seen)
+            once = graft(index.ints, roots, *part, *how, **limits)
+            for ours, theirs in zip(again, once, strict=True):
+                assert np.array_equal(ours, theirs)
+    seen.forget()
+    other_text, other_roots = indexed([text[::-1] for text in texts])
+    again = graft(other_text.ints, other_roots, *arrays, *how, **limits, seen=seen)
+    once = graft(other_text.ints, other_roots, *arrays, *how, **limits)
+    assert all(map(np.array_equal, again, once))
 
 
 @settings(max_examples=60, deadline=None)
