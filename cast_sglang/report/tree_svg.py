@@ -15,7 +15,7 @@ import numpy as np
 
 from cast_sglang.trace.records import TracedRequest, TracedStep, candidate_parents, unpacked
 
-__all__ = ["legend_svg", "tree_svg"]
+__all__ = ["COPIED", "legend_svg", "tree_svg"]
 
 COLUMN, ROW = 180, 31
 BOX_WIDTH, BOX_HEIGHT = 132, 20
@@ -31,7 +31,8 @@ MONO = "font-family: ui-monospace, 'DejaVu Sans Mono', monospace"
 ACCEPTED, VERIFIED, PLAIN_FILL = "#b7e4c7", "#d6e6f7", "#ffffff"
 ACCEPTED_EDGE, EDGE, FAINT = "#1b7f4b", "#8aa4bd", "#c9ced4"
 INK, GREY = "#1f2933", "#6b7680"
-# Outlines of nodes: expanded, or the rule that kept the node from being expanded.
+# Outlines of nodes: expanded, or the rule that kept the node from being expanded; that of a node
+# which copying alone proposes.
 EXPANDED, C1, C2, COPIED = "#33475b", "#d55e00", "#7b3fa0", "#b8860b"
 DASHES = {EXPANDED: "", COPIED: ""}
 DASHES |= {C1: ' stroke-dasharray="5 3"', C2: ' stroke-dasharray="1.5 2.5"'}

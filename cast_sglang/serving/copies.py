@@ -189,7 +189,10 @@ class Copies:
         if not self._seen.holds(*shape):
             self._seen = Seen(*shape)
         self._grafts = graft(
-            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table, self._kinds),
+            self.index.ints,
+            self._blocks,
+            *self._drafted(),
+            *(self._topk, table, self._kinds),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
             least_scores=self._least_scores,
@@ -200,16 +203,21 @@ class Copies:
         self.seconds += time.perf_counter() - began
         return torch.from_numpy(view.best), torch.from_numpy(view.left)
 
-    def _drafted(self) -> tuple[np.ndarray, ...]:
+    def _drafted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, scores and parents [B, M] of the candidates in all layers so far."""
-        return tuple(np.concatenate(parts, axis=1) for parts in zip(*self._layers, strict=True))
+        parts = zip(*self._layers, strict=True)
+        tokens, scores, parents = (np.concatenate(layers, axis=1) for layers in parts)
+        return tokens, scores, parents
 
     def traced(self) -> Copied:
         """Return what a trace needs to know of the step's trees, which have grown."""
         assert self._grafts is not None, "`look` comes first"
         table = self.chances.table()
         paths = copied_paths(
-            *(self.index.ints, self._blocks, *self._drafted(), self._topk, table, self._kinds),
+            self.index.ints,
+            self._blocks,
+            *self._drafted(),
+            *(self._topk, table, self._kinds),
             max_depth=self._max_depth,
             least_scores=np.maximum(self._least_scores, np.float32(LEAST_CUT)),
             vocab_size=self._vocab_size,

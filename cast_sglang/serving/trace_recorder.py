@@ -26,6 +26,7 @@ from cast_sglang.trace.records import (
     TracedRequest,
     TracedStep,
     TraceHeader,
+    copied_fields,
     packed,
     tables_digest,
 )
@@ -296,11 +297,11 @@ class TraceRecorder:
         for b, number in enumerate(numbers):
             # Row 0 is the root, and candidate M stands for none.
             accepted_rows = [row - b * rows for row in outcome.accept_index[b].tolist() if row >= 0]
-            copies, number_of = _copies(self._copied, b, probs.shape[1])
+            found = None if self._copied is None else (self._copied.grafts, self._copied.paths[b])
+            copies, number_of, *further = copied_fields(found, b, probs.shape[1])
             nodes = number_of[np.minimum(index[b], len(number_of) - 1)]
             is_verified = nodes >= 0
-            paths = (np.empty(0, np.int64),) * 2 if self._copied is None else self._copied.paths[b]
-            all_parents, all_tokens = map(np.append, (parents[b], tokens[b]), paths)
+            all_parents, all_tokens = map(np.append, (parents[b], tokens[b]), further)
             requests.append(
                 TracedRequest(
                     request=number,
@@ -355,28 +356,6 @@ class TraceRecorder:
 
 def _tiers(sizes: GraphSizes | None) -> dict[int, list[int]] | None:
     return None if sizes is None else sizes.tiers
-
-
-def _copies(
-    copied: Copied | None, request: int, num_drafted: int
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Return what is recorded of a request's copies, and the number of each candidate of the tree.
-
-    The tree has places for copies that the request does not have, and numbers behind all: -1.
-    """
-    if copied is None:
-        return {}, np.append(np.arange(num_drafted), -1)
-    grafts, paths = copied.grafts, copied.paths[request]
-    numbers = paths.numbers_of(grafts.parents[request, : grafts.counts[request]], num_drafted)
-    scores = np.append(grafts.scores[request], np.zeros(len(paths.parents), np.float32))
-    scores[numbers] = grafts.copied_scores[request, : len(numbers)]
-    fields = {
-        "copy_parents": packed(paths.parents, "int32"),
-        "copied": packed(paths.copied, "int32"),
-        "match": int(paths.match),
-        "scores": packed(scores, "float32"),
-    }
-    return fields, np.concatenate([np.arange(num_drafted), numbers, [-1]])
 
 
 def _target_probs(verified: Verified, drafted: Drafted) -> torch.Tensor:

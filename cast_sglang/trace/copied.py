@@ -100,7 +100,7 @@ def whole_drafts(
         accepted: [B, *], of each candidate 1 or 0, nan where it is not known.
         max_nodes: tokens of a draft at most.
 
-    Source: Hu et al., "SAM Decoding" (arXiv 2411.10666), section 3.4.
+    Source: Hu et al., "SAM Decoding" (arXiv 2411.10666).
     """
     table, size = unpacked(step.copy_chances, "float32"), len(step.requests)
     found = WholeDrafts(

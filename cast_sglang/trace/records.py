@@ -12,13 +12,17 @@ not, whether the target would have accepted it, so a replay can judge other tree
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from cast_sglang.costs.schema import CostTables, HostIdentity, Provenance
 from cast_sglang.tree import parents_of
+
+if TYPE_CHECKING:
+    from cast_sglang.copying.graft import Grafts
+    from cast_sglang.copying.paths import CopiedPaths
 
 __all__ = [
     "TRACE_VERSION",
@@ -30,6 +34,7 @@ __all__ = [
     "TracedRequest",
     "TracedStep",
     "candidate_parents",
+    "copied_fields",
     "packed",
     "tables_digest",
     "unpacked",
@@ -190,6 +195,38 @@ def candidate_parents(request: TracedRequest, topk: int) -> np.ndarray:
     """Return [M + E] int, the candidate number of each candidate's parent, -1 for the root."""
     drafted = parents_of(unpacked(request.expanded, "int32"), topk)
     return np.concatenate([drafted, unpacked(request.copy_parents, "int32")])
+
+
+def copied_fields(
+    copied: "tuple[Grafts, CopiedPaths] | None", request: int, num_drafted: int
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is recorded of a request's copies, and the number of each candidate of its tree.
+
+    Args:
+        copied: into the step's trees, and what else might have been for this request; None for a
+            server that copies nothing.
+        request: its place in the batch.
+        num_drafted: M.
+
+    Returns:
+        fields of `TracedRequest`; [M + n + 1] numbers, -1 for what the request does not have and
+        for what comes behind all; [E] parents and tokens of the further candidates.
+    """
+    if copied is None:
+        nothing = np.empty(0, np.int64)
+        return {}, np.append(np.arange(num_drafted), -1), nothing, nothing
+    grafts, paths = copied
+    numbers = paths.numbers_of(grafts.parents[request, : grafts.counts[request]], num_drafted)
+    scores = np.append(grafts.scores[request], np.zeros(len(paths.parents), np.float32))
+    scores[numbers] = grafts.copied_scores[request, : len(numbers)]
+    fields = {
+        "copy_parents": packed(paths.parents, "int32"),
+        "copied": packed(paths.copied, "int32"),
+        "match": int(paths.match),
+        "scores": packed(scores, "float32"),
+    }
+    number_of = np.concatenate([np.arange(num_drafted), numbers, [-1]])
+    return fields, number_of, paths.parents, paths.tokens
 
 
 class Continuation:

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cast_sglang.report.tree_svg import legend_svg, tree_svg
+from cast_sglang.report.tree_svg import COPIED, legend_svg, tree_svg
 from cast_sglang.trace.records import TracedRequest, TracedStep, packed, unpacked
 from cast_sglang.trace.replay import make_policy
 from tests.support.simulator import LAYERS, TOPK
@@ -176,6 +176,8 @@ def test_the_legend_explains_every_fill_and_outline(steps):
     for attributes in (("fill",), ("stroke", "stroke-dasharray")):
         drawn = set().union(*(looks(svg, *attributes) for svg in drawings))
         # The root has a fill of its own, and its name in it.
-        assert drawn - {("#eef1f4",)} == looks(legend, *attributes) and len(drawn) >= 3
+        # Copies: tests/trace/test_copied.py.
+        explained = looks(legend, *attributes) - {(COPIED, None)}
+        assert drawn - {("#eef1f4",)} == explained and len(drawn) >= 3
     found, width, height = boxes(legend)
     assert all(x + w <= width and y + h <= height for x, y, w, h in found)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cast_sglang.errors import TraceError
-from cast_sglang.report.tree_svg import tree_svg
+from cast_sglang.report.tree_svg import COPIED, legend_svg, tree_svg
 from cast_sglang.trace.candidates import RecordedTrees, recorded_reward
 from cast_sglang.trace.copied import whole_drafts
 from cast_sglang.trace.file import read_trace
@@ -33,10 +33,9 @@ def recorded(server, texts, num_prompt=120, steps=STEPS):
     """Serve requests that come, end and follow each other."""
     reqs = [server.request(str(i), text, num_prompt) for i, text in enumerate(texts)]
     for number in range(steps):
-        present = reqs if number % 7 else reqs[:1]
-        server.step(present)
         if number == steps // 2:
             reqs[-1] = server.request("new", repeating_text(99, 900), num_prompt)
+        server.step(reqs[:1] if number < steps // 6 else reqs)
     return server.finish()
 
 
@@ -146,8 +145,10 @@ def test_an_empty_index_changes_nothing(profile, tmp_path):
     traces = []
     for name, copies in (("on", True), ("off", False)):
         server = CopyingServer(tmp_path / f"{name}.jsonl", profile, copies=copies)
-        text = np.random.default_rng(4).permutation(VOCAB).tolist()
-        traces.append(recorded(server, [text], num_prompt=60, steps=25))
+        request = server.request("a", np.random.default_rng(4).permutation(VOCAB).tolist(), 60)
+        for _ in range(25):
+            server.step([request])
+        traces.append(server.finish())
     with_copies, without = traces
     for ours, theirs in zip(with_copies.steps, without.steps, strict=True):
         assert ours.is_plain or ours.copy_chances
@@ -224,8 +225,10 @@ def test_copies_are_drawn(trace):
         for request in step.requests:
             svg = tree_svg(step, request, TOPK, LAYERS)
             drawn += svg.count("\ncopied")
+            alone = sum(node >= num_drafted(request) for node in request.accepted)
+            assert svg.count(COPIED) >= alone
             assert svg.count("\nverified") == len(unpacked(request.verified, "int32"))
-    assert drawn > 20
+    assert drawn > 20 and COPIED in legend_svg()
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,9 @@ class Step:
             weight = 1.0
             for node in np.flatnonzero(~np.isnan(chances[0])):
                 weight *= chances[0, node] if node in path else 1.0 - chances[0, node]
-            yield texts[end], weight, residual[0] / residual[0].sum()
+            # Nothing is left where a copy of a token that is sure was to be rejected.
+            if weight and residual[0].sum():
+                yield texts[end], weight, residual[0] / residual[0].sum()
 
 
 def is_linked(node, next_token, next_sibling):
