@@ -216,6 +216,8 @@ def test_trace_show(recorded, tmp_path, capsys):
         (["replay", "missing"], "cannot be read"),
         (["replay", "TRACE", "--policy", "auto", "--c1", "2"], "has no thresholds"),
         (["replay", "TRACE", "--c1", "nan"], "c1=nan"),
+        (["replay", "TRACE", "--no-copies"], "--no-copies: trace"),
+        (["replay", "TRACE", "--switch-at", "5"], "holds no copies; record with --cast-copying on"),
         (["tune", "missing"], "cannot be read"),
         (["trace", "show", "TRACE", "--out", "x", "--steps", "99"], "--steps 99"),
     ],

@@ -71,6 +71,16 @@ def add_trace_commands(commands: Any) -> None:
     for name in ("c1", "c2", "c3"):
         replay.add_argument(f"--{name}", type=float, metavar="PRICE", help="of policy fixed")
     replay.add_argument("--r", type=int, metavar="R", help="of policy fixed")
+    copies = replay.add_mutually_exclusive_group()
+    copies.add_argument(
+        "--no-copies", action="store_true", help="as if the server had run without --cast-copying"
+    )
+    copies.add_argument(
+        "--switch-at",
+        type=at_least_two,
+        metavar="N",
+        help="copy whole drafts where N tokens match, and nothing elsewhere",
+    )
     tune.add_argument(
         "--evaluations",
         type=at_least_two,
@@ -115,7 +125,9 @@ def _replay(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None
     }
     policy = arguments.policy or ("fixed" if thresholds else None)
-    result = _session(arguments).replay(policy, thresholds)
+    result = _session(arguments).replay(
+        policy, thresholds, copies=not arguments.no_copies, switch_at=arguments.switch_at
+    )
     if arguments.json:
         print(json.dumps(result.as_dict()), flush=True)
     else:

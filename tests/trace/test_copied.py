@@ -1,9 +1,13 @@
 """Traces of a server that copies: replayed as it was, without copies, and with whole drafts."""
 
+import json
+
 import msgspec
 import numpy as np
 import pytest
 
+from cast_sglang.cli import main
+from cast_sglang.costs.profiles import save_profile
 from cast_sglang.errors import TraceError
 from cast_sglang.report.tree_svg import COPIED, legend_svg, tree_svg
 from cast_sglang.trace.candidates import RecordedTrees, recorded_reward
@@ -201,6 +205,20 @@ def test_whole_drafts_are_what_followed_the_match(trace, profile):
     assert switched and all(o.choice.widths == [] and o.reward is None for o in switched)
     assert {rows for o in switched for rows in o.choice.num_rows} == {1 + LAYERS}
     assert sum(o.accepted for o in always) > sum(o.accepted for o in never)
+
+
+def test_the_command_compares_the_three(trace, profile, tmp_path, capsys):
+    path, tables = write(trace, tmp_path / "t.jsonl"), tmp_path / "p.json"
+    save_profile(profile, tables)
+    lengths = {}
+    for flags in ((), ("--no-copies",), ("--switch-at", "3")):
+        assert main(["replay", str(path), "--profile", str(tables), *flags, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["is_prediction"] == (not flags)
+        lengths[found["policy"]] = found["rows"][-1]["replayed"]["accept_length"]
+    names = ["auto", "auto, without copies", "auto, whole drafts copied where 3 tokens match"]
+    assert list(lengths) == names
+    assert lengths["auto"] > lengths["auto, without copies"]
 
 
 def test_below_the_end_of_a_text_copies_are_assumed(trace, profile):
