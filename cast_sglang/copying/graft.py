@@ -23,6 +23,8 @@ from cast_sglang.policy.acceptance import DRAWN, GREEDY
 __all__ = ["Grafts", "Outlook", "Seen", "graft", "outlook"]
 
 _GREEDY, _DRAWN = GREEDY, DRAWN
+# Columns of `Seen.rows`.
+_KNOWN, _STATE, _LENGTH, _END_STATE, _END_LENGTH, _PATH = range(6)
 # Places in `chances.AGREEMENTS`.
 _LIKELIEST, _PROPOSED, _NOT_PROPOSED, _NOT_ASKED = range(4)
 
@@ -41,8 +43,8 @@ class Grafts(NamedTuple):
     counts: np.ndarray  # [B] int64, copied candidates that a request has
     depth: int  # of the deepest of them
     # Of the copied child of the root, of each candidate, and of each copied candidate:
-    classes: np.ndarray  # [B, 1 + M + n] int64, as of `class_of`; -1 for a node without one
-    child_tokens: np.ndarray  # [B, 1 + M + n] int64
+    classes: np.ndarray  # [B, 1 + M + n] int32, as of `class_of`; -1 for a node without one
+    child_tokens: np.ndarray  # [B, 1 + M + n] int32
 
     def fit(
         self, num_draft_tokens: int, num_rows: np.ndarray | None, is_ragged: bool
@@ -78,21 +80,21 @@ class Seen:
     """
 
     def __init__(self, batch_size: int, num_candidates: int, max_depth: int) -> None:
-        nodes = batch_size, 1 + num_candidates  # the root first
-        self.counts = np.full(nodes, -1)  # of the node's path of copies; -1: nothing is known
-        # Of each node's context, and of the last one of its path: state and length.
-        self.contexts, self.ends = np.empty((2, *nodes), np.int64), np.empty((2, *nodes), np.int64)
-        # Of the path, root first, down to one that copies nothing: token and class.
-        self.path = np.empty((2, *nodes, max_depth + 1), np.int32)
+        # Of each node, the root first: how many of its path of copies are known, -1 for nothing;
+        # state and length of its context, and of the last one of its path; then of each node of the
+        # path, down to one that copies nothing, token and class.
+        self.rows = np.empty((batch_size, 1 + num_candidates, _PATH + 2 * max_depth + 2), np.int32)
+        self.forget()
 
     def holds(self, batch_size: int, num_candidates: int, max_depth: int) -> bool:
         """Return whether there is room for trees of so many candidates."""
-        size, nodes = self.counts.shape
-        return size == batch_size and nodes > num_candidates and self.path.shape[3] > max_depth
+        size, nodes, columns = self.rows.shape
+        most = (columns - _PATH) // 2 - 1
+        return size == batch_size and nodes > num_candidates and most >= max_depth
 
     def forget(self) -> None:
         """Begin another step."""
-        self.counts.fill(-1)
+        self.rows[:, :, _KNOWN] = -1
 
 
 def graft(
@@ -138,20 +140,14 @@ def graft(
         seen: of the step, where its trees were grafted before they had all of their layers; None
             for what is grafted once.
     """
-    batch_size, num_drafted = scores.shape
-    merged, copied_scores = scores.copy(), np.zeros((batch_size, num_nodes), np.float32)
-    copied = np.zeros((2, batch_size, num_nodes), np.int64)  # parents, tokens
-    copied[0] = -1
-    children = np.full((2, batch_size, 1 + num_drafted + num_nodes), -1)  # classes, tokens
-    counts = np.zeros(batch_size, np.int64)
+    if seen is None:
+        seen = Seen(len(scores), scores.shape[1], max_depth)
     limits = np.array([topk, num_nodes, max_depth, vocab_size])
     drafted = tokens, scores, parents
-    results = merged, copied, copied_scores, children, counts
-    if seen is None:
-        seen = Seen(batch_size, num_drafted, max_depth)
-    known = seen.counts, seen.contexts, seen.ends, seen.path
     how = chances, kinds, least_scores, limits
-    depth = _graft(ints, blocks, *drafted, *how, *known, *results)
+    merged, copied, copied_scores, children, counts, depth = _graft(
+        ints, blocks, *drafted, *how, seen.rows
+    )
     return Grafts(
         scores=merged,
         parents=copied[0],
@@ -177,11 +173,14 @@ def outlook(grafts: Grafts, chances: np.ndarray, nodes: np.ndarray) -> Outlook:
     return Outlook(best, left)
 
 
-@compiled("f4(f4[:], i8)")
-def _nth_best(scores: np.ndarray, n: int) -> np.float32:
-    """Return the n-th largest score, 0 where there are fewer."""
-    if n > len(scores):
-        return np.float32(0.0)
+@compiled("f4(f4[:], i8, f4)")
+def _nth_best(scores: np.ndarray, n: int, least: float) -> np.float32:
+    """Return the n-th largest score, `least` where fewer are above that."""
+    count = 0
+    for score in scores:
+        count += score > least
+    if count < n:
+        return np.float32(least)
     best: np.float32 = np.partition(scores, len(scores) - n)[len(scores) - n]
     return best
 
@@ -222,8 +221,8 @@ def _make_room(
 
 
 @compiled(
-    "i8(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i8[:, :], "
-    "i8[:, :, :], i8[:, :, :], i4[:, :, :, :], f4[:, :], i8[:, :, :], f4[:, :], i8[:, :, :], i8[:])"
+    "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], i8))(i4[::1], i8[:, :], "
+    "i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :, :])"
 )
 def _graft(
     ints: np.ndarray,
@@ -235,17 +234,9 @@ def _graft(
     kinds: np.ndarray,
     least_scores: np.ndarray,
     limits: np.ndarray,
-    num_known: np.ndarray,
-    contexts: np.ndarray,
-    ends: np.ndarray,
-    path: np.ndarray,
-    merged: np.ndarray,
-    copied: np.ndarray,
-    copied_scores: np.ndarray,
-    children: np.ndarray,
-    counts: np.ndarray,
-) -> int:
-    """Do the work of `graft`; return the depth of the deepest copied candidate.
+    seen: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Do the work of `graft`; return scores, parents and tokens, and what else `Grafts` holds.
 
     What the texts say is asked once for each node and place of its path, and kept (`Seen`): a hash
     table that has left the caches takes longer than all that is done with its answers. Arrays of
@@ -253,6 +244,12 @@ def _graft(
     """
     topk, num_nodes, max_depth, vocab_size = limits
     batch_size, num_drafted = scores.shape
+    merged, counts = scores.copy(), np.zeros(batch_size, np.int64)
+    copied_scores = np.zeros((batch_size, num_nodes), np.float32)
+    copied = np.zeros((2, batch_size, num_nodes), np.int64)  # parents, tokens
+    copied[0] = -1
+    children = np.empty((2, batch_size, 1 + num_drafted + num_nodes), np.int32)  # classes, tokens
+    children[:] = -1
     depth = np.zeros(num_drafted + 1, np.int64)
     first_child = np.empty(num_drafted + 1, np.int64)
     # What a candidate's score is multiplied with, because of its ancestors, and of its siblings.
@@ -264,12 +261,12 @@ def _graft(
         base, capacity = blocks[request]
         if base < 0:
             continue
-        block = ints[base:]
-        if num_known[request, 0] < 0:
-            contexts[0, request, 0], contexts[1, request, 0] = start_of(block, capacity)
+        block, ours = ints[base:], seen[request]
+        if ours[0, _KNOWN] < 0:
+            ours[0, _STATE], ours[0, _LENGTH] = start_of(block, capacity)
         is_drawn, floor = kinds[request] == _DRAWN, least_scores[request]
         if not is_drawn:
-            floor = max(floor, _nth_best(scores[request], num_nodes))
+            floor = _nth_best(scores[request], num_nodes, floor)
         first_class = 0 if kinds[request] == _GREEDY else CLASSES_OF_KIND
         first_child[:] = -1
         for group in range(num_drafted // topk):
@@ -290,26 +287,26 @@ def _graft(
                 depth[node] = depth[above] + 1
                 if score <= floor:
                     continue
-                if num_known[request, node] < 0:
-                    state, length = contexts[0, request, above], contexts[1, request, above]
-                    token = tokens[request, node - 1]
-                    state, length = go_on(block, capacity, state, length, token)
-                    contexts[0, request, node], contexts[1, request, node] = state, length
-            if num_known[request, node] < 0:
-                num_known[request, node] = 0
-                ends[0, request, node] = contexts[0, request, node]
-                ends[1, request, node] = contexts[1, request, node]
+                if ours[node, _KNOWN] < 0:
+                    state, length = ours[above, _STATE], ours[above, _LENGTH]
+                    ours[node, _STATE], ours[node, _LENGTH] = go_on(
+                        block, capacity, state, length, tokens[request, node - 1]
+                    )
+            if ours[node, _KNOWN] < 0:
+                ours[node, _KNOWN] = 0
+                ours[node, _END_STATE] = ours[node, _STATE]
+                ours[node, _END_LENGTH] = ours[node, _LENGTH]
             level, number, place, is_drafted = depth[node], node - 1, 0, True
             while True:
-                if place == num_known[request, node]:
-                    state, length = ends[0, request, node], ends[1, request, node]
-                    token, length, state, kind = copied_child(
-                        block, capacity, state, length, first_class
+                at = _PATH + 2 * place
+                if place == ours[node, _KNOWN]:
+                    state, length = ours[node, _END_STATE], ours[node, _END_LENGTH]
+                    ours[node, at], ours[node, _END_LENGTH], ours[node, _END_STATE], kind = (
+                        copied_child(block, capacity, state, length, first_class)
                     )
-                    ends[0, request, node], ends[1, request, node] = state, length
-                    path[0, request, node, place], path[1, request, node, place] = token, kind
-                    num_known[request, node] += 1
-                token, kind = path[0, request, node, place], path[1, request, node, place]
+                    ours[node, at + 1] = kind
+                    ours[node, _KNOWN] += 1
+                token, kind = ours[node, at], ours[node, at + 1]
                 place += 1
                 if token < 0 or token >= vocab_size:
                     break
@@ -346,10 +343,10 @@ def _graft(
                 counts[request] += 1
                 level, number, is_drafted = level + 1, num_drafted + new, False
                 deepest = max(deepest, level)
-    return deepest
+    return merged, copied, copied_scores, children, counts, deepest
 
 
-@compiled("void(f4[:, :], f4[:, :], i8[:, :], f4[:], i8[:, :], f4[:, :], f4[:, :])")
+@compiled("void(f4[:, :], f4[:, :], i4[:, :], f4[:], i8[:, :], f4[:, :], f4[:, :])")
 def _look(
     scores: np.ndarray,
     copied_scores: np.ndarray,

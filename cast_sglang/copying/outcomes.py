@@ -40,7 +40,7 @@ def judge(
 
 
 @compiled(
-    "Tuple((i8, i8))(i8[:, :], i8[:, :], i8, i8[:, :], i8[:, :], i8[:, :], i8[:], i8[:], b1[:])"
+    "Tuple((i8, i8))(i4[:, :], i4[:, :], i8, i8[:, :], i8[:, :], i8[:, :], i8[:], i8[:], b1[:])"
 )
 def _judge(
     classes: np.ndarray,
