@@ -42,6 +42,7 @@ class Grafts(NamedTuple):
     copied_scores: np.ndarray  # [B, n] float32, none above the parent's
     counts: np.ndarray  # [B] int64, copied candidates that a request has
     depth: int  # of the deepest of them
+    has_copies: bool  # whether any node of any request has a copied child, merged ones included
     # Of the copied child of the root, of each candidate, and of each copied candidate:
     classes: np.ndarray  # [B, 1 + M + n] int32, as of `class_of`; -1 for a node without one
     child_tokens: np.ndarray  # [B, 1 + M + n] int32
@@ -145,7 +146,7 @@ def graft(
     limits = np.array([topk, num_nodes, max_depth, vocab_size])
     drafted = tokens, scores, parents
     how = chances, kinds, least_scores, limits
-    merged, copied, copied_scores, children, counts, depth = _graft(
+    merged, copied, copied_scores, children, counts, depth, has_copies = _graft(
         ints, blocks, *drafted, *how, seen.rows
     )
     return Grafts(
@@ -155,6 +156,7 @@ def graft(
         copied_scores=copied_scores,
         counts=counts,
         depth=int(depth),
+        has_copies=bool(has_copies),
         classes=children[0],
         child_tokens=children[1],
     )
@@ -221,8 +223,8 @@ def _make_room(
 
 
 @compiled(
-    "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], i8))(i4[::1], i8[:, :], "
-    "i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :, :])"
+    "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], i8, b1))(i4[::1], "
+    "i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :, :])"
 )
 def _graft(
     ints: np.ndarray,
@@ -235,7 +237,7 @@ def _graft(
     least_scores: np.ndarray,
     limits: np.ndarray,
     seen: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, bool]:
     """Do the work of `graft`; return scores, parents and tokens, and what else `Grafts` holds.
 
     What the texts say is asked once for each node and place of its path, and kept (`Seen`): a hash
@@ -256,7 +258,7 @@ def _graft(
     factor = np.ones(num_drafted + 1, np.float32)
     own_factor = np.ones(num_drafted + 1, np.float32)
     raised = np.empty(num_drafted + 1, np.float32)  # chance of a merged child, -1 for others
-    deepest = 0
+    deepest, has_copies = 0, False
     for request in range(batch_size):
         base, capacity = blocks[request]
         if base < 0:
@@ -318,7 +320,7 @@ def _graft(
                     ):
                         match, agreement = child, _PROPOSED if child else _LIKELIEST
                         break
-                kind += agreement
+                kind, has_copies = kind + agreement, True
                 children[0, request, number + 1], children[1, request, number + 1] = kind, token
                 chance = chances[kind]
                 if first >= 0 and not is_drawn:
@@ -343,7 +345,7 @@ def _graft(
                 counts[request] += 1
                 level, number, is_drafted = level + 1, num_drafted + new, False
                 deepest = max(deepest, level)
-    return merged, copied, copied_scores, children, counts, deepest
+    return merged, copied, copied_scores, children, counts, deepest, has_copies
 
 
 @compiled("void(f4[:, :], f4[:, :], i4[:, :], f4[:], i8[:, :], f4[:, :], f4[:, :])")

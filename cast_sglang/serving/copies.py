@@ -162,14 +162,15 @@ class Copies:
         self._roots = self._reads.start(batch.spec_info.bonus_tokens, batch.seq_lens)
         self._layers.clear()
 
-    def look(self, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def look(self, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Find the copies of the tree with its newest layer.
 
         Args:
             arrays: on the host, what `DraftTree.newest` was.
 
         Returns:
-            best [B, n] and left [B, K], as `TreePolicy.stand` takes them.
+            best [B, n] and left [B, K], as `TreePolicy.stand` takes them; None where there are no
+            copies, so that the policy decides as it does without.
         """
         began = time.perf_counter()
         if self._roots is not None:
@@ -199,9 +200,9 @@ class Copies:
             vocab_size=self._vocab_size,
             seen=self._seen,
         )
-        view = outlook(self._grafts, table, nodes)
+        view = outlook(self._grafts, table, nodes) if self._grafts.has_copies else None
         self.seconds += time.perf_counter() - began
-        return torch.from_numpy(view.best), torch.from_numpy(view.left)
+        return None if view is None else (torch.from_numpy(view.best), torch.from_numpy(view.left))
 
     def _drafted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, scores and parents [B, M] of the candidates in all layers so far."""
@@ -227,7 +228,7 @@ class Copies:
     def graft_into(self, tree: DraftTree) -> Grafts | None:
         """Add what `look` found to the tree that has grown; None where no request has a copy."""
         grafts = self._grafts
-        if grafts is None or not grafts.counts.any() and (grafts.classes < 0).all():
+        if grafts is None or not grafts.has_copies:
             return None
         began = time.perf_counter()
         device = tree.frontier().scores.device

@@ -61,8 +61,10 @@ class ReplayedCopies:
             self._kinds[is_drawn] = DRAWN
         self._grafts: Grafts | None = None
 
-    def look(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
+    def look(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Find the copies of the tree as it stands; return what `TreePolicy.stand` takes.
+
+        None where there are none.
 
         Args:
             tree: its tokens are candidate numbers of the record, -1 for others.
@@ -75,13 +77,15 @@ class ReplayedCopies:
             least_scores=self._least_scores,
             vocab_size=np.iinfo(np.int32).max,
         )
+        if not self._grafts.has_copies:
+            return None
         view = outlook(self._grafts, self._table, tree.frontier().node_index.numpy())
         return torch.from_numpy(view.best), torch.from_numpy(view.left)
 
     def graft_into(self, tree: DraftTree) -> Grafts | None:
         """Add what `look` found to the tree that has grown; None where no request has a copy."""
         grafts = self._grafts
-        if grafts is None or not grafts.counts.any() and (grafts.classes < 0).all():
+        if grafts is None or not grafts.has_copies:
             return None
         arrays = grafts.scores, grafts.parents, grafts.tokens, grafts.copied_scores
         tree.graft(*map(torch.from_numpy, arrays))

@@ -172,6 +172,7 @@ def test_grafts_are_what_the_text_says(
             depth[node] = depth[parent] + 1
         deepest = max([deepest, *(depth[size + place] for place in range(len(copied)))])
     assert found.depth == deepest <= max_depth
+    assert found.has_copies == (found.classes >= 0).any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -262,6 +263,7 @@ def test_without_copies_a_tree_is_node_for_node_what_it_was(seed, sizes):
     limits = {"num_nodes": 8, "max_depth": 6, "vocab_size": VOCAB}
     found = grafted(tree, [[], [], [100, 101, 102]], learned(rng), **limits)
     assert not found.counts.any() and (found.classes < 0).all() and found.depth == 0
+    assert not found.has_copies
     assert np.array_equal(found.scores, before.numpy())
     arrays = found.scores, found.parents, found.tokens, found.copied_scores
     tree.graft(*map(torch.from_numpy, arrays))

@@ -87,8 +87,10 @@ class Server:
 
         tree = DraftTree(*children(len(reqs)), DEPTH, loops)
         copies.start()
-        best, left = copies.look(tree.newest)
-        assert best.shape == (len(reqs), NODES) and left.shape == (len(reqs), TOPK)
+        found = copies.look(tree.newest)
+        if found is not None:
+            best, left = found
+            assert best.shape == (len(reqs), NODES) and left.shape == (len(reqs), TOPK)
         tree.grow(tree.frontier(), 2, *children(2 * len(reqs)))
         copies.look(tree.newest)
         for b, req in enumerate(reqs):

@@ -41,13 +41,15 @@ class CopyingServer:
         path: of the trace.
         copies: whether it copies.
         right: how often the draft proposes the next token of the text.
+        least_token: of its other proposals.
     """
 
     def __init__(
-        self, path, profile: CostProfile, *, copies=True, is_ragged=True, right=0.4, seed=0
+        self, path, profile: CostProfile, *, copies=True, is_ragged=True, right=0.4, least_token=0
     ) -> None:
         self.model, self.path, self.right = CostModel(profile, LIMITS), path, right
-        self.is_ragged, self.rng = is_ragged, np.random.default_rng(seed)
+        self.is_ragged, self.rng = is_ragged, np.random.default_rng(0)
+        self.least_token = least_token
         self.decider = Decider(
             AutoPolicy(SIZES, LAYERS, extends_by_accepted=is_ragged),
             max_missing=ROWS,
@@ -134,7 +136,7 @@ class CopyingServer:
             weights=None,
             predicted_us=units * costs.unit_us,
             expected_us=units * costs.unit_us,
-            room=StepRoom(LAYERS, ROWS),
+            room=StepRoom(LAYERS, ROWS, LAYERS * TOPK),
             policy_us=1.0,
             price=price,
         )
@@ -150,7 +152,7 @@ class CopyingServer:
         """Return tokens and probs [n, K] of nodes; a path is None where the text does not go."""
         rows = []
         for req, path in zip(reqs, paths, strict=True):
-            row = self.rng.permutation(VOCAB)[:TOPK]
+            row = self.least_token + self.rng.permutation(VOCAB - self.least_token)[:TOPK]
             known = None if path is None else req.text[self._size(req) + len(path)]
             if self.rng.random() < self.right and known is not None and known not in row:
                 row[0] = known

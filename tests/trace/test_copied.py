@@ -148,9 +148,12 @@ def test_an_empty_index_changes_nothing(profile, tmp_path):
     """Texts that never say a token again: the records of a server that copies nothing."""
     traces = []
     for name, copies in (("on", True), ("off", False)):
-        server = CopyingServer(tmp_path / f"{name}.jsonl", profile, copies=copies)
-        request = server.request("a", np.random.default_rng(4).permutation(VOCAB).tolist(), 60)
-        for _ in range(25):
+        # Nor does the draft propose a token that has been said.
+        kind = {"copies": copies, "least_token": VOCAB // 2}
+        server = CopyingServer(tmp_path / f"{name}.jsonl", profile, **kind)
+        text = np.random.default_rng(4).permutation(VOCAB // 2).tolist()
+        request = server.request("a", text, 60)
+        for _ in range(20):
             server.step([request])
         traces.append(server.finish())
     with_copies, without = traces
