@@ -29,6 +29,8 @@ COLD_STEPS = 100
 LEAST_PER_PLACE = 3
 WARM, COLD = "warm", "cold"
 
+_plays = itertools.count()
+
 T = TypeVar("T")
 Request = str | Dialogue  # a prompt, or several of which each depends on the answers before
 
@@ -184,6 +186,7 @@ def play(
     """
     server.check()
     server.flush_cache()
+    number = next(_plays)  # what was answered in one play must not help the next
 
     async def play_all() -> tuple[list[Answer], float]:
         async with client_of(server.url) as client:
@@ -191,9 +194,11 @@ def play(
             async def converse(item: tuple[Request, int]) -> list[Answer]:
                 request, length = item
                 answers: list[Answer] = []
+                pool = request.pool if isinstance(request, Dialogue) else None
+                pool = None if pool is None else f"{number} {pool}"
                 for _ in range(request.num_turns if isinstance(request, Dialogue) else 1):
                     prompt = next_prompt(request, [answer.text for answer in answers])
-                    answers.append(await stream(client, prompt, cell.temperature, length))
+                    answers.append(await stream(client, prompt, cell.temperature, length, pool))
                 return answers
 
             items = list(zip(requests, num_tokens, strict=True))

@@ -16,6 +16,8 @@ class Dialogue(NamedTuple):
 
     num_turns: int
     prompt: Callable[[Sequence[str]], list[int]]  # answers so far -> tokens of the next prompt
+    # Of dialogues that belong together, as samples of one question; None for one that stands alone.
+    pool: str | None = None
 
 
 class Encoder:

@@ -68,15 +68,25 @@ def client_of(url: str) -> httpx.AsyncClient:
 
 
 async def stream(
-    client: httpx.AsyncClient, prompt: Prompt, temperature: float, num_tokens: int
+    client: httpx.AsyncClient,
+    prompt: Prompt,
+    temperature: float,
+    num_tokens: int,
+    pool: str | None = None,
 ) -> Answer:
     """Send a prompt and return what comes.
+
+    Args:
+        pool: `cast_pool` of the request; servers without CAST ignore it.
 
     Raises:
         ValueError: the request failed, or ended before `num_tokens`.
         httpx.HTTPError: the server did not answer.
     """
-    sampling = {"temperature": temperature, "max_new_tokens": num_tokens, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": num_tokens}
+    sampling["ignore_eos"] = True
+    if pool is not None:
+        sampling["custom_params"] = {"cast_pool": pool}
     kind = "text" if isinstance(prompt, str) else "input_ids"
     body = {kind: prompt, "sampling_params": sampling, "stream": True}
     answer = Answer()

@@ -24,7 +24,8 @@ humaneval and files with `prompt`. All others go through the model's chat templa
 prompt longer than the encoder's limit loses its beginning.
 
 best-of-N and multi-round are the two protocols of test-time scaling of "Scaling Up, Speeding Up"
-(arXiv 2509.04474), with wording of our own.
+(arXiv 2509.04474), with wording of our own. What belongs together names one pool (docs/copying.md),
+another one each time that it is asked.
 """
 
 import functools
@@ -103,14 +104,21 @@ def load_task(spec: str, encoder: Encoder) -> Task:
         if samples < 1:
             raise TaskError(f"{spec}: at least one sample")
         base = load_task(found[2] or SCALED, encoder)
-        repeated = [dialogue for dialogue in base.dialogues for _ in range(samples)]
+        repeated = [
+            dialogue._replace(pool=str(number))
+            for number, dialogue in enumerate(base.dialogues)
+            for _ in range(samples)
+        ]
         return Task(_task_name(spec), repeated, _scaled(f"{samples} samples", base), samples)
     if found := re.fullmatch(r"multi-round(?:-(\d+))?(?::(.+))?", spec):
         rounds = int(found[1] or DEFAULT_ROUNDS)
         if rounds < 2:
             raise TaskError(f"{spec}: at least two rounds")
         items, note = _load_items(found[2] or SCALED)
-        dialogues = [rethinking(item.turns[0], rounds, encoder) for item in items]
+        dialogues = [
+            rethinking(item.turns[0], rounds, encoder)._replace(pool=str(number))
+            for number, item in enumerate(items)
+        ]
         base = Task(_task_name(found[2] or SCALED), dialogues, note)
         return Task(_task_name(spec), dialogues, _scaled(f"{rounds} rounds", base))
     items, note = _load_items(spec)

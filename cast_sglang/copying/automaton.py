@@ -32,16 +32,27 @@ import numpy as np
 
 from cast_sglang.ops.compiled import compiled
 
-__all__ = ["MAX_LINKS", "NO_BLOCK", "SuffixIndex", "copy_of", "descend", "longest_match"]
+__all__ = [
+    "BETWEEN",
+    "HEADER",
+    "MAX_LINKS",
+    "NO_BLOCK",
+    "SuffixIndex",
+    "copy_of",
+    "descend",
+    "longest_match",
+]
 
 # Contexts in which a token is noted. Python source has 1.75 such contexts that were said before, in
 # the mean, 5 in 99 of 100 places, 7 at most (textwrap, fractions and heapq of Python 3.11, 22,511
 # tokens of the tiny pair), so all of them are noted but in text that repeats itself closely.
 MAX_LINKS = 32
 
+# In place of a token: what comes before has nothing to do with what comes behind.
+BETWEEN = np.iinfo(np.int32).max
 NO_BLOCK = -1, 0  # first int and capacity of the block of a request without one
 
-_HEADER = 4  # tokens, states, edges so far, the last state
+HEADER = 4  # tokens, states, edges so far, the last state
 _TEXT_COLUMNS, _STATE_COLUMNS, _EDGE_COLUMNS, _BUCKETS = 1, 2 * 6, 3 * 5, 2
 _INTS_PER_TOKEN = _TEXT_COLUMNS + _STATE_COLUMNS + _EDGE_COLUMNS + _BUCKETS
 # So that a short text does not grow its block every few steps; other sizes were not measured.
@@ -82,6 +93,15 @@ class SuffixIndex:
         """Return the tokens of a request's text; 0 for one without a block."""
         return int(self.sizes(self.blocks([request]))[0])
 
+    def capacity(self, request: Hashable) -> int:
+        """Return how many tokens a request's block has room for."""
+        return self._blocks.get(request, NO_BLOCK)[1]
+
+    def text(self, request: Hashable, first: int = 0) -> np.ndarray:
+        """Return [n] int64, the tokens of a request's text from the given one on."""
+        at, size = self._blocks.get(request, NO_BLOCK)[0] + HEADER, self.num_tokens(request)
+        return self._ints[at + first : at + size].astype(np.int64)
+
     def sizes(self, blocks: np.ndarray) -> np.ndarray:
         """Return [B] int, the tokens of the texts in blocks [B, 2]; 0 where there is none."""
         bases = blocks[:, 0]
@@ -94,7 +114,7 @@ class SuffixIndex:
         sizes = self.sizes(blocks)
         if not len(self._ints):
             return np.full(len(sizes), -1, np.int32)
-        last = np.maximum(blocks[:, 0] + _HEADER + sizes - 1, 0)
+        last = np.maximum(blocks[:, 0] + HEADER + sizes - 1, 0)
         return np.where(sizes == 0, -1, self._ints[last])
 
     def blocks(self, requests: Sequence[Hashable]) -> np.ndarray:
@@ -169,24 +189,24 @@ class SuffixIndex:
 
 
 def _size(capacity: int) -> int:
-    return _HEADER + _INTS_PER_TOKEN * capacity if capacity else 0
+    return HEADER + _INTS_PER_TOKEN * capacity if capacity else 0
 
 
 @compiled("i8(i8, i8)")
 def _state_at(capacity: int, state: int) -> int:
-    return _HEADER + capacity + 6 * state
+    return HEADER + capacity + 6 * state
 
 
 @compiled("i8(i8, i8)")
 def _edge_at(capacity: int, edge: int) -> int:
-    return _HEADER + 13 * capacity + 5 * edge
+    return HEADER + 13 * capacity + 5 * edge
 
 
 @compiled("i8(i8, i8, i8)")
 def _bucket_at(capacity: int, state: int, token: int) -> int:
     # Multiplicative hashing: Knuth, "The Art of Computer Programming" 3, section 6.4.
     key = (int(state) * 0x9E3779B1 + int(token)) * 0x9E3779B1
-    return _HEADER + 28 * capacity + ((key >> 16) & (2 * capacity - 1))
+    return HEADER + 28 * capacity + ((key >> 16) & (2 * capacity - 1))
 
 
 @compiled("i8(i4[::1], i8, i8, i8)")
@@ -234,14 +254,14 @@ def _add_state(block: np.ndarray, capacity: int, length: int) -> int:
 @compiled("void(i4[::1], i8, i4[::1], i8)")
 def _start(block: np.ndarray, capacity: int, before: np.ndarray, old_capacity: int) -> None:
     """Make a block, empty or with the automaton of a smaller one."""
-    block[_HEADER + 28 * capacity :] = -1
-    block[:_HEADER] = 0
+    block[HEADER + 28 * capacity :] = -1
+    block[:HEADER] = 0
     if old_capacity == 0:
         _add_state(block, capacity, 0)
         return
-    block[:_HEADER] = before[:_HEADER]
+    block[:HEADER] = before[:HEADER]
     num_tokens, num_states, num_edges = before[0], before[1], before[2]
-    block[_HEADER : _HEADER + num_tokens] = before[_HEADER : _HEADER + num_tokens]
+    block[HEADER : HEADER + num_tokens] = before[HEADER : HEADER + num_tokens]
     to, at = _state_at(capacity, 0), _state_at(old_capacity, 0)
     block[to : to + 6 * num_states] = before[at : at + 6 * num_states]
     to, at = _edge_at(capacity, 0), _edge_at(old_capacity, 0)
@@ -277,7 +297,7 @@ def _extend(block: np.ndarray, capacity: int, tokens: np.ndarray) -> None:
     """Append tokens to the text of a block that has room for them."""
     for token in tokens:
         place = block[0]
-        block[_HEADER + place] = token
+        block[HEADER + place] = token
         block[0] += 1
         new, at = _add_state(block, capacity, place + 1), block[3]
         while at >= 0 and _find_edge(block, capacity, at, token) < 0:
@@ -352,8 +372,8 @@ def copy_of(
 ) -> tuple[int, int, int, int, int]:
     """Return what followed a context the last time, and how sure that is.
 
-    Where a context ended at the very end of the text alone, nothing is known to follow it, and a
-    shorter one takes its place.
+    Where a context ended at the very end of the text alone, or before `BETWEEN`, nothing is known
+    to follow it, and a shorter one takes its place.
 
     Args:
         state, length: of the context, as of `longest_match`.
@@ -366,10 +386,10 @@ def copy_of(
     while state > 0:
         at = _state_at(capacity, state)
         end, count = block[at + _END], block[at + _COUNT]
-        if end == last:
+        if end == last or block[HEADER + end + 1] == BETWEEN:
             end, count = block[at + _BEFORE], count - 1
-        if end >= 0:
-            token = block[_HEADER + end + 1]
+        if end >= 0 and block[HEADER + end + 1] != BETWEEN:
+            token = block[HEADER + end + 1]
             found = block[_find_edge(block, capacity, state, token) + _TARGET]
             same = block[_state_at(capacity, found) + _COUNT]
             return token, length, found, max(count, same), same

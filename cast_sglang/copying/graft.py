@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.copying.chances import CLASSES_OF_KIND
-from cast_sglang.copying.paths import copied_child, go_on, start_of
+from cast_sglang.copying.paths import copied_child, go_on
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 
@@ -100,7 +100,7 @@ class Seen:
 
 def graft(
     ints: np.ndarray,
-    blocks: np.ndarray,
+    roots: np.ndarray,
     tokens: np.ndarray,
     scores: np.ndarray,
     parents: np.ndarray,
@@ -126,8 +126,8 @@ def graft(
         child too where it was drawn and is not above the floor.
 
     Args:
-        ints, blocks: of `SuffixIndex`, or `paths.looked_up`; a request whose first int is -1 gets
-            no copies.
+        ints, roots: of `SuffixIndex` and `paths.roots_of`, or of `paths.looked_up`; a request whose
+            first int is -1 gets no copies.
         tokens: [B, M] int64, drafted candidates, numbered as in `tree.py`.
         scores: [B, M] float32 in [0, 1], none above the parent's.
         parents: [B, M] int64, candidate numbers, -1 for the root.
@@ -147,7 +147,7 @@ def graft(
     drafted = tokens, scores, parents
     how = chances, kinds, least_scores, limits
     merged, copied, copied_scores, children, counts, depth, has_copies = _graft(
-        ints, blocks, *drafted, *how, seen.rows
+        ints, roots, *drafted, *how, seen.rows
     )
     return Grafts(
         scores=merged,
@@ -228,7 +228,7 @@ def _make_room(
 )
 def _graft(
     ints: np.ndarray,
-    blocks: np.ndarray,
+    roots: np.ndarray,
     tokens: np.ndarray,
     scores: np.ndarray,
     parents: np.ndarray,
@@ -260,12 +260,12 @@ def _graft(
     raised = np.empty(num_drafted + 1, np.float32)  # chance of a merged child, -1 for others
     deepest, has_copies = 0, False
     for request in range(batch_size):
-        base, capacity = blocks[request]
+        base, capacity, root_state, root_length = roots[request]
         if base < 0:
             continue
         block, ours = ints[base:], seen[request]
         if ours[0, _KNOWN] < 0:
-            ours[0, _STATE], ours[0, _LENGTH] = start_of(block, capacity)
+            ours[0, _STATE], ours[0, _LENGTH] = root_state, root_length
         is_drawn, floor = kinds[request] == _DRAWN, least_scores[request]
         if not is_drawn:
             floor = _nth_best(scores[request], num_nodes, floor)

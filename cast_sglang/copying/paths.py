@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cast_sglang.copying.automaton import NO_BLOCK, copy_of, descend, longest_match
+from cast_sglang.copying.automaton import HEADER, NO_BLOCK, copy_of, descend, longest_match
 from cast_sglang.copying.chances import AGREEMENTS, CLASSES_OF_KIND, class_of
 from cast_sglang.ops.compiled import compiled
 
-__all__ = ["CopiedPaths", "copied_child", "copied_paths", "go_on", "looked_up", "start_of"]
+__all__ = ["CopiedPaths", "copied_child", "copied_paths", "go_on", "looked_up", "roots_of"]
 
 # Scores are products that are rounded in another order while serving.
 _ROUNDING = 1e-4
+# Tokens of a text that are looked up in its pool, so that every class of lengths may occur.
+_MOST_MATCH = 33
 
 
 class CopiedPaths(NamedTuple):
@@ -50,7 +52,7 @@ class CopiedPaths(NamedTuple):
 
 def copied_paths(
     ints: np.ndarray,
-    blocks: np.ndarray,
+    roots: np.ndarray,
     tokens: np.ndarray,
     scores: np.ndarray,
     parents: np.ndarray,
@@ -76,24 +78,24 @@ def copied_paths(
     num_drafted = scores.shape[1]
     most = (1 + num_drafted) * (max_depth + 1)  # a path of copies below each node
     found = []
-    for request, (base, capacity) in enumerate(blocks.tolist()):
+    for request, (base, capacity, state, match) in enumerate(roots.tolist()):
         further, copied = np.empty((2, most), np.int64), np.empty((num_drafted + most, 3), np.int64)
-        counts = 0, 0, 0
+        counts = 0, 0
         if base >= 0:
             drafted = tokens[request], scores[request], parents[request]
             first_class = CLASSES_OF_KIND if kinds[request] else 0
-            limits = np.array([topk, max_depth, vocab_size, first_class])
+            limits = np.array([topk, max_depth, vocab_size, first_class, state, match])
             results = limits, further, copied
             counts = _find(ints[base:], capacity, *drafted, best, least[request], *results)
         paths = further[:, : counts[0]]
-        found.append(CopiedPaths(paths[0], paths[1], copied[: counts[1]], counts[2]))
+        found.append(CopiedPaths(paths[0], paths[1], copied[: counts[1]], match))
     return found
 
 
 def looked_up(
     copied: Sequence[np.ndarray], num_candidates: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `ints` and `blocks` for `graft`, which make it go by rows in place of texts.
+    """Return `ints` and `roots` for `graft`, which make it go by rows in place of texts.
 
     The tokens of `graft` are then candidate numbers, -1 for a candidate that the rows do not know.
 
@@ -101,34 +103,62 @@ def looked_up(
         copied: [n, 3] int of each request, as of `CopiedPaths`.
         num_candidates: M + E of each request.
     """
-    parts, blocks, used = [np.empty(0, np.int32)], [], 0
+    parts, roots, used = [np.empty(0, np.int32)], [], 0
     for rows, count in zip(copied, num_candidates, strict=True):
         if not len(rows):
-            blocks.append(NO_BLOCK)
+            roots.append((*NO_BLOCK, 0, 0))
             continue
         table = np.full((2, 1 + count), -1, np.int32)
         table[:, rows[:, 0] + 1] = rows[:, 1:].T
         parts.append(table.ravel())
-        blocks.append((used, -(1 + count)))  # a negative capacity says that it is no automaton
+        roots.append((used, -(1 + count), 0, 0))  # a negative capacity: no automaton
         used += table.size
-    return np.concatenate(parts), np.array(blocks, np.int64)
+    return np.concatenate(parts), np.array(roots, np.int64)
 
 
-@compiled("Tuple((i8, i8))(i4[::1], i8)")
-def start_of(block: np.ndarray, capacity: int) -> tuple[int, int]:
-    """Return state and length of the root's context, as `longest_match`.
+def roots_of(ints: np.ndarray, blocks: np.ndarray, pools: np.ndarray | None = None) -> np.ndarray:
+    """Return [B, 4] int64: where each request copies from, and its root's context there.
+
+    That is the text in which the longer end of the request's own occurs, its own or the pool's:
+    first int and capacity of the block, state and length as of `longest_match`.
 
     Args:
-        block, capacity: of an automaton, or of `looked_up`; also below.
+        ints, blocks: of `SuffixIndex`.
+        pools: [B, 2] int64, blocks of the requests' pools; None where no one has a pool.
     """
-    if capacity < 0:
-        return 0, 0
-    return longest_match(block, capacity)
+    roots = np.zeros((len(blocks), 4), np.int64)
+    roots[:, :2] = blocks
+    _find_roots(ints, np.full_like(blocks, -1) if pools is None else pools, _MOST_MATCH, roots)
+    return roots
+
+
+@compiled("void(i4[::1], i8[:, :], i8, i8[:, :])")
+def _find_roots(ints: np.ndarray, pools: np.ndarray, most: int, roots: np.ndarray) -> None:
+    """Write the columns of `roots_of` behind the first two, and those where a pool is taken."""
+    for request in range(len(roots)):
+        base, capacity = roots[request, 0], roots[request, 1]
+        if base < 0:
+            continue
+        block, pool, room = ints[base:], pools[request, 0], pools[request, 1]
+        roots[request, 2], roots[request, 3] = longest_match(block, capacity)
+        if pool < 0:
+            continue
+        state, length = 0, 0
+        for back in range(min(most, block[0]) - 1, -1, -1):
+            token = block[HEADER + block[0] - 1 - back]
+            state, length = descend(ints[pool:], room, state, length, token)
+        if length > roots[request, 3]:
+            roots[request, 0], roots[request, 1] = pool, room
+            roots[request, 2], roots[request, 3] = state, length
 
 
 @compiled("Tuple((i8, i8))(i4[::1], i8, i8, i8, i8)")
 def go_on(block: np.ndarray, capacity: int, state: int, length: int, token: int) -> tuple[int, int]:
-    """Return state and length of a context and one more token, as `descend`."""
+    """Return state and length of a context and one more token, as `descend`.
+
+    Args:
+        block, capacity: of an automaton, or of `looked_up`; also below.
+    """
     if capacity < 0:
         return (token + 1 if 0 <= token < -capacity - 1 else -1), 0
     return descend(block, capacity, state, length, token)
@@ -154,9 +184,7 @@ def copied_child(
     return token, known + 1, at, kind
 
 
-@compiled(
-    "Tuple((i8, i8, i8))(i4[::1], i8, i8[:], f4[:], i8[:], f4[:], f4, i8[:], i8[:, :], i8[:, :])"
-)
+@compiled("Tuple((i8, i8))(i4[::1], i8, i8[:], f4[:], i8[:], f4[:], f4, i8[:], i8[:, :], i8[:, :])")
 def _find(
     block: np.ndarray,
     capacity: int,
@@ -168,12 +196,12 @@ def _find(
     limits: np.ndarray,
     further: np.ndarray,
     copied: np.ndarray,
-) -> tuple[int, int, int]:
-    """Do the work of `copied_paths` for one request; return E, the number of rows and the match.
+) -> tuple[int, int]:
+    """Do the work of `copied_paths` for one request; return E and the number of rows.
 
     Arrays of nodes have the root first.
     """
-    topk, max_depth, vocab_size, first_class = limits
+    topk, max_depth, vocab_size, first_class, first_state, match = limits
     num_drafted = len(scores)
     state, length = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.int64)
     depth, bound = np.zeros(num_drafted + 1, np.int64), np.zeros(num_drafted + 1, np.float32)
@@ -182,8 +210,8 @@ def _find(
     first_child = np.full(num_drafted + 1, -1)
     for group in range(num_drafted // topk):
         first_child[parents[group * topk] + 1] = group * topk
-    state[0], length[0] = longest_match(block, capacity)
-    match, bound[0], is_on_path[0] = length[0], 1.0, True
+    state[0], length[0] = first_state, match
+    bound[0], is_on_path[0] = 1.0, True
     num_further = num_copied = 0
     for node in range(num_drafted + 1):
         if node:
@@ -224,4 +252,4 @@ def _find(
             further[0, num_further], further[1, num_further] = number, token
             num_further += 1
             level, number, first, worth = level + 1, child, -1, worth * best[kind]
-    return num_further, num_copied, match
+    return num_further, num_copied

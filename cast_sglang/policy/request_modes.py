@@ -1,4 +1,6 @@
-"""The speculation mode that a client chooses for its request with the custom parameter `cast`.
+"""What a client says of speculation in its request, with custom parameters.
+
+`cast_pool` names the requests that a request may copy text of, and `cast` a mode:
 
 off         the server verifies no drafts for the request
 latency     a token of the request counts `LATENCY_WEIGHT` times when the requests of the batch
@@ -18,12 +20,15 @@ __all__ = [
     "MODES",
     "MODE_PARAMETER",
     "OFF",
+    "POOL_PARAMETER",
     "THROUGHPUT",
     "mode_weights",
     "parse_mode",
+    "parse_pool",
 ]
 
 MODE_PARAMETER = "cast"
+POOL_PARAMETER = "cast_pool"
 OFF = "off"
 LATENCY = "latency"
 THROUGHPUT = "throughput"
@@ -45,14 +50,7 @@ def parse_mode(custom_params: Any) -> str:
         ConfigError: the mode is not allowed; the message names the parameter, its value and the
             allowed values.
     """
-    if custom_params is None:
-        return THROUGHPUT
-    if not isinstance(custom_params, Mapping):
-        raise ConfigError(
-            f"custom_params={_shown(custom_params)}: must be an object such as "
-            f'{{"{MODE_PARAMETER}": "{OFF}"}}'
-        )
-    mode = custom_params.get(MODE_PARAMETER)
+    mode = _given(custom_params, MODE_PARAMETER)
     if mode is None:
         return THROUGHPUT
     if not isinstance(mode, str) or mode not in MODES:
@@ -60,6 +58,23 @@ def parse_mode(custom_params: Any) -> str:
             f"custom_params.{MODE_PARAMETER}={_shown(mode)}: must be {' | '.join(MODES)}"
         )
     return mode
+
+
+def parse_pool(custom_params: Any) -> str | None:
+    """Return the pool that a request's custom parameters name, None for none.
+
+    Args:
+        custom_params: as of `parse_mode`.
+
+    Raises:
+        ConfigError: it is no string, or an empty one.
+    """
+    name = _given(custom_params, POOL_PARAMETER)
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ConfigError(
+            f"custom_params.{POOL_PARAMETER}={_shown(name)}: must be a string that is not empty"
+        )
+    return name
 
 
 def mode_weights(modes: Sequence[str]) -> list[float]:
@@ -74,6 +89,18 @@ def mode_weights(modes: Sequence[str]) -> list[float]:
     weights = [_WEIGHTS[mode] for mode in modes]
     mean = sum(weights) / max(1, sum(weight > 0.0 for weight in weights))
     return [weight / mean if mean else weight for weight in weights]
+
+
+def _given(custom_params: Any, name: str) -> Any:
+    """Return a custom parameter, None where it is not given."""
+    if custom_params is None:
+        return None
+    if not isinstance(custom_params, Mapping):
+        raise ConfigError(
+            f"custom_params={_shown(custom_params)}: must be an object such as "
+            f'{{"{MODE_PARAMETER}": "{OFF}"}}'
+        )
+    return custom_params.get(name)
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,13 @@ from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.graft import Grafts, Seen, graft, outlook
 from cast_sglang.copying.outcomes import judge
-from cast_sglang.copying.paths import copied_paths
+from cast_sglang.copying.paths import copied_paths, roots_of
+from cast_sglang.copying.pools import Pools, pool_key
+from cast_sglang.errors import ConfigError
 from cast_sglang.ops.copies import to_device
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
 from cast_sglang.policy.auto import LEAST_CUT
+from cast_sglang.policy.request_modes import parse_pool
 from cast_sglang.serving.host_reads import HostReads, Read
 from cast_sglang.serving.step import Copied
 
@@ -44,7 +47,7 @@ _MOST_UNREAD = 2
 class _Outcome(NamedTuple):
     """What a step brought, on its way to the host."""
 
-    requests: list[str]
+    requests: list[Req]
     read: Read
     grafts: Grafts | None  # None for a plain step
 
@@ -52,7 +55,8 @@ class _Outcome(NamedTuple):
 class Copies:
     """Grafts copies into the trees of requests, and learns what they are worth.
 
-    The text of a request is forgotten when a tree is grown without the request.
+    The text of a request is forgotten when a tree is grown without the request. Requests are known
+    as SGLang's objects: a client chooses their names, and two that run may have the same.
 
     Of a step with a tree its owner calls, in this order: `begin_step`; `start`; `look` for each of
     the tree's layers; `graft_into` when it has grown; `on_drafted`; and of any step `on_verified`.
@@ -62,6 +66,7 @@ class Copies:
         topk: K, drafted children of a node.
         num_nodes: nodes that may be verified of a tree, without the root.
         max_tokens: for the text of all requests together, see `SuffixIndex`.
+        pool_tokens: the same for all pools.
         vocab_size: of the target.
 
     Attributes:
@@ -70,15 +75,22 @@ class Copies:
     """
 
     def __init__(
-        self, reads: HostReads, *, topk: int, num_nodes: int, max_tokens: int, vocab_size: int
+        self,
+        reads: HostReads,
+        *,
+        topk: int,
+        num_nodes: int,
+        max_tokens: int,
+        pool_tokens: int = 0,
+        vocab_size: int,
     ) -> None:
-        self.index, self.chances = SuffixIndex(max_tokens), Chances()
+        self.index, self.chances = SuffixIndex(max_tokens + pool_tokens), Chances()
+        self._pools = Pools(self.index, pool_tokens)
         self.seconds, self.num_accepted = 0.0, 0
         self._reads, self._topk = reads, topk
         self._num_nodes, self._vocab_size = num_nodes, vocab_size
         self._reqs: list[Req] = []
-        self._rids: list[str] = []
-        self._has_no_room: set[str] = set()  # requests whose text the index could not take
+        self._has_no_room: set[Req] = set()  # requests whose text the index could not take
         self._whose: tuple[np.ndarray | None, ...] = (None, None)  # weights, is_drawn
         self._wants = np.empty(0, np.bool_)
         self._kinds = np.empty(0, np.int64)
@@ -87,7 +99,7 @@ class Copies:
         # Of the step that runs.
         self._batch: Any = None
         self._roots: Read | None = None
-        self._blocks = np.empty((0, 2), np.int64)
+        self._starts = np.empty((0, 4), np.int64)  # as of `roots_of`
         self._layers: list[tuple[np.ndarray, ...]] = []  # tokens, scores, parents
         self._seen = Seen(0, 0, 0)
         self._nodes = np.empty((0, 0), np.int64)  # of the newest layer, best first
@@ -110,6 +122,7 @@ class Copies:
             num_nodes=num_nodes,
             # A block has up to twice the tokens of its text, which the cache has slots for.
             max_tokens=2 * worker.token_to_kv_pool_allocator.size,
+            pool_tokens=worker.token_to_kv_pool_allocator.size,
             vocab_size=worker.target_worker.model_runner.model_config.vocab_size,
         )
 
@@ -139,12 +152,6 @@ class Copies:
         self._max_depth, self._least_scores, self._batch = max_depth, least_scores, batch
         whose = weights, is_drawn
         if self._reqs != batch.reqs or any(map(operator.is_not, whose, self._whose)):
-            before = {req.rid: req for req in self._reqs}
-            for req in batch.reqs:
-                if (
-                    before.get(req.rid) is not req
-                ):  # another request may have the name of an old one
-                    self.index.drop(req.rid)
             self._reqs, self._whose = list(batch.reqs), whose
             self._has_no_room.clear()
             is_greedy = [req.sampling_params.top_k == 1 for req in batch.reqs]
@@ -152,8 +159,8 @@ class Copies:
             if is_drawn is not None:
                 self._kinds[is_drawn] = DRAWN
             self._wants = np.ones(len(is_greedy), np.bool_) if weights is None else weights > 0.0
-            self._rids = [req.rid for req in batch.reqs]
-            self.index.keep(self._rids)
+            self._pools.run((req, _pool_of(req), len(req.origin_input_ids)) for req in self._reqs)
+            self.index.keep([*self._reqs, *self._pools.keys])
         self.seconds = time.perf_counter() - began
 
     def start(self) -> None:
@@ -178,7 +185,8 @@ class Copies:
             self._roots = None
             self._take_in(0)
             self._seen.forget()
-            self._blocks = self._checked_texts(roots, seq_lens)
+            self._pools.update()
+            self._starts = self._checked_texts(roots, seq_lens)
         tokens, scores, nodes = (array.numpy() for array in arrays)
         batch_size, above = len(scores), np.full((len(scores), 1), -1)
         if self._layers:
@@ -191,7 +199,7 @@ class Copies:
             self._seen = Seen(*shape)
         self._grafts = graft(
             self.index.ints,
-            self._blocks,
+            self._starts,
             *self._drafted(),
             *(self._topk, table, self._kinds),
             num_nodes=self._num_nodes,
@@ -216,7 +224,7 @@ class Copies:
         table = self.chances.table()
         paths = copied_paths(
             self.index.ints,
-            self._blocks,
+            self._starts,
             *self._drafted(),
             *(self._topk, table, self._kinds),
             max_depth=self._max_depth,
@@ -243,7 +251,7 @@ class Copies:
 
     def on_verified(self, reqs: Sequence[Req], verified: Verified) -> None:
         """Begin to read what the step brought."""
-        if self._selection is None and not any(req.rid in self.index for req in reqs):
+        if self._selection is None and not any(req in self.index for req in reqs):
             return  # Nothing would be learned, and reads of plain steps alone would pile up.
         began = time.perf_counter()
         tensors = [verified.tokens, verified.accept_lens, verified.accept_index]
@@ -251,7 +259,7 @@ class Copies:
         if self._selection is not None:
             grafts = self._grafts
             tensors.append(self._selection.top_scores_index)
-        requests, self._selection = [req.rid for req in reqs], None
+        requests, self._selection = list(reqs), None
         self._outcomes.append(_Outcome(requests, self._reads.start(*tensors), grafts))
         self._take_in(_MOST_UNREAD)
         self.seconds += time.perf_counter() - began
@@ -283,28 +291,39 @@ class Copies:
                 self.num_accepted += seen[2]
 
     def _checked_texts(self, roots: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
-        """Make sure that each text ends with the root of its tree; return the blocks.
+        """Make sure that each text ends with the root of its tree; return `roots_of` the texts.
 
         Args:
             roots, seq_lens: [B] int, the root's token and the tokens before it.
         """
-        blocks = self.index.blocks(self._rids)
+        blocks = self.index.blocks(self._reqs)
         is_stale = self.index.sizes(blocks) != seq_lens + 1
         is_stale = self._wants & (is_stale | (self.index.last_tokens(blocks) != roots))
         for place in np.flatnonzero(is_stale).tolist():
-            if self._rids[place] not in self._has_no_room:
+            if self._reqs[place] not in self._has_no_room:
                 self._read_anew(self._reqs[place], int(roots[place]), int(seq_lens[place]))
         if is_stale.any():
-            blocks = self.index.blocks(self._rids)
+            blocks = self.index.blocks(self._reqs)
         blocks[~self._wants] = NO_BLOCK
-        return blocks
+        return roots_of(self.index.ints, blocks, self._pools.blocks(self._reqs))
 
     def _read_anew(self, req: Req, root: int, size: int) -> None:
         """Read a request's text from the request; none if that is not what it is served with."""
-        self.index.drop(req.rid)
+        self.index.drop(req)
         text = [*req.origin_input_ids, *req.output_ids]
         if len(text) == size:
             text.append(root)  # of a result that the request does not hold yet
         is_served = len(text) == size + 1 and text[-1] == root
-        if is_served and not self.index.add(req.rid, np.array(text, np.int64)):
-            self._has_no_room.add(req.rid)
+        if is_served and not self.index.add(req, np.array(text, np.int64)):
+            self._has_no_room.add(req)
+
+
+def _pool_of(req: Req) -> Hashable | None:
+    """Return the key of a request's pool; None for none, or for a name that was not checked."""
+    if req.sampling_params.custom_params is None:  # as of most requests
+        return None
+    try:
+        name = parse_pool(req.sampling_params.custom_params)
+    except ConfigError:
+        return None
+    return None if name is None else pool_key(name)

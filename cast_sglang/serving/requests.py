@@ -16,7 +16,13 @@ from sglang.srt.runtime_context import get_exec, get_spec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import OFF, THROUGHPUT, mode_weights, parse_mode
+from cast_sglang.policy.request_modes import (
+    OFF,
+    THROUGHPUT,
+    mode_weights,
+    parse_mode,
+    parse_pool,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -52,7 +58,7 @@ def mean_context(batch: ScheduleBatch) -> float:
 
 
 def check_mode(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
-    """Refuse a request whose mode does not exist; runs after SGLang's check of its parameters.
+    """Refuse a request whose mode or pool is none; runs after SGLang's check of its parameters.
 
     That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
     400. A server of another algorithm leaves custom parameters alone.
@@ -62,6 +68,7 @@ def check_mode(result: None, params: SamplingParams, *args: Any, **kwargs: Any) 
     """
     if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
         parse_mode(params.custom_params)
+        parse_pool(params.custom_params)
 
 
 def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:

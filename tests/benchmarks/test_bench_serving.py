@@ -161,10 +161,11 @@ class FakeServer:
 
 
 def test_as_many_run_as_there_are_places_and_dialogues_go_on_at_once(monkeypatch):
-    running, most, sent = 0, 0, []
+    running, most, sent, pools = 0, 0, [], []
 
-    async def stream(client, prompt, temperature, num_tokens):
+    async def stream(client, prompt, temperature, num_tokens, pool):
         nonlocal running, most
+        pools.append(pool)
         running, most = running + 1, max(most, running + 1)
         sent.append(prompt)
         started = asyncio.get_running_loop().time()
@@ -179,17 +180,23 @@ def test_as_many_run_as_there_are_places_and_dialogues_go_on_at_once(monkeypatch
         return Dialogue(turns, lambda answers: [number, *(len(text) for text in answers)])
 
     monkeypatch.setattr(cells, "stream", stream)
-    requests = [dialogue(1, 1), dialogue(2, 2), dialogue(3, 1), dialogue(4, 3)]
+    requests = [dialogue(1, 1), dialogue(2, 2)._replace(pool="a"), dialogue(3, 1), dialogue(4, 3)]
     tok_s, answers = run(FakeServer(), requests, Cell(2, 0.0, "t"), 21)
     assert (most, tok_s > 0) == (2, True)
     assert sent == [[1], [2], [2, 8], [3], [4], [4, 8], [4, 8, 8]]
+    # Both turns of a dialogue name one pool, and another one when it is played again.
+    first = pools[1]
+    assert pools == [None, first, first, None, None, None, None] and first.endswith(" a")
+    pools.clear()
+    run(FakeServer(), requests[:2], Cell(2, 0.0, "t"), 21)
+    assert pools[1].endswith(" a") and pools[1] != first
     # In the order of the requests, whenever they ended.
     assert [answer.text[-1] for answer in answers] == list("1223444")
 
     # To warm up, an arm that learns takes all tokens, another a few; measured answers differ.
     taken = []
 
-    async def short(client, prompt, temperature, num_tokens):
+    async def short(client, prompt, temperature, num_tokens, pool):
         taken.append(num_tokens)
         return steps(0.0, 0.1, [1])
 

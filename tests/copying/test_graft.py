@@ -9,6 +9,7 @@ from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import CLASSES_OF_KIND, Chances, class_of
 from cast_sglang.copying.graft import Seen, graft, outlook
 from cast_sglang.copying.outcomes import judge
+from cast_sglang.copying.paths import roots_of
 from cast_sglang.copying.reference import Text
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
@@ -36,15 +37,15 @@ def indexed(texts):
     for request, text in enumerate(texts):
         if text:
             assert index.add(request, np.array(text, np.int64))
-    return index, index.blocks(range(len(texts)))
+    return index, roots_of(index.ints, index.blocks(range(len(texts))))
 
 
 def grafted(tree, texts, table, least_score=0.0, kinds=None, **limits):
-    index, blocks = indexed(texts)
+    index, roots = indexed(texts)
     drafted = tree.tokens.numpy(), tree.scores.numpy(), tree.parents.numpy()
     kinds = np.full(len(texts), GREEDY) if kinds is None else np.array(kinds)
     limits["least_scores"] = np.full(len(texts), least_score, np.float32)
-    return graft(index.ints, blocks, *drafted, tree.topk, table, kinds, **limits)
+    return graft(index.ints, roots, *drafted, tree.topk, table, kinds, **limits)
 
 
 def learned(rng):

@@ -48,10 +48,10 @@ def test_grafts_by_a_record_are_those_by_the_text(
     grown = list(stages(rng, batch, topk, [min(width, topk) for width in widths]))
     texts = [rng.integers(0, VOCAB - 1, rng.integers(0, 30)).tolist() for _ in range(batch)]
     table = learned(rng)
-    index, blocks = indexed(texts)
+    index, roots = indexed(texts)
     least, kinds = np.full(batch, least_score, np.float32), np.full(batch, kind)
     limits = {"max_depth": max_depth, "vocab_size": VOCAB, "least_scores": least}
-    paths = copied_paths(index.ints, blocks, *grown[-1], topk, table, kinds, **limits)
+    paths = copied_paths(index.ints, roots, *grown[-1], topk, table, kinds, **limits)
     size = grown[-1][1].shape[1]
     ints, rows = looked_up([p.copied for p in paths], [size + len(p.parents) for p in paths])
     limits = {"num_nodes": num_nodes, "max_depth": max_depth, "vocab_size": 1 << 30}
@@ -59,7 +59,7 @@ def test_grafts_by_a_record_are_those_by_the_text(
         limits["least_scores"] = least * np.float32(higher)
         for tokens, scores, parents in grown:
             theirs = graft(
-                *(index.ints, blocks, tokens, scores, parents, topk, table, kinds),
+                *(index.ints, roots, tokens, scores, parents, topk, table, kinds),
                 **limits | {"vocab_size": VOCAB},
             )
             numbers = np.arange(scores.shape[1])[None].repeat(batch, axis=0)
@@ -91,23 +91,23 @@ def longest_repeat(text):
 
 
 def test_a_request_without_text_has_no_paths():
-    index, blocks = indexed([[], [1, 2, 1, 2]])
+    index, roots = indexed([[], [1, 2, 1, 2]])
     rng = np.random.default_rng(0)
     [drafted] = stages(rng, 2, 2, [])
     limits = {"max_depth": 3, "least_scores": np.zeros(2, np.float32), "vocab_size": VOCAB}
     kinds = np.zeros(2, np.int64)
-    none, some = copied_paths(index.ints, blocks, *drafted, 2, Chances().table(), kinds, **limits)
+    none, some = copied_paths(index.ints, roots, *drafted, 2, Chances().table(), kinds, **limits)
     assert len(none.copied) == len(none.parents) == none.match == 0
     assert len(some.copied) and some.match == 2
     ints, rows = looked_up([none.copied, some.copied], [2, 2 + len(some.parents)])
-    assert rows[0].tolist() == [-1, 0] and len(ints) == 2 * (3 + len(some.parents))
+    assert rows[0].tolist() == [-1, 0, 0, 0] and len(ints) == 2 * (3 + len(some.parents))
 
 
 def test_the_path_below_the_root_goes_on_whatever_it_is_worth():
-    index, blocks = indexed([list(range(6)) + [99, 0, 1]])
+    index, roots = indexed([list(range(6)) + [99, 0, 1]])
     drafted = np.array([[90, 91]]), np.array([[0.6, 0.3]], np.float32), np.array([[-1, -1]])
     limits = {"max_depth": 4, "least_scores": np.ones(1, np.float32), "vocab_size": 100}
     kinds = np.zeros(1, np.int64)
-    [paths] = copied_paths(index.ints, blocks, *drafted, 2, Chances().table(), kinds, **limits)
+    [paths] = copied_paths(index.ints, roots, *drafted, 2, Chances().table(), kinds, **limits)
     assert paths.match == 2 and paths.tokens.tolist() == [2, 3, 4, 5, 99]
     assert paths.parents.tolist() == [-1, 2, 3, 4, 5]

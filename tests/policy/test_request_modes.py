@@ -13,6 +13,7 @@ from cast_sglang.policy.request_modes import (
     THROUGHPUT,
     mode_weights,
     parse_mode,
+    parse_pool,
 )
 from tests.support.request_modes import BAD_CUSTOM_PARAMS, BAD_MODES
 
@@ -43,18 +44,36 @@ def test_custom_parameters_of_another_type_are_refused(custom_params):
         parse_mode(custom_params)
 
 
+@pytest.mark.parametrize("name", ["a", "x" * 100_000, "\ud800", "\n", "0"], ids=len)
+def test_a_pool_has_any_name(name):
+    assert parse_pool({"cast_pool": name, "cast": "off"}) == name
+    assert (
+        parse_pool({"cast": "off"}) is parse_pool(None) is parse_pool({"cast_pool": None}) is None
+    )
+
+
+@pytest.mark.parametrize("value", [1, 0, True, "", [], ["a"], {"id": "a"}, 1.5, b"a"], ids=repr)
+def test_a_pool_of_another_type_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"^custom_params\.cast_pool=.*: must be a string"):
+        parse_pool({"cast_pool": value})
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
 
-@given(JSON | st.dictionaries(st.just("cast"), JSON))
+@given(JSON | st.dictionaries(st.sampled_from(["cast", "cast_pool"]), JSON))
 def test_anything_is_a_mode_or_one_short_line(custom_params):
-    try:
-        assert parse_mode(custom_params) in MODES
-    except ConfigError as error:
-        assert len(str(error)) < 160 and len(str(error).splitlines()) == 1
+    for parse in (parse_mode, parse_pool):
+        try:
+            found = parse(custom_params)
+            assert (
+                found in MODES if parse is parse_mode else found is None or isinstance(found, str)
+            )
+        except ConfigError as error:
+            assert len(str(error)) < 160 and len(str(error).splitlines()) == 1
 
 
 def test_a_mode_of_any_depth_is_refused():

@@ -97,6 +97,27 @@ def test_sampled_tokens_have_the_law_of_plain_decoding(copying, plain, repeating
             assert homogeneity_p_value(ours[:, of], theirs[:, of]) > ALPHA
 
 
+def test_requests_of_a_pool_copy_from_each_other_and_stay_exact(
+    copying, plain, repeating, repeated_ids
+):
+    """The second time in the pool there is more to copy; in another pool there is not."""
+    accepted = []
+    for pool in ("one", "one", "two"):
+        before = cast_state(copying)
+        wanted = {"max_new_tokens": NUM_TOKENS, "custom_params": {"cast_pool": pool}}
+        answers = generate(copying, repeating[:4], **wanted)
+        assert [answer["output_ids"] for answer in answers] == repeated_ids[:4]
+        after = cast_state(copying)
+        accepted.append(after["drafts_accepted"] - before["drafts_accepted"])
+    assert accepted[1] > accepted[0] and accepted[1] > accepted[2]
+
+
+@pytest.mark.parametrize("pool", [7, "", ["a"], {"id": "a"}, True])
+def test_a_pool_of_another_type_is_refused(copying, pool):
+    response = post_generate(copying, [1, 2, 3], custom_params={"cast_pool": pool})
+    assert response.status_code == 400 and "custom_params.cast_pool" in response.text
+
+
 def test_an_aborted_request_leaves_nothing_behind(copying, repeating, repeated_ids):
     long = threading.Thread(
         target=post_generate,

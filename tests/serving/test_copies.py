@@ -16,25 +16,32 @@ from cast_sglang.tree import DraftTree
 TOPK, NODES, DEPTH, VOCAB = 3, 7, 6, 50
 
 
+class Request:
+    """Like SGLang's, one that equals itself alone."""
+
+    def __init__(self, rid, text, num_prompt, top_k):
+        self.rid, self.text = rid, text
+        self.origin_input_ids, self.output_ids = list(text[:num_prompt]), [text[num_prompt]]
+        self.sampling_params = SimpleNamespace(top_k=top_k, custom_params=None)
+
+
 class Server:
     """Serves requests greedily: each has a text of its own that its target says, step by step."""
 
-    def __init__(self, max_tokens=1 << 14):
+    def __init__(self, max_tokens=1 << 14, pool_tokens=0):
         self.copies = Copies(
-            HostReads("cpu"), topk=TOPK, num_nodes=NODES, max_tokens=max_tokens, vocab_size=VOCAB
+            HostReads("cpu"),
+            topk=TOPK,
+            num_nodes=NODES,
+            max_tokens=max_tokens,
+            pool_tokens=pool_tokens,
+            vocab_size=VOCAB,
         )
         self.rng = np.random.default_rng(0)
         self.num_copied = 0
 
     def request(self, rid, text, num_prompt, top_k=1):
-        prompt, first = text[:num_prompt], text[num_prompt]
-        return SimpleNamespace(
-            rid=rid,
-            text=text,
-            origin_input_ids=list(prompt),
-            output_ids=[first],
-            sampling_params=SimpleNamespace(top_k=top_k),
-        )
+        return Request(rid, text, num_prompt, top_k)
 
     def length(self, req):
         return len(req.origin_input_ids) + len(req.output_ids)
@@ -94,8 +101,8 @@ class Server:
         tree.grow(tree.frontier(), 2, *children(2 * len(reqs)))
         copies.look(tree.newest)
         for b, req in enumerate(reqs):
-            if req.rid in copies.index:
-                base, _ = copies.index.blocks([req.rid])[0]
+            if req in copies.index:
+                base, _ = copies.index.blocks([req])[0]
                 size = self.length(req)
                 text = copies.index.ints[base + 4 : base + 4 + size].tolist()
                 assert text == req.text[:size], (req.rid, b)
@@ -171,7 +178,7 @@ def test_requests_come_and_go_and_come_back():
             if server.length(req) > 250:  # it ends, and another one takes its name
                 reqs[name] = server.request(name, said_twice(number), 33)
                 reqs[name].sampling_params.top_k = 20 if name == "c" else 1
-    assert "c" in server.copies.index and server.copies.num_accepted > 100
+    assert reqs["c"] in server.copies.index and server.copies.num_accepted > 100
     assert {row["is_sampled"] for row in server.copies.state()["copies"]} == {False, True}
 
 
@@ -190,7 +197,7 @@ def test_a_text_that_is_not_the_served_one_is_not_copied():
     copies.start()
     tree = DraftTree(torch.zeros(2, TOPK).long(), torch.full((2, TOPK), 0.2), DEPTH, loops)
     copies.look(tree.newest)
-    assert copies.index.num_tokens("b") == 42 and "c" not in copies.index
+    assert copies.index.num_tokens(late) == 42 and other not in copies.index
 
 
 @pytest.mark.parametrize("period", [1, 3])
@@ -228,13 +235,34 @@ def test_requests_that_end_in_the_middle_leave_no_text_and_no_outcome_to_others(
     assert len(server.copies.index._blocks) == 1
 
 
+def test_a_request_copies_from_its_pool_and_from_no_other():
+    """The second one answers what the first has answered, behind a prompt of its own."""
+    counts = {}
+    for pool in ("one", "two", None):
+        server = Server(pool_tokens=1 << 14)
+        answer = np.random.default_rng(8).permutation(VOCAB * 4).tolist()
+        answer = [token % VOCAB for token in answer]
+        first, second = (
+            server.request(name, said_twice(seed)[:40] + answer, 40)
+            for seed, name in ((1, "a"), (2, "b"))
+        )
+        first.sampling_params.custom_params = {"cast_pool": "one"}
+        second.sampling_params.custom_params = pool and {"cast_pool": pool}
+        for _ in range(120):
+            if server.length(first) < 180:
+                server.step([first])
+        tokens = sum(len(server.step([second])[0]) for _ in range(25))
+        counts[pool] = tokens
+    assert counts["one"] > 1.5 * counts["two"] and counts["two"] == counts[None]
+
+
 def test_memory_beyond_the_limit_is_not_taken():
     server = Server(max_tokens=200)
     reqs = [server.request(name, said_twice(1), 60) for name in "ab"]
     for _ in range(6):
         server.step(reqs)
     assert server.copies.num_bytes <= 200 * 120
-    assert ("a" in server.copies.index) != ("b" in server.copies.index)
+    assert (reqs[0] in server.copies.index) != (reqs[1] in server.copies.index)
 
 
 def test_a_text_without_room_is_read_once_until_other_requests_run(monkeypatch):
@@ -243,16 +271,16 @@ def test_a_text_without_room_is_read_once_until_other_requests_run(monkeypatch):
     added = []
     add = server.copies.index.add
     monkeypatch.setattr(
-        server.copies.index, "add", lambda rid, tokens: added.append(rid) or add(rid, tokens)
+        server.copies.index, "add", lambda req, tokens: added.append(req) or add(req, tokens)
     )
     for _ in range(4):
         server.step(reqs)
-    without = next(rid for rid in "ab" if rid not in server.copies.index)
+    without = next(req for req in reqs if req not in server.copies.index)
     added.clear()
     for _ in range(4):
         server.step(reqs)
     assert without not in added
-    server.step([req for req in reqs if req.rid == without])
+    server.step([without])
     assert without in server.copies.index
 
 
@@ -265,6 +293,16 @@ def test_a_request_with_the_name_of_an_earlier_one_gets_none_of_its_text():
     size = server.length(first)
     other = said_twice(2)[: size - 1] + [first.text[size - 1]] + said_twice(3)
     server.step([server.request("a", other, size - 1)])  # `draft` compares the texts
+
+
+def test_running_requests_of_one_name_have_texts_of_their_own():
+    """Two tokenizer workers do not know of each other's requests, whose names clients choose."""
+    server = Server()
+    reqs = [server.request("a", said_twice(seed), 40) for seed in (1, 2)]
+    counts = [[len(row) for row in server.step(reqs)] for _ in range(30)]  # `draft` compares texts
+    assert min(map(min, counts[8:])) == DEPTH + 1
+    server.step(reqs[1:])
+    assert reqs[0] not in server.copies.index and reqs[1] in server.copies.index
 
 
 def test_a_text_that_ends_with_another_token_is_read_anew():
@@ -291,9 +329,9 @@ def test_results_of_measuring_are_forgotten():
     server.step([req])
     server.copies.discard()
     size = server.length(req)
-    assert server.copies.index.num_tokens("a") == 41 < size
+    assert server.copies.index.num_tokens(req) == 41 < size
     server.step([req])  # reads the text anew
-    assert server.copies.index.num_tokens("a") == size
+    assert server.copies.index.num_tokens(req) == size
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,10 @@ def test_best_of_n_asks_everything_n_times(encoder):
     prompts = [dialogue.prompt([]) for dialogue in task.dialogues]
     assert prompts == [d.prompt([]) for d in single.dialogues for _ in range(3)]
     assert load_task("best-of-n", encoder).samples == 4
+    # The samples of a question belong together.
+    pools = [dialogue.pool for dialogue in task.dialogues]
+    assert pools == [str(number) for number in range(len(single.dialogues)) for _ in range(3)]
+    assert {dialogue.pool for dialogue in single.dialogues} == {None}
 
 
 def test_multi_round_puts_the_last_answer_into_the_question(encoder):
@@ -187,6 +191,7 @@ def test_multi_round_puts_the_last_answer_into_the_question(encoder):
     assert "Why does bread" in question and "Why does bread" in third
     assert "SECOND" in third and "FIRST" not in third
     assert load_task("multi-round", encoder).dialogues[0].num_turns == 2
+    assert len({dialogue.pool for dialogue in task.dialogues}) == len(task.dialogues)
 
 
 def test_tasks_of_a_file_keep_its_name_only(encoder, tmp_path):

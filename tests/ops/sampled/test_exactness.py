@@ -18,6 +18,7 @@ import torch
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.graft import graft, outlook
+from cast_sglang.copying.paths import roots_of
 from cast_sglang.ops import loops as tree_ops
 from cast_sglang.ops import reference as tree_reference
 from cast_sglang.ops.sampled import loops
@@ -118,10 +119,11 @@ class Step:
             paths[node] = (token,)
         index, table = SuffixIndex(1 << 10), Chances().table()
         assert index.add(0, np.array(self.said, np.int64))
+        roots = roots_of(index.ints, index.blocks([0]))
         while True:
             frontier = tree.frontier()
             grafts = graft(
-                *(index.ints, index.blocks([0]), tree.tokens.numpy(), tree.scores.numpy()),
+                *(index.ints, roots, tree.tokens.numpy(), tree.scores.numpy()),
                 *(tree.parents.numpy(), topk, table, np.array([self.kind])),
                 num_nodes=self.rows - 1,
                 max_depth=self.max_layers,

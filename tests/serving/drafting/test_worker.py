@@ -24,6 +24,7 @@ from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.pass_clock import PassClock
 from cast_sglang.serving.step_room import StepRoom
 from tests.support.copies import DEVICE, watched_copies
+from tests.support.copying_server import Request
 from tests.support.drafts import HIDDEN, STEPS, TOPK, FakeModel, Widths, decider_of, forward_batch
 
 ROWS, CONTEXT, SLOTS = 12, 40, 9
@@ -298,11 +299,11 @@ def rooted(slot, text, is_greedy=True):
     batch = batch_of([slot], [len(text) - 1])
     top_k = 1 if is_greedy else 20
     batch.reqs = [
-        SimpleNamespace(
+        Request(
             rid="a",
             origin_input_ids=text[:-1],
             output_ids=text[-1:],
-            sampling_params=SimpleNamespace(top_k=top_k),
+            sampling_params=SimpleNamespace(top_k=top_k, custom_params=None),
         )
     ]
     batch.spec_info.bonus_tokens = torch.tensor(text[-1:])
