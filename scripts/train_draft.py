@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Train an EAGLE-3 draft for a Llama target, on a CPU, from the target's own answers.
+"""Train a draft for a Llama target, on a CPU, from the target's own answers.
 
     python scripts/train_draft.py --target DIR --data FILE... --out DIR
+    python scripts/train_draft.py ... --head cascade                            # one pass per tree
     python scripts/train_draft.py ... --stage answers --answer-tokens 1000000   # hours, resumable
     python scripts/train_draft.py ... --stage draft --minutes 120               # hours, resumable
 
@@ -13,23 +14,35 @@ command. `draft` may run beside `answers`, and takes up the answers that have co
 there are more cores, run `answers` several times, each with data and a --work folder of its own,
 and name these folders by --other-work later.
 
+With --phase gto the stage `draft` tunes a trained head for the trees that a server of a given
+profile and batch size verifies; it starts from --reference, and its own output is --out.
+
 A data file has a JSON object a line: {"turns": [QUESTION, ...]}, {"prompt": TEXT} to be continued,
 or {"text": TEXT} to be learned as it is.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from draft_trainer import card, export, loop
 from draft_trainer.answers import Limits, Prompt, read_prompts, write_answers
 from draft_trainer.distill import DraftTask, heldout_steps
-from draft_trainer.draft_model import Draft, init_from_target
+from draft_trainer.draft_model import Draft, Head, init_from_target
 from draft_trainer.evaluate import TreeShape, simulate_accept_lens
+from draft_trainer.one_pass import (
+    CASCADE_LAYERS,
+    PARALLEL_DEPTH,
+    PARALLEL_LAYERS,
+    CascadeDraft,
+    ParallelDraft,
+)
 from draft_trainer.optim import Rates
 from draft_trainer.rows import Row, Rows, RowStore, RowStores
 from draft_trainer.vocabulary import (
@@ -40,7 +53,11 @@ from draft_trainer.vocabulary import (
 )
 from rich.progress import Progress
 
+if TYPE_CHECKING:
+    from draft_trainer.gto import GtoSettings
+
 STAGES = ("answers", "vocabulary", "draft", "eval", "card")
+PHASES = {"distill": "draft", "gto": "gto"}  # and the name of their state in the work folder
 SEED = 0
 HELD_OUT_EVERY = 50  # the answers to the first prompt of each fifty are kept from training
 EVAL_TOKENS = 128
@@ -88,25 +105,57 @@ class Pipeline:
     def draft(self) -> None:
         """Distil the draft; the export follows every checkpoint."""
         args = self.args
-        draft = Draft(self.target.shape, load_vocabulary(self.work_dir / "vocabulary.json"))
-        init_from_target(draft, self.target)
-        task = DraftTask(
-            draft,
-            self.target,
-            self.store,
-            is_held_out,
-            args.batch_tokens,
-            args.heldout_rows,
-            save=lambda: export.save_draft(draft, self.output_dir),
-        )
+        reference = None
+        if args.phase == "gto":
+            reference = export.load_draft(args.reference, self.target.shape.num_layers)
+            draft = copy.deepcopy(reference).train()
+        else:
+            draft = self._new_head(load_vocabulary(self.work_dir / "vocabulary.json"))
+            init_from_target(draft, self.target)
+        data = self.target, self.store, is_held_out, args.batch_tokens, args.heldout_rows
+
+        def save() -> None:
+            export.save_draft(draft, self.output_dir)
+
+        slower = 1.0
+        if reference is None:
+            task = DraftTask(draft, *data, save=save)
+        else:
+            from draft_trainer import gto
+
+            slower = gto.RATE_FACTOR
+            task = gto.GtoTask(draft, reference, *data, save=save, settings=self._gto_settings())
         loop.train(
             task,
             self.work_dir,
             args.minutes,
             self.progress_bar,
             60 * args.checkpoint_minutes,
-            Rates(args.matrix_lr, args.head_lr),
+            Rates(slower * args.matrix_lr, slower * args.head_lr),
         )
+
+    def _gto_settings(self) -> "GtoSettings":
+        from draft_trainer.gto import GtoSettings
+        from draft_trainer.gto_trees import Load
+
+        args = self.args
+        return GtoSettings(
+            Load(args.gto_profile, args.gto_batch, args.gto_context),
+            TreeShape(*args.gto_tree),
+            args.gto_group,
+            args.gto_groups,
+            args.gto_reward,
+            args.gto_debias == "on",
+        )
+
+    def _new_head(self, vocabulary: torch.Tensor) -> Head:
+        args, shape = self.args, self.target.shape
+        if args.head == "cascade":
+            return CascadeDraft(shape, vocabulary, args.norms, args.layers or CASCADE_LAYERS)
+        if args.head == "parallel":
+            sizes = args.layers or PARALLEL_LAYERS, args.depth or PARALLEL_DEPTH
+            return ParallelDraft(shape, vocabulary, args.norms, *sizes)
+        return Draft(shape, vocabulary, args.norms)
 
     def eval(self) -> None:
         """Measure the exported draft on the evaluation prompts, or on held-out answers."""
@@ -115,7 +164,7 @@ class Pipeline:
         rows = self._rows(held_out=True)[: args.heldout_rows]
         store: Rows = self.store
         steps = heldout_steps(draft, self.target, store, rows)
-        tree = TreeShape()
+        tree = TreeShape(num_steps=min(TreeShape.num_steps, draft.num_steps))
         if args.eval_data:
             answers = RowStore(self.work_dir / "eval", self.target.shape.state_size)
             num_new = EVAL_TOKENS + tree.num_steps + 1
@@ -131,7 +180,7 @@ class Pipeline:
                 for row in self.progress_bar.track(rows, description="eval")
             ]
         lengths = [length for request in requests for length in request]
-        run = loop.read_state(self.work_dir, "draft")
+        run = loop.read_state(self.work_dir, PHASES[args.phase])
         evaluation = {
             "heldout_loss": steps.loss.item(),
             "agreement": steps.agreement.tolist(),
@@ -159,7 +208,8 @@ class Pipeline:
     def card(self) -> None:
         """Write the model card from the evaluation."""
         evaluation = json.loads((self.output_dir / "evaluation.json").read_text())
-        card.write_card(self.output_dir, self.work_dir, evaluation, self.args.about)
+        phase = PHASES[self.args.phase]
+        card.write_card(self.output_dir, self.work_dir, evaluation, self.args.about, phase)
 
     def _answer(
         self, prompts: list[Prompt], store: RowStore, limits: Limits, max_tokens: int | None
@@ -205,6 +255,26 @@ def make_parser() -> argparse.ArgumentParser:
         help="work folders of other runs of `answers`",
     )
     add("--stage", choices=(*STAGES, "all"), default="all", help="(default: all, in this order)")
+    add(
+        "--head",
+        choices=("eagle3", "cascade", "parallel"),
+        default="eagle3",
+        help="how it drafts: token by token, or all tokens of a tree in one pass (default: eagle3)",
+    )
+    add("--norms", action="store_true", help="with the norms of EAGLE 3.1")
+    add(
+        "--layers",
+        type=int,
+        metavar="N",
+        help=f"of a cascade (default: {CASCADE_LAYERS}) or parallel head ({PARALLEL_LAYERS})",
+    )
+    add(
+        "--depth",
+        type=int,
+        metavar="N",
+        help=f"tokens that a parallel head drafts (default: {PARALLEL_DEPTH}); "
+        "a cascade drafts one a layer",
+    )
     add("--aux-layers", type=int, nargs=3, metavar="N", help="layers that the draft sees")
     add("--draft-vocab", type=int, default=16384, metavar="N", help="its tokens (default: 16384)")
     add("--answer-tokens", type=int, metavar="N", help="stop `answers` there (default: no limit)")
@@ -231,6 +301,34 @@ def make_parser() -> argparse.ArgumentParser:
     add("--head-lr", type=float, default=Rates.others, help="AdamW's (default: %(default)s)")
     add("--heldout-rows", type=int, default=64, metavar="N", help="to evaluate on (default: 64)")
     add("--checkpoint-minutes", type=float, default=5, help="between checkpoints (default: 5)")
+    add("--phase", choices=PHASES, default="distill", help="of `draft` (default: distill)")
+    add("--reference", type=Path, metavar="DIR", help="the trained head that `gto` tunes")
+    add("--gto-profile", type=Path, metavar="FILE", help="cost profile of the pair that is tuned")
+    add("--gto-batch", type=int, default=1, metavar="N", help="requests at once (default: 1)")
+    add("--gto-context", type=int, default=256, metavar="N", help="their length (default: 256)")
+    add(
+        "--gto-tree",
+        type=int,
+        nargs=3,
+        default=(5, 8, 32),
+        metavar="N",
+        help="steps, topk and tokens of the largest tree (default: 5 8 32)",
+    )
+    add("--gto-group", type=int, default=8, metavar="N", help="prefixes a group (default: 8)")
+    add("--gto-groups", type=int, default=16, metavar="N", help="groups a text (default: 16)")
+    add(
+        "--gto-reward",
+        choices=("smooth", "expected", "priced"),
+        default="smooth",
+        help="what a tree is worth: the smooth maximum of its paths' expected lengths, its "
+        "expected accepted tokens, or these less the price of its rows (default: smooth)",
+    )
+    add(
+        "--gto-debias",
+        choices=("on", "off"),
+        default="on",
+        help="take off what the reference's tree is worth (default: on)",
+    )
     add("--about", type=Path, metavar="FILE", help="Markdown for the top of the card")
     add("--num-threads", type=int, default=1, help="threads of PyTorch (default: 1)")
     return parser
@@ -241,6 +339,10 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     args.aux_layers = tuple(args.aux_layers) if args.aux_layers else None
     args.work = args.work or Path("out") / args.out.name
+    if args.head == "eagle3" and args.layers or args.head != "parallel" and args.depth:
+        sys.exit("train_draft: --layers is for heads of one pass, --depth for parallel ones")
+    if args.phase == "gto" and not (args.reference and args.gto_profile):
+        sys.exit("train_draft: --phase gto needs --reference DIR and --gto-profile FILE")
     stages = STAGES if args.stage == "all" else (args.stage,)
     if "answers" in stages and not args.data:
         sys.exit("train_draft: --data FILE is needed to let the target answer")

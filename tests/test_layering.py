@@ -46,7 +46,7 @@ SERVING_FLOORS = (
     "weight_updates",
     "step",
     "launch requests pass_clock host_reads row_packing stats",
-    "step_room texts",
+    "step_room texts heads",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")

@@ -11,6 +11,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from cast_sglang.config import CastConfig
+from cast_sglang.serving.heads.registry import one_pass_depth
 from cast_sglang.serving.launch.arguments import (
     DEFAULT_MAX_RUNNING_REQUESTS,
     check_copying,
@@ -92,7 +93,12 @@ class CastAlgorithm(CustomSpecAlgo):
         """
         config = CastConfig.load()
         set_draft(server_args)
-        set_envelope(server_args)
+        draft_config = read_draft_config(
+            server_args.speculative_draft_model_path,
+            server_args.speculative_draft_model_revision,
+            server_args.trust_remote_code,
+        )
+        set_envelope(server_args, one_pass_depth(draft_config))
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         check_copying(config, server_args.speculative_eagle_topk)
         check_pair(server_args)

@@ -43,7 +43,8 @@ class PassClock:
         self._num_steps = 0
         self._batch_size = 0
         self._costs: StepCosts | None = None
-        self._running: deque[tuple[tuple[str, int, int, float], Any, Any]] = deque()
+        self._running: deque[tuple[tuple[str, int, int, float], list[tuple[Any, Any]]]] = deque()
+        self._leads: list[tuple[str, tuple[Any, Any]]] = []  # of the step that runs
 
     def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
         """Begin a step; its passes are timed if it is its turn.
@@ -54,6 +55,7 @@ class PassClock:
         self._num_steps += 1
         self._batch_size = batch_size
         self._costs = None if self._num_steps % self._every else costs
+        self._leads.clear()
 
     def end_step(self) -> None:
         self._costs = None
@@ -74,16 +76,31 @@ class PassClock:
         yield
         predicted_us = pass_us(costs, operation, num_tokens)
         what = (operation, self._batch_size, round(num_tokens), predicted_us)
-        self._running.append((what, begin, self._now()))
+        leads = [span for name, span in self._leads if name == operation]
+        self._running.append((what, [*leads, (begin, self._now())]))
+
+    @contextlib.contextmanager
+    def lead(self, operation: str) -> Iterator[None]:
+        """Time the pass inside as a part of the step's pass of this kind, which follows.
+
+        Args:
+            operation: as of `time`; its tables hold the time of both.
+        """
+        if self._costs is None:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._leads.append((operation, (begin, self._now())))
 
     def finished(self) -> Iterator[TimedPass]:
         """Yield the passes that the device has finished since the last call."""
         while self._running:
-            what, begin, end = self._running[0]
+            what, spans = self._running[0]
             if self._module is None:
-                measured_us = (end - begin) * 1e6
-            elif end.query():
-                measured_us = begin.elapsed_time(end) * 1e3
+                measured_us = sum(end - begin for begin, end in spans) * 1e6
+            elif spans[-1][1].query():  # the device passes events in the order of their record
+                measured_us = sum(begin.elapsed_time(end) for begin, end in spans) * 1e3
             else:
                 return
             self._running.popleft()

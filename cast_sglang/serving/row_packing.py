@@ -80,10 +80,12 @@ def last_rows(num_rows: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def last_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """Return the last decoder layer of an EAGLE-3 draft; None for a model with other layers."""
+    """Return the last decoder layer of an EAGLE-3 draft; None for one whose layers stay whole."""
     from sglang.srt.models.llama_eagle3 import LlamaDecoderLayer
 
     layers = getattr(getattr(model, "model", None), "layers", None)
+    if hasattr(model, "read_rows"):  # of a head that hands on rows of all layers
+        return None
     layer = layers[-1] if layers else None
     return layer if isinstance(layer, LlamaDecoderLayer) else None
 

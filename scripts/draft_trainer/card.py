@@ -5,9 +5,30 @@ import json
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+# What the card says of a head, by the class that serves it, and of how it was trained.
+HEADS = {
+    "LlamaForCausalLMEagle3": (
+        "An EAGLE-3 head of one layer",
+        "five self-fed steps\n(training-time test of EAGLE-3, arXiv 2503.01840)",
+    ),
+    "LlamaForCausalLMCascadeEagle3": (
+        "A cascade head of {num_hidden_layers} layers, which drafts as many tokens in one pass",
+        "the losses of all its layers\n(FastEagle, arXiv 2509.20416)",
+    ),
+    "LlamaForCausalLMParallelEagle3": (
+        "A parallel head of {num_hidden_layers} layers, which drafts {one_pass_depth} tokens",
+        "masked slots\n(P-EAGLE, arXiv 2602.01469)",
+    ),
+}
 
 
-def write_card(output_dir: Path, work_dir: Path, evaluation: dict, about: Path | None) -> None:
+def write_card(
+    output_dir: Path,
+    work_dir: Path,
+    evaluation: dict,
+    about: Path | None,
+    phase: str = "draft",
+) -> None:
     """Write README.md and the loss curves beside the checkpoint.
 
     Args:
@@ -16,16 +37,23 @@ def write_card(output_dir: Path, work_dir: Path, evaluation: dict, about: Path |
         evaluation: what the stage `eval` wrote.
         about: Markdown that says what target and data are, and under which licences; its first line
             is the title of the card.
+        phase: "draft", or "gto" for a head that was tuned.
     """
     config = json.loads((output_dir / "config.json").read_text())
-    title = "# An EAGLE-3 draft\n"
+    [architecture] = config["architectures"]
+    head, trained = (part.format(**config) for part in HEADS[architecture])
+    if phase == "gto":
+        trained += ", then tuned by group trees\n(GTO, arXiv 2509.22134)"
+    title = "# An EAGLE-3 draft\n" if architecture == "LlamaForCausalLMEagle3" else "# A draft\n"
     text = TEMPLATE.read_text().format(
         **printable(evaluation),
         about=about.read_text().strip() if about else title,
+        head=f"{head} (`{architecture}`)",
+        trained=trained,
         aux_layer_ids=config["eagle_config"]["eagle_aux_hidden_state_layer_ids"],
     )
     (output_dir / "README.md").write_text(text)
-    write_curves({"draft": work_dir / "draft_loss.csv"}, output_dir)
+    write_curves({phase: work_dir / f"{phase}_loss.csv"}, output_dir)
 
 
 def printable(evaluation: dict) -> dict:

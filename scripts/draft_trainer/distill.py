@@ -1,4 +1,7 @@
-"""Training of the draft: distillation from the target over self-fed steps (training-time test)."""
+"""Training of a head: distillation from the target over all tokens that it drafts.
+
+An EAGLE-3 head is fed with its own states step by step (training-time test).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .draft_model import Draft
-from .layers import LayerCache
+from .draft_model import NUM_STEPS, Head
 from .loop import BatchResult
 from .loss import head_loss
 from .rows import Row, Rows
 from .target_model import Target
 
-NUM_STEPS = 5
-STEP_DECAY = 0.8
 ROW_TOKENS = 512  # longer rows are cut there
 # The target's likeliest tokens that the draft learns from; what lies beyond them it would hardly
 # propose.
@@ -85,7 +85,7 @@ def make_batch(
 
 
 @torch.no_grad()
-def target_tokens(target: Target, draft: Draft, states: torch.Tensor) -> TargetTokens:
+def target_tokens(target: Target, draft: Head, states: torch.Tensor) -> TargetTokens:
     """Return what the target expects behind states [B, T, state_size], among the draft's tokens."""
     head = target.lm_head.weight[draft.vocabulary]
     hidden = states[..., -target.shape.hidden_size :]
@@ -94,41 +94,45 @@ def target_tokens(target: Target, draft: Draft, states: torch.Tensor) -> TargetT
     return TargetTokens(best.indices, best.values.softmax(-1))
 
 
-def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
-    """Run the draft from the bases of a batch, each step fed by the one before.
+def self_fed_steps(
+    draft: Head, target: Target, batch: Batch, draw: np.random.Generator | None = None
+) -> StepResults:
+    """Run the draft from the bases of a batch, as serving does, but on the text's own tokens.
 
-    Step s at base b consumes token b + 1 + s and is compared with the target's distribution there.
-    It attends to the committed slots up to b and to steps 1..s of its own base, as in serving.
+    Step s at base b is compared with the target's distribution behind token b + 1 + s, which an
+    EAGLE-3 head consumes there, and the state of the step before. It attends to the committed slots
+    up to b and to steps 1..s of its own base.
+
+    Args:
+        draw: chooses bases for heads that draft from some of them only; None for all of them.
     """
     tokens, states, bases, counts = batch.tokens, batch.states, batch.bases, batch.counts
     num_features = states.shape[-1] - target.shape.hidden_size
     row = torch.arange(len(tokens))[:, None]
     last = tokens.shape[1] - 1
-    step_weights = STEP_DECAY ** torch.arange(len(counts))
-    num_counted = counts.sum(dim=(1, 2)).clamp(min=1)
-    row_weights = step_weights / step_weights.sum() / num_counted
-    chain: list[LayerCache] = []
+    step_weights = draft.depth_decay ** torch.arange(len(counts))
     expected = target_tokens(target, draft, states)
     with torch.no_grad():
         embeds = target.model.embed_tokens(tokens)
+
+    def follow(step: int) -> torch.Tensor:
+        return embeds[row, (bases + 1 + step).clamp(max=last)]
+
     with torch.autocast("cpu", torch.bfloat16):
-        result = draft.extend(embeds[:, 1:], states[:, :-1, :num_features])
-        committed = result.cache
-        hidden = result.hidden[row, bases]
-        mask = torch.arange(last) <= bases[..., None]
-        normed, sought = [], []
-        for step in range(len(counts)):
-            slots = (bases + 1 + step).clamp(max=last)
-            if step:
-                result = draft.step(
-                    embeds[row, slots], hidden, bases + step, committed, mask, chain
-                )
-                chain.append(result.cache)
-                hidden = result.hidden
-            normed.append(draft.norm(hidden[counts[step]]))
-            sought.append([x[row, slots][counts[step]] for x in expected])
+        features = states[:, :-1, :num_features]
+        steps = draft.unroll(embeds[:, 1:], features, bases, follow, len(counts), draw)
+        normed, sought, counted = [], [], []
+        for step, (hidden, columns) in enumerate(steps):
+            slots, counts_here = (bases + 1 + step).clamp(max=last), counts[step]
+            if columns is not None:
+                slots, counts_here = slots[:, columns], counts_here[:, columns]
+            normed.append(draft.norm(hidden[counts_here]))
+            sought.append([x[row, slots][counts_here] for x in expected])
+            counted.append(counts_here.sum())
         parts = [len(rows) for rows in normed]
         indices, probs = (torch.cat(column) for column in zip(*sought, strict=True))
+        num_counted = torch.stack(counted).clamp(min=1)
+        row_weights = step_weights / step_weights.sum() / num_counted
         weights = row_weights.repeat_interleave(torch.tensor(parts))
         head = draft.lm_head.weight.to(torch.bfloat16)
         found = head_loss(torch.cat(normed).to(torch.bfloat16), head, indices, probs, weights)
@@ -142,7 +146,7 @@ def self_fed_steps(draft: Draft, target: Target, batch: Batch) -> StepResults:
 
 @torch.no_grad()
 def heldout_steps(
-    draft: Draft,
+    draft: Head,
     target: Target,
     store: Rows,
     rows: list[Row],
@@ -151,14 +155,14 @@ def heldout_steps(
     """Return losses and agreement on rows that training never sees."""
     in_vocabulary = mark_vocabulary(draft)
     rows = sorted(rows, key=lambda row: len(row.tokens))
-    parts = [
-        self_fed_steps(draft, target, make_batch(store, rows[i : i + rows_at_once], in_vocabulary))
-        for i in range(0, len(rows), rows_at_once)
-    ]
+    parts = []
+    for i in range(0, len(rows), rows_at_once):
+        batch = make_batch(store, rows[i : i + rows_at_once], in_vocabulary, draft.num_steps)
+        parts.append(self_fed_steps(draft, target, batch))
     return StepResults(*(torch.stack(column).mean(0) for column in zip(*parts, strict=True)))
 
 
-def mark_vocabulary(draft: Draft) -> torch.Tensor:
+def mark_vocabulary(draft: Head) -> torch.Tensor:
     """Return [V] boolean: the target's tokens that the draft can propose."""
     marks = torch.zeros(draft.shape.vocab_size, dtype=torch.bool)
     marks[draft.vocabulary] = True
@@ -172,7 +176,7 @@ class DraftTask:
 
     def __init__(
         self,
-        draft: Draft,
+        draft: Head,
         target: Target,
         store: Rows,
         is_held_out: Callable[[Row], bool],
@@ -202,9 +206,8 @@ class DraftTask:
         count = max(1, self._batch_tokens // length)
         first = max(0, min(first - count // 2, len(self._train_rows) - count))
         rows = self._train_rows[first : first + count]
-        loss = self_fed_steps(
-            self.model, self._target, make_batch(self._store, rows, self._in_vocabulary)
-        ).loss
+        batch = make_batch(self._store, rows, self._in_vocabulary, self.model.num_steps)
+        loss = self_fed_steps(self.model, self._target, batch, draw).loss
         num_tokens = sum(min(ROW_TOKENS, len(row.tokens)) for row in rows)
         return BatchResult(loss, len(rows), num_tokens)
 

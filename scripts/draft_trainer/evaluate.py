@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .draft_model import Draft
-from .layers import LayerCache
+from .draft_model import Head
 from .rows import Row, Rows
 from .target_model import Target
 
@@ -36,7 +35,7 @@ class DraftTrees:
 
 def simulate_accept_lens(
     target: Target,
-    draft: Draft,
+    draft: Head,
     store: Rows,
     row: Row,
     tree: TreeShape = TreeShape(),
@@ -68,7 +67,7 @@ def simulate_accept_lens(
 @torch.inference_mode()
 def draft_trees(
     target: Target,
-    draft: Draft,
+    draft: Head,
     tokens: torch.Tensor,
     states: torch.Tensor,
     bases: torch.Tensor,
@@ -76,8 +75,8 @@ def draft_trees(
 ) -> DraftTrees:
     """Draft from several bases of one sequence at once.
 
-    As in SGLang, branch k of a layer attends to what branch k of the layers above left in the
-    cache, also where selection made another branch its parent.
+    As in SGLang, branch k of a layer of an EAGLE-3 head attends to what branch k of the layers
+    above left in the cache, also where selection made another branch its parent.
 
     Args:
         tokens: [1, T] int64.
@@ -90,28 +89,17 @@ def draft_trees(
     num_bases, topk = len(bases), tree.topk
     embed = target.model.embed_tokens
     features = states[None, :, : -target.shape.hidden_size].float()
-    committed = draft.extend(embed(tokens[:, 1:]).float(), features)
-    rows = bases.repeat_interleave(topk)  # row r * topk + k is branch k of base r
-    mask = torch.arange(tokens.shape[1] - 1) <= rows[:, None]
+    drafting = draft.drafting(embed(tokens[:, 1:]).float(), features, bases, keeps_branches=True)
 
-    best = draft.logits(committed.hidden[0, bases]).softmax(-1).topk(topk)
+    best = drafting.first().softmax(-1).topk(topk)
     frontier_scores, frontier_tokens = best.values, draft.vocabulary[best.indices]  # [R, K]
     frontier_index = torch.arange(topk).expand(num_bases, topk)
-    hidden = committed.hidden[0, rows]
+    parents = torch.zeros(num_bases, topk, dtype=torch.int64)
     tokens_list, scores_list = [frontier_tokens], [frontier_scores]
     parents_list = [torch.full((num_bases, topk), -1)]
-    chain: list[LayerCache] = []
     for depth in range(1, tree.num_steps):
-        output = draft.step(
-            embed(frontier_tokens.reshape(1, -1)).float(),
-            hidden[None],
-            rows + depth,
-            committed.cache,
-            mask,
-            chain,
-        )
-        chain.append(output.cache)
-        best = draft.logits(output.hidden[0]).softmax(-1).topk(topk)
+        logits = drafting.next(embed(frontier_tokens).float(), parents)
+        best = logits.softmax(-1).topk(topk)
         scores = (frontier_scores.reshape(-1, 1) * best.values).view(num_bases, topk * topk)
         candidates = draft.vocabulary[best.indices].view(num_bases, topk * topk)
         tokens_list.append(candidates)
@@ -121,8 +109,7 @@ def draft_trees(
         frontier_scores = scores.gather(1, kept)
         frontier_tokens = candidates.gather(1, kept)
         frontier_index = topk + (depth - 1) * topk * topk + kept
-        parent_rows = torch.arange(num_bases)[:, None] * topk + kept // topk
-        hidden = output.hidden[0, parent_rows.flatten()]
+        parents = kept // topk
     return DraftTrees(
         torch.cat(tokens_list, dim=1), torch.cat(scores_list, dim=1), torch.cat(parents_list, dim=1)
     )

@@ -7,12 +7,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .draft_model import Draft
+from .draft_model import Draft, Head
 from .layers import Shape, usual_aux_layers
+from .one_pass import CascadeDraft, OnePassDraft, ParallelDraft
 from .target_model import Target
 
+# The classes that serve heads: SGLang's own, and those of `cast_sglang.serving.heads`.
+ARCHITECTURES: dict[str, type[Head]] = {
+    "LlamaForCausalLMEagle3": Draft,
+    "LlamaForCausalLMCascadeEagle3": CascadeDraft,
+    "LlamaForCausalLMParallelEagle3": ParallelDraft,
+}
 
-def save_draft(draft: Draft, folder: Path) -> None:
+
+def save_draft(draft: Head, folder: Path) -> None:
     """Write bf16 weights and configuration of the draft."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = draft.vocabulary
@@ -22,8 +30,9 @@ def save_draft(draft: Draft, folder: Path) -> None:
     state["t2d"] = torch.zeros(draft.shape.vocab_size, dtype=torch.bool)
     state["t2d"][vocabulary] = True
     save_weights(state, folder)
+    [architecture] = [name for name, kind in ARCHITECTURES.items() if type(draft) is kind]
     config = llama_config(draft.shape) | {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [architecture],
         "num_hidden_layers": 1,
         "draft_vocab_size": len(vocabulary),
         "eagle_config": {
@@ -31,6 +40,12 @@ def save_draft(draft: Draft, folder: Path) -> None:
             "eagle_aux_hidden_state_layer_ids": list(draft.shape.aux_layer_ids),
         },
     }
+    if isinstance(draft, OnePassDraft):
+        config["num_hidden_layers"] = len(draft.layers)
+        config["one_pass_depth"] = draft.num_steps
+    if draft.has_norms:
+        config["fc_norm"] = True
+        config["norm_output"] = isinstance(draft, Draft)
     write_json(folder / "config.json", config)
 
 
@@ -67,15 +82,21 @@ def load_target(
     return target.to(dtype).eval()
 
 
-def load_draft(folder: Path, num_target_layers: int) -> Draft:
-    """Read a draft that `save_draft` wrote, in float32."""
+def load_draft(folder: Path, num_target_layers: int) -> Head:
+    """Read a head that `save_draft` wrote, in float32."""
     config = json.loads((folder / "config.json").read_text())
     aux_layer_ids = tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
     shape = replace(_shape_of(config, aux_layer_ids), num_layers=num_target_layers)
     state = _load_weights(folder)
     offsets = state.pop("d2t")
     del state["t2d"]
-    draft = Draft(shape, offsets + torch.arange(len(offsets)))
+    kind, sizes = ARCHITECTURES[config["architectures"][0]], {}
+    if issubclass(kind, OnePassDraft):
+        sizes["num_layers"] = config["num_hidden_layers"]
+    if kind is ParallelDraft:
+        sizes["num_steps"] = config["one_pass_depth"]
+    vocabulary, has_norms = offsets + torch.arange(len(offsets)), config.get("fc_norm", False)
+    draft = kind(shape, vocabulary, has_norms, **sizes)
     draft.load_state_dict(state)
     return draft.eval()
 

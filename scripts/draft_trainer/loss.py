@@ -66,11 +66,12 @@ class _HeadLoss(torch.autograd.Function):
                 odds.scatter_add_(1, indices[rows], -share * probs[rows])
                 slopes[rows] = odds
         if slopes is not None:
-            ctx.save_for_backward(slopes @ head, slopes.T @ hidden)
+            of_head = slopes.T @ hidden if ctx.needs_input_grad[1] else None
+            ctx.save_for_backward(slopes @ head, of_head)
         ctx.mark_non_differentiable(losses, is_same)
         return (weights * losses).sum(), losses, is_same
 
     @staticmethod
     def backward(ctx, slope, *unused):
         of_hidden, of_head = ctx.saved_tensors
-        return slope * of_hidden, slope * of_head, None, None, None
+        return slope * of_hidden, None if of_head is None else slope * of_head, None, None, None

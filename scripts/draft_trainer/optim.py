@@ -45,6 +45,8 @@ class OptimizerPair:
     def __init__(self, model: nn.Module, rates: Rates) -> None:
         matrices, vectors = [], []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             is_hidden = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if is_hidden else vectors).append(parameter)
         muon = torch.optim.Muon(matrices, lr=rates.matrices, momentum=0.95, weight_decay=0.01)

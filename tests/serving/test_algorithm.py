@@ -34,6 +34,7 @@ def server_args(**given):
         revision=None,
         speculative_draft_model_path="some/draft",
         speculative_draft_model_revision=None,
+        trust_remote_code=False,
         speculative_num_steps=None,
         speculative_eagle_topk=None,
         speculative_num_draft_tokens=None,
@@ -43,6 +44,8 @@ def server_args(**given):
         speculative_draft_attention_backend=None,
         max_running_requests=None,
         enable_mixed_chunk=True,
+        enable_lora=False,
+        lora_paths=None,
         disable_overlap_schedule=False,
         device="cpu",
         cuda_graph_config=graphs,
@@ -55,6 +58,7 @@ def checked(monkeypatch):
     """Leave out what reads models and profiles; collect its order."""
     log = []
     monkeypatch.setattr(module, "check_pair", lambda args: log.append("pair"))
+    monkeypatch.setattr(module, "read_draft_config", lambda *draft: SimpleNamespace())
 
     def announce(config, args):
         log.append("profile")
@@ -100,7 +104,12 @@ def test_it_behaves_as_eagle_wherever_sglang_asks(cast):
 
 @pytest.mark.parametrize(
     ("architecture", "is_eagle3"),
-    [("LlamaForCausalLMEagle3", True), ("LlamaForCausalLMEagle", False)],
+    [
+        ("LlamaForCausalLMEagle3", True),
+        ("LlamaForCausalLMCascadeEagle3", True),
+        ("LlamaForCausalLMParallelEagle3", True),
+        ("LlamaForCausalLMEagle", False),
+    ],
 )
 def test_the_draft_says_which_eagle_it_is(cast, architecture, is_eagle3, tmp_path, monkeypatch):
     path = tmp_path / "config.json"
@@ -112,6 +121,17 @@ def test_the_draft_says_which_eagle_it_is(cast, architecture, is_eagle3, tmp_pat
     monkeypatch.setattr(module, "get_spec", lambda: spec)
     monkeypatch.setattr(module, "get_model", lambda: SimpleNamespace(trust_remote_code=False))
     assert cast.is_eagle() and cast.is_eagle3() == is_eagle3
+
+
+def test_a_tree_is_no_deeper_than_a_head_drafts_in_one_pass(cast, checked, monkeypatch):
+    config = SimpleNamespace(one_pass_depth=5)
+    monkeypatch.setattr(module, "read_draft_config", lambda *draft: config)
+    args = server_args()
+    cast.handle_server_args(args)
+    assert args.speculative_num_steps == 5
+    cast.handle_server_args(server_args(speculative_num_steps=3))
+    with pytest.raises(HostError, match="^--speculative-num-steps 6: .* at most 5"):
+        cast.handle_server_args(server_args(speculative_num_steps=6))
 
 
 def test_what_is_not_given_gets_a_default(cast, checked):

@@ -36,6 +36,29 @@ def test_passes_of_a_step_are_timed_against_the_table(costs):
     assert list(clock.finished()) == []
 
 
+def test_what_leads_to_a_pass_is_timed_with_it(costs):
+    clock = PassClock("cpu")
+    with clock.lead("draft_extend"):
+        time.sleep(0.002)  # outside of a step
+    clock.begin_step(2, costs)
+    with clock.lead("draft_extend"):
+        time.sleep(0.004)
+    with clock.time("verify", 8):
+        pass
+    with clock.time("draft_extend", 2):
+        time.sleep(0.002)
+    clock.end_step()
+    _, extend = clock.finished()
+    assert extend.operation == "draft_extend" and extend.measured_us >= 6000
+    assert extend.predicted_us == pytest.approx(float(costs.draft_extend[1]) * costs.unit_us)
+    # It leads to one pass of its own step.
+    clock.begin_step(2, costs)
+    with clock.time("draft_extend", 2):
+        pass
+    [(_, spans)] = clock._running
+    assert len(spans) == 1
+
+
 def test_nothing_is_timed_outside_of_a_step_or_without_costs(costs):
     clock = PassClock("cpu")
     with clock.time("verify", 8):

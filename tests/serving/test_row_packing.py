@@ -50,6 +50,19 @@ def test_a_draft_of_other_layers_runs_them_whole():
     assert last_layer(other) is None
 
 
+def test_a_head_that_reads_every_layer_runs_its_last_one_whole():
+    from sglang.srt.models.llama_eagle3 import LlamaDecoderLayer
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    layer = LlamaDecoderLayer.__new__(LlamaDecoderLayer)
+    torch.nn.Module.__init__(layer)
+    model.model.layers = torch.nn.ModuleList([layer])
+    assert last_layer(model) is layer
+    model.read_rows = None
+    assert last_layer(model) is None
+
+
 def test_a_backend_that_does_not_know_of_packed_rows_is_left_alone():
     assert not can_pack_rows(runner_of(SimpleNamespace()))
     assert can_pack_rows(runner_of(CastCpuAttnBackend))

@@ -9,6 +9,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.pass_clock import PassClock
 
 TOPK, HIDDEN, STEPS, ROWS, CONTEXT = 3, 6, 4, 8, 40
 
@@ -54,7 +55,9 @@ def make_worker(num_rows=5, num_slots=90):
         target_worker=SimpleNamespace(model_runner=target),
         draft_worker=SimpleNamespace(
             draft_runner=SimpleNamespace(model_config=draft_config, spec_algorithm=eagle),
-            drafter=SimpleNamespace(graphs=None),
+            drafter=SimpleNamespace(
+                graphs=None, takes_one_pass=False, layers_held=1, begin=lambda *args: None
+            ),
             extend_graphs=None,
             model=SimpleNamespace(num_proposed=TOPK),
             tree_mask_mode=None,
@@ -68,6 +71,7 @@ def make_worker(num_rows=5, num_slots=90):
         ),
         calibration="the server's",
         reads=None,
+        clock=PassClock("cpu"),
         cast_stats="the server's",
         discarded=0,
     )

@@ -6,7 +6,8 @@ The draft worker makes one `Drafter` per server and asks it for the `Layers` of 
     prepare(frontier)       the layer's candidates are known, how many are expanded is not
     run(frontier, width)    after the decision, unless the tree ends here
 
-The root's children, layer 1, are given: draft extend of the step before has proposed them. Shape
+The root's children, layer 1, are given: draft extend of the step before has proposed them, and
+the draft input holds them. A drafter that knows further layers then takes them as `extended`. Shape
 letters are those of `tree.py`: B requests, K children per expanded node, W expanded nodes, D layers
 at most. Tensors are on the draft model's device.
 
@@ -25,11 +26,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.speculative.eagle_info import EagleDraftInput
 
     from cast_sglang.costs.graph_sizes import GraphSizes
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.serving.drafting.captured_layers import LayerGraphs
+    from cast_sglang.serving.pass_clock import PassClock
     from cast_sglang.tree import Frontier
 
 __all__ = ["Drafter", "Layers"]
@@ -68,15 +72,44 @@ class Drafter(ABC):
     Attributes:
         graphs: captured draft layers, which a cost meter times in place of eager ones; None where
             there are none.
+        takes_one_pass: no layer is a pass of its own; a meter then times how a layer is taken in.
+        layers_held: layers whose children a draft input holds, M of each.
     """
 
     graphs: LayerGraphs | None = None
+    takes_one_pass: bool = False
+    layers_held: int = 1
 
     def capture(self, sizes: GraphSizes) -> None:
         """Capture what the drafter can replay, at start-up on a device with graphs.
 
         Args:
             sizes: widths that get a graph, for each captured batch size; K is among them.
+        """
+        return
+
+    def extended(self, draft_input: EagleDraftInput) -> None:
+        """Take what draft extend has left of each request's last row.
+
+        Called whenever it has run, behind prompts too. A drafter that holds more than the root's
+        children puts them behind these.
+
+        Args:
+            draft_input: of the next step: `topk_p` and `topk_index` [B, M], `hidden_states` [B, H].
+        """
+        return
+
+    def root(self, draft_input: EagleDraftInput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return probs and tokens [B, M] of the root's children, in the draft's vocabulary."""
+        return draft_input.topk_p, draft_input.topk_index
+
+    def begin(self, batch: ScheduleBatch, clock: PassClock, max_layers: int) -> None:
+        """Run what a step's tree needs before it grows; called once per step with a tree.
+
+        Args:
+            batch: the decode batch, up to date; it must stay as it is.
+            clock: times what is run here as part of a measured pass (`PassClock.lead`).
+            max_layers: layers that the step's tree may have.
         """
         return
 
@@ -95,9 +128,9 @@ class Drafter(ABC):
         """Return the costs of a step with this drafter, which all its decisions are taken by.
 
         `draft` [K] float32, > 0 and ascending, is to be what one more layer of 1.. nodes takes.
-        What the drafter pays once per tree, however deep it gets, belongs in `overhead`: so one
-        that proposes all layers in one pass adds the pass there and leaves next to nothing in
-        `draft`.
+        What the drafter pays once per tree, however deep it gets, does not belong there. It is a
+        part of `draft_extend`, which each tree pays once as well, if a meter times it there and
+        serving too (`one_pass`); else add it to `overhead`.
 
         Called on the host when the requests change and every few steps. Policies keep what they
         derive from a `StepCosts`, so return the same object for the same costs.

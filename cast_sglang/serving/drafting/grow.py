@@ -59,7 +59,8 @@ def grow_tree(growth: Growth) -> tuple[DraftTree, tuple[int, ...]]:
     reads, recorder = growth.reads, growth.recorder
     spec_info = growth.forward_batch.spec_info
     draws = growth.draws
-    probs, tokens = draws.children(spec_info.topk_p, model.to_target_vocab(spec_info.topk_index))
+    probs, index = growth.drafter.root(spec_info)
+    probs, tokens = draws.children(probs, model.to_target_vocab(index))
     curve = _curve(calibration, probs, 1)
     ops = ops_for(model.device)
     tree = DraftTree(tokens, probs, growth.max_layers, ops, curve, draws.is_drawn)

@@ -71,9 +71,19 @@ class DraftModel:
         ):
             forward_batch.mark_forward_metadata_ready()
             output = self.runner.forward(forward_batch).logits_output
-        probs = renorm_draft_probs(output.next_token_logits, forward_batch.sampling_info, False)
-        top_probs, top_index = fast_topk(probs, self.num_proposed, dim=-1)
+        top_probs, top_index = self.best_children(output.next_token_logits)
         return top_probs, self.to_target_vocab(top_index), output.hidden_states
+
+    def best_children(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return probs float32 and draft tokens int64 [..., M], likeliest first.
+
+        Args:
+            logits: [..., V], over the draft's vocabulary.
+        """
+        rows = logits.flatten(0, -2)
+        probs, index = fast_topk(renorm_draft_probs(rows, None, False), self.num_proposed, dim=-1)
+        shape = *logits.shape[:-1], self.num_proposed
+        return probs.view(shape), index.view(shape)
 
     def to_target_vocab(self, index: torch.Tensor) -> torch.Tensor:
         """Return the target's numbers of the draft's tokens."""

@@ -28,8 +28,10 @@ from cast_sglang.serving.drafting.draws import cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
 from cast_sglang.serving.drafting.model import DraftModel
+from cast_sglang.serving.drafting.one_pass import one_pass_drafter
 from cast_sglang.serving.drafting.verify_input import build_verify_input
 from cast_sglang.serving.graphs.passes import capture_extend
+from cast_sglang.serving.heads.registry import register_heads
 from cast_sglang.serving.host_patches.passes import extend_rows, last_rows_only, packed_pass
 from cast_sglang.serving.row_packing import (
     find_packed_rows,
@@ -70,11 +72,15 @@ class CastDraftWorker(EagleDraftWorker):
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
     ) -> None:
+        register_heads()
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.max_draft_tokens = self.speculative_num_draft_tokens
         self.extend_graphs: PassGraphs | None = None
+        model = self.draft_runner.model
         # It can drop rows behind its attention; None for a model whose last layer cannot.
-        self._last_layer = last_layer(self.draft_runner.model)
+        self._last_layer = last_layer(model)
+        # What drops the rows that draft extend does not read: that layer, or a whole head.
+        self._narrows = model if hasattr(model, "read_rows") else self._last_layer
         self._plain_input: EagleDraftInput | None = None  # a plain step's, while it runs
 
     @contextlib.contextmanager
@@ -101,7 +107,8 @@ class CastDraftWorker(EagleDraftWorker):
             num_proposed(CastConfig.load(), self.draft_runner, self.topk),
             self.hot_token_id,
         )
-        self.drafter = EagleDrafter(self.model, self.speculative_num_steps)
+        one_pass = one_pass_drafter(self.model)
+        self.drafter = one_pass or EagleDrafter(self.model, self.speculative_num_steps)
 
     def _capture_cuda_graphs(self) -> None:
         # SGLang captures all draft steps as one graph, which cannot stop early.
@@ -142,6 +149,7 @@ class CastDraftWorker(EagleDraftWorker):
         self.catch_up(batch)
         tools, copies = self.tools, self.tools.copies
         decider = tools.decider
+        self.drafter.begin(batch, tools.clock, tools.room.max_layers)
         if copies is not None:
             whose = tools.weights, tools.draws.whose
             copies.begin_step(batch, *whose, tools.room.max_layers, decider.least_scores())
@@ -252,7 +260,9 @@ class CastDraftWorker(EagleDraftWorker):
             last = torch.tensor(batch.extend_lens).cumsum(0) - 1
             ending = last_rows_only(self.draft_runner.model.model.norm, self._last_layer, last)
         with ending, self._proposing():
-            return super()._draft_extend_for_prefill(batch, *args, **kwargs)
+            draft_input = super()._draft_extend_for_prefill(batch, *args, **kwargs)
+            self.drafter.extended(draft_input)
+        return draft_input
 
     def _draft_extend_for_decode(
         self, batch: ScheduleBatch, batch_result: GenerationBatchResult, **kwargs: object
@@ -289,6 +299,7 @@ class CastDraftWorker(EagleDraftWorker):
             super()._draft_extend_for_decode(
                 batch, first_columns(batch, batch_result, rows), **kwargs
             )
+            self.drafter.extended(batch_result.next_draft_input)
 
     def _defer(
         self,
@@ -325,6 +336,7 @@ class CastDraftWorker(EagleDraftWorker):
             self._proposing(),
         ):
             super()._draft_extend_for_decode(past.batch, past.result)
+            self.drafter.extended(past.result.next_draft_input)
         for name in _NEXT_CHILDREN:
             now = getattr(past.result.next_draft_input, name)
             before = getattr(batch.spec_info, name)
@@ -357,7 +369,7 @@ class CastDraftWorker(EagleDraftWorker):
             # Captured passes run as they were captured.
             return packed_pass(self.draft_runner, packed_rows)
         read_rows = last_rows(num_rows, width)
-        return packed_pass(self.draft_runner, packed_rows, self._last_layer, read_rows)
+        return packed_pass(self.draft_runner, packed_rows, self._narrows, read_rows)
 
     @contextlib.contextmanager
     def _width(self, num_tokens: int, batch_size: int) -> Iterator[None]:

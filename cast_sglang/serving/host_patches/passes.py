@@ -49,8 +49,8 @@ def packed_pass(
 
     Args:
         packed_rows: [T] int64 flat places of the rows to run, ascending; None for all.
-        layer: the model's last layer, which then runs only the rows that are read to its end; None
-            to run it whole.
+        layer: the model's last layer, which then runs only the rows that are read to its end, or
+            a head with `read_rows`, which drops the others behind it; None to run it whole.
         read_rows: [B] int64 flat places, ascending, each one of the packed; needed with a layer.
     """
     narrowed: contextlib.AbstractContextManager[None]
@@ -117,7 +117,14 @@ def last_rows_only(
 
 @contextlib.contextmanager
 def _narrow_last_layer(layer: Any, rows: torch.Tensor) -> Iterator[None]:
-    """Make a decoder layer drop all but these rows behind its attention."""
+    """Make a decoder layer drop all but these rows behind its attention, or a head at its end."""
+    if hasattr(layer, "read_rows"):
+        layer.read_rows = rows
+        try:
+            yield
+        finally:
+            layer.read_rows = None
+        return
     hooks = (
         layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args: (args[0][rows], *args[1:])

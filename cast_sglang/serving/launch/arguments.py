@@ -87,14 +87,22 @@ def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
     return config.verify_sizes
 
 
-def set_envelope(server_args: ServerArgs) -> None:
+def set_envelope(server_args: ServerArgs, depth: int | None = None) -> None:
     """Fill in the largest tree a step may have, and refuse one that cannot be.
+
+    Args:
+        depth: tokens ahead that the draft drafts in one pass; None for one that drafts by steps.
 
     Raises:
         HostError: names the flag and the fix.
     """
     if server_args.speculative_num_steps is None:
-        server_args.speculative_num_steps = DEFAULT_NUM_STEPS
+        server_args.speculative_num_steps = min(DEFAULT_NUM_STEPS, depth or DEFAULT_NUM_STEPS)
+    if depth is not None and server_args.speculative_num_steps > depth:
+        raise HostError(
+            f"--speculative-num-steps {server_args.speculative_num_steps}: this head drafts "
+            f"{depth} tokens ahead in its one pass; use at most {depth}"
+        )
     if server_args.speculative_eagle_topk is None:
         server_args.speculative_eagle_topk = DEFAULT_TOPK
     steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk

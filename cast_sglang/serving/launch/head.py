@@ -15,6 +15,8 @@ __all__ = ["check_head"]
 # Layers of the target that an EAGLE-3 head reads unless its config says otherwise, and the two
 # inputs of an EAGLE head: the token's embedding and one hidden state.
 EAGLE3_LAYERS, EAGLE_INPUTS = 3, 2
+# Of a parallel head (`serving.heads.parallel`).
+MASK_TENSORS = ("mask_embed", "mask_hidden")
 
 
 def check_head(target: str, draft: str, context: int | None) -> list[Check]:
@@ -69,6 +71,10 @@ def _problems(
         if own_vocab != vocab and "d2t" not in tensors:
             text = f"its {own_vocab} tokens are not mapped to the target's {vocab}: no d2t"
             found.append((FAIL, text, "convert the checkpoint again, with its d2t"))
+    missing = [name for name in MASK_TENSORS if name not in tensors]
+    if missing and "parallel" in "".join(of_draft.get("architectures") or []).lower():
+        text = f"{missing[0]} is missing, which stands in for what masked slots lack"
+        found.append((FAIL, text, "export the head again, with all of its tensors"))
     if "d2t" in tensors:
         found += _map_problems(tensors, vocab)
     if "fc.weight" in tensors:

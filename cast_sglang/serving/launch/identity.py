@@ -15,6 +15,7 @@ import torch
 from cast_sglang.costs.profiles import config_hash
 from cast_sglang.costs.schema import HostIdentity, ModelIdentity
 from cast_sglang.errors import HostError
+from cast_sglang.serving.heads.registry import register_heads
 from cast_sglang.serving.launch.backends import verify_backend
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def is_eagle3_config(draft_config: Any) -> bool:
     """
     from sglang.srt.models.registry import ModelRegistry
 
+    register_heads()
     model_class, _ = ModelRegistry.resolve_model_cls([architecture(draft_config)])
     return hasattr(model_class, "get_hot_token_id")
 

@@ -95,7 +95,8 @@ class Rows:
 
         worker, device = self._worker, self._worker.device
         hidden_size, dtype = get_draft_recurrent_hidden_state_spec(worker.draft_worker.draft_runner)
-        shape = batch_size, worker.draft_worker.model.num_proposed
+        draft = worker.draft_worker
+        shape = batch_size, draft.model.num_proposed * draft.drafter.layers_held
         return EagleDraftInput(
             topk_p=torch.full(shape, 0.5, device=device),
             topk_index=torch.ones(shape, dtype=torch.int64, device=device),

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cast_sglang.costs.limits import Limits
+from cast_sglang.ops import ops_for
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.verify_input import build_verify_input
 from cast_sglang.serving.profiling.batches import Rows, SmallTree
 from cast_sglang.serving.stats import StepStats
-from cast_sglang.tree import Frontier
+from cast_sglang.tree import DraftTree, Frontier
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from cast_sglang.serving.drafting.base import Layers
+    from cast_sglang.serving.drafting.base import Drafter, Layers
     from cast_sglang.serving.worker import CastWorker
 
 __all__ = ["EngineMeter"]
@@ -66,7 +67,10 @@ class EngineMeter:
         return self._time(lambda: self.worker.verify(batch))
 
     def draft(self, batch_size: int, context: int, width: int) -> float:
-        """Time one layer in the middle of a tree: metadata, forward pass and best children."""
+        """Time one layer in the middle of a tree: metadata, forward pass and best children.
+
+        Of a drafter that takes one pass for all layers, time how a layer is taken into the tree.
+        """
         from sglang.srt.speculative.eagle_worker_common import prepare_for_draft
 
         draft = self.worker.draft_worker
@@ -75,6 +79,10 @@ class EngineMeter:
         forward_batch, _, _ = prepare_for_draft(
             batch.spec_info, pool, batch, None, draft.draft_runner, draft.topk, steps
         )
+        if draft.drafter.takes_one_pass:
+            with self._draft_context():
+                draft.drafter.begin(batch, self.worker.clock, max(steps, 2))
+            return self._layer_taken_in(draft.drafter, forward_batch, width)
         graphs = draft.drafter.graphs
         if graphs is not None and graphs.holds(batch_size):
             width = graphs.sizes.replayed(batch_size, width)
@@ -90,6 +98,18 @@ class EngineMeter:
         with self._draft_context():
             return self._time(lambda: draft.model.forward_layer(forward_batch, path_slots))
 
+    def _layer_taken_in(self, drafter: Drafter, forward_batch: ForwardBatch, width: int) -> float:
+        """Time a layer whose nodes are known: they are laid out and scored."""
+        topk = self.worker.topk
+
+        def best(probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return tokens[:, :topk].contiguous(), probs[:, :topk].contiguous()
+
+        children = best(*drafter.root(forward_batch.spec_info))
+        tree = DraftTree(*children, 2, ops_for(self.worker.device))
+        layers, frontier = drafter.layers(forward_batch), tree.frontier()
+        return self._time(lambda: tree.grow(frontier, width, *best(*layers.run(frontier, width))))
+
     def _captured_layer(self, layers: Layers, forward_batch: ForwardBatch, width: int) -> float:
         """Time a layer that is replayed; its inputs are prepared while the host waits anyway."""
         children = forward_batch.spec_info.topk_p, forward_batch.spec_info.topk_index
@@ -100,18 +120,25 @@ class EngineMeter:
             return self._time(lambda: layers.run(frontier, width))
 
     def draft_extend(self, batch_size: int, context: int, rows: int) -> float:
-        """Time the draft model's pass over the rows that an accepted path can reach."""
+        """Time the draft model's pass over the rows that an accepted path can reach.
+
+        With it goes what a drafter runs once for each tree.
+        """
         graphs = self.worker.draft_worker.extend_graphs
         if graphs is not None:
             rows = graphs.sizes.replayed(batch_size, rows)
         batch = self._batch(batch_size, context)
         batch.out_cache_loc = self._slots(batch, context, rows)
         result = self._accepted(batch, rows)
+        draft, steps = self.worker.draft_worker, self.worker.speculative_num_steps
+
+        def run() -> None:
+            draft.drafter.begin(batch, self.worker.clock, steps)
+            draft._draft_extend_for_decode(batch, result)
+
         self._sweep.sum()  # as verify leaves nothing of the draft in the caches
         with self._draft_context():
-            return self._time(
-                lambda: self.worker.draft_worker._draft_extend_for_decode(batch, result)
-            )
+            return self._time(run)
 
     def step_overhead(self, batch_size: int) -> float:
         """Time a whole step of a small tree and subtract its passes."""
@@ -143,6 +170,8 @@ class EngineMeter:
                 setattr(owner, name, value)
             passes = [(worker, "verify"), (draft, "_draft_extend_for_decode")]
             passes.append((model, "forward_layer"))
+            if draft.drafter.takes_one_pass:
+                passes.append((draft.drafter, "begin"))
             if graphs is not None:
                 passes.append((graphs, "run"))
             for owner, name in passes:

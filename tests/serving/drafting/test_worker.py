@@ -36,7 +36,7 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
     worker.device, worker.topk, worker.speculative_num_steps = "cpu", TOPK, STEPS
     worker.speculative_num_draft_tokens = worker.max_draft_tokens = ROWS
     worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker.extend_graphs = None
-    worker._last_layer = worker.draft_extend_attn_backend = None
+    worker._last_layer = worker._narrows = worker.draft_extend_attn_backend = None
     worker.tree_mask_mode = worker.target_worker = None
     worker.draft_runner = SimpleNamespace(attn_backend=SimpleNamespace(packed_rows=None))
     table = torch.arange(1000, 1000 + SLOTS * CONTEXT).view(SLOTS, CONTEXT).int()

@@ -52,6 +52,9 @@ def layers(*ids: int) -> list:
     return [("eagle_config", {"eagle_aux_hidden_state_layer_ids": ids})]
 
 
+PARALLEL = [("architectures", ["LlamaForCausalLMParallelEagle3"])]
+
+
 @pytest.mark.parametrize("as_bin", [False, True])
 def test_a_head_that_fits(target, tmp_path, as_bin):
     [check] = check_head(target, write_draft(tmp_path / "draft", as_bin=as_bin), 512)
@@ -70,6 +73,7 @@ def test_a_head_that_fits(target, tmp_path, as_bin):
         ({"fc.weight": torch.zeros(8, 16)}, "fail", "fc reads 16 values, and 3 states"),
         ({"config": layers(1, 3, 9)}, "fail", "reads layers [1, 3, 9] of a target that has 6"),
         ({"config": layers(1, 3, 3)}, "fail", "reads layers [1, 3, 3]"),
+        ({"config": PARALLEL}, "fail", "mask_embed is missing"),
         ({"config": layers(2, 4)}, "fail", "2 states of the target have 16"),
         ({"config": [("max_position_embeddings", 128)]}, "warn", "made for 128 positions"),
     ],
