@@ -48,11 +48,11 @@ RETRACTED = "sglang:num_retracted_requests_total"
 def schedule(waves: int) -> list[str]:
     """Return the fault of each wave: all take turns.
 
-    In the second half no server ends, so that its life is long enough to see what grows.
+    Behind the first third no server ends, so that its life is long enough to see what grows.
     """
     turns = itertools.cycle(FAULTS)
     return [
-        next(fault for fault in turns if number < waves / 2 or fault not in ENDS)
+        next(fault for fault in turns if number < waves / 3 or fault not in ENDS)
         for number in range(waves)
     ]
 

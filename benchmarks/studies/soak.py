@@ -6,14 +6,14 @@
 Serves the tiny pair in float32 on CAST, with a cache so small that requests are retracted. Each
 wave of requests meets one fault: clients that vanish, aborts, pauses, flushes of the cache, the
 same and other weights, SIGTERM under load, kill -9 with calibration and profile left half written.
-In the second half of the run the server is not ended. Plain decoding has answered all greedy
+Behind the first third of the run the server is not ended. Plain decoding has answered all greedy
 requests before. It is checked
 
   - that every request ends with an answer or an error that its fault explains (else it is lost),
   - that greedy answers are plain decoding's, token for token (else altered),
   - that after each wave every token of the cache is free or may be evicted (else it is leaked),
   - that memory, file handles and threads of the server do not grow,
-  - that the same prompts are drafted for as well at the end as at the start.
+  - that the same prompts are drafted for as well in the last third of the run as in the first.
 
 DIR gets soak.log, soak.json and the logs of the servers. The exit code is 0 if all holds, 1 if not,
 2 for a bad command line.
@@ -24,6 +24,7 @@ import asyncio
 import json
 import logging
 import random
+import statistics
 import sys
 import time
 from collections import Counter
@@ -67,10 +68,15 @@ SETTLE_SECONDS = 60.0
 # Greedy requests whose answers may have any length.
 ACCEPT_KINDS = ("short", "long", "logprobs", "prefix", "turn")
 BURST_SHARE, BURST = 0.15, 8
-# The draft's trees depend on what was learned, so accept lengths of equal prompts vary somewhat.
-LEAST_ACCEPT = 0.9
-# What a server may hold beyond what it held after its first waves.
-MAX_GROWTH = {"memory_mb": 0.05, "handles": 0.05, "threads": 0.05}
+# Of these as many are asked after each wave, alone, which takes a second.
+ACCEPT_ASKS = 8
+# Trees follow the machine's speed, so accept lengths of equal prompts vary: in one run on a machine
+# that others loaded from 2.8 to 3.7 from wave to wave, and the medians of its thirds by 0.88. What
+# ratchets ends near 1.
+LEAST_ACCEPT = 0.8
+# What a server may hold beyond what it held after its first waves. Of its fifty threads some are in
+# pools of Python's, which fill up to six in each of three processes as work comes.
+MAX_GROWTH = {"memory_mb": 0.05, "handles": 0.05, "threads": 0.2}
 
 logger = logging.getLogger("soak")
 
@@ -97,7 +103,7 @@ class Soak:
         self.faults: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.holdings: list[Holding] = []
-        self.accept: list[float] = []  # of the same prompts, after the first wave and the last
+        self.accept: list[float] = []  # of the same prompts, after each wave
         self.retracted = 0
 
     def run(self) -> None:
@@ -160,14 +166,15 @@ class Soak:
             sent += size
             await self._settle(number)
             self.retracted += self.subject.newly_retracted()
-            if number == 0 or sent == self._args.requests:
-                self.accept.append(await self._accept_length())
+            self.accept.append(await self._accept_length())
             self.holdings.append(held_by(self.subject.server, self.subject.life))
             seconds = time.monotonic() - began
             logger.info(
-                "wave %d of %d, fault %r: %d of %d requests, %d wrong, %.0f s, %.0f to go; %s",
+                "wave %d of %d, fault %r: %d of %d requests, %d wrong, accept length %.2f, %.0f s, "
+                "%.0f to go; %s",
                 *(number + 1, len(sizes), fault, sent, self._args.requests, len(self.wrong)),
-                *(seconds, seconds * (self._args.requests / sent - 1), dict(self.ends)),
+                *(self.accept[-1], seconds, seconds * (self._args.requests / sent - 1)),
+                dict(self.ends),
             )
 
     async def _wave(self, number: int, size: int, fault: str) -> None:
@@ -265,15 +272,12 @@ class Soak:
         self.subject.server.flush_cache()  # so that all are drafted for from their first token
         tokens = passes = 0
         async with httpx.AsyncClient(base_url=self.subject.server.url, timeout=120) as client:
-            for ask in self._asks:
-                if ask.kind not in ACCEPT_KINDS:
-                    continue
+            for ask in [ask for ask in self._asks if ask.kind in ACCEPT_KINDS][:ACCEPT_ASKS]:
                 sampling = {**ask.sampling, "max_new_tokens": 32}
                 body = ask._replace(sampling=sampling).body(f"accept-{time.monotonic_ns()}", False)
                 info = (await client.post("/generate", json=body)).json()["meta_info"]
                 tokens, passes = tokens + info["completion_tokens"], passes + info["spec_verify_ct"]
-        logger.info("accept length of the same prompts: %.3f", tokens / passes)
-        return tokens / passes
+        return float(tokens / passes)
 
     def counts(self) -> dict[str, int]:
         """Return how often each thing went wrong."""
@@ -286,9 +290,18 @@ class Soak:
         growth = largest_growth(self.holdings)
         return {
             **{name: count == 0 for name, count in self.counts().items()},
-            "accept": len(self.accept) == 2 and self.accept[1] >= LEAST_ACCEPT * self.accept[0],
+            "accept": keeps_up(self.accept),
             **{name: growth[name] <= most for name, most in MAX_GROWTH.items()},
         }
+
+
+def keeps_up(accept: Sequence[float]) -> bool:
+    """Return whether accept lengths are in their last third about what they are in the first."""
+    third = len(accept) // 3
+    if not third:
+        return False
+    first, last = statistics.median(accept[:third]), statistics.median(accept[-third:])
+    return last >= LEAST_ACCEPT * first
 
 
 def wave_sizes(requests: int, wave: int) -> list[int]:

@@ -28,9 +28,10 @@ def test_everything_goes_wrong_and_nothing_is_lost(tmp_path):
     assert content["faults"].keys() == FAULTS.keys() and all(content["faults"].values())
     assert {"answered", "aborted", "refused", "vanished", "broken"} <= content["by_end"].keys()
     assert content["retracted"] > 0
+    assert len(content["accept_lengths"]) == len(FAULTS)
     assert {holding["life"] for holding in content["holdings"]} == {1, 2, 3}
     log = (tmp_path / "soak.log").read_text()
-    assert f"{REQUESTS} of {REQUESTS} requests, 0 wrong" in log
+    assert f"{REQUESTS} of {REQUESTS} requests, 0 wrong, accept length" in log
     assert content["lost"] == content["altered"] == content["leaked"] == 0
     # What a kill has left half written is said, and does not stop the next start.
     log = (tmp_path / "cast-3.log").read_text()
@@ -50,7 +51,7 @@ def test_everything_goes_wrong_and_nothing_is_lost(tmp_path):
 )
 def test_a_problem_fails_its_check(tmp_path, problem, check):
     run = Soak(parse_args(["--out", str(tmp_path)]))
-    run.accept = [3.0, 2.9]
+    run.accept = [3.0, 3.3, 2.9]
     assert all(run.checks().values())
     run.note(problem)
     assert [name for name, holds in run.checks().items() if not holds] == [check]
@@ -86,9 +87,14 @@ def test_a_lost_token_of_the_cache_is_seen(tmp_path, monkeypatch, held):
 
 def test_drafts_that_get_worse_fail(tmp_path):
     run = Soak(parse_args(["--out", str(tmp_path)]))
-    for accept in ([3.0, 2.0], [3.0]):  # the run ended before its last wave
+    for accept, holds in (
+        ([3.0, 3.0, 2.0], False),
+        ([3.0], False),  # too short to tell
+        ([3.0, 1.0, 3.0, 3.0, 3.0, 3.0, 2.9, 1.0, 2.9], True),  # a slow moment on either side
+        ([3.0, 3.0, 3.0, 2.8, 2.7, 2.6, 2.3, 2.2, 2.9], False),
+    ):
         run.accept = accept
-        assert not run.checks()["accept"]
+        assert run.checks()["accept"] == holds
 
 
 @pytest.mark.parametrize(
