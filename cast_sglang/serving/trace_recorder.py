@@ -32,7 +32,7 @@ from cast_sglang.trace.records import (
 )
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from cast_sglang.config import CastConfig
     from cast_sglang.costs.graph_sizes import GraphSizes
@@ -113,7 +113,8 @@ class TraceRecorder:
         self._writer: TraceWriter | None = None  # made with the first step, which has a profile
         self._has_tokens = recording.config.trace_tokens
         self._open: deque[_OpenStep] = deque()
-        self._requests: dict[str, int] = {}  # numbers of the running requests
+        # Numbers of the running requests; two of them may have the same name.
+        self._requests: dict[Req, int] = {}
         self._num_requests = 0
         self._last_done: _OpenStep | None = None
         self._probs: list[torch.Tensor] = []  # of the tree that grows, one entry per layer
@@ -140,10 +141,10 @@ class TraceRecorder:
         """Number the requests of the step, and read how long they are."""
         running = {}
         for request in batch.reqs:
-            number = self._requests.get(request.rid)
+            number = self._requests.get(request)
             if number is None:
                 number, self._num_requests = self._num_requests, self._num_requests + 1
-            running[request.rid] = number
+            running[request] = number
         self._requests = running
         if batch.seq_lens_cpu is not None:
             self._contexts = batch.seq_lens_cpu.tolist()

@@ -47,11 +47,18 @@ def make(path, **settings):
     return TraceRecorder(recording)
 
 
-def batch_of(*rids, context=10):
-    return SimpleNamespace(
-        reqs=[SimpleNamespace(rid=rid) for rid in rids],
-        seq_lens_cpu=torch.full((len(rids),), context),
-    )
+class Request:
+    """Like SGLang's, one that equals itself alone."""
+
+    def __init__(self, rid):
+        self.rid = rid
+
+
+ONE = Request("a")
+
+
+def batch_of(*reqs, context=10):
+    return SimpleNamespace(reqs=list(reqs), seq_lens_cpu=torch.full((len(reqs),), context))
 
 
 def verified(num_rows, new_tokens, accepted=()):
@@ -76,7 +83,7 @@ def report(number, shape, **changes):
 
 
 def run_tree(recorder, number, new_tokens, accepted):
-    recorder.begin_step(batch_of("a"))
+    recorder.begin_step(batch_of(ONE))
     tree = DraftTree(torch.tensor([[1, 2]]), ROOT, 3, reference)
     recorder.on_layer(1, ROOT, 0.5 * ROOT)
     frontier = tree.frontier()
@@ -89,7 +96,7 @@ def run_tree(recorder, number, new_tokens, accepted):
 
 
 def run_plain(recorder, number, token):
-    recorder.begin_step(batch_of("a"))
+    recorder.begin_step(batch_of(ONE))
     recorder.on_verified(verified(1, [token]))
     recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0))
 
@@ -149,6 +156,27 @@ def test_what_follows_the_end_of_the_trace_stays_open(path):
     recorder.flush()
     [first] = read_trace(path).steps
     assert first.requests[0].is_open and first.requests[0].follows == [0]
+
+
+def test_running_requests_of_one_name_are_two(path):
+    recorder, other = make(path), Request(ONE.rid)
+    for number in (1, 2):
+        recorder.begin_step(batch_of(ONE, other))
+        recorder.on_verified(
+            Verified(
+                num_draft_tokens=1,
+                accept_index=torch.tensor([[0], [1]]),
+                accept_lens=torch.tensor([1, 1]),
+                tokens=torch.tensor([5, 6]),
+                logits=torch.zeros(2, VOCABULARY),
+                sampling_info=SimpleNamespace(is_all_greedy=True),
+            )
+        )
+        recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0))
+        recorder.on_step_timed(30.0)
+    recorder.flush()
+    numbers = [[request.request for request in step.requests] for step in read_trace(path).steps]
+    assert numbers == [[0, 1], [0, 1]]
 
 
 def test_steps_whose_results_never_come_are_forgotten(path):
