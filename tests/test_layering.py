@@ -45,7 +45,7 @@ SERVING_FLOORS = (
     "host_patches trace_recorder calibration copies",
     "weight_updates",
     "step",
-    "launch requests pass_clock host_reads row_packing stats",
+    "launch requests request_checks pass_clock host_reads row_packing stats",
     "step_room texts heads",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"

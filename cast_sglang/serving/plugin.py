@@ -23,21 +23,29 @@ from cast_sglang.errors import CastError
 
 logger = logging.getLogger(__name__)
 
+_REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 _SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 
 def register() -> None:
     """Register CAST with SGLang."""
-    from cast_sglang.serving import algorithm, requests
+    from cast_sglang.serving import algorithm
     from cast_sglang.serving.host_patches import hooks
+    from cast_sglang.serving.request_checks import check_count, check_request, check_sampling
 
     algorithm.register()
     hooks.register_hooks()
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _export_flags, HookType.BEFORE)
-    HookRegistry.register(f"{_SAMPLING_PARAMS}.verify", requests.check_mode, HookType.AFTER)
+    for target, check, kind in (
+        (f"{_REQUEST}.normalize_batch_and_arguments", check_count, HookType.BEFORE),
+        (f"{_SAMPLING_PARAMS}.verify", check_sampling, HookType.AFTER),
+        (f"{_TOKENIZER_MANAGER}._create_tokenized_object", check_request, HookType.AFTER),
+    ):
+        HookRegistry.register(target, check, kind)
     for method, hook, kind in (
         ("__init__", _make_ready, HookType.AFTER),
         ("get_internal_state", _add_internal_state, HookType.AFTER),

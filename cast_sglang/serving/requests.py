@@ -1,7 +1,8 @@
 """What is read from requests: their modes, and how long contexts are.
 
-Modes are checked where a request arrives and read where it is served. SGLang carries custom
-parameters from the client to the scheduler whether or not a custom logit processor uses them.
+Modes are checked where a request arrives (`request_checks.py`) and read where it is served. SGLang
+carries custom parameters from the client to the scheduler whether or not a custom logit processor
+uses them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from sglang.srt.runtime_context import get_exec, get_spec
+from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.errors import ConfigError
@@ -21,17 +22,14 @@ from cast_sglang.policy.request_modes import (
     THROUGHPUT,
     mode_weights,
     parse_mode,
-    parse_pool,
 )
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-    from sglang.srt.sampling.sampling_params import SamplingParams
 
 __all__ = [
     "RunningRequests",
     "SamplingNeeds",
-    "check_mode",
     "mean_context",
     "modes_of",
     "request_weights",
@@ -57,25 +55,11 @@ def mean_context(batch: ScheduleBatch) -> float:
     return sum(lengths) / len(batch.reqs)
 
 
-def check_mode(result: None, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
-    """Refuse a request whose mode or pool is none; runs after SGLang's check of its parameters.
-
-    That is in the tokenizer process, where a ValueError is answered to its request alone, as HTTP
-    400. A server of another algorithm leaves custom parameters alone.
-
-    Raises:
-        ConfigError: names the parameter, its value and what is allowed.
-    """
-    if params.custom_params is not None and get_spec().speculative_algorithm == "CAST":
-        parse_mode(params.custom_params)
-        parse_pool(params.custom_params)
-
-
 def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
     """Return the mode of each request of a batch.
 
-    A mode that never passed `check_mode`, because another front end than SGLang's Python server
-    took the request in, counts as throughput: a bad request must not end the scheduler.
+    A mode that was never checked, because another front end than SGLang's Python server took the
+    request in, counts as throughput: a bad request must not end the scheduler.
     """
     return tuple([_mode_of(req.sampling_params.custom_params) for req in reqs])
 
@@ -99,14 +83,15 @@ def why_plain(req: Req) -> str | None:
     """Return why a request has to be decoded plainly at the moment; None where drafts are exact.
 
     Penalties depend on the tokens before a node, which differ within a tree, and a custom processor
-    sees one position of a request at a time. SGLang counts `min_new_tokens` by decode steps, and
-    anew after a retraction, so this counts the same steps. With deterministic inference a seed
-    gives each position its own noise, which the plain sampler alone knows.
+    sees one position of a request at a time. SGLang counts `min_new_tokens` by decode steps; these
+    are tokens as long as the request is decoded plainly. With deterministic inference a seed gives
+    each position its own noise, which the plain sampler alone knows.
     """
     params = req.sampling_params
     if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0:
         return "a penalty"
-    if req.decode_batch_idx < params.min_new_tokens:
+    # Tokens whose step still runs are not among them, so this ends no earlier than the penalty.
+    if len(req.output_ids) < params.min_new_tokens:
         return "min_new_tokens"
     if req.custom_logit_processor:
         return "a custom logit processor"

@@ -8,7 +8,6 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from cast_sglang.errors import ConfigError
 from cast_sglang.policy.request_modes import LATENCY, OFF, THROUGHPUT
 from cast_sglang.serving import requests
 from cast_sglang.serving.stats import StepStats
@@ -33,19 +32,6 @@ def test_a_mode_that_was_never_checked_does_not_end_the_scheduler():
     assert set(requests.modes_of(batch)) == {THROUGHPUT}
 
 
-@pytest.mark.parametrize("algorithm", ["CAST", "EAGLE3", None])
-def test_only_a_cast_server_checks_modes(monkeypatch, algorithm):
-    spec = SimpleNamespace(speculative_algorithm=algorithm)
-    monkeypatch.setattr(requests, "get_spec", lambda: spec)
-    good, bad = (SimpleNamespace(custom_params={"cast": value}) for value in ("off", "fast"))
-    requests.check_mode(None, good, 32_000)
-    if algorithm == "CAST":
-        with pytest.raises(ConfigError, match="custom_params.cast"):
-            requests.check_mode(None, bad, 32_000)
-    else:
-        requests.check_mode(None, bad, 32_000)
-
-
 @pytest.fixture
 def determinism(monkeypatch):
     """Whether inference is deterministic; off unless a test changes it."""
@@ -57,9 +43,9 @@ def determinism(monkeypatch):
 class Request:
     """Like SGLang's, one that equals itself alone."""
 
-    def __init__(self, num_steps=1, processor=None, **params):
+    def __init__(self, num_tokens=1, processor=None, **params):
         self.sampling_params = SamplingParams(**params)
-        self.decode_batch_idx = num_steps
+        self.output_ids = [7] * num_tokens
         self.custom_logit_processor = processor
 
 
@@ -74,7 +60,7 @@ class Request:
         ({"presence_penalty": -0.1}, "a penalty"),
         ({"repetition_penalty": 1.1, "temperature": 0.0}, "a penalty"),
         ({"min_new_tokens": 5}, "min_new_tokens"),
-        ({"min_new_tokens": 5, "num_steps": 5}, None),
+        ({"min_new_tokens": 5, "num_tokens": 5}, None),
         ({"processor": "{}"}, "a custom logit processor"),
     ],
 )
@@ -124,15 +110,13 @@ def test_a_request_is_counted_once_and_a_reason_is_told_once(determinism, caplog
     assert running.sampling.is_plain.tolist() == [True, True]
 
 
-def test_min_new_tokens_are_counted_as_the_penalty_counts_them(determinism):
-    """A retracted request keeps its tokens, and SGLang's count of its steps begins again."""
-    params = SamplingParams(max_new_tokens=20, min_new_tokens=3)
-    req = Req("a", "", array("q", [1, 2]), params)
-    steps = []
+def test_min_new_tokens_are_tokens_also_after_a_retraction(determinism):
+    req = Req("a", "", array("q", [1, 2]), SamplingParams(max_new_tokens=20, min_new_tokens=3))
+    is_plain = []
     for _ in range(2):
-        for _ in range(5):
+        for _ in range(4):
             req.output_ids.append(7)
-            req.decode_batch_idx += 1  # as SGLang's penalty counts, before each step
-            steps.append(requests.why_plain(req) is not None)
+            req.decode_batch_idx += 1
+            is_plain.append(requests.why_plain(req) is not None)
         req.reset_for_retract()
-    assert steps == 2 * [True, True, False, False, False]
+    assert is_plain == [True, True] + [False] * 6

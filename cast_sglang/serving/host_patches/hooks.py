@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import torch
 from sglang.srt.arg_groups.overrides import ResolvedView, resolved_view
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -20,6 +21,7 @@ from sglang.srt.utils.common import ceil_align
 
 from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
+from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.launch.identity import is_draft_path
 from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
 from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
@@ -27,11 +29,14 @@ from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 __all__ = ["building_draft_worker", "is_cast", "register_hooks", "slots_reserved"]
 
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
+_MIN_NEW_TOKENS = "sglang.srt.sampling.penaltylib.min_new_tokens.BatchedMinNewTokensPenalizer"
+_SAMPLING_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager"
 _TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
@@ -58,6 +63,9 @@ def register_hooks() -> None:
         (f"{_EAGLE_UTILS}.get_alloc_reserve_per_decode", _reserve_of_batch),
         (f"{_EAGLE_UTILS}.eagle_prepare_for_decode", _prepare_for_decode),
         (f"{_EAGLE_UTILS}.eagle_sample", _sample),
+        (f"{_MIN_NEW_TOKENS}._prepare", _count_tokens),
+        (f"{_SAMPLING_INFO}.apply_logits_bias", _apply_logits_bias),
+        ("sglang.srt.layers.sampler.apply_custom_logit_processor", _apply_processors),
         (f"{_TRITON}.init_cuda_graph_state", _size_graph_buffers),
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
@@ -188,6 +196,42 @@ def _sample(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from cast_sglang.serving.host_patches.sampling import sample_as_plain
 
     return sample_as_plain(original, *args, **kwargs)
+
+
+def _count_tokens(original: Callable[[Any], None], penalizer: Any) -> None:
+    """Let the penalty of `min_new_tokens` begin with the tokens that its requests have.
+
+    SGLang counts from 0, also for a request that comes back from a retraction, its answer begun.
+    """
+    original(penalizer)
+    if is_cast():
+        reqs = penalizer.orchestrator.reqs()
+        counts = np.array([[len(req.output_ids)] for req in reqs], np.int32)
+        penalizer.len_output_tokens = to_device(counts, penalizer.orchestrator.device)
+
+
+def _apply_logits_bias(
+    original: Callable[..., None], info: SamplingBatchInfo, logits: torch.Tensor
+) -> None:
+    """Leave every row of logits something to sample from; see `sampling.lift_bans`."""
+    original(info, logits)
+    if is_cast() and info.grammar_mask is not None:
+        penalties = info.penalizer_orchestrator
+        if info.acc_additive_penalties is not None or (penalties and penalties.is_required):
+            from cast_sglang.serving.host_patches.sampling import lift_bans
+
+            lift_bans(logits)
+
+
+def _apply_processors(
+    original: Callable[..., None], logits: torch.Tensor, info: SamplingBatchInfo, *args: Any
+) -> None:
+    """Let a custom processor that fails end its own request alone; see `sampling.guarded`."""
+    if is_cast():
+        from cast_sglang.serving.host_patches.sampling import guarded
+
+        info = guarded(info)
+    original(logits, info, *args)
 
 
 def _size_graph_buffers(

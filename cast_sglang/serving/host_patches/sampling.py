@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from sglang.kernels.ops.sampling.renorm import top_k_renorm_prob, top_p_renorm_p
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
 from sglang.srt.utils.async_probe import sanitize_nan_logits
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from cast_sglang.serving.requests import SamplingNeeds
     from cast_sglang.serving.step import Drawn
 
-__all__ = ["sample_as_plain", "sampling_as_plain"]
+__all__ = ["guarded", "lift_bans", "sample_as_plain", "sampling_as_plain"]
 
 # Of the verify pass that runs: what its requests need, and the sampler of plain decoding.
 _needs: SamplingNeeds | None = None
@@ -159,6 +162,51 @@ def _bias(logits: torch.Tensor, info: SamplingBatchInfo, rows: int, grammar_mask
         grammar_mask.apply(logits)
     if info.logit_bias is not None:
         logits.add_(info.logit_bias.repeat_interleave(rows, dim=0))
+    if grammar_mask is not None and info.acc_additive_penalties is not None:
+        lift_bans(logits)
+
+
+def lift_bans(logits: torch.Tensor) -> None:
+    """Allow token 0 in rows of logits [R, V] where every token is banned.
+
+    That is so where a grammar allows only the end, and `min_new_tokens` forbids it. Sampling from
+    nothing would end the server; greedy decoding takes token 0. Unless that is an end itself, the
+    grammar refuses it, and SGLang aborts the request.
+    """
+    logits[:, 0].masked_fill_(logits.amax(dim=-1) == -torch.inf, 0.0)
+
+
+def guarded(info: SamplingBatchInfo) -> SamplingBatchInfo:
+    """Return `info` with custom logit processors that end their request alone when they fail.
+
+    As on parameters that they do not understand. SGLang's example of one also fails where the
+    requests of a batch name different tokens; each then gets its own call.
+    """
+    entries = {
+        key: dataclasses.replace(entry, processor=functools.partial(_processed, entry.processor))
+        for key, entry in (info.custom_logit_processor or {}).items()
+    }
+    return dataclasses.replace(info, custom_logit_processor=entries)
+
+
+def _processed(
+    processor: Callable[..., torch.Tensor], logits: torch.Tensor, params: list[Any]
+) -> torch.Tensor:
+    """Return logits [R, V] as the processor of these requests changes them."""
+    try:
+        result = processor(logits.clone(), params)
+        if result.shape != logits.shape:
+            raise ValueError(f"it returned logits of shape {tuple(result.shape)}")
+        return result
+    except Exception as error:  # noqa: BLE001 - a client's code may raise anything
+        if len(params) > 1:
+            rows = zip(logits.split(1), params, strict=True)
+            return torch.cat([_processed(processor, row, [own]) for row, own in rows])
+        request = (params[0] or {}).get("__req__")  # SGLang's reference for processors
+        if request is not None:
+            message = f"custom_logit_processor failed: {error!r}"
+            request.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+        return logits
 
 
 def _truncated(logits: torch.Tensor, info: SamplingBatchInfo, rows: int) -> torch.Tensor:

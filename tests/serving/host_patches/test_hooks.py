@@ -6,6 +6,8 @@ import pytest
 import torch
 from sglang.srt.arg_groups.lora_hook import check_lora_speculative_compatibility
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.sampling.penaltylib.min_new_tokens import BatchedMinNewTokensPenalizer
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 
 from cast_sglang.serving import step_room
@@ -161,6 +163,52 @@ def test_other_algorithms_prepare_as_ever(algorithm):
     batch = batch_of(request(ROW), free=0)
     assert prepared(batch) == RESERVE
     assert hooks._tokens_required(lambda *args: 77, batch, batch.reqs, 1) == 77
+
+
+@pytest.mark.parametrize(("name", "bans"), [("CAST", [2, 1, 0]), ("EAGLE3", [3, 3, 3])])
+def test_min_new_tokens_counts_what_a_retracted_request_has_said(algorithm, name, bans):
+    algorithm(name)
+    tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=1)
+    params = SimpleNamespace(min_new_tokens=3, stop_token_ids={2})
+    reqs = [
+        SimpleNamespace(
+            sampling_params=params, eos_token_ids=None, tokenizer=tokenizer, output_ids=[7] * count
+        )
+        for count in (1, 2, 5)
+    ]
+
+    class Orchestrator:
+        device, vocab_size = "cpu", 4
+
+        def reqs(self):
+            return reqs
+
+    orchestrator = Orchestrator()  # a penalizer does not keep it alive
+    penalizer = BatchedMinNewTokensPenalizer(orchestrator)
+    hooks._count_tokens(BatchedMinNewTokensPenalizer._prepare, penalizer)
+    counts = torch.zeros(3, dtype=torch.int64)
+    for _ in range(5):
+        logits = torch.zeros(3, 4)
+        penalizer._apply(logits)
+        assert torch.equal(logits[:, 1], logits[:, 2]) and not logits[:, [0, 3]].any()
+        counts += torch.isinf(logits[:, 1])
+        penalizer._cumulate_output_tokens(None)
+    assert counts.tolist() == bans
+
+
+@pytest.mark.parametrize("name", ["CAST", None])
+def test_something_is_left_to_sample_where_all_is_banned(algorithm, name):
+    algorithm(name)
+    bans = torch.tensor([[0.0, -torch.inf], [0.0, -torch.inf]])
+    grammar = torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]])
+    info = object.__new__(SamplingBatchInfo)
+    info.acc_additive_penalties, info.acc_scaling_penalties = bans, None
+    info.penalizer_orchestrator, info.logit_bias = None, None
+    info.grammar_mask = SimpleNamespace(apply=lambda logits: logits.add_(grammar))
+    logits = torch.tensor([[0.5, 0.7], [0.2, 0.3]])
+    hooks._apply_logits_bias(SamplingBatchInfo.apply_logits_bias, info, logits)
+    assert logits[1].tolist() == [pytest.approx(0.2), -torch.inf]
+    assert logits[0].tolist() == [0.0 if name == "CAST" else -torch.inf, -torch.inf]
 
 
 def test_weight_updates_of_all_go_to_the_target_alone(algorithm):

@@ -1,5 +1,6 @@
 """Sampling in a verify pass cuts as plain decoding does and leaves lone tokens to its sampler."""
 
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.layers import sampler as sglang_sampler
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.cpu.sampling import top_k_renorm, top_p_renorm
@@ -35,6 +37,15 @@ class Info:
     acc_scaling_penalties: torch.Tensor | None = None
     logit_bias: torch.Tensor | None = None
     has_custom_logit_processor: bool = False
+    custom_logit_processor: dict | None = None
+
+
+@dataclass
+class Entry:
+    """SGLang's `ProcessorEntry`, as far as it is read here."""
+
+    processor: object
+    rows: list[int]
 
 
 @dataclass
@@ -162,6 +173,25 @@ def test_the_cut_is_made_before_sglang_samples_and_leaves_the_logits_for_logprob
     assert (seen["info"].temperatures == 1).all()
 
 
+def test_a_node_where_everything_is_banned_leaves_the_others_alone():
+    """Where a grammar allows only the end, and `min_new_tokens` forbids it."""
+    info = make_info(*REQUESTS)
+    num_rows = len(REQUESTS) * ROWS
+    info.acc_additive_penalties = torch.zeros(len(REQUESTS), VOCAB)
+    info.acc_additive_penalties[1, 4] = -torch.inf
+    allowed = torch.zeros(num_rows, VOCAB)
+    allowed[ROWS] = -torch.inf
+    allowed[ROWS, 4] = 0.0  # the end
+    mask = SimpleNamespace(apply=lambda logits: logits.add_(allowed))
+    logits = make_logits(4, info)
+    expected = logits.clone()
+    expected[ROWS : 2 * ROWS, 4] = -torch.inf
+    expected[ROWS] = -torch.inf
+    expected[ROWS, 0] = 0.0  # as greedy decoding has it
+    sampling._bias(logits, info, ROWS, mask)
+    assert torch.equal(logits, expected)
+
+
 def test_plain_requests_get_the_plain_samplers_token_and_no_draft():
     info = make_info(*REQUESTS)
     logits = make_logits(2, info)
@@ -191,6 +221,51 @@ def test_a_custom_processor_changes_the_logits_of_plain_rows_for_logprobs_too(mo
     expected = logits.clone()
     expected[ROWS, 3] = -9.0
     assert torch.equal(after, expected)
+
+
+class Asked:
+    """A request, as far as it is ended here; processors have a weak reference."""
+
+    to_finish = None
+
+
+def test_a_processor_that_fails_ends_its_own_request():
+    processor = DisallowedTokensLogitsProcessor()
+    ids: list[object] = [[1], [1, 3], "none", [VOCAB], [2]]
+    requests = [Asked() for _ in ids]
+    params = [
+        {"token_ids": tokens, "__req__": weakref.proxy(request)}
+        for tokens, request in zip(ids, requests, strict=True)
+    ]
+    params[2].pop("token_ids")
+    info = make_info(*REQUESTS)
+    info.custom_logit_processor = {5: Entry(processor, list(range(5)))}
+    [entry] = sampling.guarded(info).custom_logit_processor.values()
+    logits = torch.zeros(len(ids), VOCAB)
+    result = entry.processor(logits, params)
+    assert [row.isinf().nonzero().flatten().tolist() for row in result] == [
+        [1],
+        [1, 3],
+        [],
+        [],
+        [2],
+    ]
+    ended = [number for number, request in enumerate(requests) if request.to_finish is not None]
+    assert ended == [2, 3]
+    assert requests[2].to_finish.status_code == 400
+    assert "KeyError('token_ids')" in requests[2].to_finish.message
+    assert not logits.any()
+
+
+@pytest.mark.parametrize("result", [torch.zeros(1, VOCAB), torch.zeros(2, VOCAB + 1), None])
+def test_a_processor_must_return_what_it_got(result):
+    request = Asked()
+    params = [{"__req__": request}, None]  # of a front end that does not give the second one any
+    logits = torch.ones(2, VOCAB)
+    assert torch.equal(sampling._processed(lambda *args: result, logits, params), logits) == (
+        result is None or result.shape[1] > VOCAB
+    )
+    assert (request.to_finish is not None) == (result is None or result.shape[1] > VOCAB)
 
 
 def test_drawn_drafts_are_accepted_by_rejection_beside_greedy_and_plain_requests():
