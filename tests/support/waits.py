@@ -21,7 +21,9 @@ METHODS = ("tolist", "numpy", "cpu")
 KERNELS = ("cast_sglang/cpu/", "cast_sglang/ops/", "triton/", "tests/support/")
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """Notes the ops inside that wait, in `places`."""
+
     def __init__(self, places):
         super().__init__()
         self.places = places
@@ -82,7 +84,7 @@ def watch_steps():
     def watched():
         is_watched[0] = True
         try:
-            with _Watch(places):
+            with Watch(places):
                 yield
         finally:
             is_watched[0] = False
