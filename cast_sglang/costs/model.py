@@ -20,6 +20,7 @@ __all__ = [
     "CostModel",
     "StepCosts",
     "cost_of",
+    "extend_row_units",
     "extend_units",
     "pass_us",
     "plain_units",
@@ -98,11 +99,16 @@ def extend_units(costs: Any, num_rows: int) -> float:
     """
     if num_rows == 0:
         return 0.0
-    first, last, measured = costs.draft_extend[0], costs.draft_extend[-1], len(costs.draft_extend)
+    measured = len(costs.draft_extend)
     if num_rows <= measured:
         return cost_of(costs.draft_extend, num_rows)
-    row = max(0.0, float(last - first)) / max(1, measured - 1)
-    return float(last) + row * (num_rows - measured)
+    return float(costs.draft_extend[-1]) + extend_row_units(costs) * (num_rows - measured)
+
+
+def extend_row_units(costs: Any) -> float:
+    """Return what a further row per request adds to draft extend in the mean, in units."""
+    extend = costs.draft_extend
+    return max(0.0, float(extend[-1] - extend[0])) / max(1, len(extend) - 1)
 
 
 class CostModel:

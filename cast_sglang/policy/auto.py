@@ -19,54 +19,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cast_sglang.config import MAX_VERIFY_ROWS
-from cast_sglang.costs.model import plain_units
+from cast_sglang.costs.model import extend_row_units, plain_units
 from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
+from cast_sglang.policy.octaves import MAX_LOSS, Octave, octave_of
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
-from cast_sglang.policy.turns import PLAIN, Shape, Turns
+from cast_sglang.policy.turns import PLAIN, Shape
 
 __all__ = ["LEAST_CUT", "AutoPolicy"]
 
-# Target passes that speculation may lose against plain decoding before it stops, at batch size 1:
-# more than chance takes, less than a second. In larger batches chance averages out, so the limit
-# falls with the root of the batch size. On simulated machines with hard text, 128 lost 1.3 % (error
-# 0.6) over 900 steps, and no limit at all 3.2 %; 8 gained 1.6 % (0.7).
-MAX_LOSS = 32.0
-# Share of the time of plain decoding that tries of speculation may lose. On the same machines 0.003
-# lost 8 % where hard text becomes easy, and 0.03 gained 0.4 % (0.5) in all.
-PROBE_SHARE = 0.01
 # A node of this score is accepted once in a hundred thousand steps; no row is as cheap.
 LEAST_CUT = 1e-5
-
-
-@dataclass(slots=True, eq=False)
-class _Bucket:
-    """What the policy knows of the batch sizes of one octave."""
-
-    # Sums over steps with a tree, in which older steps count less.
-    tokens: float  # per request
-    time: float  # units
-    steps: float
-    plain_units: float = math.inf  # time of a plain step; inf while plain is no candidate
-    max_account: float = MAX_LOSS
-    account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
-    is_plain: bool = False
-    # Logarithm of the score of the last node worth its time, mean of the last steps.
-    log_cut: float | None = None
-    num_rows: int = MAX_VERIFY_ROWS  # of the request that had most in the last step
-    turns: Turns = field(default_factory=Turns)
-
-    @property
-    def price(self) -> float:
-        """The best known rate, in tokens per unit of time, which further time must reach."""
-        return max(self.tokens / self.time, 1.0 / self.plain_units)
 
 
 class _View(NamedTuple):
@@ -117,7 +85,7 @@ class AutoPolicy(TreePolicy):
         self._sizes = verify_sizes
         self._max_layers = max_layers
         self._extends_by_accepted = extends_by_accepted
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, Octave] = {}
         self._lookahead = Lookahead(max_layers, verify_sizes[-1] - 1)
         self._view: _View | None = None
         self._layers = 1  # of the tree that grows
@@ -128,6 +96,7 @@ class AutoPolicy(TreePolicy):
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
+        self._prefill_units = 0.0
         self._standing: tuple[torch.Tensor, torch.Tensor] | None = None  # arguments of `stand`
 
     def price(self, batch_size: int) -> float:
@@ -168,13 +137,16 @@ class AutoPolicy(TreePolicy):
             is_known = all(0.0 < part < 1e6 for part in (tokens, time, steps))
             if not (is_known and math.isfinite(account)):
                 raise ValueError(f"prices: a row is out of range: {row!r:.80}")
-            bucket = buckets[octave] = _Bucket(tokens, time, steps, is_plain=is_plain)
+            bucket = buckets[octave] = Octave(tokens, time, steps, is_plain=is_plain)
             bucket.max_account = MAX_LOSS / math.sqrt(2**octave)
             bucket.account = min(account, bucket.max_account)
         self._buckets = buckets
 
     def weigh(self, weights: np.ndarray | None) -> None:
         self._weights = None if weights is None else weights[:, None].astype(np.float32)
+
+    def count_prefill(self, units: float) -> None:
+        self._prefill_units = units
 
     def stand(self, best: torch.Tensor, left: torch.Tensor) -> None:
         self._standing = best, left
@@ -317,7 +289,7 @@ class AutoPolicy(TreePolicy):
         bucket.time = KEEP * bucket.time + time_units
         bucket.steps = KEEP * bucket.steps + 1.0
         if math.isfinite(bucket.plain_units):
-            gain = tokens * bucket.plain_units - time_units
+            gain = bucket.gain(tokens, time_units)
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
     def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
@@ -335,13 +307,9 @@ class AutoPolicy(TreePolicy):
         """
         bucket = self._bucket(batch_size)
         assert costs is not None
-        bucket.plain_units = plain_units(costs)
-        if bucket.is_plain or bucket.account < 0.0:
-            mean_loss = (bucket.time - bucket.tokens * bucket.plain_units) / bucket.steps
-            bucket.is_plain = bucket.account < max(0.0, mean_loss) + catch_up
-        if bucket.is_plain:
-            bucket.account += PROBE_SHARE * bucket.plain_units
-        else:
+        bucket.plain_units, bucket.prefill_units = plain_units(costs), self._prefill_units
+        bucket.pay_in(catch_up)
+        if not bucket.is_plain:
             bucket.account -= catch_up
         self._turn = None
         # Where speculation barely pays, turns of worse trees would use up what is saved for tries.
@@ -349,16 +317,28 @@ class AutoPolicy(TreePolicy):
             self._turn = bucket.turns.next()
         return not (bucket.is_plain or self._turn is PLAIN)
 
-    def _bucket(self, batch_size: int) -> _Bucket:
-        octave = (batch_size - 1).bit_length()
+    def wait(self, batch_size: int, costs: Costs | None) -> None:
+        """Pay for later tries as in any plain step."""
+        bucket = self._bucket(batch_size)
+        assert costs is not None
+        bucket.plain_units, bucket.prefill_units = plain_units(costs), self._prefill_units
+        bucket.pay_in()
+
+    def plain_steps(self, batch_size: int) -> int:
+        """Return the plain steps until the account covers a try, without its catching up."""
+        bucket = self._buckets.get(octave_of(batch_size))
+        return 0 if bucket is None else bucket.plain_steps
+
+    def _bucket(self, batch_size: int) -> Octave:
+        octave = octave_of(batch_size)
         bucket = self._buckets.get(octave)
         if bucket is None:
             # As if one target pass had served at the first price; steps soon outvote it. A weight
             # of 4 passes did as well on simulated machines, one of 16 lost 0.9 % (error 0.6).
-            bucket = _Bucket(1.0, 1.0, 1.0)
+            bucket = Octave(1.0, 1.0, 1.0)
             if self._buckets:
                 nearest = self._buckets[min(self._buckets, key=lambda other: abs(other - octave))]
-                bucket = _Bucket(nearest.tokens / nearest.time, 1.0, nearest.steps / nearest.time)
+                bucket = Octave(nearest.tokens / nearest.time, 1.0, nearest.steps / nearest.time)
             bucket.max_account = bucket.account = MAX_LOSS / math.sqrt(2**octave)
             self._buckets[octave] = bucket
         return bucket
@@ -372,8 +352,7 @@ class AutoPolicy(TreePolicy):
 
 
 def _view(costs: Costs, sizes: tuple[int, ...], extends_by_accepted: bool) -> _View:
-    extend = costs.draft_extend
-    row = max(0.0, float(extend[-1] - extend[0]) / max(1, len(extend) - 1))
+    row = extend_row_units(costs)
     row_of_layer, row_of_token = (0.0, row) if extends_by_accepted else (row, 0.0)
     return _View(
         costs,

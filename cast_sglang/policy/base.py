@@ -71,11 +71,33 @@ class TreePolicy(ABC):
         """
         return True
 
+    def wait(self, batch_size: int, costs: Costs | None) -> None:
+        """Take note of a step that decodes plainly, since none of its requests wants drafts.
+
+        Called in place of `speculate`.
+        """
+        return
+
+    def plain_steps(self, batch_size: int) -> int:
+        """Return how many steps of this batch size will be decoded plainly before one that drafts.
+
+        What has cost the draft model work is then of no use to a request that ends before.
+        """
+        return 0
+
     def weigh(self, weights: np.ndarray | None) -> None:
         """Set how much the tokens of each request count in this step.
 
         Args:
             weights: [B] >= 0, worth of a token of each request; None for equal worth.
+        """
+        return
+
+    def count_prefill(self, units: float) -> None:
+        """Set what the draft's prefill takes for each token of the requests' answers.
+
+        It is behind the running requests. That of requests to come is saved where plain decoding is
+        the rule.
         """
         return
 

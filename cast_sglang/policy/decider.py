@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from cast_sglang.costs.model import extend_units
+from cast_sglang.costs.model import extend_row_units, extend_units
 from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class StepFacts(NamedTuple):
     max_rows: int  # verified per request, root included
     is_drawn: np.ndarray | None = None  # [B] bool, whose drafts are drawn at random; None for none
     max_nodes: int | None = None  # that the draft may run per request; None for any number
+    prompt_rows: float = 0.0  # of the prompts, per request and token of its answer
 
 
 class Plan(NamedTuple):
@@ -128,9 +129,12 @@ class Decider:
         policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
         policy.weigh(facts.weights)
         drafts = facts.max_layers > 0 and facts.max_rows > 1
-        drafts = drafts and (facts.weights is None or bool(facts.weights.any()))
-        catch_up = 0.0
+        wants_drafts = facts.weights is None or bool(facts.weights.any())
+        drafts, catch_up = drafts and wants_drafts, 0.0
         if costs is not None:
+            policy.count_prefill(extend_row_units(costs) * facts.prompt_rows)
+            if not wants_drafts:
+                policy.wait(batch_size, costs)
             catch_up = extend_units(costs, facts.missing_rows)
             drafts = drafts and policy.speculate(batch_size, costs, catch_up)
             is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
@@ -142,6 +146,13 @@ class Decider:
             )
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
+
+    def plain_steps(self, batch_size: int) -> int:
+        """Return how many steps of this batch size will be decoded plainly before one that drafts.
+
+        By what all ranks of a server know alike, like every decision here.
+        """
+        return self.policy.plain_steps(batch_size)
 
     def least_scores(self) -> np.ndarray:
         """Return [B] float32, the score below which no copy is looked for in this step."""

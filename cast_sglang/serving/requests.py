@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Where later prompts find more than this share of their tokens in the cache, they would find there
+# what the draft has left out; and of such prompts there is little left to save.
+MAX_REUSE = 0.05
+# Of what is known of earlier prompts, kept at each prompt: the last fifty count.
+KEEP_REUSE = 0.98
+
 
 class SamplingNeeds(NamedTuple):
     """What SGLang's verify lacks for the requests of a batch."""
@@ -64,15 +70,18 @@ def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
     return tuple([_mode_of(req.sampling_params.custom_params) for req in reqs])
 
 
-def request_weights(reqs: Iterable[Req]) -> np.ndarray | None:
+def request_weights(reqs: Iterable[Req], left_out: Container[Req] = ()) -> np.ndarray | None:
     """Return [B], what the tokens of each request are worth: `mode_weights`.
 
     0 for one that wants no drafts or cannot be served exactly with them; None where all are worth
     the same.
+
+    Args:
+        left_out: requests that get no drafts either.
     """
     requests = list(reqs)
     modes = [
-        mode if why_plain(req) is None else OFF
+        mode if why_plain(req) is None and req not in left_out else OFF
         for req, mode in zip(requests, modes_of(requests), strict=True)
     ]
     differ = any(mode != THROUGHPUT for mode in modes)
@@ -109,13 +118,21 @@ class RunningRequests:
     Attributes:
         sampling: None where verify samples as plain decoding does.
         drawn: [B] bool, whose drafts are drawn at random; None where no one's are.
+        prompt_rows: tokens of the prompts that the cache did not hold, for each token that their
+            requests may generate; a mean.
     """
 
     def __init__(self, draws: bool = False) -> None:
         self.drawn: np.ndarray | None = None
         self._draws = draws
         self.sampling: SamplingNeeds | None = None
+        self.prompt_rows = 0.0
         self._reqs: list[Req] = []
+        self._coming: list[Req] = []  # that were prefilled since
+        # Those whose prompts the draft has left out; one that is prefilled anew is looked at anew.
+        self._left_out: weakref.WeakSet[Req] = weakref.WeakSet()
+        # Tokens of the last prompts, and those of them that the cache held; older ones count less.
+        self._prompt_tokens, self._cached_tokens = 0.0, 0.0
         # Those that drafts would not serve exactly; one that SGLang retracts comes back as it was.
         self._counted: weakref.WeakSet[Req] = weakref.WeakSet()
         self._told: set[str] = set()  # reasons
@@ -123,6 +140,35 @@ class RunningRequests:
     def are(self, reqs: Sequence[Req]) -> bool:
         """Return whether these are the requests of the last update."""
         return self._reqs == reqs
+
+    def left_out(self, batch: ScheduleBatch, plain_steps: Callable[[int], int]) -> int:
+        """Return how many prompts of a prefill the draft leaves out: all of them or none.
+
+        It leaves out those of requests that want no drafts or cannot be served exactly with them,
+        and where the policy decodes plainly, of those that end before its next try. Such a request
+        is decoded plainly to its end. Where prompts are found in the cache again nothing is left
+        out: a later request would draft behind what the draft has not seen.
+
+        Args:
+            batch: that is prefilled.
+            plain_steps: as `Decider.plain_steps`.
+        """
+        for req in batch.reqs:
+            self._prompt_tokens = KEEP_REUSE * self._prompt_tokens + len(req.origin_input_ids)
+            self._cached_tokens = KEEP_REUSE * self._cached_tokens + req.cached_tokens
+        self._coming += batch.reqs
+        running = sum(not req.finished() for req in {*self._reqs, *self._coming})
+        steps = plain_steps(running)
+        is_of_use = (
+            self._cached_tokens > MAX_REUSE * self._prompt_tokens
+            or batch.chunked_req is not None  # its next part needs this one
+            or not all(_is_done_by(req, steps) for req in batch.reqs)
+        )
+        if is_of_use:
+            self._left_out.difference_update(batch.reqs)
+            return 0
+        self._left_out.update(batch.reqs)
+        return len(batch.reqs)
 
     def update(self, reqs: Sequence[Req], count: Callable[[int], None]) -> np.ndarray | None:
         """Read the requests of a step; log why some of them have to be decoded plainly.
@@ -134,8 +180,12 @@ class RunningRequests:
         Returns:
             what they are worth, as `request_weights`.
         """
-        self._reqs, weights = list(reqs), request_weights(reqs)
+        self._reqs, self._coming, weights = list(reqs), [], request_weights(reqs)
+        self.prompt_rows = sum(map(_prompt_rows, reqs)) / len(reqs)
         self.sampling = _sampling_needs(reqs, weights)
+        if self._left_out:
+            # Verify serves them exactly as it does others, so they do not count above.
+            weights = request_weights(reqs, self._left_out)
         self.drawn = None
         if self._draws:
             samples = np.array([req.sampling_params.top_k != 1 for req in reqs])
@@ -155,6 +205,22 @@ class RunningRequests:
                 reason,
             )
         return weights
+
+
+def _prompt_rows(req: Req) -> float:
+    most = max(1, req.sampling_params.max_new_tokens)
+    return (len(req.origin_input_ids) - req.cached_tokens) / most
+
+
+def _is_done_by(req: Req, plain_steps: int) -> bool:
+    """Return whether a request that is prefilled will have ended before anything is drafted."""
+    if _mode_of(req.sampling_params.custom_params) == OFF:
+        return True
+    if why_plain(req) not in (None, "min_new_tokens"):  # that one ends
+        return True
+    # The prefill brings the first token.
+    left = req.sampling_params.max_new_tokens - len(req.output_ids) - 1
+    return plain_steps > 0 and left <= plain_steps
 
 
 def _sampling_needs(reqs: Sequence[Req], weights: np.ndarray | None) -> SamplingNeeds | None:

@@ -26,6 +26,10 @@ _TOTALS = {
     "nodes_drafted": ("nodes_drafted", "Draft nodes proposed."),
     "nodes_verified": ("nodes_verified", "Rows verified by the target, roots included."),
     "plain_requests": ("plain_requests", "Requests that no drafts could serve exactly."),
+    "prompts_left_out": (
+        "prompts_left_out",
+        "Prompts that the draft model left out, since nothing would be drafted behind them.",
+    ),
     "accepted_requests": None,
     "drafts_accepted": ("drafts_accepted", "Draft tokens accepted, bonus tokens excluded."),
     "timed_steps": None,
@@ -126,6 +130,10 @@ class StepStats:
     def record_plain_requests(self, count: int) -> None:
         """Count requests that are decoded without drafts, because drafts would not be exact."""
         self._count(plain_requests=count)
+
+    def record_left_out(self, count: int) -> None:
+        """Count prompts that the draft model left out, since nothing is drafted behind them."""
+        self._count(prompts_left_out=count)
 
     def record_accepts(self, accept_lens: Iterable[int]) -> None:
         """Count what the target accepted.

@@ -216,6 +216,7 @@ class TraceRecorder:
             predicted_us=report.predicted_us,
             expected_us=report.expected_us,
             **report.room._asdict(),
+            prompt_rows=report.prompt_rows,
             policy_us=report.policy_us,
             price=report.price,
             copy_chances=b"" if copied is None else packed(copied.chances, "float32"),

@@ -218,6 +218,8 @@ class CastWorker(EAGLEWorkerV2):
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             self._prefill_since_step = True
             self.tools.backlog.forget(batch.req_pool_indices_cpu.numpy())
+            self.tools.num_left_out = self._running.left_out(batch, self.tools.decider.plain_steps)
+            self.cast_stats.record_left_out(self.tools.num_left_out)
             return super().forward_batch_generation(batch, *args, **kwargs)
 
         began = time.perf_counter()
@@ -237,18 +239,17 @@ class CastWorker(EAGLEWorkerV2):
         if self.calibration is not None:
             self.calibration.begin_step(batch.sampling_info.top_ks, tools.draws.is_drawn)
         tools.room = self._envelope.room(batch.reqs, [s.max_tokens for s in self._pending], are_new)
-        plan = decider.begin_step(
-            StepFacts(
-                batch_size=batch_size,
-                costs=costs.current,
-                weights=tools.weights,
-                missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
-                **tools.room._asdict(),
-                is_drawn=self._running.drawn,
-            )
+        facts = StepFacts(
+            batch_size=batch_size,
+            costs=costs.current,
+            weights=tools.weights,
+            missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
+            **tools.room._asdict(),
+            is_drawn=self._running.drawn,
+            prompt_rows=self._running.prompt_rows,
         )
-        # The decider counts its own time until the step has run.
-        policy_seconds = time.perf_counter() - began - decider.seconds
+        plan = decider.begin_step(facts)
+        policy_seconds = time.perf_counter() - began - decider.seconds  # it counts its own time
         if plan.catch_up and not plan.drafts:
             with draft_tp_context(draft.parallel_layout):
                 draft.catch_up(batch)
@@ -263,8 +264,8 @@ class CastWorker(EAGLEWorkerV2):
         learners = (self.calibration, tools.copies if plan.drafts else None)
         tree_seconds = decider.seconds + sum(part.seconds for part in learners if part is not None)
         num_layers = len(shape.widths) + plan.drafts
-        passes = shape.widths, shape.mean_rows, draft.last_extend_rows
-        times = costs.step_times(*passes, plan.catch_up)
+        passes = shape.widths, shape.mean_rows, draft.last_extend_rows, plan.catch_up
+        times = costs.step_times(*passes)
         if tools.recorder is not None:
             report = StepReport(
                 number=self._num_steps,
@@ -276,6 +277,7 @@ class CastWorker(EAGLEWorkerV2):
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
+                prompt_rows=facts.prompt_rows,
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()

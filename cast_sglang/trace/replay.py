@@ -216,6 +216,7 @@ class Replay:
             max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
             max_nodes=step.max_nodes,
+            prompt_rows=step.prompt_rows,
             is_drawn=is_drawn,
         )
         plan = self._decider.begin_step(facts)

@@ -169,6 +169,63 @@ def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
     assert waits[1] > 1.5 * waits[0]
 
 
+def test_plain_steps_until_the_next_try_are_known():
+    """Whether requests want drafts in them or not."""
+    step_costs = make_costs("compute", 4)
+    for wants_drafts in (True, False):
+        policy = AutoPolicy(SIZES, LAYERS)
+        assert policy.plain_steps(4) == 0  # nothing is known
+        while policy.speculate(4, step_costs):
+            assert policy.plain_steps(4) == 0
+            policy.observe(4, 0.0, 1.5)
+        left = policy.plain_steps(4)
+        assert left > 5 and policy.plain_steps(1) == 0 and policy.plain_steps(3) == left
+        for _ in range(left):
+            if wants_drafts:
+                assert not policy.speculate(4, step_costs)
+            else:
+                policy.wait(4, step_costs)
+        assert policy.plain_steps(4) == 0
+        if not wants_drafts:
+            policy.wait(4, step_costs)  # the try waits for a request that wants drafts
+        assert policy.speculate(4, step_costs)
+
+
+@pytest.mark.parametrize("prefill_units", [0.0, 0.3])
+def test_what_the_drafts_prefill_takes_counts_against_speculation(prefill_units):
+    """Drafts that gain less than that are given up, as if plain decoding took so much less."""
+    step_costs = make_costs("compute", 4)
+    policy = AutoPolicy(SIZES, LAYERS)
+    time_units = 2.0 * (plain_units(step_costs) - 0.15)  # for two tokens
+    decisions = []
+    for _ in range(400):
+        policy.count_prefill(prefill_units)
+        decisions.append(policy.speculate(4, step_costs))
+        if decisions[-1]:
+            policy.observe(4, 1.0, time_units)
+    tries = sum(decisions[-100:])
+    assert tries < 20 if prefill_units else tries > 90
+    # Which tree is best does not depend on what is behind.
+    rate = 2.0 / time_units
+    assert policy.price(4) == pytest.approx(rate, rel=0.05)
+
+
+def test_a_long_prompt_before_a_short_answer_does_not_stop_speculation_for_long():
+    """The next requests have other prompts."""
+    step_costs = make_costs("compute", 4)
+    policy = AutoPolicy(SIZES, LAYERS)
+    policy.count_prefill(50.0)
+    while policy.speculate(4, step_costs):
+        policy.observe(4, 2.0, 1.5)
+    policy.count_prefill(0.0)
+    waits = 0
+    while not policy.speculate(4, step_costs):
+        waits += 1
+    assert waits < 200
+    policy.observe(4, 2.0, 1.5)
+    assert all(policy.speculate(4, step_costs) for _ in range(10))
+
+
 def test_each_batch_size_decides_for_itself():
     policy = AutoPolicy(SIZES, LAYERS)
     small, large = make_costs("compute", 1), make_costs("compute", 32)

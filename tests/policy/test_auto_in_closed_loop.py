@@ -8,7 +8,8 @@ import torch
 
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
-from cast_sglang.policy.auto import MAX_LOSS, AutoPolicy
+from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.octaves import MAX_LOSS
 from tests.support.simulator import (
     LAYERS,
     SIZES,

@@ -96,7 +96,8 @@ def test_a_step_asks_in_the_promised_order(trace, shares_out):
     list(Replay(trace._replace(header=header), make_tables(), policy))
     # The last layer is not deepened, so nothing was expanded below it.
     last = "share_out rerank" if shares_out else "rerank"
-    step = f"weigh speculate (breadth deepen expanded )*breadth deepen depth {last} observe ?"
+    first = "weigh count_prefill speculate"
+    step = f"{first} (breadth deepen expanded )*breadth deepen depth {last} observe ?"
     assert re.fullmatch(f"({step})+", " ".join(policy.calls))
     assert policy.calls.count("observe") == len(trace.steps)
     assert policy.calls.count("expanded") == 2 * len(trace.steps)

@@ -25,6 +25,15 @@ class Scripted(TreePolicy):
         self.asked.append(("speculate", batch_size, catch_up))
         return self.drafts
 
+    def wait(self, batch_size, costs):
+        self.asked.append(("wait", batch_size))
+
+    def count_prefill(self, units):
+        self.prefill_units = units
+
+    def plain_steps(self, batch_size):
+        return batch_size
+
     def weigh(self, weights):
         self._layer = 0
         self.asked.append(("weigh", None if weights is None else weights.tolist()))
@@ -102,6 +111,22 @@ def test_a_step_is_decided_by_the_policy():
 def test_nothing_is_drafted_where_nobody_can_take_it(room):
     assert not decider(Scripted()).begin_step(facts(**room)).drafts
     assert not decider(Scripted()).begin_step(facts(costs=None, **room)).drafts
+
+
+def test_a_step_for_which_nobody_wants_drafts_is_told_the_policy_apart():
+    policy = Scripted()
+    made = decider(policy)
+    for weights, asked in ((np.zeros(2), ["wait"]), (np.ones(2), ["speculate"])):
+        policy.asked.clear()
+        made.begin_step(facts(weights=weights))
+        assert [name for name, *_ in policy.asked if name != "weigh"] == asked
+    policy.asked.clear()
+    made.begin_step(facts(weights=np.zeros(2), costs=None))
+    assert [name for name, *_ in policy.asked] == ["weigh"]
+    assert made.plain_steps(3) == 3
+    # A row of draft extend adds 0.1 units in the mean.
+    made.begin_step(facts(prompt_rows=4.0))
+    assert policy.prefill_units == pytest.approx(0.4)
 
 
 def test_a_policy_without_costs_drafts():

@@ -25,6 +25,24 @@ def counters(server) -> dict:
     return server.get("/server_info")["internal_states"][0]["cast"]
 
 
+def test_short_requests_of_a_server_that_decodes_plainly_cost_the_draft_nothing(
+    reluctant, plain, prompts
+):
+    """They come while the next try is far, and bring prompts that no one has sent before."""
+    generate(reluctant, prompts[:4], max_new_tokens=200)
+    before = counters(reluctant)
+    short = [prompt[:80] for prompt in prompts[8:24]]  # so that they are not prefilled in parts
+    assert greedy_ids(reluctant, short, 4, 6) == greedy_ids(plain, short, 4, 6)
+    after = counters(reluctant)
+    left_out = after["prompts_left_out"] - before["prompts_left_out"]
+    assert 4 <= left_out <= 16
+    # Tries go on: those that come meanwhile have their prompts.
+    generate(reluctant, prompts[:4], max_new_tokens=200)
+    late = counters(reluctant)
+    assert late["prompts_left_out"] == after["prompts_left_out"]
+    assert late["steps"] - late["plain_steps"] > after["steps"] - after["plain_steps"]
+
+
 def test_it_decodes_plainly_and_the_answers_are_those_of_plain_decoding(
     reluctant, prompts, expected_ids
 ):

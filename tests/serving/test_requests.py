@@ -45,8 +45,12 @@ class Request:
 
     def __init__(self, num_tokens=1, processor=None, **params):
         self.sampling_params = SamplingParams(**params)
-        self.output_ids = [7] * num_tokens
+        self.output_ids, self.is_finished = [7] * num_tokens, False
+        self.origin_input_ids, self.cached_tokens = [0] * 30, 0
         self.custom_logit_processor = processor
+
+    def finished(self):
+        return self.is_finished
 
 
 @pytest.mark.parametrize(
@@ -120,3 +124,101 @@ def test_min_new_tokens_are_tokens_also_after_a_retraction(determinism):
             is_plain.append(requests.why_plain(req) is not None)
         req.reset_for_retract()
     assert is_plain == [True, True] + [False] * 6
+
+
+def prefill_of(*reqs, chunked=None):
+    return SimpleNamespace(reqs=list(reqs), chunked_req=chunked)
+
+
+NO_DRAFTS = [
+    {"custom_params": {"cast": "off"}},
+    {"frequency_penalty": 0.5},
+    {"processor": "{}"},
+]
+
+
+@pytest.mark.parametrize("params", NO_DRAFTS)
+def test_prompts_behind_which_nothing_is_ever_drafted_are_left_out(determinism, params):
+    running, other = requests.RunningRequests(), Request(max_new_tokens=50)
+    never = Request(max_new_tokens=50, **params)
+    assert running.left_out(prefill_of(never), lambda size: 0) == 1
+    # The requests of a prefill run through the draft together.
+    assert running.left_out(prefill_of(never, other), lambda size: 0) == 0
+    soon = Request(max_new_tokens=50, min_new_tokens=3)
+    assert running.left_out(prefill_of(soon), lambda size: 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "generated", "steps", "is_left_out"),
+    [(10, 0, 9, True), (10, 0, 8, False), (10, 2, 7, True), (1, 0, 0, False), (1, 0, 1, True)],
+)
+def test_prompts_of_requests_that_end_before_the_next_try_are_left_out(
+    determinism, tokens, generated, steps, is_left_out
+):
+    """The prefill brings a token; a request that comes back after a retraction has some."""
+    running = requests.RunningRequests()
+    req = Request(max_new_tokens=tokens, num_tokens=generated)
+    assert running.left_out(prefill_of(req), lambda size: steps) == is_left_out
+    long = Request(max_new_tokens=1000)
+    assert running.left_out(prefill_of(req, long), lambda size: steps) == 0
+    assert running.left_out(prefill_of(req, chunked=long), lambda size: steps) == 0
+
+
+def test_nothing_is_left_out_where_prompts_are_found_in_the_cache_again(determinism):
+    """A later request would draft behind it."""
+    running, req = requests.RunningRequests(), Request(max_new_tokens=5)
+
+    def left_out(cached):
+        req.cached_tokens = cached
+        return running.left_out(prefill_of(req), lambda size: 100)
+
+    assert [left_out(0) for _ in range(5)] == [1] * 5
+    assert left_out(1) == 1  # as the token that all prompts begin with
+    assert [left_out(25) for _ in range(3)] == [0] * 3
+    # It is over when the last fifty prompts or so have found nothing.
+    later = [left_out(0) for _ in range(150)]
+    assert later[:20] == [0] * 20 and later[-1] == 1
+
+
+def test_tries_are_looked_for_at_the_batch_size_to_come(determinism):
+    running, asked = requests.RunningRequests(), []
+    old = [Request(), Request(), Request()]
+    running.update(old, lambda count: None)
+    old[1].is_finished = True
+    one, two = Request(), Request()
+    for batch in (prefill_of(one, two), prefill_of(two, Request())):
+        running.left_out(batch, lambda size: asked.append(size) or 0)
+    assert asked == [4, 5]  # the second part of a prompt is no further request
+    running.update([one], lambda count: None)
+    running.left_out(prefill_of(Request()), lambda size: asked.append(size) or 0)
+    assert asked[2] == 2
+
+
+def test_a_request_whose_prompt_was_left_out_gets_no_drafts_until_it_is_prefilled_anew(determinism):
+    running = requests.RunningRequests(draws=True)
+    short, other = Request(max_new_tokens=5), Request(frequency_penalty=1.0)
+    latency = Request(custom_params={"cast": "latency"})
+
+    def weights(*reqs):
+        found = running.update(reqs, lambda count: None)
+        return found if found is None else found.tolist()
+
+    assert weights(short) is None
+    running.left_out(prefill_of(short), lambda size: 10)
+    assert weights(short) == [0.0] and running.drawn is None and running.sampling is None
+    # Those with drafts weigh 1 in the mean.
+    assert weights(latency, short, other) == [1.0, 0.0, 0.0]
+    assert running.drawn.tolist() == [True, False, False]
+    # Verify lacks nothing for a root without drafts; for a penalty it does.
+    assert running.sampling.is_plain.tolist() == [False, False, True]
+    running.left_out(prefill_of(short), lambda size: 0)
+    assert weights(short) is None
+
+
+def test_prompts_are_weighed_by_the_answers_that_they_are_for(determinism):
+    """The part that the cache held takes the draft nothing."""
+    running = requests.RunningRequests()
+    long, short = Request(max_new_tokens=40), Request(max_new_tokens=10)
+    short.cached_tokens = 10
+    running.update([long, short], lambda count: None)
+    assert running.prompt_rows == pytest.approx((30 / 40 + 20 / 10) / 2)

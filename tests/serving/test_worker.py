@@ -137,8 +137,14 @@ def passes(monkeypatch):
     return layers
 
 
+class Request(SimpleNamespace):
+    """Like SGLang's, one that equals itself alone."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
 def request(left=500):
-    return SimpleNamespace(
+    return Request(
         sampling_params=SamplingParams(max_new_tokens=left, temperature=0.0),
         output_ids=[],
         decode_batch_idx=1,
@@ -146,12 +152,15 @@ def request(left=500):
         rid="a",
         kv=SimpleNamespace(kv_committed_len=100, kv_allocated_len=200),
         finished=lambda: False,
+        origin_input_ids=[0] * 30,
+        cached_tokens=0,
     )
 
 
 def batch_of(*reqs, is_prefill=False):
     return SimpleNamespace(
         reqs=list(reqs),
+        chunked_req=None,
         forward_mode=SimpleNamespace(is_extend=lambda: is_prefill),
         is_extend_in_batch=False,
         req_pool_indices_cpu=torch.arange(1, 1 + len(reqs)),
@@ -220,6 +229,14 @@ def test_a_prefill_is_no_step_and_brings_the_draft_up_to_date(worker, passes):
     worker.forward_batch_generation(batch_of(request(), is_prefill=True))
     assert worker._prefill_since_step and missing(worker, 1) == 0 and missing(worker, 2) == 1
     assert worker.cast_stats.snapshot()["steps"] == 0 and not worker._pending
+
+
+def test_a_prefill_behind_which_nothing_is_drafted_leaves_the_draft_out(worker, passes):
+    worker.tools.decider.policy.plain_steps = lambda batch_size: 20
+    for left, leaves_out in ((500, False), (21, True), (22, False)):
+        worker.forward_batch_generation(batch_of(request(left), request(3), is_prefill=True))
+        assert worker.tools.num_left_out == 2 * leaves_out
+    assert worker.cast_stats.snapshot()["prompts_left_out"] == 2
 
 
 def test_steps_are_expected_to_take_what_the_tables_say(profiled, passes):

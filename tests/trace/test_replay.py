@@ -110,6 +110,9 @@ class Shape:
     def weigh(self, weights):
         pass
 
+    def count_prefill(self, units):
+        pass
+
     def breadth(self, scores, costs):
         return scores.shape[1]
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from cast_sglang.costs.graph_sizes import GraphSizes
     from cast_sglang.serving.drafting.backlog import Backlog, MissingRows
 
-__all__ = ["Past", "catch_up_widths", "past_of"]
+__all__ = ["NEXT_CHILDREN", "Past", "catch_up_widths", "past_of", "without_children"]
+
+# Attributes of a draft input that hold the next root's children.
+NEXT_CHILDREN = ("topk_p", "topk_index", "hidden_states")
 
 
 class Past(NamedTuple):
@@ -58,6 +61,23 @@ def past_of(batch: ScheduleBatch, missing: MissingRows, req_to_token: torch.Tens
         speculative_num_draft_tokens=width,
     )
     return Past(past, result, width, seen_rows > 0)
+
+
+def without_children(like: EagleDraftInput, bonus_tokens: torch.Tensor) -> EagleDraftInput:
+    """Return what a prefill without the draft hands on: children that nothing reads.
+
+    Args:
+        like: what another prefill has handed on.
+        bonus_tokens: [B] int, the requests' first tokens.
+    """
+    size = len(bonus_tokens)
+    parts = {name: getattr(like, name) for name in NEXT_CHILDREN}
+    return EagleDraftInput(
+        **{name: part.new_zeros((size, *part.shape[1:])) for name, part in parts.items()},
+        bonus_tokens=bonus_tokens,
+        num_tokens_per_req=like.num_tokens_per_req,
+        num_tokens_for_logprob_per_req=like.num_tokens_for_logprob_per_req,
+    )
 
 
 def catch_up_widths(sizes: GraphSizes, batch_size: int, backlog: Backlog) -> tuple[int, ...]:

@@ -39,3 +39,4 @@ class StepTools:
     draws: Draws
     copies: Copies | None = None  # None where nothing is copied
     weights: np.ndarray | None = None  # [B], what a token of each of its requests is worth
+    num_left_out: int = 0  # prompts of the prefill that runs, which the draft leaves out

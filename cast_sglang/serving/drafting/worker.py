@@ -23,7 +23,12 @@ from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from cast_sglang.config import CastConfig
 from cast_sglang.ops.copies import is_on_host, to_device
 from cast_sglang.serving.drafting.attention import create_tree_backend
-from cast_sglang.serving.drafting.catch_up import catch_up_widths, past_of
+from cast_sglang.serving.drafting.catch_up import (
+    NEXT_CHILDREN,
+    catch_up_widths,
+    past_of,
+    without_children,
+)
 from cast_sglang.serving.drafting.draws import cut_links, num_proposed
 from cast_sglang.serving.drafting.eagle import EagleDrafter
 from cast_sglang.serving.drafting.grow import Growth, compile_ops, grow_tree
@@ -55,9 +60,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CastDraftWorker"]
 
-# Attributes of a draft input that hold the next root's children.
-_NEXT_CHILDREN = ("topk_p", "topk_index", "hidden_states")
-
 
 class CastDraftWorker(EagleDraftWorker):
     """EAGLE's draft worker with CAST's tree."""
@@ -82,6 +84,7 @@ class CastDraftWorker(EagleDraftWorker):
         # What drops the rows that draft extend does not read: that layer, or a whole head.
         self._narrows = model if hasattr(model, "read_rows") else self._last_layer
         self._plain_input: EagleDraftInput | None = None  # a plain step's, while it runs
+        self._no_children: EagleDraftInput | None = None  # of no request, after a prefill
 
     @contextlib.contextmanager
     def _proposing(self) -> Iterator[None]:
@@ -252,7 +255,13 @@ class CastDraftWorker(EagleDraftWorker):
     def _draft_extend_for_prefill(
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any
     ) -> EagleDraftInput:
-        """Write draft KV for prompts and draft the first root's children."""
+        """Write draft KV for prompts and draft the first root's children.
+
+        Nothing is drafted for requests whose prompts are left out, so any children do for them.
+        """
+        bonus_tokens = args[1]
+        if self.tools.num_left_out and self._no_children is not None:
+            return without_children(self._no_children, bonus_tokens)
         ending: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         # On a GPU the pass may be captured, in pieces or as a whole.
         is_eager = torch.device(self.device).type == "cpu" and not batch.forward_mode.is_idle()
@@ -262,6 +271,7 @@ class CastDraftWorker(EagleDraftWorker):
         with ending, self._proposing():
             draft_input = super()._draft_extend_for_prefill(batch, *args, **kwargs)
             self.drafter.extended(draft_input)
+        self._no_children = without_children(draft_input, bonus_tokens[:0])
         return draft_input
 
     def _draft_extend_for_decode(
@@ -313,7 +323,7 @@ class CastDraftWorker(EagleDraftWorker):
         self.tools.backlog.add(slots, hidden_states, batch_result.next_token_ids)
         self.last_extend_rows = 0
         # The shape is right; catching up replaces the values before anything reads them.
-        for name in _NEXT_CHILDREN:
+        for name in NEXT_CHILDREN:
             setattr(batch_result.next_draft_input, name, getattr(draft_input, name))
 
     def catch_up(self, batch: ScheduleBatch) -> None:
@@ -337,7 +347,7 @@ class CastDraftWorker(EagleDraftWorker):
         ):
             super()._draft_extend_for_decode(past.batch, past.result)
             self.drafter.extended(past.result.next_draft_input)
-        for name in _NEXT_CHILDREN:
+        for name in NEXT_CHILDREN:
             now = getattr(past.result.next_draft_input, name)
             before = getattr(batch.spec_info, name)
             setattr(batch.spec_info, name, torch.where(past.is_missing.unsqueeze(1), now, before))

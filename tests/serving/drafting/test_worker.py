@@ -36,6 +36,7 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
     worker.device, worker.topk, worker.speculative_num_steps = "cpu", TOPK, STEPS
     worker.speculative_num_draft_tokens = worker.max_draft_tokens = ROWS
     worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker.extend_graphs = None
+    worker._no_children = None
     worker._last_layer = worker._narrows = worker.draft_extend_attn_backend = None
     worker.tree_mask_mode = worker.target_worker = None
     worker.draft_runner = SimpleNamespace(attn_backend=SimpleNamespace(packed_rows=None))
@@ -138,6 +139,33 @@ def test_a_plain_step_is_kept_until_the_draft_catches_up(extended):
     assert batch.seq_lens.tolist() == [12, 22]
     worker.catch_up(batch)
     assert len(extended) == 1
+
+
+def test_prompts_are_left_out_where_nothing_is_drafted_behind_them(monkeypatch):
+    calls, first = [], batch_of([3], [10]).spec_info
+    first.num_tokens_per_req = 1
+
+    def prefill(self, batch, hidden_states, next_token_ids):
+        calls.append(next_token_ids.tolist())
+        return first
+
+    monkeypatch.setattr(EagleDraftWorker, "_draft_extend_for_prefill", prefill)
+    worker, batch = make_worker(), batch_of([3, 5], [10, 20])
+    batch.forward_mode = SimpleNamespace(is_idle=lambda: False)
+
+    def prefilled(leaves_out, tokens):
+        worker.tools.num_left_out = 2 * leaves_out
+        return worker._draft_extend_for_prefill(batch, None, torch.tensor(tokens))
+
+    # What the children look like is known after the first prefill.
+    assert prefilled(True, [1, 2]) is first and prefilled(False, [3, 4]) is first
+    left_out = prefilled(True, [5, 6])
+    assert calls == [[1, 2], [3, 4]]
+    assert left_out.bonus_tokens.tolist() == [5, 6] and left_out.num_tokens_per_req == 1
+    # SGLang joins them with those of other prefills.
+    for name in ("topk_p", "topk_index", "hidden_states"):
+        joined = torch.cat([getattr(first, name), getattr(left_out, name)])
+        assert len(joined) == 3 and joined.dtype == getattr(first, name).dtype
 
 
 def test_only_a_request_that_lacks_rows_gets_new_children(extended):
