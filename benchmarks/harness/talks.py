@@ -1,8 +1,7 @@
 """Conversations as tokens: a turn's prompt is all that was said before, and a new part."""
 
-import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,26 +42,26 @@ def take_turn(
     """Ask for all conversations' next answers, greedy and of a given length.
 
     Args:
-        at_once: requests that are open at most.
+        at_once: requests that come together; the next ones follow when all are answered.
         mode: CAST's request mode; None for SGLang's own parameters alone.
     """
     sampling: dict[str, Any] = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     if mode is not None:
         sampling["custom_params"] = {"cast": mode}
-
-    async def ask(client: httpx.AsyncClient, gate: asyncio.Semaphore, prompt: list[int]) -> Reply:
-        async with gate:
-            body = {"input_ids": prompt, "sampling_params": sampling}
-            response = await client.post("/generate", json=body)
+    replies = []
+    with httpx.Client(base_url=url, timeout=REQUEST_SECONDS) as client:
+        for start in range(0, len(prompts), at_once):
+            # In one message, so that they come together whatever the client has to wait for.
+            group = list(prompts[start : start + at_once])
+            response = client.post(
+                "/generate", json={"input_ids": group, "sampling_params": sampling}
+            )
             response.raise_for_status()
-            answer = response.json()
-        info = answer["meta_info"]
-        passes = info.get("spec_verify_ct") or info["completion_tokens"]
-        return Reply(answer["output_ids"], passes, info["cached_tokens"])
+            replies += [_reply(answer) for answer in response.json()]
+    return replies
 
-    async def ask_all() -> list[Reply]:
-        gate = asyncio.Semaphore(at_once)
-        async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS) as client:
-            return list(await asyncio.gather(*(ask(client, gate, prompt) for prompt in prompts)))
 
-    return asyncio.run(ask_all())
+def _reply(answer: Mapping[str, Any]) -> Reply:
+    info = answer["meta_info"]
+    passes = info.get("spec_verify_ct") or info["completion_tokens"]
+    return Reply(answer["output_ids"], passes, info["cached_tokens"])

@@ -126,7 +126,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--conversations", 48, "that are held"),
         ("--said", 32, "tokens that the user says in a turn"),
         ("--tokens", 64, "of the second answer"),
-        ("--at-once", 8, "requests that are open at most"),
+        ("--at-once", 8, "requests that come together"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{about} (default: {default})")
     parser.add_argument(

@@ -17,7 +17,6 @@ the cache makes it smaller.
 import argparse
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ ARMS = (
     "cast",
     "cast+--speculative-num-steps=5+--speculative-eagle-topk=4+--speculative-num-draft-tokens=8",
 )
-POLL_SECONDS = 0.05
 
 
 class Capacity(NamedTuple):
@@ -61,55 +59,37 @@ def converse(
     """Let a server answer all turns of all conversations; its cache holds nothing before."""
     server.flush_cache()
     known = server.get("/server_info")
-    before = _retracted(server)
+    log_begins = len(server.log_path.read_bytes())
     heard: list[list[int]] = [[] for _ in said]
     cached = past = 0
-    with _Watch(server) as watch:
-        for turn in range(len(said[0])):
-            past += sum(map(len, heard))
-            prompts = [
-                past_tokens + said_in[turn]
-                for past_tokens, said_in in zip(heard, said, strict=True)
-            ]
-            replies = take_turn(server.url, prompts, num_tokens, at_once)
-            cached += sum(reply.cached for reply in replies)
-            heard = [prompt + reply.tokens for prompt, reply in zip(prompts, replies, strict=True)]
+    for turn in range(len(said[0])):
+        past += sum(map(len, heard))
+        prompts = [
+            past_tokens + said_in[turn] for past_tokens, said_in in zip(heard, said, strict=True)
+        ]
+        replies = take_turn(server.url, prompts, num_tokens, at_once)
+        cached += sum(reply.cached for reply in replies)
+        heard = [prompt + reply.tokens for prompt, reply in zip(prompts, replies, strict=True)]
+    log = server.log_path.read_bytes()[log_begins:].decode(errors="replace")
     return Capacity(
         max_total_num_tokens=int(known["max_total_num_tokens"]),
         cached_tokens=cached,
         said_before=past,
-        most_running=watch.most,
-        retracted=_retracted(server) - before,
+        most_running=_most_running(log),
+        retracted=_retracted(log),
         answers=heard,
     )
 
 
-class _Watch:
-    """Asks a server again and again how many requests run, while it serves."""
-
-    def __init__(self, server: Server) -> None:
-        self.most = 0
-        self._server, self._ends = server, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> "_Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ends.wait(POLL_SECONDS):
-            load = self._server.get("/v1/loads")["loads"][0]
-            self.most = max(self.most, load["num_running_reqs"])
-
-
-def _retracted(server: Server) -> int:
-    """Return how many times the server took a running request back, by its log."""
-    log = server.log_path.read_text(errors="replace")
+def _retracted(log: str) -> int:
+    """Return how many times a server took a running request back."""
     return sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log)))
+
+
+def _most_running(log: str) -> int:
+    """Return how many requests ran at once at most, by what was running at each prefill."""
+    found = re.findall(r"Prefill batch, #new-seq: (\d+),.*#running-req: (\d+)", log)
+    return max((int(new) + int(running) for new, running in found), default=0)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +106,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--turns", 4, "of each"),
         ("--said", 28, "tokens that the user says in a turn"),
         ("--tokens", 32, "of an answer"),
-        ("--at-once", 16, "requests that are open at most"),
+        ("--at-once", 16, "requests that come together"),
         ("--repeats", 1, "of all conversations, on the same servers"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{about} (default: {default})")

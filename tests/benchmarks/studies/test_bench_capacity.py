@@ -16,14 +16,12 @@ class FakeServer:
 
     def __init__(self, log_path):
         self.log_path, self.heard = log_path, []
-        self.log_path.write_text("")
+        self.log_path.write_text("#retracted_reqs: 5, of before\n")
 
     def flush_cache(self):
         self.heard.clear()
 
     def get(self, path):
-        if path == "/v1/loads":
-            return {"loads": [{"num_running_reqs": 2}]}
         return {"max_total_num_tokens": 4096}
 
     def take_turn(self, url, prompts, num_tokens, at_once):
@@ -34,6 +32,7 @@ class FakeServer:
             replies.append(Reply(answer, num_tokens, max(0, known - 3)))
             self.heard.append(prompt + answer)
         with open(self.log_path, "a") as log:
+            log.write("Prefill batch, #new-seq: 1, #new-token: 8, #running-req: 2, #queue-req: 0\n")
             log.write("KV cache pool is full. #retracted_reqs: 1, #new_token_ratio\n")
         return replies
 
@@ -52,6 +51,7 @@ def test_tokens_that_are_found_again_are_counted(server):
     # Two conversations had said 6 tokens before the second turn, and 11 before the third.
     assert found.said_before == 2 * (6 + 11) and found.cached_tokens == 2 * (3 + 8)
     assert found.max_total_num_tokens == 4096 and found.retracted == 3
+    assert found.most_running == 3
     assert found.answers[0] == [1, 2, 1, 1, 1, 1, 3, 1, 1, 1, 1, 4, 1, 1, 1, 1]
     row = found.report("cast")
     assert "answers" not in row and row["share"] == round(22 / 34, 4)
