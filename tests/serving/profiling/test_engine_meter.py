@@ -150,6 +150,38 @@ def test_a_captured_layer_is_timed_without_its_preparation(worker, clock, monkey
     assert width == 2 and all(part.shape == (2, TOPK) for part in frontier)
 
 
+def test_of_a_drafter_of_one_pass_a_layer_is_what_taking_it_in_takes(worker, clock, monkeypatch):
+    """And its pass is timed with draft extend, where each tree pays for it once."""
+
+    def prepare(draft_input, pool, batch, *args):
+        return SimpleNamespace(spec_info=draft_input), None, None
+
+    monkeypatch.setattr("sglang.srt.speculative.eagle_worker_common.prepare_for_draft", prepare)
+    draft, begun = worker.draft_worker, []
+    draft.topk, draft.req_to_token_pool = TOPK, worker.req_to_token_pool
+    probs = torch.rand(2, TOPK + 1).sort(1, descending=True).values
+    tokens = torch.zeros(2, TOPK + 1, dtype=torch.int64)
+
+    def run(frontier, width):
+        clock.now += 0.25
+        return probs.repeat_interleave(width, dim=0), tokens.repeat_interleave(width, dim=0)
+
+    draft.drafter = SimpleNamespace(
+        graphs=None,
+        takes_one_pass=True,
+        layers_held=1,
+        begin=takes(clock, 2.0, log=begun),
+        root=lambda draft_input: (probs, tokens),
+        layers=lambda batch: SimpleNamespace(run=run),
+    )
+    meter = EngineMeter(worker)
+    assert meter.draft(2, 10, 2) == 0.25
+    draft._draft_extend_for_decode = takes(clock, 0.5)
+    monkeypatch.setattr(meter, "_accepted", lambda batch, rows: None)
+    assert meter.draft_extend(2, 10, 3) == 2.5
+    assert [call[2] for call in begun] == [STEPS, STEPS]
+
+
 def test_draft_extend_is_timed_over_rows_that_were_all_accepted(worker, clock):
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.utils import GenerationBatchResult
