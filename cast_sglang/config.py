@@ -97,7 +97,7 @@ def _price(default: float, role: str) -> Any:
 
 
 def _on_off(default: str, help: str) -> Any:
-    return _knob(default, "choice", help, choices=("on", "off"))
+    return _knob(default, "choice", help, choices=tuple(dict.fromkeys(("on", "off", default))))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +147,8 @@ class CastConfig:
         "draft's likeliest tokens",
     )
     copying: str = _on_off(
-        "off", "policy auto: propose again what followed the same tokens earlier in a request"
+        "auto",
+        "policy auto: propose what followed the same tokens before; auto: without a draft alone",
     )
     joint_budget: str = _on_off(
         "off",
@@ -179,8 +180,7 @@ class CastConfig:
     trace_full: bool = _knob(
         False,
         "switch",
-        "grow and verify the whole envelope in every step, so that a trace can tell of any tree; "
-        "slow",
+        "grow and verify the whole envelope in every step, for traces that tell of any tree; slow",
     )
     allow_foreign_profile: bool = _knob(
         False, "switch", "accept a profile of another device, model pair, dtype or TP size"

@@ -38,6 +38,7 @@ SERVING_MAY_IMPORT_OF_TRACE = ("cast_sglang.trace.records", "cast_sglang.trace.f
 SERVING_FLOORS = (
     "plugin",
     "algorithm profiling",
+    "draftless",
     "worker",
     "drafting",
     "learned",

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 
 FORMS = (
     "plain, static[:STEPS-TOPK-TOKENS], static-grid, adaptive or cast[:POLICY[:C1-C2-C3]], each "
-    "with +KEY=VALUE for --cast-KEY VALUE or +--FLAG=VALUE for any flag"
+    "with +KEY=VALUE for --cast-KEY VALUE or +--FLAG=VALUE for any flag; cast+draft=none serves "
+    "without a draft"
 )
 DEFAULT_STATIC = "5-4-8"
 # SGLang's own choice for Llama first; then chains and trees from small to large.
 STATIC_GRID = ("5-4-8", "3-1-4", "3-2-4", "4-2-6", "2-2-4", "1-1-2")
 GRID_ARM = "static-grid"
+NO_DRAFT = "draft=none"
 # Where SGLang's adaptive mode begins by itself; from there it moves among chains of 0 to 7 steps.
 ADAPTIVE_STEPS = 3
 LABELS = {"plain": "plain", "static": "EAGLE-3", "adaptive": "SGLang adaptive", "cast": "CAST"}
@@ -54,6 +56,7 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
             `adaptive`, SGLang's EAGLE-3 with chains whose length it adapts; `cast`, `cast:POLICY`
             or `cast:POLICY:C1-C2-C3`. Each may end with settings: `+KEY=VALUE` becomes
             `--cast-KEY VALUE`, `+--FLAG=VALUE` any other flag; a switch has no `=VALUE`.
+            `cast+draft=none` serves without a draft, and with a profile that it finds itself.
         draft: path or hub id of the draft model.
         profile: cost profile for CAST; None to let it search.
 
@@ -62,7 +65,13 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
     """
     head, *settings = text.split("+")
     kind, _, detail = head.partition(":")
-    more = tuple(word for setting in settings for word in _setting_flags(setting, kind))
+    has_draft = kind != "cast" or NO_DRAFT not in settings
+    more = tuple(
+        word
+        for setting in settings
+        if has_draft or setting != NO_DRAFT
+        for word in _setting_flags(setting, kind)
+    )
     suffix = "".join(f"+{setting}" for setting in settings)
     draft_flag = ("--speculative-draft-model-path", draft)
     if kind == "plain" and not detail:
@@ -76,8 +85,8 @@ def parse_arm(text: str, draft: str, profile: str | None = None) -> Arm:
         flags += ("--speculative-adaptive", *more)
         return Arm(text, kind, flags, refusal="speculative_adaptive disabled:")
     if kind == "cast":
-        flags = ("--speculative-algorithm", "CAST", *draft_flag)
-        if profile is not None:
+        flags = ("--speculative-algorithm", "CAST", *(draft_flag if has_draft else ()))
+        if profile is not None and has_draft:
             flags += ("--cast-profile", profile)
         policy, _, prices = detail.partition(":")
         if policy:

@@ -24,9 +24,9 @@ the flags of the server that the profile is for:
 
   cast-sglang profile --model-path TARGET --speculative-draft-model-path DRAFT
 
-A run that was interrupted resumes from FILE.partial.jsonl. The last line on stdout is a JSON object
-with the output path, the seconds, the number of points and the errors, at held-out points and in a
-short real run.
+Without a draft only passes of the target are measured. A run that was interrupted resumes from
+FILE.partial.jsonl. The last line on stdout is a JSON object with the output path, the seconds, the
+number of points and the errors, at held-out points and in a short real run.
 """
 
 

@@ -63,6 +63,22 @@ class Grafts(NamedTuple):
         num_rows = np.minimum(most, num_draft_tokens if num_rows is None else num_rows)
         return max(2, int(num_rows.max())), num_rows
 
+    def chains(self, num_draft_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the first N - 1 candidates of each request where none was drafted (M = 0).
+
+        Each is then the only child of the one before it, and its row follows that one's.
+
+        Returns:
+            top_scores_index, draft_tokens and parent_rows, [B, N - 1] int64, of a `tree.Selection`.
+        """
+        places = np.arange(num_draft_tokens - 1)
+        exists = places < self.counts[:, None]
+        return (
+            np.where(exists, places, self.tokens.shape[1]),
+            np.where(exists, self.tokens[:, : len(places)], 0),
+            np.where(exists, places, -1),
+        )
+
 
 class Outlook(NamedTuple):
     """Trees with grafts, as a policy needs them to decide about one more layer."""

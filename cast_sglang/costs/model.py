@@ -13,7 +13,7 @@ import numpy as np
 
 from cast_sglang.config import LOOKUPS
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
-from cast_sglang.costs.passes import PASSES
+from cast_sglang.costs.passes import NAMES
 from cast_sglang.costs.schema import CostTable, CostTables
 
 __all__ = [
@@ -37,7 +37,7 @@ class StepCosts(NamedTuple):
 
     The arrays are on the host, where policies decide; they are no tensors, as reading one entry of
     a tensor takes ten times as long. N, K and E are the most rows to verify, nodes of a draft layer
-    and rows of draft extend.
+    and rows of draft extend. Of passes that are not run there is one entry, 0.
     """
 
     verify: np.ndarray  # [N] float32; index k - 1: one target pass over k rows per request
@@ -70,16 +70,24 @@ def pass_us(costs: StepCosts, name: str, num_tokens: float) -> float:
     return cost_of(getattr(costs, name), num_tokens) * costs.unit_us
 
 
-def step_units(costs: Any, widths: Sequence[int], num_rows: float, num_extend_rows: float) -> float:
+def step_units(
+    costs: Any,
+    widths: Sequence[int],
+    num_rows: float,
+    num_extend_rows: float,
+    drafts: bool | None = None,
+) -> float:
     """Return the time of a step in units, as `TreePolicy.observe` takes it.
 
     Args:
         costs: `StepCosts`, or what a policy reads of them; the same in the next two functions.
         widths: nodes expanded per request in each layer below the root.
         num_rows: rows verified per request, root included; may be a mean over requests.
-        num_extend_rows: rows per request of draft extend, 0 for a plain step; may be a mean.
+        num_extend_rows: rows per request of draft extend, 0 for none; may be a mean.
+        drafts: whether the step drafted or looked for copies; None: where it has draft extend.
     """
-    overhead = costs.overhead if num_extend_rows else costs.plain_overhead
+    drafts = num_extend_rows > 0 if drafts is None else drafts
+    overhead = costs.overhead if drafts else costs.plain_overhead
     time = overhead + cost_of(costs.verify, num_rows)
     time += sum(cost_of(costs.draft, width) for width in widths)
     if num_extend_rows:
@@ -142,7 +150,7 @@ class CostModel:
         nearest = lookup == "nearest"
         self._surfaces = {
             each.name: _Surface(tables.table_of(each), limits.most(each), nearest)
-            for each in PASSES
+            for each in limits.passes
         }
         self._overhead_us = tables.step_overhead_us
         self._overhead_batch_sizes = tables.target.batch_sizes
@@ -180,9 +188,9 @@ class CostModel:
         return costs
 
     def _compute(self, batch_size: int, context: int) -> StepCosts:
-        times_us = {
-            name: surface.at(batch_size, context) for name, surface in self._surfaces.items()
-        }
+        times_us = dict.fromkeys(NAMES, np.zeros(1))
+        for name, surface in self._surfaces.items():
+            times_us[name] = surface.at(batch_size, context)
         unit_us = float(times_us["verify"][0])
         overhead = self._overhead(batch_size) / unit_us
         return StepCosts(

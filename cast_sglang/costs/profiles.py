@@ -16,6 +16,7 @@ import msgspec
 
 from cast_sglang.config import user_cache_dir
 from cast_sglang.costs.schema import (
+    NO_DRAFT,
     SCHEMA_VERSION,
     CostProfile,
     HostIdentity,
@@ -107,7 +108,7 @@ def save_profile(profile: CostProfile, path: str | Path) -> None:
     try:
         validate_profile(profile)
         fields = msgspec.to_builtins(profile)
-        for name in ("plain", "serving"):
+        for name in ("draft", "draft_extend", "plain", "serving"):
             if fields[name] is None:
                 del fields[name]
         # What a person looks for first comes first.
@@ -193,7 +194,7 @@ def find_profile(
         ProfileError: the named file is bad or foreign.
     """
     if source != "auto":
-        profile = load_profile(source)
+        profile = _loaded(source, identity)
         mismatches, differences = _compare(profile, identity)
         if mismatches and not allow_foreign:
             raise ProfileError(
@@ -208,7 +209,7 @@ def find_profile(
     unreadable: list[str] = []
     for path in _candidates(searched, profile_filename(identity)):
         try:
-            profile = load_profile(path)
+            profile = _loaded(path, identity)
         except ProfileError as error:
             unreadable.append(f"skipped {error}")
             continue
@@ -230,6 +231,16 @@ def find_profile(
     places = ", ".join(str(directory) for directory in searched)
     skipped = f" ({'; '.join(unreadable)})" if unreadable else ""
     raise MissingProfileError(f"no cost profile for {_describe(identity)} in {places}{skipped}")
+
+
+def _loaded(path: str | Path, identity: HostIdentity) -> CostProfile:
+    """Read a profile that has a table of each pass of the host."""
+    profile = load_profile(path)
+    if profile.draft is None and identity.draft != NO_DRAFT:
+        raise ProfileError(
+            f"profile {path}: has no tables of a draft model, as it was measured without one"
+        )
+    return profile
 
 
 def _warnings(path: Path, mismatches: list[str], differences: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 `profiles/README.md` documents every field with its unit.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from cast_sglang.costs.passes import PASSES, Pass
 from cast_sglang.errors import ProfileError
 
 __all__ = [
+    "NO_DRAFT",
     "SCHEMA_VERSION",
     "CostProfile",
     "CostTable",
@@ -66,6 +68,14 @@ class ModelIdentity(_Record, frozen=True, kw_only=True):
     config_hash: str
     architectures: list[str]
     num_parameters: int | None = None
+
+
+# In the place of the draft where a server runs none.
+NO_DRAFT = ModelIdentity(
+    name="no draft",
+    config_hash=hashlib.sha256(b"no draft").hexdigest(),
+    architectures=["none"],
+)
 
 
 class HostIdentity(_Record, frozen=True, kw_only=True):
@@ -123,13 +133,21 @@ class ServingRecord(_Record, frozen=True, kw_only=True):
 
 
 class CostTables(_Record, frozen=True, kw_only=True):
-    """The tables S_T and S_D, and the other costs of a step."""
+    """The tables S_T and S_D, and the other costs of a step.
+
+    Without a draft model there are none of its passes.
+    """
 
     target: CostTable
-    draft: CostTable
-    draft_extend: CostTable
+    draft: CostTable | None = None
+    draft_extend: CostTable | None = None
     plain: CostTable | None = None  # in profiles of earlier releases; not used any more
     step_overhead_us: list[float] | None = None
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The kinds of passes that there is a table of."""
+        return tuple(each for each in PASSES if getattr(self, each.table) is not None)
 
     def table_of(self, kind: Pass) -> CostTable:
         """Return the table of a kind of pass."""
@@ -151,7 +169,7 @@ class CostProfile(CostTables, frozen=True, kw_only=True):
         Beyond it entries are extrapolated, so no summary quotes them. All contexts of an estimate.
         """
         ends = []
-        for each in PASSES:
+        for each in self.passes:
             table = self.table_of(each)
             columns = zip(table.contexts, *table.is_extrapolated, strict=True)
             ends.append(max((c for c, *missing in columns if not any(missing)), default=0))
@@ -165,7 +183,10 @@ def validate_profile(profile: CostProfile) -> None:
     Raises:
         ProfileError: a check failed; the message names the field and the fault.
     """
-    tables = {each.table: profile.table_of(each) for each in PASSES}
+    tables = {each.table: profile.table_of(each) for each in profile.passes}
+    lacking = [each.table for each in PASSES if each.table not in tables]
+    if lacking and (len(tables) > 1 or profile.provenance.draft != NO_DRAFT):
+        raise ProfileError(f"{lacking[0]} is missing; only a server without a draft has no such")
     if profile.plain is not None:
         tables["plain"] = profile.plain
     for name, table in tables.items():

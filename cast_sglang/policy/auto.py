@@ -222,6 +222,22 @@ class AutoPolicy(TreePolicy):
         # None where the tree ended below the smallest size.
         return scores.shape[1] + 1 if size is None else size.num_draft_tokens
 
+    def beats_plain(
+        self, scores: torch.Tensor, costs: Costs | None, shares_out: bool = False
+    ) -> bool:
+        """Compare the best number of rows with one: what they bring less the price of their time.
+
+        In a turn of another tree it is true where there is anything to verify.
+        """
+        if self._turn is not None:
+            return bool((scores[:, 0] > 0.0).any())
+        view, price = self._read(costs), self.price(len(scores))
+        verify, sized = view.costs.verify, view.sized[1:]
+        worth = self._worth(scores[:, : len(sized)], view)
+        if shares_out:
+            worth, sized = pooled(worth, verify)
+        return bool(select_count(worth, sized, price)[1] > -price * verify[0])
+
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Rank the nodes of all requests together and verify those that are worth their time."""
         self._shares_out = True

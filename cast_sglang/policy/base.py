@@ -157,6 +157,19 @@ class TreePolicy(ABC):
         """Return how many of the grown layers to keep, in 1..num_layers."""
         return num_layers
 
+    def beats_plain(
+        self, scores: torch.Tensor, costs: Costs | None, shares_out: bool = False
+    ) -> bool:
+        """Return whether verifying any candidates is worth more than the root alone.
+
+        Asked before `share_out` or `rerank` where candidates were found without a draft model.
+
+        Args:
+            scores, costs: as of `rerank`.
+            shares_out: one budget of verified rows is shared out among the requests.
+        """
+        return True
+
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> np.ndarray | None:
         """Return [B] int64, rows to verify of each request, root included; not all are 1.
 

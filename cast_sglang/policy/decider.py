@@ -8,7 +8,7 @@ The order of calls in a step:
     begin_step      draft a tree, or decode plainly
     width           for each layer: how many nodes to expand, or no more layer
     expanded            what the expanded nodes' children are; or `launched`, once, behind the last
-    depth, rows     what is verified of the tree
+    depth, rows     what is verified of the tree; `rows_or_plain` where no layer was drafted
     end_step        what the step brought; on a server some steps later
 """
 
@@ -275,6 +275,13 @@ class Decider:
             num_rows = None if num_rows.min() == size else num_rows
         self.seconds += time.perf_counter() - began
         return VerifyRows(size, num_rows)
+
+    def rows_or_plain(self, scores: torch.Tensor) -> VerifyRows:
+        """Decide as `rows` where nothing was drafted, and so one row, the root's, may be enough."""
+        began = time.perf_counter()
+        is_worth = self.policy.beats_plain(scores, self._step().costs, self._shares_out)
+        self.seconds += time.perf_counter() - began
+        return self.rows(scores) if is_worth else VerifyRows(1, None)
 
     def _settled_rows(
         self, scores: torch.Tensor, settled: torch.Tensor, size: int, num_rows: np.ndarray | None

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits
-from cast_sglang.costs.passes import PASSES
 from cast_sglang.profiling.journal import Point
 
 __all__ = ["AXES", "Axes", "Grid", "Interval", "default_grid", "log_uniform", "spread"]
@@ -20,7 +19,7 @@ class Grid(NamedTuple):
 
     batch_sizes: tuple[int, ...]
     contexts: tuple[int, ...]
-    token_counts: dict[str, tuple[int, ...]]  # by the name of the pass
+    token_counts: dict[str, tuple[int, ...]]  # by the name of each pass that is run
 
 
 class Axes(NamedTuple):
@@ -41,7 +40,7 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
     longest = limits.longest_context
     contexts = {*_powers(min(128, longest), longest, 64 if quick else 4)}
     if limits.max_tokens is not None:
-        held = limits.max_tokens - max(map(limits.most, PASSES))
+        held = limits.max_tokens - max(map(limits.most, limits.passes))
         held -= held % CONTEXT_BUCKET_TOKENS
         if min(contexts) < held < longest:
             contexts.add(held)
@@ -52,7 +51,7 @@ def default_grid(limits: Limits, quick: bool = False) -> Grid:
         # The draft is small beside the target, so both ends and a middle suffice.
         token_counts={
             each.name: (axis if each.model == "target" else _powers_of_four)(limits.most(each))
-            for each in PASSES
+            for each in limits.passes
         },
     )
 

@@ -51,9 +51,13 @@ def measure_rates(device: str, dtype: torch.dtype) -> DeviceRates:
 
 
 def estimate_tables(
-    grid: Grid, rates: DeviceRates, target: ModelSize, draft: ModelSize
+    grid: Grid, rates: DeviceRates, target: ModelSize, draft: ModelSize | None
 ) -> CostTables:
-    """Estimate the tables of a grid; their entries have no samples."""
+    """Estimate the tables of a grid; their entries have no samples.
+
+    Args:
+        draft: None where the grid has none of its passes.
+    """
 
     def table(size: ModelSize, token_counts: tuple[int, ...]) -> CostTable:
         axes = (grid.batch_sizes, grid.contexts, token_counts)
@@ -73,8 +77,12 @@ def estimate_tables(
             samples=np.zeros(shape, dtype=int).tolist(),
         )
 
-    sizes = {"target": target, "draft": draft}
-    tables = {each.table: table(sizes[each.model], grid.token_counts[each.name]) for each in PASSES}
+    tables = {}
+    for each in PASSES:
+        if each.name in grid.token_counts:
+            size = target if each.model == "target" else draft
+            assert size is not None
+            tables[each.table] = table(size, grid.token_counts[each.name])
     return CostTables(**tables, step_overhead_us=None)
 
 

@@ -193,6 +193,7 @@ class _Run:
     def __init__(self, sampler: Sampler, limits: Limits, grid: Grid) -> None:
         self._sampler = sampler
         self._fits = partial(_fits, grid, limits)
+        self._names = tuple(name for name in NAMES if name in grid.token_counts)
         self._axes = {
             operation: Axes(list(grid.batch_sizes), list(grid.contexts), list(values))
             for operation, values in grid.token_counts.items()
@@ -202,7 +203,7 @@ class _Run:
     def measure(self, allow_partial: bool = False) -> Measured:
         sampler = self._sampler
         overhead = (STEP_OVERHEAD,) if self._supports(STEP_OVERHEAD) else ()
-        coarse = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
+        coarse = [p for operation in (*self._names, *overhead) for p in self._points(operation)]
         # The held-out points take part in every round: if they were measured at another time than
         # the tables, their error would contain the drift of the machine.
         heldout = sorted(self._heldout)
@@ -217,7 +218,7 @@ class _Run:
         # One visit cannot tell structure from noise.
         sampler.visit_again("grid", [*coarse, *heldout], share=COARSE_SHARE)
         self._refine()
-        points = [p for operation in (*NAMES, *overhead) for p in self._points(operation)]
+        points = [p for operation in (*self._names, *overhead) for p in self._points(operation)]
         # The error of a table is known no better than the held-out points, so they get more visits.
         sampler.visit_until_precise("precision", points, share=1.0, always=heldout)
 
@@ -233,7 +234,7 @@ class _Run:
     def _has_enough(self) -> bool:
         """Return whether each pass was measured at shapes enough to predict the others."""
         overheads = self._points(STEP_OVERHEAD) if self._supports(STEP_OVERHEAD) else []
-        measured = [self._sampler.num_measured(self._points(name)) for name in NAMES]
+        measured = [self._sampler.num_measured(self._points(name)) for name in self._names]
         return min(measured) >= LEAST_POINTS and (
             not overheads or self._sampler.num_measured(overheads) > 0
         )
@@ -254,7 +255,7 @@ class _Run:
         """Halve the intervals whose middle lies off the line, the worst first."""
         pending = [
             Interval(operation, axis, low, high)
-            for operation in NAMES
+            for operation in self._names
             for axis in AXES
             for low, high in pairwise(getattr(self._axes[operation], axis))
         ]
@@ -334,11 +335,11 @@ class _Run:
         rng = random.Random(self._sampler.sampling.seed)
         chosen: set[Point] = set()
         num_wanted = self._sampler.sampling.heldout_points
-        grid = {point for operation in NAMES for point in self._points(operation)}
+        grid = {point for operation in self._names for point in self._points(operation)}
         for _ in range(50 * num_wanted):
             if len(chosen) == num_wanted:
                 break
-            operation = NAMES[len(chosen) % len(NAMES)]
+            operation = self._names[len(chosen) % len(self._names)]
             point = Point(operation, *(log_uniform(rng, axis) for axis in self._axes[operation]))
             if self._fits(point.batch_size, point.context) and point not in grid:
                 chosen.add(point)
@@ -372,7 +373,9 @@ class _Run:
         overhead = None
         if self._supports(STEP_OVERHEAD):
             overhead = self._overhead_us(self._points(STEP_OVERHEAD))
-        tables = {each.table: self._tabulate(each.name) for each in PASSES}
+        tables = {
+            each.table: self._tabulate(each.name) for each in PASSES if each.name in self._names
+        }
         return CostTables(**tables, step_overhead_us=overhead)
 
     def _overhead_us(self, points: list[Point]) -> list[float]:

@@ -99,11 +99,9 @@ def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
     # Not pyplot: it would ask for a display and keep global state.
     figure = Figure(figsize=(16, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    times, (marginal, context, last, *unused) = figure.subplots(2, len(PASSES))
+    times, (marginal, context, last, *_) = figure.subplots(2, len(PASSES))
     for axes, each in zip(times, PASSES, strict=True):
         _draw_times(axes, scene, each)
-    for axes in unused:
-        axes.remove()
     _draw_marginal(marginal, scene)
     _draw_contexts(context, scene)
     if len(scene.sources) == 1:
@@ -112,6 +110,9 @@ def plot_profiles(profiles: Sequence[CostProfile], path: Path) -> None:
         _draw_ratio(last, scene)
     for axes in (*times, marginal, last):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in figure.axes:
+        if not axes.has_data():  # without a draft there are none of its passes
+            axes.remove()
     for axes in figure.axes:
         axes.grid(alpha=0.25)
     _add_legends(figure, scene)
@@ -139,13 +140,9 @@ def _scene(profiles: Sequence[CostProfile]) -> _Scene:
 
 
 def _model(profile: CostProfile) -> CostModel:
-    limits = dataclasses.replace(
-        Limits.of_tables(profile),
-        max_verify_rows=_beyond(profile.target.token_counts),
-        max_width=_beyond(profile.draft.token_counts),
-        max_extend_rows=_beyond(profile.draft_extend.token_counts),
-    )
-    return CostModel(profile, limits)
+    counts = {each.limit: profile.table_of(each).token_counts for each in profile.passes}
+    beyond: dict[str, Any] = {limit: _beyond(of) for limit, of in counts.items()}
+    return CostModel(profile, dataclasses.replace(Limits.of_tables(profile), **beyond))
 
 
 def _shared(grids: Sequence[list[int]]) -> list[int]:
@@ -167,6 +164,8 @@ def _beyond(grid: list[int]) -> int:
 
 def _draw_times(axes: Axes, scene: _Scene, of: Pass) -> None:
     for source, batch_size, color in scene.curves():
+        if of not in source.profile.passes:
+            continue
         table = source.profile.table_of(of)
         times_ms = source.milliseconds(of.name, batch_size, scene.context)
         _draw_line(axes, times_ms, table.token_counts[-1], color, source.style)
@@ -281,8 +280,10 @@ def _short(value: float, _: object = None) -> str:
 
 def _draw_layer_price(axes: Axes, scene: _Scene) -> None:
     for source, batch_size, color in scene.curves():
+        if (table := source.profile.draft) is None:
+            return
         units = source.units("draft", batch_size, scene.context)
-        _draw_line(axes, units, source.profile.draft.token_counts[-1], color, source.style)
+        _draw_line(axes, units, table.token_counts[-1], color, source.style)
     axes.set_ylim(bottom=0.0)
     title = f"draft: cost of one layer, context {scene.context}"
     _label(axes, title, "nodes per request", "in 1-row target passes")

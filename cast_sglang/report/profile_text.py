@@ -1,5 +1,7 @@
 """Print cost profiles: where they were measured, the times of passes, and a comparison of two."""
 
+import dataclasses
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,7 +10,7 @@ from rich.text import Text
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
-from cast_sglang.costs.passes import PASSES, Pass
+from cast_sglang.costs.passes import Pass
 from cast_sglang.costs.profiles import describe_error
 from cast_sglang.costs.schema import CostProfile, CostTable
 
@@ -27,7 +29,7 @@ def print_profile(profile: CostProfile, console: Console) -> None:
     """Print where the profile was measured, a summary, and its tables in milliseconds."""
     _print_provenance(profile, console)
     _print_summary(profile, console)
-    for each in PASSES:
+    for each in profile.passes:
         table = profile.table_of(each)
         cells = np.vectorize(_milliseconds)(np.asarray(table.time_us) / 1e3)
         heading = f"{each.title}, ms by {each.unit} per request"
@@ -46,8 +48,14 @@ def print_comparison(first: CostProfile, second: CostProfile, console: Console) 
     _print_provenance(first, console)
     console.print("[bold]second[/bold]")
     _print_provenance(second, console)
-    model = CostModel(second, Limits.of_tables(first))
-    for each in PASSES:
+    limits = Limits.of_tables(first)
+    if second.draft is None:
+        limits = dataclasses.replace(limits, max_width=0, max_extend_rows=0)
+    model = CostModel(second, limits)
+    for each in first.passes:
+        if each not in second.passes:
+            console.print(f"{each.title}: not in the second")
+            continue
         table = first.table_of(each)
         cells = np.vectorize("{:.2f}".format)(_ratios(each, table, model))
         heading = f"{each.title}, second / first by {each.unit} per request"
@@ -89,7 +97,7 @@ def _print_summary(profile: CostProfile, console: Console) -> None:
     contexts = profile.quotable_contexts
     context = contexts[len(contexts) // 2]
     rows = [count for count in SUMMARY_ROWS if count <= target.token_counts[-1]]
-    widths = sorted({1, draft.token_counts[-1]})
+    widths = [] if draft is None else sorted({1, draft.token_counts[-1]})
     headings = ["batch", "1 row, ms", *(f"{count} rows" for count in rows)]
     headings += [f"layer of {width}" for width in widths]
     summary = Table(box=SIMPLE_HEAD)

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.runtime_context import get_model, get_spec
+from sglang.srt.runtime_context import get_context, get_model, get_spec
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
@@ -39,12 +39,24 @@ logger = logging.getLogger(__name__)
 
 
 class CastAlgorithm(CustomSpecAlgo):
-    """`--speculative-algorithm CAST`. Behaves as EAGLE or EAGLE-3 wherever SGLang asks."""
+    """`--speculative-algorithm CAST`. Behaves as EAGLE or EAGLE-3 wherever SGLang asks.
+
+    Without a draft model it behaves as SGLang's STANDALONE, whose target hands on no hidden states,
+    and has none of the parts that a draft model takes.
+    """
 
     def is_eagle(self) -> bool:
-        return True
+        return _has_draft()
+
+    def is_standalone(self) -> bool:
+        return not _has_draft()
+
+    def has_draft_kv(self) -> bool:
+        return _has_draft()
 
     def is_eagle3(self) -> bool:
+        if not _has_draft():
+            return False
         spec = get_spec()
         draft_config = read_draft_config(
             spec.speculative_draft_model_path,
@@ -57,10 +69,10 @@ class CastAlgorithm(CustomSpecAlgo):
         return True
 
     def need_topk(self) -> bool:
-        return True
+        return _has_draft()
 
     def carries_draft_hidden_states(self) -> bool:
-        return True
+        return _has_draft()
 
     def create_future_map(
         self,
@@ -93,14 +105,16 @@ class CastAlgorithm(CustomSpecAlgo):
         """
         config = CastConfig.load()
         set_draft(server_args)
-        draft_config = read_draft_config(
-            server_args.speculative_draft_model_path,
-            server_args.speculative_draft_model_revision,
-            server_args.trust_remote_code,
-        )
+        draft_config = None
+        if server_args.speculative_draft_model_path is not None:
+            draft_config = read_draft_config(
+                server_args.speculative_draft_model_path,
+                server_args.speculative_draft_model_revision,
+                server_args.trust_remote_code,
+            )
         set_envelope(server_args, one_pass_depth(draft_config))
         verify_sizes(config, server_args.speculative_num_draft_tokens)
-        check_copying(config, server_args.speculative_eagle_topk)
+        check_copying(config, server_args)
         check_pair(server_args)
         set_attention_backends(server_args)
 
@@ -130,7 +144,19 @@ class CastAlgorithm(CustomSpecAlgo):
             server_args.speculative_eagle_topk,
             server_args.speculative_num_draft_tokens,
         )
+        if server_args.speculative_draft_model_path is None:
+            logger.info(
+                "CAST: no --speculative-draft-model-path, and the target has no MTP layer: drafts "
+                "are copied from the text of each request, and from nothing else"
+            )
         logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args, config)))
+
+
+def _has_draft() -> bool:
+    """Return whether a draft model is served; true as long as a process does not know it."""
+    if not get_context().is_config_namespace_published("spec"):
+        return True
+    return get_spec().speculative_draft_model_path is not None
 
 
 def register() -> None:
@@ -143,6 +169,7 @@ def register() -> None:
         spec_class=CastAlgorithm,
     )
     def _worker_class(server_args: ServerArgs) -> type:
+        from cast_sglang.serving.draftless import DraftlessWorker
         from cast_sglang.serving.worker import CastWorker
 
-        return CastWorker
+        return CastWorker if _has_draft() else DraftlessWorker

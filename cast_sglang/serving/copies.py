@@ -29,13 +29,14 @@ from cast_sglang.policy.auto import LEAST_CUT
 from cast_sglang.policy.request_modes import parse_pool
 from cast_sglang.serving.host_reads import HostReads, Read
 from cast_sglang.serving.step import Copied
+from cast_sglang.tree import Selection
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from cast_sglang.config import CastConfig
     from cast_sglang.serving.step import Drafted, Verified
-    from cast_sglang.tree import DraftTree, Selection
+    from cast_sglang.tree import DraftTree
 
 __all__ = ["Copies"]
 
@@ -60,6 +61,7 @@ class Copies:
 
     Of a step with a tree its owner calls, in this order: `begin_step`; `start`; `look` for each of
     the tree's layers; `graft_into` when it has grown; `on_drafted`; and of any step `on_verified`.
+    Where nothing is drafted, it calls `look_at_text` and `verify_chains` after `start`.
 
     Args:
         reads: of the server.
@@ -114,7 +116,8 @@ class Copies:
             worker: its `CastWorker`.
             num_nodes: as above.
         """
-        if config.policy != "auto" or config.copying == "off":
+        is_on = config.copying == "on" or config.copying == "auto" and not worker.has_draft
+        if config.policy != "auto" or not is_on:
             return None
         return cls(
             worker.reads,
@@ -180,13 +183,7 @@ class Copies:
             copies, so that the policy decides as it does without.
         """
         began = time.perf_counter()
-        if self._roots is not None:
-            roots, seq_lens = (part.numpy() for part in self._roots.wait())
-            self._roots = None
-            self._take_in(0)
-            self._seen.forget()
-            self._pools.update()
-            self._starts = self._checked_texts(roots, seq_lens)
+        self._read_text()
         tokens, scores, nodes = (array.numpy() for array in arrays)
         batch_size, above = len(scores), np.full((len(scores), 1), -1)
         if self._layers:
@@ -211,6 +208,43 @@ class Copies:
         view = outlook(self._grafts, table, nodes) if self._grafts.has_copies else None
         self.seconds += time.perf_counter() - began
         return None if view is None else (torch.from_numpy(view.best), torch.from_numpy(view.left))
+
+    def look_at_text(self) -> Grafts:
+        """Find what follows the texts, where no draft model proposes anything."""
+        began = time.perf_counter()
+        self._read_text()
+        nothing = np.empty((len(self._reqs), 0), np.int64)
+        self._grafts = graft(
+            *(self.index.ints, self._starts, nothing, nothing.astype(np.float32), nothing),
+            *(self._topk, self.chances.table(), self._kinds),
+            num_nodes=self._num_nodes,
+            max_depth=self._max_depth,
+            least_scores=self._least_scores,
+            vocab_size=self._vocab_size,
+        )
+        self.seconds += time.perf_counter() - began
+        return self._grafts
+
+    def verify_chains(self, num_draft_tokens: int) -> Selection:
+        """Return what `look_at_text` found as N rows, of which the step verifies all; on the host.
+
+        Args:
+            num_draft_tokens: N, 1 for the roots alone.
+        """
+        assert self._grafts is not None
+        arrays = self._grafts.chains(num_draft_tokens)
+        self._selection = Selection(*map(torch.from_numpy, arrays))
+        return self._selection
+
+    def _read_text(self) -> None:
+        """Bring the texts of the step's requests up to their roots, once a step."""
+        if self._roots is not None:
+            roots, seq_lens = (part.numpy() for part in self._roots.wait())
+            self._roots = None
+            self._take_in(0)
+            self._seen.forget()
+            self._pools.update()
+            self._starts = self._checked_texts(roots, seq_lens)
 
     def _drafted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, scores and parents [B, M] of the candidates in all layers so far."""

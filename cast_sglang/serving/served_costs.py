@@ -152,18 +152,23 @@ class ServedCosts:
             self.residuals.record_step(batch_size, step.num_layers, measured, expected)
 
     def step_times(
-        self, widths: tuple[int, ...], rows: float, extend_rows: float, catch_up: float
+        self,
+        widths: tuple[int, ...],
+        rows: float,
+        extend_rows: float,
+        catch_up: float,
+        drafts: bool,
     ) -> StepTimes:
         """Return what a step of the running requests takes.
 
         Args:
-            widths, rows, extend_rows: of its tree, as `step_units` takes them.
+            widths, rows, extend_rows, drafts: of its tree, as `step_units` takes them.
             catch_up: units that bringing the draft up to date takes.
         """
         if self.table is None or self.current is None:
             return StepTimes()
-        predicted = step_units(self.table, widths, rows, extend_rows)
-        units = step_units(self.current, widths, rows, extend_rows)
+        predicted = step_units(self.table, widths, rows, extend_rows, drafts)
+        units = step_units(self.current, widths, rows, extend_rows, drafts)
         expected_us = (units + catch_up) * self.current.unit_us
         return StepTimes(predicted * self.table.unit_us, units, expected_us, self.table.unit_us)
 

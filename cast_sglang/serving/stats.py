@@ -20,7 +20,7 @@ __all__ = ["StepStats"]
 # and "drafts" are summed over the requests of each step; a counter of time is in seconds.
 _TOTALS = {
     "steps": ("steps", "Decoding steps."),
-    "plain_steps": ("plain_steps", "Decoding steps that drafted nothing."),
+    "plain_steps": ("plain_steps", "Decoding steps that verified the roots alone."),
     "requests": ("request_steps", "Requests of each decoding step, summed over steps."),
     "layers_grown": ("layers_grown", "Draft layers grown."),
     "nodes_drafted": ("nodes_drafted", "Draft nodes proposed."),
@@ -116,7 +116,7 @@ class StepStats:
         """
         self._count(
             steps=1,
-            plain_steps=int(num_layers == 0),
+            plain_steps=int(num_verify_rows == 1),
             requests=batch_size,
             layers_grown=num_layers,
             nodes_drafted=batch_size * num_draft_nodes,

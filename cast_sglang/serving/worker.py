@@ -72,6 +72,8 @@ logger = logging.getLogger(__name__)
 class CastWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker with CAST's tree."""
 
+    draft_worker_class: type = CastDraftWorker
+    has_draft = True
     speculative_num_steps: int
     topk: int
     tools: StepTools  # shared with the draft worker
@@ -79,7 +81,7 @@ class CastWorker(EAGLEWorkerV2):
     def __init__(
         self, server_args: ServerArgs, gpu_id: int, nccl_port: int, target_worker: TpModelWorker
     ) -> None:
-        with building_draft_worker(CastDraftWorker):
+        with building_draft_worker(self.draft_worker_class):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.config = CastConfig.load()
         self.max_draft_tokens = self.speculative_num_draft_tokens
@@ -115,9 +117,8 @@ class CastWorker(EAGLEWorkerV2):
 
     def _make_tools(self, plan: GraphPlan | None) -> StepTools:
         draft, config = self._draft_worker, self.config
-        is_ragged = all(map(can_pack_rows, (self.target_worker.model_runner, draft.draft_runner)))
-        shares_out = is_ragged and config.joint_budget == "on"
-        # Looking at each layer is free where nothing runs behind the host.
+        is_ragged = all(map(can_pack_rows, [self.target_worker.model_runner, *draft.draft_runners]))
+        shares_out = is_ragged and (config.joint_budget == "on" or not self.has_draft)
         plans_chains = self.topk == 1 and not is_on_host(self.req_to_token_pool.req_to_token)
         # As many rows as verify may have, so that catching up fits wherever verify does.
         backlog = Backlog(len(self.req_to_token_pool.req_to_token), self.max_draft_tokens)
@@ -221,7 +222,6 @@ class CastWorker(EAGLEWorkerV2):
             self.tools.num_left_out = self._running.left_out(batch, self.tools.decider.plain_steps)
             self.cast_stats.record_left_out(self.tools.num_left_out)
             return super().forward_batch_generation(batch, *args, **kwargs)
-
         began = time.perf_counter()
         draft, tools, batch_size = self._draft_worker, self.tools, len(batch.reqs)
         decider, costs = tools.decider, self.costs
@@ -234,7 +234,7 @@ class CastWorker(EAGLEWorkerV2):
         are_new = not self._running.are(batch.reqs)
         if are_new or is_due:
             tools.weights = self._running.update(batch.reqs, self.cast_stats.record_plain_requests)
-            costs.look_up(batch_size, mean_context(batch), draft.drafter.layer_costs)
+            costs.look_up(batch_size, mean_context(batch), draft.layer_costs)
         tools.draws.begin_step(self._running.drawn, batch.sampling_info)
         if self.calibration is not None:
             self.calibration.begin_step(batch.sampling_info.top_ks, tools.draws.is_drawn)
@@ -265,7 +265,7 @@ class CastWorker(EAGLEWorkerV2):
         tree_seconds = decider.seconds + sum(part.seconds for part in learners if part is not None)
         num_layers = len(shape.widths) + plan.drafts
         passes = shape.widths, shape.mean_rows, draft.last_extend_rows, plan.catch_up
-        times = costs.step_times(*passes)
+        times = costs.step_times(*passes, plan.drafts)
         if tools.recorder is not None:
             report = StepReport(
                 number=self._num_steps,
@@ -295,8 +295,8 @@ class CastWorker(EAGLEWorkerV2):
         policy_seconds += tree_seconds + time.perf_counter() - began
         self.cast_stats.record_step(
             batch_size=batch_size,
-            num_layers=num_layers,
-            num_draft_nodes=self.topk * (plan.drafts + sum(shape.widths)),
+            num_layers=num_layers * self.has_draft,
+            num_draft_nodes=self.topk * (plan.drafts + sum(shape.widths)) * self.has_draft,
             num_verify_rows=shape.mean_rows,
             policy_us=(policy_seconds + self._observing) * 1e6,
         )

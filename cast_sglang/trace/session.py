@@ -213,8 +213,9 @@ def _check_tables(profile: CostProfile, trace: Trace, allow_foreign: bool) -> li
     limits = {
         "target.batch_sizes": (profile.target.batch_sizes, batch_size),
         "target.token_counts": (profile.target.token_counts, header.num_draft_tokens),
-        "draft.token_counts": (profile.draft.token_counts, header.topk),
     }
+    if profile.draft is not None:
+        limits["draft.token_counts"] = (profile.draft.token_counts, header.topk)
     for name, (grid, limit) in limits.items():
         if limit > MAX_EXTRAPOLATION * grid[-1] and not allow_foreign:
             raise TraceError(

@@ -222,6 +222,8 @@ def test_arms():
     assert static.flags[-1] == "4"
     assert parse_arm("static", "d").name == "static:5-4-8"
     assert "eagle" in parse_arm("cast:eagle", "d", "p.json").flags
+    draftless = parse_arm("cast+draft=none+residuals=off", "d", "p.json")
+    assert draftless.flags == ("--speculative-algorithm", "CAST", "--cast-residuals", "off")
     adaptive = parse_arm("adaptive", "d")
     assert "--speculative-adaptive" in adaptive.flags
     assert (adaptive.label, parse_arm("cast:fixed:2-2-1", "d").label) == (

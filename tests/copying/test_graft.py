@@ -340,3 +340,48 @@ def test_copies_are_judged_by_how_the_text_goes_on():
     # As many rows as there are nodes, where requests may have unequal numbers.
     assert found.fit(4, None, True)[1].tolist() == [4, 3]
     assert found.fit(4, None, False) == (4, None) and found.fit(3, None, True) == (3, None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    texts=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=40), min_size=1, max_size=3),
+    num_nodes=st.integers(1, 8),
+    max_depth=st.integers(1, 8),
+)
+def test_without_a_draft_copies_are_a_chain(seed, texts, num_nodes, max_depth):
+    """Of the text alone: each node is what followed the longest known end of the path to it."""
+    table = learned(np.random.default_rng(seed))
+    index, roots = indexed(texts)
+    nothing = np.empty((len(texts), 0), np.int64)
+    kinds = np.full(len(texts), GREEDY)
+    found = graft(
+        *(index.ints, roots, nothing, nothing.astype(np.float32), nothing, 1, table, kinds),
+        num_nodes=num_nodes,
+        max_depth=max_depth,
+        least_scores=np.full(len(texts), 0.01, np.float32),
+        vocab_size=VOCAB,
+    )
+    rows = num_nodes + 1
+    numbers, tokens, parent_rows = found.chains(rows)
+    for b, words in enumerate(texts):
+        text, expected, scores = Text(words), [], []
+        context = text.longest_match() if words else []
+        while len(expected) < min(num_nodes, max_depth):
+            token, length, count, same = text.copy_of(context) if words else (-1, 0, 0, 0)
+            if token < 0:
+                break
+            score = table[class_of(length, count, same, 3)] * (scores[-1] if scores else 1.0)
+            if score <= 0.01:
+                break
+            expected.append(token)
+            scores.append(score)
+            context = text.descend(context[len(context) - length :], token)
+        size = len(expected)
+        assert found.counts[b] == size
+        assert tokens[b].tolist() == expected + [0] * (num_nodes - size)
+        assert parent_rows[b].tolist() == [*range(size), *[-1] * (num_nodes - size)]
+        assert numbers[b].tolist() == [*range(size), *[num_nodes] * (num_nodes - size)]
+        np.testing.assert_allclose(found.copied_scores[b, :size], scores, rtol=1e-5)
+    assert found.depth == found.counts.max(initial=0)
+    assert [part.shape for part in found.chains(1)] == [(len(texts), 0)] * 3

@@ -8,16 +8,27 @@ from hypothesis import strategies as st
 
 from cast_sglang.costs.limits import CONTEXT_BUCKET_TOKENS, Limits, exceeded
 from cast_sglang.costs.passes import PASSES
-from tests.support.builders import make_profile, make_table
+from tests.support.builders import make_draftless_profile, make_profile, make_table
 
 LIMITS = Limits(max_batch_size=4, max_context=1032, max_verify_rows=8, max_width=8)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Limits)])
-def test_every_limit_is_at_least_1(name):
-    assert getattr(dataclasses.replace(LIMITS, **{name: 1}), name) == 1
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        dataclasses.replace(LIMITS, **{name: 0})
+def test_every_limit_is_at_least_1_but_those_of_a_draft(name):
+    least = 0 if name in ("max_width", "max_extend_rows") else 1
+    assert getattr(dataclasses.replace(LIMITS, **{name: least}), name) == least
+    with pytest.raises(ValueError, match=f"{name} is {least - 1}"):
+        dataclasses.replace(LIMITS, **{name: least - 1})
+
+
+def test_without_a_draft_there_is_verify_alone():
+    limits = dataclasses.replace(LIMITS, max_width=0, max_extend_rows=0)
+    assert [each.name for each in limits.passes] == ["verify"] and LIMITS.passes == PASSES
+    assert Limits.of_tables(make_draftless_profile()) == limits
+    assert exceeded(make_draftless_profile(), limits) == frozenset()
+    more = dataclasses.replace(limits, max_verify_rows=9, max_context=1033)
+    assert exceeded(make_draftless_profile(), more) == {"target.token_counts"}
+    assert exceeded(make_profile(), limits) == frozenset()
 
 
 def test_draft_extend_runs_no_more_rows_than_verify_unless_it_is_said():

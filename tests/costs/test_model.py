@@ -167,3 +167,6 @@ def test_step_units_are_the_sum_of_the_passes():
     # A plain step extends no draft, and has an overhead of its own.
     assert step_costs.plain_overhead != step_costs.overhead
     assert step_units(step_costs, (), 1, 0) == pytest.approx(plain_units(step_costs))
+    # One that looked for copies and verifies the root alone has that of steps with a tree.
+    looked = float(step_costs.verify[0]) + step_costs.overhead
+    assert step_units(step_costs, (), 1, 0, drafts=True) == pytest.approx(looked)

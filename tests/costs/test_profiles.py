@@ -20,9 +20,20 @@ from cast_sglang.costs.profiles import (
     save_profile,
     user_profile_path,
 )
-from cast_sglang.costs.schema import Heldout, ModelIdentity, ServingRecord, validate_profile
+from cast_sglang.costs.schema import (
+    NO_DRAFT,
+    Heldout,
+    ModelIdentity,
+    ServingRecord,
+    validate_profile,
+)
 from cast_sglang.errors import MissingProfileError, ProfileError
-from tests.support.builders import make_identity, make_profile, make_table
+from tests.support.builders import (
+    make_draftless_profile,
+    make_identity,
+    make_profile,
+    make_table,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -377,3 +388,20 @@ def test_what_no_run_shows_is_refused(tmp_path, bad):
     profile = msgspec.structs.replace(make_profile(), serving=ServingRecord(**facts))
     with pytest.raises(ProfileError, match="serving"):
         save_profile(profile, tmp_path / "p.json")
+
+
+def test_a_profile_without_a_draft(tmp_path):
+    """It comes back as it was, serves a server without a draft, and no other one, however asked."""
+    path, bare = tmp_path / "bare.json", make_draftless_profile()
+    save_profile(bare, path)
+    assert "draft_extend" not in json.loads(path.read_text()) and load_profile(path) == bare
+    draftless, pair = make_identity(draft=NO_DRAFT), make_identity()
+    assert find_profile(draftless, directories=[tmp_path]).profile == bare
+    for source in ("auto", str(path)):
+        with pytest.raises(ProfileError, match="has no tables of a draft model"):
+            find_profile(pair, source, allow_foreign=True, directories=[tmp_path])
+    # The tables of a pair tell a server without the draft what verify takes, if it is let.
+    save_profile(make_profile(), path)
+    assert find_profile(draftless, str(path), allow_foreign=True).profile == make_profile()
+    with pytest.raises(ProfileError, match="draft model org/Draft .*, here no draft"):
+        find_profile(draftless, str(path))

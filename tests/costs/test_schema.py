@@ -11,7 +11,7 @@ from cast_sglang.costs.schema import (
     validate_profile,
 )
 from cast_sglang.errors import ProfileError
-from tests.support.builders import make_profile, make_table
+from tests.support.builders import make_draftless_profile, make_profile, make_table
 
 
 def changed(change):
@@ -162,3 +162,15 @@ def test_an_estimate_has_no_better_contexts_than_its_own():
     bare = msgspec.structs.replace(make_table(), samples=[[[0] * 4] * 2] * 2)
     estimate = make_profile(target=bare, draft=bare, draft_extend=bare)
     assert estimate.quotable_contexts == [128, 1024]
+
+
+def test_tables_of_a_draft_are_missing_where_there_is_none_and_nowhere_else():
+    bare = make_draftless_profile()
+    validate_profile(bare)
+    assert [each.name for each in bare.passes] == ["verify"]
+    assert bare.quotable_contexts == [128, 1024]
+    for changes in ({"draft": None}, {"draft_extend": None}, {"draft": None, "draft_extend": None}):
+        assert "is missing" in refused(make_profile(**changes))
+    assert "draft_extend is missing" in refused(
+        msgspec.structs.replace(bare, draft=make_table(base_us=100.0))
+    )

@@ -323,3 +323,18 @@ def test_a_policy_without_plans_looks_at_each_layer():
     ours.begin_step(facts(batch_size=1))
     scores = torch.tensor([[0.5]])
     assert [ours.width(scores) for _ in range(3)] == [1, 1, None] and ours.planned is None
+
+
+@pytest.mark.parametrize("is_worth", [True, False])
+def test_where_nothing_was_drafted_the_root_alone_may_be_enough(is_worth):
+    asked = []
+
+    class Choosy(Scripted):
+        def beats_plain(self, scores, costs, shares_out=False):
+            asked.append((scores.shape, shares_out))
+            return is_worth
+
+    made = decider(Choosy(size=6), is_ragged=True, shares_out=True)
+    made.begin_step(facts())
+    assert made.rows_or_plain(scores(10)) == ((6, None) if is_worth else (1, None))
+    assert asked == [((2, 10), True)]

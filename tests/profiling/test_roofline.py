@@ -40,3 +40,10 @@ def test_rates_of_this_machine_are_plausible():
     rates = measure_rates("cpu", torch.float32)
     assert 1e8 < rates.bytes_per_second < 1e13
     assert 1e8 < rates.flops_per_second < 1e14
+
+
+def test_without_a_draft_the_target_alone_is_estimated():
+    grid = GRID._replace(token_counts={"verify": COUNTS["verify"]})
+    tables = estimate_tables(grid, RATES, TARGET, None)
+    assert tables.target == estimate_tables(GRID, RATES, TARGET, DRAFT).target
+    assert tables.draft is tables.draft_extend is None

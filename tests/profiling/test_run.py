@@ -11,6 +11,7 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.costs.passes import NAMES, PASSES
 from cast_sglang.costs.profiles import load_profile, save_profile
+from cast_sglang.costs.schema import NO_DRAFT, validate_profile
 from cast_sglang.errors import ProfileError
 from cast_sglang.profiling import run, sampler
 from cast_sglang.profiling.grid import default_grid
@@ -298,3 +299,23 @@ def test_a_profile_holds_provenance(tmp_path, brief):
     assert json.loads(json.dumps(facts))["points"] == measured.num_points
     assert facts["resumed_visits"] == 0
     CostModel(profile, FEW).step_costs(1, 500)
+
+
+def test_without_a_draft_verify_alone_is_measured():
+    class Draftless(StaircaseMeter):
+        draft = draft_extend = None
+
+        def step_overhead(self, batch_size):
+            return 1e-4
+
+    limits = dataclasses.replace(FEW, max_width=0, max_extend_rows=0)
+    meter = Draftless(limits=limits)
+    measured = run_profile(meter, sampling=BRIEF)
+    assert {operation for operation, *_ in meter.calls} == {"verify"}
+    tables = measured.tables
+    assert tables.draft is tables.draft_extend is None
+    assert median_error(tables.target, "verify") < 0.03
+    assert len(tables.step_overhead_us) == len(tables.target.batch_sizes)
+    assert measured.heldout.points > 0
+    profile = make_profile(measured, make_identity(draft=NO_DRAFT), "command")
+    validate_profile(profile)

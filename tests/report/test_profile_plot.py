@@ -11,7 +11,7 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
 from cast_sglang.errors import ProfileError
 from cast_sglang.report.profile_plot import plot_profiles
-from tests.support.builders import make_identity, make_profile, make_table
+from tests.support.builders import make_draftless_profile, make_identity, make_profile, make_table
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def draw(monkeypatch, tmp_path):
     def run(*profiles):
         plot_profiles(list(profiles), tmp_path / "p.png")
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-        return figures[0]
+        return figures[-1]
 
     return run
 
@@ -163,3 +163,10 @@ def test_entries_have_the_spread_of_their_samples(draw):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(ProfileError, match="cannot be written: No such file.*--plot"):
         plot_profiles([make_profile()], tmp_path / "none" / "p.png")
+
+
+def test_a_profile_without_a_draft_has_no_panels_of_it(draw):
+    figure = draw(make_draftless_profile())
+    assert len(figure.axes) == 3
+    assert not [axes for axes in figure.axes if "draft" in axes.get_title(loc="left")]
+    assert len(draw(make_draftless_profile(), make_profile()).axes) == 6

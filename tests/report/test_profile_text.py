@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cast_sglang.costs.schema import Heldout
 from cast_sglang.report.profile_text import print_comparison, print_profile
-from tests.support.builders import make_identity, make_profile, make_table
+from tests.support.builders import make_draftless_profile, make_identity, make_profile, make_table
 
 
 @pytest.fixture
@@ -149,3 +149,14 @@ def test_a_comparison_beyond_the_seconds_grid_says_so(printed, caplog):
     assert not any(line.startswith("of the second") for line in same)
     # It says nothing of servers, and so through the log, which is theirs.
     assert not caplog.records
+
+
+def test_a_profile_without_a_draft_shows_what_it_has(printed):
+    bare = make_draftless_profile()
+    lines = printed(print_profile, bare)
+    assert any(line.startswith("target: one verify pass") for line in lines)
+    assert not any(line.startswith("draft: ") or "layer of" in line for line in lines)
+    lines = printed(print_comparison, bare, make_profile())
+    assert not any(line.startswith("draft: ") for line in lines)
+    lines = printed(print_comparison, make_profile(), bare)
+    assert lines.count("draft: one layer: not in the second") == 1

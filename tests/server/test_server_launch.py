@@ -101,7 +101,9 @@ CASES = {
     "hidden states mode": Case(
         ("--return-hidden-states-mode",), flags=("--return-hidden-states-mode", "last")
     ),
-    "no draft": Case((DRAFT,), flags=("{no draft}",)),
+    "no draft and no copies": Case(
+        (DRAFT, "--cast-copying off"), flags=("{no draft}", "--cast-copying", "off")
+    ),
 }
 # What says why is the same code as of another case; `make test-extended` has them.
 RARE = (
@@ -150,8 +152,8 @@ def launch(directory: Path, pair: Pair):
     def build(case: Case) -> tuple[list[str], dict[str, str]]:
         argv = ["--model-path", pair.target, "--dtype", "float32"]
         argv += ["--speculative-algorithm", "CAST"]
-        if case.flags != ("{no draft}",):
-            argv += [DRAFT, pair.draft, *map(fill, case.flags)]
+        flags = [fill(flag) for flag in case.flags if flag != "{no draft}"]
+        argv += flags if len(flags) < len(case.flags) else [DRAFT, pair.draft, *flags]
         env = {"CAST_PROFILE": "{dir}/good.json", "CAST_ALLOW_FOREIGN_PROFILE": "1", **case.env}
         return argv, {**CPU_PLATFORM, **{key: fill(value) for key, value in env.items()}}
 

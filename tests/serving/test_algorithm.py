@@ -7,14 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative import spec_registry
+from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from benchmarks.harness.pairs import tiny_pair
 from cast_sglang.errors import ConfigError, HostError
 from cast_sglang.serving import algorithm as module
 from cast_sglang.serving.algorithm import CastAlgorithm
+from cast_sglang.serving.launch import arguments
 from cast_sglang.serving.launch.reserve import Reserve
 from tests.support.builders import make_identity
 
@@ -74,32 +78,49 @@ def test_the_name_is_registered_with_worker_and_checks(cast):
 
     assert isinstance(cast, CastAlgorithm) and cast.name == "CAST"
     assert cast.create_worker(SimpleNamespace(disable_overlap_schedule=False)) is CastWorker
-    no_draft = SimpleNamespace(
-        speculative_draft_model_path=None,
+    bad_draft = SimpleNamespace(
+        speculative_draft_model_path=str(tiny_pair().target) + "/none",
         speculative_draft_model_revision=None,
-        model_path=tiny_pair().target,
-        revision=None,
         trust_remote_code=False,
+        page_size=1,
+        **{
+            flag.removeprefix("--").replace("-", "_"): unset
+            for flag, (unset, _) in arguments.UNSUPPORTED.items()
+        },
     )
-    with pytest.raises(HostError, match="needs --speculative-draft-model-path"):
-        cast.validate_server_args(no_draft)
+    with pytest.raises(HostError, match="--speculative-draft-model-path"):
+        cast.validate_server_args(bad_draft)
 
 
-def test_it_behaves_as_eagle_wherever_sglang_asks(cast):
-    """SGLang branches by these, so a new one that EAGLE answers otherwise is one to look at."""
+def answers(of):
     questions = {
         name
         for name in vars(SpeculativeAlgorithm)
         if name.startswith(("is_", "supports_", "has_", "need", "carries_")) and name != "is_eagle3"
     }
     assert len(questions) > 10
+    return {name: getattr(of, name)() for name in questions}
 
-    def answers(of):
-        return {name: getattr(of, name)() for name in questions}
 
+def test_it_behaves_as_eagle_wherever_sglang_asks(cast):
+    """SGLang branches by these, so a new one that EAGLE answers otherwise is one to look at."""
     # CAST has no mixed chunks: a launch turns them off.
     wanted = {**answers(SpeculativeAlgorithm.EAGLE), "supports_mixed_chunk": False}
     assert answers(cast) == wanted
+
+
+def test_without_a_draft_it_behaves_as_an_algorithm_that_reads_no_hidden_states(cast):
+    from cast_sglang.serving.draftless import DraftlessWorker
+
+    with get_context().override_server_args(device="cpu", speculative_draft_model_path=None):
+        # Grammars are advanced in verify, and there is no draft: no cache and no children of it.
+        wanted = {
+            **answers(SpeculativeAlgorithm.STANDALONE),
+            **{"has_draft_kv": False, "need_topk": False, "supports_grammar_overlap": True},
+        }
+        assert answers(cast) == wanted and not cast.is_eagle3()
+        args = SimpleNamespace(disable_overlap_schedule=False)
+        assert cast.create_worker(args) is DraftlessWorker
 
 
 @pytest.mark.parametrize(
@@ -202,3 +223,19 @@ def test_what_a_step_hands_on_has_a_place_in_the_schedulers_memory(cast):
     relay = cast.create_future_map(torch.device("cpu"), pool, needs_cpu_seq_lens=False)
     assert relay.spec_algo is cast and relay.needs_cpu_seq_lens is False
     assert len(relay.output_tokens_buf) == 5
+
+
+def test_without_a_draft_a_step_hands_on_its_tokens_alone(cast):
+    """Through the memory that overlapping steps share, whose rows are those of the request pool."""
+    pool = SimpleNamespace(req_to_token=torch.zeros(5, 8, dtype=torch.int32))
+    none = torch.empty((2, 0))
+    handed = EagleDraftInput(
+        bonus_tokens=torch.tensor([7, 8]), topk_p=none, topk_index=none.to(torch.int64)
+    )
+    with get_context().override_server_args(device="cpu", speculative_draft_model_path=None):
+        relay = cast.create_future_map(torch.device("cpu"), pool)
+        relay.stash(torch.tensor([1, 3]), RelayPayload.from_draft_input(handed))
+        taken = EagleDraftInput(future_indices=torch.tensor([3, 1]))
+        relay._resolve_spec_extras(SimpleNamespace(spec_info=taken))
+    assert taken.bonus_tokens.tolist() == [8, 7]
+    assert relay.topk_p_buf is relay.hidden_states_buf is None

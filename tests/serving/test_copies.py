@@ -334,18 +334,54 @@ def test_results_of_measuring_are_forgotten():
     assert server.copies.index.num_tokens(req) == size
 
 
+@pytest.mark.parametrize("has_draft", [True, False])
 @pytest.mark.parametrize(
     ("settings", "copies"),
     [({}, False), ({"copying": "on"}, True), ({"copying": "on", "policy": "fixed"}, False)],
 )
-def test_policy_auto_copies_where_it_is_told_to(settings, copies):
+def test_policy_auto_copies_where_it_is_told_to_and_without_a_draft(settings, copies, has_draft):
     worker = SimpleNamespace(
         reads=HostReads("cpu"),
         topk=TOPK,
+        has_draft=has_draft,
         token_to_kv_pool_allocator=SimpleNamespace(size=100),
         target_worker=SimpleNamespace(
             model_runner=SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB))
         ),
     )
     made = Copies.of(CastConfig(**settings), worker, NODES)
-    assert (made is not None) == copies
+    assert (made is not None) == (copies or not settings and not has_draft)
+
+
+def test_without_a_draft_texts_alone_are_looked_at():
+    """Also by steps that verify nothing of what was found, which teach all the same."""
+    server = Server()
+    copies, req = server.copies, server.request("a", said_twice(1), 60)
+    accepted = 0
+    for number in range(40):
+        size = server.length(req)
+        batch = SimpleNamespace(
+            reqs=[req],
+            spec_info=SimpleNamespace(bonus_tokens=torch.tensor([req.output_ids[-1]])),
+            seq_lens=torch.tensor([size - 1]),
+        )
+        copies.begin_step(batch, None, None, DEPTH, np.full(1, 1e-3, np.float32))
+        copies.start()
+        found = copies.look_at_text()
+        assert copies.index.num_tokens(req) == size
+        rows = 1 if number % 3 == 0 else 1 + min(NODES, int(found.counts[0]))
+        selection = copies.verify_chains(rows)
+        assert selection.draft_tokens.tolist() == [found.tokens[0, : rows - 1].tolist()]
+        said = req.text[size : size + rows]
+        length = 0
+        while length < rows - 1 and selection.draft_tokens[0, length] == said[length]:
+            length += 1
+        new = torch.tensor(req.text[size : size + length + 1] + [-1] * (rows - 1 - length))
+        index = torch.tensor([[*range(length + 1), *[-1] * (rows - 1 - length)]], dtype=torch.int32)
+        verified = Verified(rows, index, torch.tensor([length + 1]), new.int(), new, None)
+        copies.on_verified([req], verified)
+        req.output_ids += req.text[size : size + length + 1]
+        accepted += length
+    copies._take_in(0)
+    assert copies.num_accepted == accepted > 40
+    assert sum(row.num_copies for row in copies.chances.classes()) > 30

@@ -61,7 +61,7 @@ class DraftWorker:
     last_shape, last_extend_rows, parallel_layout = SHAPE, 3, None
 
     def __init__(self):
-        self.drafter = EagleDrafter(FakeModel(), STEPS)
+        self.layer_costs = EagleDrafter(FakeModel(), STEPS).layer_costs
         self.log = []
 
     def catch_up(self, batch):
@@ -251,6 +251,21 @@ def test_steps_are_expected_to_take_what_the_tables_say(profiled, passes):
     profiled.forward_batch_generation(batch_of(request(), request()))
     plain = profiled._pending[1]
     assert plain.units is None and plain.predicted_us < step.predicted_us
+
+
+def test_a_step_that_looked_for_copies_in_vain_is_plain_and_is_learned_from(
+    profiled, passes, monkeypatch
+):
+    """Without a draft there are no layers, and looking takes its time all the same."""
+    monkeypatch.setattr(profiled, "has_draft", False, raising=False)
+    draft = profiled._draft_worker
+    draft.last_shape, draft.last_extend_rows = module.PLAIN_SHAPE, 0.0
+    profiled.forward_batch_generation(batch_of(request(), request()))
+    state, step = profiled.cast_stats.snapshot(), profiled._pending[0]
+    assert (state["plain_steps"], state["layers_grown"], state["nodes_drafted"]) == (1, 0, 0)
+    costs = profiled.costs.current
+    assert step.units == pytest.approx(float(costs.verify[0]) + costs.overhead)
+    assert step.num_layers == 1 and step.max_tokens == 1
 
 
 def test_costs_are_looked_up_when_requests_change_and_now_and_then(profiled, passes, monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from cast_sglang.costs.schema import (
+    NO_DRAFT,
     CostProfile,
     CostTable,
     HostIdentity,
@@ -73,3 +74,8 @@ def make_profile(identity: HostIdentity | None = None, **changes: Any) -> CostPr
         ),
     )
     return msgspec.structs.replace(profile, **changes)
+
+
+def make_draftless_profile(**changes: Any) -> CostProfile:
+    """Return a profile of a server without a draft model."""
+    return make_profile(make_identity(draft=NO_DRAFT), draft=None, draft_extend=None, **changes)

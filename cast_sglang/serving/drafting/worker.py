@@ -1,8 +1,7 @@
 """The draft side of a CAST step: grow the tree layer by layer, stop when it no longer pays.
 
-SGLang's own `EagleDraftWorker` runs a fixed number of steps of a fixed width over attention
-backends that read each branch's cache as one line. Here every layer has its own width, a node
-attends to its true ancestors, and the loop may stop after any layer.
+SGLang's own `EagleDraftWorker` runs a fixed number of steps of a fixed width, each branch read as
+a line. Here each layer has its own width, nodes attend to their true ancestors, any may be last.
 """
 
 from __future__ import annotations
@@ -38,12 +37,7 @@ from cast_sglang.serving.drafting.verify_input import build_verify_input
 from cast_sglang.serving.graphs.passes import capture_extend
 from cast_sglang.serving.heads.registry import register_heads
 from cast_sglang.serving.host_patches.passes import extend_rows, last_rows_only, packed_pass
-from cast_sglang.serving.row_packing import (
-    find_packed_rows,
-    first_columns,
-    last_layer,
-    last_rows,
-)
+from cast_sglang.serving.row_packing import find_packed_rows, first_columns, last_layer, last_rows
 from cast_sglang.serving.step import Drafted, DraftShape
 
 if TYPE_CHECKING:
@@ -54,6 +48,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
+    from cast_sglang.costs.model import StepCosts
     from cast_sglang.serving.drafting.base import Drafter
     from cast_sglang.serving.drafting.tools import StepTools
     from cast_sglang.serving.graphs.passes import PassGraphs
@@ -81,7 +76,7 @@ class CastDraftWorker(EagleDraftWorker):
         model = self.draft_runner.model
         # It can drop rows behind its attention; None for a model whose last layer cannot.
         self._last_layer = last_layer(model)
-        # What drops the rows that draft extend does not read: that layer, or a whole head.
+        # What drops rows that draft extend does not read: that layer, or a whole head.
         self._narrows = model if hasattr(model, "read_rows") else self._last_layer
         self._plain_input: EagleDraftInput | None = None  # a plain step's, while it runs
         self._no_children: EagleDraftInput | None = None  # of no request, after a prefill
@@ -128,6 +123,10 @@ class CastDraftWorker(EagleDraftWorker):
         )
         if plan.widths is not None:
             self.drafter.capture(plan.widths)
+
+    def layer_costs(self, costs: StepCosts) -> StepCosts:
+        """Return the costs of a step with this server's drafter; see `base.Drafter`."""
+        return self.drafter.layer_costs(costs)
 
     def compile_ops(self) -> None:
         """Run the tree's kernels at every shape they are compiled for."""

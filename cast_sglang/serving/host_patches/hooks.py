@@ -110,6 +110,8 @@ def _widen_rows(original: Callable[[], int]) -> int:
         return extra
     if is_cast() or current_platform.device_name == PLATFORM_NAME:
         extra = max(extra, get_alloc_reserve_per_decode())
+    if is_cast():  # of a chain as long as its rows SGLang's number lacks one
+        extra = max(extra, slots_reserved())
     return extra
 
 
@@ -288,8 +290,11 @@ def _update_weights_from_disk(
 
     path, of_draft = request.model_path, is_draft_path(request.model_path)
     target, draft_worker = manager.tp_worker.model_runner, manager.draft_worker.draft_worker
-    model_config = (draft_worker.draft_runner if of_draft else target).model_config
-    error = why_not(path, model_config.hf_config)
+    runners = draft_worker.draft_runners if of_draft else [target]
+    error: str | None = f"{path} is a draft, and this server has none"
+    if runners:
+        model_config = runners[0].model_config
+        error = why_not(path, model_config.hf_config)
     if error is not None:
         success, message = False, error
     elif of_draft:

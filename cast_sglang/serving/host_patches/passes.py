@@ -78,7 +78,8 @@ def packed_pass(
         logits_output = output.logits_output
         for name in ("next_token_logits", "hidden_states"):
             rows = getattr(logits_output, name)
-            setattr(logits_output, name, spread_rows(rows, output_rows, num_rows))
+            if rows is not None:  # a server without a draft reads no hidden states
+                setattr(logits_output, name, spread_rows(rows, output_rows, num_rows))
         return output
 
     runner.forward = forward_packed

@@ -90,21 +90,32 @@ def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
 def set_envelope(server_args: ServerArgs, depth: int | None = None) -> None:
     """Fill in the largest tree a step may have, and refuse one that cannot be.
 
+    Without a draft model it is a chain: each node has one copied child.
+
     Args:
         depth: tokens ahead that the draft drafts in one pass; None for one that drafts by steps.
 
     Raises:
         HostError: names the flag and the fix.
     """
+    steps, topk = min(DEFAULT_NUM_STEPS, depth or DEFAULT_NUM_STEPS), DEFAULT_TOPK
+    if server_args.speculative_draft_model_path is None:
+        tokens = server_args.speculative_num_draft_tokens or DEFAULT_NUM_DRAFT_TOKENS
+        steps, topk = max(1, tokens - 1), 1
+        if server_args.speculative_eagle_topk not in (None, topk):
+            raise HostError(
+                f"--speculative-eagle-topk {server_args.speculative_eagle_topk}: without "
+                "--speculative-draft-model-path a node has one child, the copied one; drop the flag"
+            )
     if server_args.speculative_num_steps is None:
-        server_args.speculative_num_steps = min(DEFAULT_NUM_STEPS, depth or DEFAULT_NUM_STEPS)
+        server_args.speculative_num_steps = steps
     if depth is not None and server_args.speculative_num_steps > depth:
         raise HostError(
             f"--speculative-num-steps {server_args.speculative_num_steps}: this head drafts "
             f"{depth} tokens ahead in its one pass; use at most {depth}"
         )
     if server_args.speculative_eagle_topk is None:
-        server_args.speculative_eagle_topk = DEFAULT_TOPK
+        server_args.speculative_eagle_topk = topk
     steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk
     most = 1 + topk + (steps - 1) * topk * topk
     if server_args.speculative_num_draft_tokens is None:
@@ -138,6 +149,8 @@ def check_device() -> None:
 def check_flags(args: argparse.Namespace | ServerArgs) -> None:
     """Refuse flags that CAST cannot run with, and a draft that cannot be read.
 
+    Without a draft, and without one in the target's checkpoint, drafts are copied from the text.
+
     Asked of the flags as given, because SGLang drops some of them on its way, and of the server's
     arguments, which an embedded engine sets without flags.
 
@@ -145,35 +158,46 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
         HostError: names the flag and the fix.
     """
     draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
-    if draft[0] is None:
-        if not _has_own_draft(args):
-            raise HostError(
-                "--speculative-algorithm CAST needs --speculative-draft-model-path, an EAGLE or "
-                "EAGLE-3 draft of the target; this target brings no MTP layer to draft with"
-            )
-        draft = args.model_path, args.revision
+    has_draft = draft[0] is not None
+    if not has_draft and _has_own_draft(args):
+        draft, has_draft = (args.model_path, args.revision), True
     for flag, (unset, advice) in UNSUPPORTED.items():
         given = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if given is not None and given != unset:
             raise HostError(
                 f"{flag} cannot be combined with --speculative-algorithm CAST: {advice}"
             )
-    if (args.page_size or 1) > 1 and args.speculative_eagle_topk != 1:
+    if (args.page_size or 1) > 1 and has_draft and args.speculative_eagle_topk != 1:
         raise HostError(
             f"--page-size {args.page_size}: nodes of a tree share their ancestors' slots, so trees "
             "need pages of one token; use 1, an attention backend that does not ask for more, or "
             "chains: --speculative-eagle-topk 1"
         )
-    read_draft_config(*draft, args.trust_remote_code)
+    if has_draft:
+        read_draft_config(*draft, args.trust_remote_code)
 
 
-def check_copying(config: CastConfig, topk: int) -> None:
-    """Refuse copies in chains: SGLang reads what a chain accepts as if it had no siblings.
+def check_copying(config: CastConfig, server_args: ServerArgs) -> None:
+    """Refuse copies in chains that a draft proposes, and a server that has neither.
+
+    SGLang reads what a chain accepts as if it had no siblings.
 
     Raises:
         HostError: names the flags and the fix.
     """
-    if config.copying == "on" and topk == 1:
+    if server_args.speculative_draft_model_path is None:
+        for flag, value, *allowed in (
+            ("--cast-policy", config.policy, "auto"),
+            ("--cast-copying", config.copying, "on", "auto"),
+            ("--cast-trace", config.trace, "none"),
+        ):
+            if value not in allowed:
+                raise HostError(
+                    f"{flag} {value} needs --speculative-draft-model-path, an EAGLE or EAGLE-3 "
+                    "draft of the target: without one, and without an MTP layer in the target, "
+                    f"drafts are copied from the text, which takes {flag} {allowed[0]}"
+                )
+    elif config.copying == "on" and server_args.speculative_eagle_topk == 1:
         raise HostError(
             "--cast-copying on cannot be combined with --speculative-eagle-topk 1: a copy beside "
             "the draft's token makes a tree of the chain; use --speculative-eagle-topk 2 or more, "
@@ -182,8 +206,8 @@ def check_copying(config: CastConfig, topk: int) -> None:
 
 
 def set_draft(server_args: ServerArgs) -> None:
-    """Draft with the target's own MTP layer where no draft is given; `check_flags` has seen one."""
-    if server_args.speculative_draft_model_path is None:
+    """Draft with the target's own MTP layer where it has one and no draft is given."""
+    if server_args.speculative_draft_model_path is None and _has_own_draft(server_args):
         server_args.speculative_draft_model_path = server_args.model_path
         server_args.speculative_draft_model_revision = server_args.revision
 

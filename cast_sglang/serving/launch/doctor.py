@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cast_sglang.config import CastConfig, add_flags, given_flags
 from cast_sglang.costs.limits import Limits, exceeded
 from cast_sglang.costs.profiles import FoundProfile, describe_error, find_profile
+from cast_sglang.costs.schema import NO_DRAFT
 from cast_sglang.errors import CastError, HostError, MissingProfileError, ProfileError
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check, Diagnosis
 from cast_sglang.serving.launch.engine import environment, started_engine
@@ -250,9 +251,11 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     )
     text = "steps {}, topk {}, tokens {}; ".format(*envelope)
     text += f"attention {identity.attention_backend}"
+    draft = "no draft: what is drafted is copied from the text"
+    if identity.draft != NO_DRAFT:
+        draft = f"{identity.draft.name} ({', '.join(identity.draft.architectures)})"
     pair = (
-        f"{identity.target.name} ({', '.join(identity.target.architectures)}) + "
-        f"{identity.draft.name} ({', '.join(identity.draft.architectures)}), "
+        f"{identity.target.name} ({', '.join(identity.target.architectures)}) + {draft}, "
         f"{identity.dtype}, tp {identity.tp_size}"
     )
     return [
@@ -272,7 +275,7 @@ def _resolve(server_argv: list[str]) -> Any:
     from sglang.srt.server_args import prepare_server_args
 
     # The profile is checked on its own; the last flag of a kind counts.
-    forced = ["--speculative-algorithm", "CAST", "--cast-profile", "none", "--cast-policy", "eagle"]
+    forced = ["--speculative-algorithm", "CAST", "--cast-profile", "estimate"]
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
@@ -311,18 +314,20 @@ def _check_profile(
 def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: str) -> Check:
     from sglang.srt.configs.model_config import ModelConfig
 
-    rows = args.speculative_num_draft_tokens
+    rows, has_draft = (
+        args.speculative_num_draft_tokens,
+        args.speculative_draft_model_path is not None,
+    )
     limits = Limits(
         max_batch_size=args.max_running_requests,
         max_context=ModelConfig.from_server_args(args).context_len,
         max_verify_rows=rows,
-        max_width=args.speculative_eagle_topk,
-        max_extend_rows=min(args.speculative_num_steps + 1, rows),
+        max_width=args.speculative_eagle_topk * has_draft,
+        max_extend_rows=min(args.speculative_num_steps + 1, rows) * has_draft,
     )
-    asked = (
-        f"{limits.max_batch_size} requests, context {limits.longest_context}, {rows} rows, "
-        f"{limits.max_width} nodes a layer"
-    )
+    asked = f"{limits.max_batch_size} requests, context {limits.longest_context}, {rows} rows"
+    if has_draft:
+        asked += f", {limits.max_width} nodes a layer"
     beyond = exceeded(found.profile, limits)
     if not beyond:
         return Check("profile range", OK, f"covers {asked}")

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from cast_sglang.costs.profiles import config_hash
-from cast_sglang.costs.schema import HostIdentity, ModelIdentity
+from cast_sglang.costs.schema import NO_DRAFT, HostIdentity, ModelIdentity
 from cast_sglang.errors import HostError
 from cast_sglang.serving.heads.registry import register_heads
 from cast_sglang.serving.launch.backends import verify_backend
@@ -104,12 +104,13 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
     """Describe device, pair and settings, as far as they change the time of a forward pass."""
     from sglang.srt.configs.model_config import ModelConfig
 
+    draft = server_args.speculative_draft_model_path
     return HostIdentity(
         **device_facts(server_args.device),
         target=_model(server_args.model_path, server_args.revision),
-        draft=_model(
-            server_args.speculative_draft_model_path, server_args.speculative_draft_model_revision
-        ),
+        draft=NO_DRAFT
+        if draft is None
+        else _model(draft, server_args.speculative_draft_model_revision),
         dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
         attention_backend=verify_backend(server_args),

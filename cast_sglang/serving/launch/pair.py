@@ -17,18 +17,21 @@ __all__ = ["check_pair", "check_target"]
 def check_pair(server_args: ServerArgs) -> None:
     """Refuse a target that CAST cannot serve, and a draft that was not made for it.
 
-    Neither model is loaded.
+    Neither model is loaded. There may be no draft.
 
     Raises:
         HostError: names the flag and the fix.
     """
     from sglang.srt.configs.model_config import ModelConfig
 
+    target_config = ModelConfig.from_server_args(server_args)
     draft_path = server_args.speculative_draft_model_path
+    if draft_path is None:
+        check_target(server_args.model_path, target_config)
+        return
     draft = read_draft_config(
         draft_path, server_args.speculative_draft_model_revision, server_args.trust_remote_code
     )
-    target_config = ModelConfig.from_server_args(server_args)
     check_target(server_args.model_path, target_config)
     target = target_config.hf_text_config
     if not (is_eagle_config(draft) or _has_mtp_layer(server_args)):

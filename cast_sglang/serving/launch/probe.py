@@ -117,16 +117,13 @@ def probe(served: Served) -> list[Check]:
         length = meta["completion_tokens"] / max(1, meta.get("spec_verify_ct", 0))
         contexts.append((int(meta["prompt_tokens"]), length))
     answers = _Answers(contexts, refused, before, _state(served.info()))
-    return [
-        _served(answers),
-        _by_depth(answers),
-        _by_context(answers),
-        _fit(answers),
-        *check_head(
-            info["model_path"], info["speculative_draft_model_path"], info.get("context_length")
-        ),
-        _speed_up(answers, info["speculative_eagle_topk"]),
-    ]
+    checks = [_served(answers), _by_depth(answers), _by_context(answers)]
+    if (draft := info["speculative_draft_model_path"]) is not None:
+        checks += [
+            _fit(answers),
+            *check_head(info["model_path"], draft, info.get("context_length")),
+        ]
+    return [*checks, _speed_up(answers, info["speculative_eagle_topk"])]
 
 
 def _prompts() -> list[str]:
@@ -239,7 +236,7 @@ def _speed_up(answers: _Answers, topk: int) -> Check:
     tokens = 1 + answers.gained("drafts_accepted") / steps
     layers = answers.gained("layers_grown") / steps
     rows = (answers.gained("nodes_verified") - plain) / steps
-    # Each expanded node has K children, and so has the root.
+    # Each expanded node has K children, and so has the root; without a draft no one has.
     expanded = answers.gained("nodes_drafted") / steps / topk - 1
     below = max(0, round(layers) - 1)
     widths = [max(1, round(expanded / below))] * below if below else []
@@ -249,7 +246,9 @@ def _speed_up(answers: _Answers, topk: int) -> Check:
     parts = []
     for batch_size in (size for size in BATCH_SIZES if size <= limits.max_batch_size):
         costs = model.step_costs(batch_size, context)
-        gain = tokens * plain_units(costs) / step_units(costs, widths, rows, tokens)
+        extend_rows = tokens if limits.max_width else 0.0
+        step = step_units(costs, widths, rows, extend_rows, drafts=True)
+        gain = tokens * plain_units(costs) / step
         parts.append(f"{gain:.2f}x at {batch_size}")
     source = "ESTIMATED costs" if in_use["estimated"] else "the cost profile"
     text = f"by {source}, with these trees at every batch size: {', '.join(parts)}"

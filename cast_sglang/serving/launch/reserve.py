@@ -36,7 +36,7 @@ class Shapes(NamedTuple):
     hidden_bytes: int  # of the target's states that the draft reads, per token
     kv_bytes: int  # of target and draft, per token
     draft_kv_bytes: int  # the draft's part of it
-    draft_heads: int
+    draft_heads: int  # 0 without a draft model
     draft_head_dim: int
     overlaps: bool  # the step before may still run when the next one is prepared
     is_whole: bool  # as of `step_reserve`
@@ -78,7 +78,7 @@ def reserve_of(shapes: Shapes) -> Reserve:
     more_slots = max(0, slots - stock)
     more_columns = max(0, stock_slots(*envelope) - stock)
     more_rows = max(0, s.num_draft_tokens - tokens)
-    nodes = s.captured_requests * s.topk
+    nodes = s.captured_requests * s.topk if s.draft_heads else 0
     rows = s.captured_requests * s.num_draft_tokens
     items = [
         Item("slots of the cache", s.max_requests * more_slots * s.kv_bytes, is_cache=True),
@@ -100,15 +100,17 @@ def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
     """Return what a launch with these resolved arguments and settings takes."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    target = ModelConfig.from_server_args(server_args)
-    draft = ModelConfig.from_server_args(
-        server_args,
-        model_path=server_args.speculative_draft_model_path,
-        model_revision=server_args.speculative_draft_model_revision,
-        is_draft_model=True,
-    )
+    target, draft = ModelConfig.from_server_args(server_args), None
+    if server_args.speculative_draft_model_path is not None:
+        draft = ModelConfig.from_server_args(
+            server_args,
+            model_path=server_args.speculative_draft_model_path,
+            model_revision=server_args.speculative_draft_model_revision,
+            is_draft_model=True,
+        )
     max_requests, tp_size = int(server_args.max_running_requests), server_args.tp_size
-    captured, draft_kv_bytes = 0, _kv_bytes(draft, tp_size, server_args)
+    captured = 0
+    draft_kv_bytes = 0 if draft is None else _kv_bytes(draft, tp_size, server_args)
     if captures_decode(server_args):
         batch_sizes: Sequence[int] = server_args.cuda_graph_config.decode.bs or ()
         captured = min(max_requests, max(batch_sizes, default=max_requests))
@@ -121,11 +123,11 @@ def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
             captured_requests=captured,
             context=target.context_len,
             vocab_size=target.vocab_size,
-            hidden_bytes=_states(draft) * target.dtype.itemsize,
+            hidden_bytes=0 if draft is None else _states(draft) * target.dtype.itemsize,
             kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
             draft_kv_bytes=draft_kv_bytes,
-            draft_heads=draft.num_attention_heads // tp_size,
-            draft_head_dim=draft.head_dim,
+            draft_heads=0 if draft is None else draft.num_attention_heads // tp_size,
+            draft_head_dim=0 if draft is None else draft.head_dim,
             overlaps=not server_args.disable_overlap_schedule,
             is_whole=needs_whole_trees(config),
         )

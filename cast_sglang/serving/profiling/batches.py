@@ -94,6 +94,9 @@ class Rows:
         from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 
         worker, device = self._worker, self._worker.device
+        bonus_tokens = torch.ones(batch_size, dtype=torch.int32, device=device)
+        if not worker.limits.max_width:  # there is no draft model
+            return worker.draft_worker.next_input(bonus_tokens)
         hidden_size, dtype = get_draft_recurrent_hidden_state_spec(worker.draft_worker.draft_runner)
         draft = worker.draft_worker
         shape = batch_size, draft.model.num_proposed * draft.drafter.layers_held
@@ -101,7 +104,7 @@ class Rows:
             topk_p=torch.full(shape, 0.5, device=device),
             topk_index=torch.ones(shape, dtype=torch.int64, device=device),
             hidden_states=torch.zeros((batch_size, hidden_size), dtype=dtype, device=device),
-            bonus_tokens=torch.ones(batch_size, dtype=torch.int32, device=device),
+            bonus_tokens=bonus_tokens,
         )
 
 

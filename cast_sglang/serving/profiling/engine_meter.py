@@ -143,7 +143,6 @@ class EngineMeter:
     def step_overhead(self, batch_size: int) -> float:
         """Time a whole step of a small tree and subtract its passes."""
         worker, draft = self.worker, self.worker.draft_worker
-        model, graphs = draft.model, draft.drafter.graphs
         batch = self._batch(batch_size, self._shortest_context)
         inside = 0.0
 
@@ -169,11 +168,12 @@ class EngineMeter:
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
             passes = [(worker, "verify"), (draft, "_draft_extend_for_decode")]
-            passes.append((model, "forward_layer"))
-            if draft.drafter.takes_one_pass:
-                passes.append((draft.drafter, "begin"))
-            if graphs is not None:
-                passes.append((graphs, "run"))
+            if worker.limits.max_width:  # there is a draft model
+                passes.append((draft.model, "forward_layer"))
+                if draft.drafter.takes_one_pass:
+                    passes.append((draft.drafter, "begin"))
+                if (graphs := draft.drafter.graphs) is not None:
+                    passes.append((graphs, "run"))
             for owner, name in passes:
                 setattr(owner, name, timed(getattr(owner, name)))
                 stack.callback(delattr, owner, name)

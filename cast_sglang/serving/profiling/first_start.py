@@ -109,7 +109,7 @@ def _estimated(worker: CastWorker, identity: HostIdentity) -> CostProfile:
         default_grid(EngineMeter.limits_of(worker)),
         measure_rates(worker.device, target.dtype),
         _size(target),
-        _size(worker.draft_worker.draft_runner),
+        next(map(_size, worker.draft_worker.draft_runners), None),
     )
     return make_profile(tables, identity, command="--cast-profile estimate")
 

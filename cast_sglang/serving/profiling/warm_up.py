@@ -46,10 +46,12 @@ def _run_all(worker: CastWorker, meter: Any) -> int:
     widths = {batch_size: _extend_widths(worker, batch_size) for batch_size in batch_sizes}
     # What depends on the rows and the depth does not depend on the batch.
     sizes[1] = tuple(sorted(set().union(*sizes.values())))
+    has_draft = worker.limits.max_width > 0  # a chain of copies has one depth
     for batch_size in batch_sizes:
+        has_depths = batch_size == 1 and has_draft
         for rows in sizes[batch_size]:
             deepest = min(worker.speculative_num_steps, rows - 1)
-            for depth in range(1, deepest + 1) if batch_size == 1 and rows > 1 else (deepest,):
+            for depth in range(1, deepest + 1) if has_depths and rows > 1 else (deepest,):
                 meter.verify_path(batch_size, CONTEXT, rows, depth)
                 num_passes += 1
         for width in widths[batch_size]:
@@ -69,6 +71,8 @@ def _verify_sizes(worker: CastWorker, batch_size: int) -> tuple[int, ...]:
 
 def _extend_widths(worker: CastWorker, batch_size: int) -> tuple[int, ...]:
     """Return the rows per request that draft extend of this batch may have."""
+    if not worker.limits.max_width:  # there is no draft model
+        return ()
     graphs, backlog = worker.draft_worker.extend_graphs, worker.tools.backlog
     captured = () if graphs is None else catch_up_widths(graphs.sizes, batch_size, backlog)
     if graphs is not None and graphs.sizes.bucket(batch_size) is not None:

@@ -58,12 +58,11 @@ def test_a_target_with_an_mtp_layer_needs_no_draft(num_layers, monkeypatch):
     monkeypatch.setattr(arguments, "read_config", lambda *target: config)
     monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: read.append(draft))
     args = flags(speculative_draft_model_path=None)
-    if not num_layers:
-        with pytest.raises(HostError, match="needs --speculative-draft-model-path.*no MTP layer"):
-            arguments.check_flags(args)
-        return
     arguments.check_flags(args)
     arguments.set_draft(args)
+    if not num_layers:
+        assert args.speculative_draft_model_path is None and not read
+        return
     draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
     assert draft == ("t", "r") and read == [("t", "r", False)]
 
@@ -74,14 +73,15 @@ def test_a_draft_that_is_given_stays():
     assert args.speculative_draft_model_path == "d"
 
 
-def envelope(steps, topk, tokens):
+def envelope(steps, topk, tokens, draft="d"):
     args = SimpleNamespace(
+        speculative_draft_model_path=draft,
         speculative_num_steps=steps,
         speculative_eagle_topk=topk,
         speculative_num_draft_tokens=tokens,
     )
     arguments.set_envelope(args)
-    return tuple(vars(args).values())
+    return tuple(vars(args).values())[1:]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,57 @@ def test_trees_and_chains_that_cannot_be(given, says):
         envelope(*given)
 
 
-def test_chains_are_not_copied_into():
-    for copying, topk in (("on", 2), ("off", 1)):
-        arguments.check_copying(CastConfig(copying=copying), topk)
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ((None, None, None), (31, 1, 32)),
+        ((None, None, 8), (7, 1, 8)),
+        ((5, None, None), (5, 1, 6)),
+        ((5, 1, 4), (5, 1, 4)),
+    ],
+)
+def test_without_a_draft_trees_are_chains_as_long_as_the_rows(given, found):
+    assert envelope(*given, draft=None) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((None, 4, None), "--speculative-eagle-topk 4: without --speculative-draft-model-path"),
+        ((3, None, 8), "--speculative-num-draft-tokens 8: a chain of 3 steps"),
+        ((None, None, 1), "--speculative-num-draft-tokens 1"),
+    ],
+)
+def test_chains_that_cannot_be_without_a_draft(given, says):
+    with pytest.raises(HostError, match=says):
+        envelope(*given, draft=None)
+
+
+def test_without_a_draft_pages_may_have_any_size(monkeypatch):
+    monkeypatch.setattr(arguments, "read_config", lambda *target: SimpleNamespace())
+    arguments.check_flags(flags(page_size=64, speculative_draft_model_path=None))
+
+
+def pair(topk=8, draft="d"):
+    return SimpleNamespace(speculative_draft_model_path=draft, speculative_eagle_topk=topk)
+
+
+def test_chains_of_a_draft_are_not_copied_into():
+    for copying, topk in (("on", 2), ("auto", 1), ("off", 1)):
+        arguments.check_copying(CastConfig(copying=copying), pair(topk))
     with pytest.raises(HostError, match="--cast-copying on.*--speculative-eagle-topk 2"):
-        arguments.check_copying(CastConfig(copying="on"), 1)
+        arguments.check_copying(CastConfig(copying="on"), pair(1))
+
+
+def test_without_a_draft_and_without_copies_there_is_nothing_to_serve_by():
+    for copying in ("on", "auto"):
+        arguments.check_copying(CastConfig(copying=copying), pair(1, None))
+    for settings, fix in (
+        ({"copying": "off"}, "--cast-copying off needs .* takes --cast-copying on"),
+        ({"policy": "fixed"}, "--cast-policy fixed needs .* takes --cast-policy auto"),
+        ({"trace": "auto"}, "--cast-trace auto needs .* takes --cast-trace none"),
+    ):
+        with pytest.raises(
+            HostError, match=fix.replace("needs .*", "needs --speculative-draft-model.*")
+        ):
+            arguments.check_copying(CastConfig(**settings), pair(1, None))

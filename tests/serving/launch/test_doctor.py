@@ -58,7 +58,11 @@ def reports(tmp_path_factory) -> dict[str, Report]:
         "profile wanted": ([*both, "--cast-profile", "none"], {}),
         "unknown flag": ([*both, "--no-such-flag"], {}),
         "refused flag": ([*both, "--page-size", "16"], {}),
-        "no draft": (["--model-path", pair.target], {}),
+        "no draft": (
+            ["--model-path", pair.target, *fitting, "--cast-profile", made_up],
+            foreign,
+        ),
+        "no draft, no copies": (["--model-path", pair.target, "--cast-copying", "off"], {}),
         "another draft": ([*both[:2], draft, pair.target], {}),
         "missing target": (["--model-path", str(directory / "none"), *both[2:]], {}),
         "bad setting": (both, {"CAST_C3": "inf"}),
@@ -103,6 +107,17 @@ def test_a_launch_within_its_profile(reports):
 
 
 @pytest.mark.slow
+def test_a_launch_without_a_draft(reports):
+    report = reports["no draft"]
+    assert report.code == 0
+    assert report.statuses("server flags", "pair", "memory", "profile range") == ["ok"] * 4
+    assert "no draft: what is drafted is copied from the text" in report.checks["pair"].found
+    assert "steps 31, topk 1, tokens 32" in report.checks["server flags"].found
+    assert "states kept" not in report.checks["memory"].found
+    assert "nodes a layer" not in report.checks["profile range"].found
+
+
+@pytest.mark.slow
 def test_a_launch_beyond_its_profile(reports):
     beyond = reports["beyond"].checks["profile range"]
     assert beyond.status == "warn" and "batch_sizes at 16" in beyond.found
@@ -134,7 +149,7 @@ def test_no_profile_needed(reports):
     [
         ("unknown flag", "server flags", "--no-such-flag"),
         ("refused flag", "server flags", "--page-size"),
-        ("no draft", "server flags", "--speculative-draft-model-path"),
+        ("no draft, no copies", "server flags", "--speculative-draft-model-path"),
         ("another draft", "pair", "no EAGLE"),
         ("missing target", "server flags", "none"),
         ("profile wanted", "settings", "profile=none"),

@@ -81,6 +81,14 @@ def test_nothing_is_taken_for_graphs_that_are_not_captured():
     assert not [name for name in sizes(captured_requests=0) if "captured" in name]
 
 
+def test_nothing_is_taken_for_a_draft_that_is_not_there():
+    chain = {"num_steps": 31, "topk": 1, "hidden_bytes": 0, "draft_heads": 0, "draft_head_dim": 0}
+    found = sizes(**chain)
+    assert not [name for name in found if "draft" in name or "states" in name]
+    assert found["mask of captured verify"] > 0
+    assert reserve_of(SHAPES._replace(**chain)).slots == 65  # its rows, those of the step before
+
+
 def test_the_mask_is_as_large_as_sglang_makes_it():
     cells = tree_mask_numel(TreeMaskMode.FULL_MASK, 16, 32, 1000)
     assert sizes()["mask of captured verify"] == cells * torch.uint8.itemsize

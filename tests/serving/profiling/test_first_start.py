@@ -46,7 +46,7 @@ class Worker:
         self.limits = Limits(max_batch_size=2, max_context=130, max_verify_rows=2, max_width=2)
         self.token_to_kv_pool_allocator = SimpleNamespace(size=1000)
         self.target_worker = SimpleNamespace(model_runner=Runner())
-        self.draft_worker = SimpleNamespace(draft_runner=Runner(is_tied=True))
+        self.draft_worker = SimpleNamespace(draft_runners=[Runner(is_tied=True)])
         self.used = []
 
     def use_profile(self, found):

@@ -30,12 +30,12 @@ class Meter:
         self.is_closed = True
 
 
-def worker_of(verify, extend):
+def worker_of(verify, extend, max_width=8):
     def graphs(tiers):
         return None if tiers is None else SimpleNamespace(sizes=GraphSizes(tiers))
 
     return SimpleNamespace(
-        limits=SimpleNamespace(max_batch_size=6, max_extend_rows=EXTEND),
+        limits=SimpleNamespace(max_batch_size=6, max_extend_rows=EXTEND, max_width=max_width),
         speculative_num_steps=DEPTH,
         verify_graphs=graphs(verify),
         draft_worker=SimpleNamespace(extend_graphs=graphs(extend)),
@@ -47,13 +47,20 @@ def worker_of(verify, extend):
 def warmed(monkeypatch):
     monkeypatch.setattr(module, "EngineMeter", Meter)
 
-    def run(verify, extend):
-        worker = worker_of(verify, extend)
+    def run(verify, extend, **limits):
+        worker = worker_of(verify, extend, **limits)
         warm_up(worker)
         assert worker.meter.is_closed
         return worker.meter
 
     return run
+
+
+def test_a_chain_of_copies_is_as_deep_as_its_rows(warmed):
+    meter = warmed({1: (1, 2, 8), 4: (1, 4, 8)}, None, max_width=0)
+    seen = {(rows, depth) for batch, rows, depth in meter.verified if batch == 1}
+    assert seen == {(rows, min(DEPTH, rows - 1)) for rows in (1, 2, 4, 8)}
+    assert not meter.extended
 
 
 def test_every_captured_size_runs_at_every_depth_and_every_power_of_two(warmed):
