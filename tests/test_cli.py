@@ -14,6 +14,7 @@ from cast_sglang.serving.launch import doctor
 from cast_sglang.serving.launch.diagnosis import Diagnosis
 from tests.support import traces
 from tests.support.builders import make_identity, make_profile, make_table
+from tests.support.configs import LLAMA_8B
 
 
 @pytest.fixture
@@ -166,7 +167,10 @@ def test_bad_usage(argv, capsys):
     "argv",
     [
         ["--help"],
-        *([name, "--help"] for name in ("profile", "show", "doctor", "replay", "tune", "trace")),
+        *(
+            [name, "--help"]
+            for name in ("profile", "estimate", "show", "doctor", "replay", "tune", "trace")
+        ),
         ["trace", "show", "--help"],
     ],
 )
@@ -183,6 +187,25 @@ def recorded(tmp_path):
     trace = traces.Recorder(traces.default_policy(), tables).run(12)
     save_profile(tables, tmp_path / "p.json")
     return [str(traces.write(trace, tmp_path / "t.jsonl")), "--profile", str(tmp_path / "p.json")]
+
+
+def test_replay_on_a_gpu_that_is_not_at_hand(recorded, tmp_path, capsys):
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA_8B))
+    trace, elsewhere = recorded[0], str(tmp_path / "h200.json")
+    given = ["--model-config", str(tmp_path / "llama.json"), "--output", elsewhere]
+    assert main(["estimate", "--gpu", "H200", *given]) == 0
+    assert main(["replay", trace, "--profile", elsewhere]) == 2
+    assert "--allow-foreign" in capsys.readouterr().err
+    for policy in ("auto", "fixed"):
+        argv = ["replay", trace, "--profile", elsewhere, "--allow-foreign", "--policy", policy]
+        assert main(argv) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "ESTIMATED: these tables were computed, not measured" in said
+        assert "All predicted times are those of NVIDIA H200 (estimated)" in said
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tables"] == {"device_name": "NVIDIA H200 (estimated)", "estimated": True}
+    assert not found["is_prediction"] and found["rows"][0]["replayed"]["tokens_per_second"] > 0
 
 
 def test_replay(recorded, capsys):

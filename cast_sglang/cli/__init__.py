@@ -1,4 +1,4 @@
-"""Command line: `cast-sglang profile | show | doctor | replay | tune | trace`."""
+"""Command line: `cast-sglang profile | estimate | show | doctor | replay | tune | trace`."""
 
 import argparse
 import shlex

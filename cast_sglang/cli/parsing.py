@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-__all__ = ["COMMAND", "at_least_two", "positive_seconds"]
+__all__ = ["COMMAND", "at_least_two", "positive", "positive_seconds"]
 
 # Of every command; an abbreviation could swallow a flag of SGLang.
 COMMAND: dict[str, Any] = {
@@ -16,6 +16,14 @@ def at_least_two(text: str) -> int:
     """Read a count that is 2 or more."""
     count = int(text)
     if count < 2:
+        raise ValueError(text)
+    return count
+
+
+def positive(text: str) -> int:
+    """Read a count that is 1 or more."""
+    count = int(text)
+    if count < 1:
         raise ValueError(text)
     return count
 

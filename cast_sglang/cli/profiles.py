@@ -1,4 +1,4 @@
-"""Commands about cost profiles: `profile` and `show`."""
+"""Commands about cost profiles: `profile`, `estimate` and `show`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cast_sglang.cli.parsing import COMMAND, positive_seconds
+from cast_sglang.cli.parsing import COMMAND, positive, positive_seconds
 
 __all__ = ["add_profile_commands"]
 
@@ -27,6 +27,17 @@ the flags of the server that the profile is for:
 Without a draft only passes of the target are measured. A run that was interrupted resumes from
 FILE.partial.jsonl. The last line on stdout is a JSON object with the output path, the seconds, the
 number of points and the errors, at held-out points and in a short real run.
+"""
+
+
+ESTIMATE_DESCRIPTION = """\
+Compute the cost profile of a pair on a GPU that is not at hand, from the models' configs and the
+GPU's data: reading weights and cache, products in whole tiles, least times of kernels, the link
+between GPUs, and the host's decisions. Nothing is measured. The file says so, and so does whatever
+shows it. A server refuses it; it is for what-if:
+
+  cast-sglang estimate --gpu H200 --model-config TARGET/config.json --output FILE
+  cast-sglang replay TRACE --profile FILE --allow-foreign
 """
 
 
@@ -56,6 +67,54 @@ def add_profile_commands(commands: Any) -> None:
         "which takes a minute at most (default: 300; with --quick 60)",
     )
     profile.set_defaults(run=_profile)
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="compute the cost profile of a GPU that is not at hand",
+        description=ESTIMATE_DESCRIPTION,
+        **COMMAND,
+    )
+    estimate.add_argument(
+        "--gpu", required=True, metavar="GPU", help="RTX4090, A800, H20, L40S, H100, H200 or B200"
+    )
+    estimate.add_argument(
+        "--model-config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the target's config.json, or its directory",
+    )
+    estimate.add_argument(
+        "--draft-config",
+        type=Path,
+        metavar="FILE",
+        help="the draft's (default: that of an EAGLE-3 draft as they are published)",
+    )
+    estimate.add_argument("--tp", type=positive, default=1, metavar="N", help="GPUs (default: 1)")
+    estimate.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="(default: bfloat16)"
+    )
+    estimate.add_argument(
+        "--quantization", choices=("fp8",), help="of the target's weights (default: none)"
+    )
+    for name, default, what in (
+        ("--max-batch-size", 64, "requests"),
+        ("--max-context", 16384, "tokens of a request"),
+        ("--max-rows", 64, "rows verified per request"),
+        ("--max-width", 10, "nodes per request in a layer of the draft"),
+        ("--max-layers", 8, "layers of the draft"),
+    ):
+        estimate.add_argument(
+            name,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"the most {what} that the tables hold (default: {default})",
+        )
+    estimate.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="profile to write"
+    )
+    estimate.set_defaults(run=_estimate, refuse=estimate.error)
 
     about = "summarise and draw a cost profile, or compare two"
     show = commands.add_parser("show", help=about, **COMMAND)
@@ -94,6 +153,39 @@ def _profile(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(json.dumps(summary), flush=True)
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from cast_sglang.costs.limits import Limits
+    from cast_sglang.costs.profiles import save_profile
+    from cast_sglang.profiling.estimate import estimate_profile, read_model_config
+    from cast_sglang.profiling.gpus import find_gpu
+    from cast_sglang.serving.launch.identity import command_without_local_paths
+
+    target, target_name = read_model_config(arguments.model_config)
+    draft, draft_name = None, "EAGLE-3 draft as published"
+    if arguments.draft_config is not None:
+        draft, draft_name = read_model_config(arguments.draft_config)
+    profile = estimate_profile(
+        find_gpu(arguments.gpu),
+        target,
+        draft,
+        Limits(
+            max_batch_size=arguments.max_batch_size,
+            max_context=arguments.max_context,
+            max_verify_rows=arguments.max_rows,
+            max_width=arguments.max_width,
+            max_extend_rows=min(arguments.max_layers + 1, arguments.max_rows),
+        ),
+        names=(target_name, draft_name),
+        tp_size=arguments.tp,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        command=command_without_local_paths(arguments.command),
+    )
+    save_profile(profile, arguments.output.expanduser())
+    print(f"estimated, not measured: {arguments.output}")
     return 0
 
 

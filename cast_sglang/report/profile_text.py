@@ -84,6 +84,8 @@ def _print_provenance(profile: CostProfile, console: Console) -> None:
         "date": f"{source.date}, {kind}",
         "error": describe_error(profile),
     }
+    if source.estimated and source.sampling:
+        rows["assumed"] = ", ".join(f"{name} {value}" for name, value in source.sampling.items())
     for name, fact in rows.items():
         # A plain string would not do: rich would read brackets in it as markup.
         facts.add_row(name, Text(fact))
