@@ -29,11 +29,15 @@ class Answer:
 
 
 async def stream_batch(
-    url: str, prompts: Sequence[Prompt], temperature: float, num_tokens: int
+    url: str,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    num_tokens: int,
+    mode: str | None = None,
 ) -> list[Answer]:
-    """Send the prompts at once and return what each streams; raises as `stream` does."""
+    """Send the prompts at once and return what each streams; see `stream`."""
     async with client_of(url) as client:
-        streams = (stream(client, prompt, temperature, num_tokens) for prompt in prompts)
+        streams = (stream(client, prompt, temperature, num_tokens, mode=mode) for prompt in prompts)
         return await asyncio.gather(*streams)
 
 
@@ -73,11 +77,13 @@ async def stream(
     temperature: float,
     num_tokens: int,
     pool: str | None = None,
+    mode: str | None = None,
 ) -> Answer:
     """Send a prompt and return what comes.
 
     Args:
         pool: `cast_pool` of the request; servers without CAST ignore it.
+        mode: of speculation, which a CAST server takes from each request; None says nothing.
 
     Raises:
         ValueError: the request failed, or ended before `num_tokens`.
@@ -85,8 +91,9 @@ async def stream(
     """
     sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": num_tokens}
     sampling["ignore_eos"] = True
-    if pool is not None:
-        sampling["custom_params"] = {"cast_pool": pool}
+    custom = {"cast_pool": pool, "cast": mode}
+    if asked := {name: value for name, value in custom.items() if value is not None}:
+        sampling["custom_params"] = asked
     kind = "text" if isinstance(prompt, str) else "input_ids"
     body = {kind: prompt, "sampling_params": sampling, "stream": True}
     answer = Answer()

@@ -7,10 +7,13 @@ Installs what scripts/pack_gpu_host.sh gathered, then runs the stages below one 
 stage that fails or takes too long does not stop the later ones. Without --carried the packages of
 the interpreter are used (.venv, if there is one).
 
---out gets at most 7 files: summary.json with an entry for each stage (status passed, failed or
+--out gets at most 8 files: summary.json with an entry for each stage (status passed, failed or
 skipped, seconds, numbers), summary.txt for people, speed.json (the table of all arms), ops.json,
-profile.json (the cost profile), trace.json.gz and logs.tar.gz. The exit code is 0 if no stage
-failed, 1 if one did, 2 for a wrong command line.
+profile.json (the cost profile), check.json (these four in one), trace.json.gz and logs.tar.gz. The
+exit code is 0 if no stage failed, 1 if one did, 2 for a wrong command line. check.json is all that
+has to be carried back:
+
+    python -m scripts.gpu_host.publish check.json      # in a checkout, where there is a network
 
 The large pair is the tiny pair at the size of a model of 3.2 billion parameters, made on the host:
 it costs what a model of that size costs and is accepted as the tiny one.
@@ -34,6 +37,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+from scripts.gpu_host.publish import write_bundle
 from scripts.gpu_host.runner import Runner
 from scripts.gpu_host.settings import (
     DRY_ENVIRONMENT,
@@ -45,8 +49,8 @@ from scripts.gpu_host.settings import (
 from scripts.gpu_host.stages import STAGES
 
 TOTAL_SECONDS = 590.0
-# Two cores start four servers in the time of a GPU host's ten.
-DRY_LIMIT_FACTOR = 3.0
+# Two cores, with other work beside them, start four servers in five times what a GPU host takes.
+DRY_LIMIT_FACTOR = 5.0
 
 
 def budget() -> str:
@@ -131,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (out / "summary.json").unlink(missing_ok=True)
     runner = Runner(out, logs, command, deadline, facts, env)
     is_good = runner.run([stage for stage in stages if stage.name in args.stages])
+    write_bundle(out)
     print(f"{out / 'summary.txt'}, after {time.monotonic() - began:.0f} s", flush=True)
     return 0 if is_good else 1
 

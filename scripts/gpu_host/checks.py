@@ -13,10 +13,12 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu_host.goals import goals_of
 from scripts.gpu_host.serving import (
     CheckError,
     Numbers,
     compare_greedy,
+    compare_laws,
     copy_logs,
     decode,
     environment,
@@ -131,20 +133,30 @@ def check_inflate(settings: Settings, numbers: Numbers) -> None:
 
 
 def check_equality_tiny(settings: Settings, numbers: Numbers) -> None:
-    """Compare greedy tokens with plain decoding's in float32: they must be the same."""
+    """Compare with plain decoding in float32: greedy tokens are the same, laws of samples too.
+
+    Trees, copies, chains and plain steps each take part.
+    """
     from benchmarks.harness.pairs import tiny_pair
 
+    arms = ["plain", *settings.equality_arms, *settings.tiny_arms]
     # Triton multiplies float32 in TF32 by default.
-    with environment({"TRITON_F32_DEFAULT": "ieee"}):
-        compare_greedy(settings, numbers, tiny_pair(), "float32", settings.equality_arms)
-    flips = {name: found["flips"] for name, found in numbers.items() if found["flips"]}
-    if flips:
-        raise CheckError(f"float32 tokens differ from plain decoding's: {flips}")
+    with (
+        environment({"TRITON_F32_DEFAULT": "ieee"}),
+        serving_arms(settings, tiny_pair(), "float32", arms, "equality-tiny") as servers,
+    ):
+        compare_greedy(settings, numbers, servers)
+        flips = {name: found["flips"] for name, found in numbers.items() if found["flips"]}
+        if flips:
+            raise CheckError(f"float32 tokens differ from plain decoding's: {flips}")
+        compare_laws(settings, numbers, servers, settings.equality_arms[-1])
 
 
 def check_equality_inflated(settings: Settings, numbers: Numbers) -> None:
     """Compare greedy tokens with plain decoding's in bfloat16, and count where they part."""
-    compare_greedy(settings, numbers, inflated(settings), "bfloat16", settings.equality_arms)
+    arms, pair = ["plain", *settings.equality_arms], inflated(settings)
+    with serving_arms(settings, pair, "bfloat16", arms, "equality-inflated") as servers:
+        compare_greedy(settings, numbers, servers)
     for name, found in numbers.items():
         if found["flips"] > 1 and found["flip_rate"] > MAX_FLIP_RATE:
             raise CheckError(
@@ -165,6 +177,9 @@ def check_profile(settings: Settings, numbers: Numbers) -> None:
     printed = run([*command, *flags], platform_env(), stderr=None)
     numbers |= json.loads(printed.splitlines()[-1])
     numbers.pop("output", None)
+    numbers["captured"] = json.loads(profile_path(settings).read_text())["provenance"]["cuda_graph"]
+    if not settings.is_dry and not numbers["captured"]:
+        raise CheckError("the profile was measured without graphs, which a server runs")
 
 
 def check_speed(settings: Settings, numbers: Numbers) -> None:
@@ -191,6 +206,32 @@ def check_speed(settings: Settings, numbers: Numbers) -> None:
             columns = "arm batch tok_s_median vs_plain vs_best_static accept_length policy_share"
             numbers["rows"] = [{name: row[name] for name in columns.split()} for row in rows]
         copy_logs(out / "logs", settings, "speed")
+
+
+def check_goals(settings: Settings, numbers: Numbers) -> None:
+    """Judge the speeds: never below SGLang's default, above every fixed tree, and no loss at 64."""
+    from benchmarks.report.data import load_runs
+
+    speed = Path(settings.out) / "speed.json"
+    if not speed.exists():
+        raise NothingToDo("no speeds were measured")
+    missed = []
+    for goal in goals_of(load_runs(speed)[0].rows):
+        numbers[f"batch {goal.batch}"] = {
+            "to": goal.to,
+            "wanted": goal.wanted,
+            "found": goal.found.median,
+            "least": goal.found.low,
+            "greatest": goal.found.high,
+        }
+        if goal.found.median < goal.wanted:
+            missed.append(f"batch {goal.batch}: {goal.found.median:.2f} of {goal.to}")
+    if not numbers:
+        raise CheckError("speed.json compares CAST with nothing")
+    if settings.is_dry:
+        raise NothingToDo("a dry run measures nothing, so nothing is judged")
+    if missed:
+        raise CheckError("; ".join(missed))
 
 
 def check_trace(settings: Settings, numbers: Numbers) -> None:
@@ -232,6 +273,7 @@ CHECKS: dict[str, Callable[[Settings, Numbers], None]] = {
     "equality-inflated": check_equality_inflated,
     "profile": check_profile,
     "speed": check_speed,
+    "goals": check_goals,
     "trace": check_trace,
 }
 

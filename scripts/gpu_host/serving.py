@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,98 @@ class CheckError(RuntimeError):
     """A check did not hold; the message says what was found."""
 
 
-def compare_greedy(
-    settings: Settings, numbers: Numbers, pair: Any, dtype: str, arms: Sequence[str]
-) -> None:
-    """Decode prompts with plain decoding one by one, with every arm in batches; count partings."""
+# Below what chance brings in the life of a check, above what a wrong rule of acceptance brings.
+LEAST_P_VALUE = 1e-6
+LAW_TOKENS = 3
+LAW_SAMPLES_A_REQUEST = 240
+LAWS = {
+    "temperature 1": {"temperature": 1.0},
+    "temperature 0.6, top-p 0.8": {"temperature": 0.6, "top_p": 0.8},
+    "temperature 1, top-k 5": {"temperature": 1.0, "top_k": 5},
+}
+
+
+def compare_greedy(settings: Settings, numbers: Numbers, servers: Mapping[str, Any]) -> None:
+    """Decode prompts with plain decoding one by one, with every arm in batches; count partings.
+
+    The last arm of fixed trees is asked once more not to draft, which runs its plain steps.
+    """
+    expected = decode(servers["plain"], settings, 1, settings.num_tokens)
+    drafting = [arm for arm in servers if arm.startswith("cast:fixed")]
+    asked = [(arm, None) for arm in servers] + [(arm, "off") for arm in drafting[-1:]]
+    for arm, mode in asked:
+        for batch in settings.equality_batches:
+            if (arm, batch) != ("plain", 1):
+                name = f"{arm}{'' if mode is None else ', plain steps'}, batch {batch}"
+                numbers[name] = _compared(settings, servers[arm], arm, mode, batch, expected)
+
+
+def _compared(
+    settings: Settings,
+    server: Any,
+    arm: str,
+    mode: str | None,
+    batch: int,
+    expected: Sequence[Sequence[int]],
+) -> Numbers:
     from benchmarks.harness.counters import cast_state, tree_means
 
-    name = f"equality-{dtype}"
-    with serving_arms(settings, pair, dtype, ["plain", *arms], name) as servers:
-        expected = decode(servers["plain"], settings, 1, settings.num_tokens)
-        for arm, server in servers.items():
-            for batch in settings.equality_batches:
-                if (arm, batch) == ("plain", 1):
-                    continue
-                is_cast = arm.startswith("cast")
-                before = cast_state(server) if is_cast else {}
-                found = decode(server, settings, batch, settings.num_tokens)
-                row = numbers[f"{arm}, batch {batch}"] = partings(expected, found)
-                if is_cast:
-                    row["rows"] = tree_means(before, cast_state(server))["mean_verify_rows"]
-                    if arm.startswith("cast:fixed") and not (row["rows"] or 0) > 1:
-                        raise CheckError(f"{arm} verified no drafts, so equality says nothing")
+    is_cast = arm.startswith("cast")
+    before = cast_state(server) if is_cast else {}
+    row = partings(expected, decode(server, settings, batch, settings.num_tokens, mode))
+    if is_cast:
+        after = cast_state(server)
+        rows = row["rows"] = tree_means(before, after)["mean_verify_rows"]
+        if "copying" in arm:
+            row["copies"] = after["copies_accepted"] - before["copies_accepted"]
+        if mode is not None and (rows or 1) > 1:
+            raise CheckError(f"{arm} drafted for requests that asked it not to")
+        if mode is None and arm.startswith("cast:fixed") and not (rows or 0) > 1:
+            raise CheckError(f"{arm} verified no drafts, so equality says nothing")
+    return row
+
+
+def compare_laws(
+    settings: Settings, numbers: Numbers, servers: Mapping[str, Any], arm: str
+) -> None:
+    """Sample with plain decoding and with an arm, and compare what they draw.
+
+    Raises:
+        CheckError: the arm's tokens have another law, or none of its drafts were accepted.
+    """
+    import numpy as np
+
+    from benchmarks.harness.pairs import heldout_prompts
+    from tests.server.client import generate
+    from tests.server.homogeneity import homogeneity_p_value
+
+    prompt = heldout_prompts()[0]
+    for name, sampling in LAWS.items():
+        drawn = {}
+        for server in ("plain", arm):
+            answers: list[Any] = []
+            while len(answers) < settings.law_samples:
+                answers += generate(
+                    servers[server],
+                    prompt,
+                    n=min(LAW_SAMPLES_A_REQUEST, settings.law_samples),
+                    max_new_tokens=LAW_TOKENS,
+                    **sampling,
+                )
+            drawn[server] = np.array([answer["output_ids"] for answer in answers])
+        passes = np.array([answer["meta_info"]["spec_verify_ct"] for answer in answers])
+        least = min(
+            homogeneity_p_value(drawn["plain"][:, of], drawn[arm][:, of])
+            for last in range(LAW_TOKENS)
+            for of in (slice(last, last + 1), slice(0, last + 1))
+        )
+        # The first token is prefill's; two more took one pass where a draft was accepted.
+        accepted = float((passes < LAW_TOKENS - 1).mean())
+        numbers[name] = {"samples": len(answers), "least_p": least, "accepted": accepted}
+        if least < LEAST_P_VALUE:
+            raise CheckError(f"{arm}, {name}: its tokens have another law, p {least:.2g}")
+        if not accepted:
+            raise CheckError(f"{arm}, {name}: no draft was accepted, so laws say nothing")
 
 
 def partings(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Numbers:
@@ -54,8 +125,14 @@ def partings(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) 
     return {"answers": len(expected), "flips": flips, "tokens": tokens, "flip_rate": rate}
 
 
-def decode(server: Any, settings: Settings, batch: int, num_tokens: int) -> list[list[int]]:
-    """Return greedy answers to held-out prompts, `batch` of them at a time."""
+def decode(
+    server: Any, settings: Settings, batch: int, num_tokens: int, mode: str | None = None
+) -> list[list[int]]:
+    """Return greedy answers to held-out prompts, `batch` of them at a time.
+
+    Args:
+        mode: of speculation, as the requests ask for it.
+    """
     from benchmarks.harness.cells import choose_prompts
     from benchmarks.harness.pairs import heldout_prompts
     from benchmarks.harness.streams import stream_batch
@@ -65,7 +142,7 @@ def decode(server: Any, settings: Settings, batch: int, num_tokens: int) -> list
     answers = []
     for start in range(0, len(prompts), batch):
         wave = prompts[start : start + batch]
-        answers += asyncio.run(stream_batch(server.url, wave, 0.0, num_tokens))
+        answers += asyncio.run(stream_batch(server.url, wave, 0.0, num_tokens, mode))
     return [answer.output_ids for answer in answers][: settings.num_prompts]
 
 

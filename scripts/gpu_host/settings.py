@@ -22,6 +22,12 @@ GPU_FLAGS = (
 )
 
 
+AUTO = "cast:auto"
+DEFAULT_TREE = "static:5-4-8"  # SGLang's for Llama
+COPYING = "cast:auto+copying=on"
+CHAIN = "cast:fixed:2-2-1.5+--speculative-eagle-topk=1"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The sizes of a check and where its files are.
@@ -47,10 +53,18 @@ class Settings:
     # SGLang's own speculation shows how much of the flips is rounding; `auto` may decode plainly,
     # `fixed` always drafts.
     equality_arms: tuple[str, ...] = ("static", "cast:auto", "cast:fixed:2-2-1.5")
-    batches: tuple[int, ...] = (1, 4, 16, 64)
-    arms: tuple[str, ...] = ("plain", "static:5-4-8", "static:3-1-4", "cast:auto")
+    # Of the tiny pair besides: copies in trees, and chains, which also run its plain steps.
+    tiny_arms: tuple[str, ...] = (COPYING, CHAIN)
+    law_samples: int = 2400
+    batches: tuple[int, ...] = (1, 4, 32, 64)
+    arms: tuple[str, ...] = (
+        "plain",
+        DEFAULT_TREE,
+        *("static:4-2-6", "static:3-1-4", "static:2-1-3"),
+        AUTO,
+    )
     profile_seconds: float = 40.0
-    speed: str = "--tokens 128 --requests 3 --repeats 3 --prompt-tokens 128"
+    speed: str = "--tokens 96 --requests 3 --repeats 3 --prompt-tokens 128"
     trace_steps: int = 20
 
     @property
@@ -69,7 +83,7 @@ class Settings:
 
 
 def dry_settings(work: str, out: str, carried: str | None) -> Settings:
-    """Return settings under which every stage runs on two CPU cores, in five minutes together."""
+    """Return settings under which every stage runs on two CPU cores, in ten minutes together."""
     return Settings(
         is_dry=True,
         work=work,
@@ -83,8 +97,9 @@ def dry_settings(work: str, out: str, carried: str | None) -> Settings:
         num_tokens=24,
         equality_batches=(1, 4),
         equality_arms=("cast:fixed:2-2-1.5",),
+        law_samples=240,
         batches=(1, 4),
-        arms=("plain", "cast:auto"),
+        arms=("plain", DEFAULT_TREE, AUTO),
         profile_seconds=10.0,
         speed="--tokens 32 --requests 1 --repeats 1 --warmup-tokens 4 --prompt-tokens 64",
         trace_steps=6,

@@ -21,16 +21,17 @@ from scripts.gpu_host.settings import Settings
 MAX_MESSAGE = 2000
 SERVED = ("environment",)
 STAGES = (
-    Stage("install", 45, "install the carried wheels"),
+    Stage("install", 40, "install the carried wheels"),
     Stage("environment", 25, "import what a server imports", ("install",)),
-    Stage("ops", 80, "fused ops against reference", ("install",)),
-    Stage("op-times", 25, "time of the ops", ("install",)),
-    Stage("inflate", 35, "make the large pair", ("install",)),
-    Stage("equality-tiny", 60, "greedy equality, tiny pair, float32", SERVED),
-    Stage("equality-inflated", 60, "greedy equality, large pair, bfloat16", ("inflate", *SERVED)),
-    Stage("profile", 75, "cost profile of the large pair", ("inflate", *SERVED)),
-    Stage("speed", 140, "speed of all arms", ("inflate", *SERVED)),
-    Stage("trace", 45, "time of the policy in a trace", ("inflate", *SERVED)),
+    Stage("ops", 75, "fused ops against reference", ("install",)),
+    Stage("op-times", 20, "time of the ops", ("install",)),
+    Stage("inflate", 30, "make the large pair", ("install",)),
+    Stage("equality-tiny", 80, "equality and laws, tiny pair, float32", SERVED),
+    Stage("equality-inflated", 55, "greedy equality, large pair, bfloat16", ("inflate", *SERVED)),
+    Stage("profile", 70, "cost profile of the large pair", ("inflate", *SERVED)),
+    Stage("speed", 155, "speed of all arms", ("inflate", *SERVED)),
+    Stage("goals", 5, "whether CAST is as fast as it should be", ("speed",)),
+    Stage("trace", 35, "time of the policy in a trace", ("inflate", *SERVED)),
 )
 
 

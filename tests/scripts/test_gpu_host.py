@@ -16,15 +16,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.gpu_host import pack, runner
+from benchmarks.report.data import normalised
+from benchmarks.report.readme import BEGIN, END, results_shown
+from cast_sglang.costs.profiles import load_profile, save_profile
+from scripts.gpu_host import pack, publish, runner
 from scripts.gpu_host.__main__ import TOTAL_SECONDS, main
 from scripts.gpu_host.checks import CHECKS
+from scripts.gpu_host.goals import goals_of
 from scripts.gpu_host.install import InstallError, install
 from scripts.gpu_host.runner import SKIP_CODE, Outcome, Runner, Stage
 from scripts.gpu_host.serving import partings
 from scripts.gpu_host.settings import ROOT, Settings, dry_settings
 from scripts.gpu_host.stages import STAGES
 from scripts.gpu_host.trace import device_times, read_events
+from tests.support.builders import make_profile
+from tests.support.reported import ORIGIN, SPEEDS, rows_of
 
 PASSES = 'import json, sys; json.dump({"numbers": {"answer": 42}}, open(sys.argv[1], "w"))'
 FAILS = 'print("first line"); raise SystemExit("the last word")'
@@ -310,3 +316,83 @@ def test_policy_time_of_a_trace(tmp_path):
     assert times == (150, 95, 20, 2, 4)
     assert times.policy_share == pytest.approx(20 / 150)
     assert device_times([], ["grow_layer_kernel"]).policy_share is None
+
+
+def test_goals_compare_with_what_matters_at_each_batch_size():
+    goals = {goal.batch: goal for goal in goals_of(rows_with_all_fields((1, 4, 32, 64)))}
+    assert [goal.to for goal in goals.values()] == [
+        "static:5-4-8",
+        *["the best fixed tree, static:3-1-4"] * 2,
+        "plain decoding",
+    ]
+    assert [goal.wanted for goal in goals.values()] == [1.0, 1.05, 1.05, 0.98]
+    auto = SPEEDS["cast:auto"]
+    found = [goal.found.median for goal in goals.values()]
+    assert found == pytest.approx([auto / 1.4, auto / 1.5, auto / 1.5, auto], rel=1e-3)
+
+
+def test_a_goal_without_its_comparison_is_not_judged():
+    rows = [row for row in rows_with_all_fields((1, 64)) if row["arm"] == "cast:auto"]
+    for row in rows:
+        row |= dict.fromkeys(("vs_plain", "vs_best_static"))
+    assert goals_of(rows) == []
+
+
+def rows_with_all_fields(batches):
+    rows = [
+        row for row in rows_of(batches=batches) if (row["task"], row["phase"]) == ("code", "warm")
+    ]
+    return normalised(rows)
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """A checkout with documents, and a check of a GPU that went well."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    for folder in (root / "profiles", root / "benchmarks" / "results", root / "docs", out):
+        folder.mkdir(parents=True)
+    run = {"provenance": ORIGIN, "rows": rows_of()}
+    shown = root / "benchmarks" / "results" / "earlier.json"
+    shown.write_text(json.dumps({"runs": [run]}))
+    for name in ("README.md", "docs/results.md"):
+        command = "python -m benchmarks.report benchmarks/results/earlier.json --update-docs ."
+        (root / name).write_text(f"{BEGIN}\n<!-- {command} -->\n{END}\n")
+    (out / "speed.json").write_text(json.dumps({"runs": [run]}))
+    save_profile(make_profile(), out / "profile.json")
+    stages = [{"name": "speed", "status": "passed"}]
+    (out / "summary.json").write_text(json.dumps({"mode": "device", "stages": stages}))
+    return root, publish.write_bundle(out)
+
+
+def test_what_a_check_leaves_goes_into_the_repository(checked):
+    root, bundle = checked
+    profile, results, *documents = publish.publish(bundle, root)
+    assert load_profile(profile) == make_profile() and profile.parent == root / "profiles"
+    assert profile.name.startswith("nvidia-h200__") and len(list(profile.parent.iterdir())) == 1
+    assert results.name == "nvidia-h200__tiny-inflated.json"
+    for document in documents:
+        assert results_shown(document, root) == [results, root / "benchmarks/results/earlier.json"]
+        assert "CAST" in document.read_text()
+    # A second check of the same device replaces the first.
+    publish.publish(bundle, root)
+    assert len(results_shown(documents[1], root)) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("summary", {"mode": "dry run: no number is a measurement"}, "dry run"),
+        ("summary", {"stages": [{"name": "goals", "status": "failed"}]}, "goals failed"),
+        ("profile", None, "there is no profile in it"),
+    ],
+)
+def test_what_is_not_published(checked, part, change, says):
+    root, bundle = checked
+    content = json.loads(bundle.read_text())
+    content[part] = change and content[part] | change
+    bundle.write_text(json.dumps(content))
+    with pytest.raises(publish.PublishError, match=says):
+        publish.publish(bundle, root)
+    assert not list((root / "profiles").iterdir())
+    if "failed" in says:
+        assert publish.publish(bundle, root, even_if_failed=True)
