@@ -23,6 +23,7 @@ ORIGIN = ("command", "date", "device", "target", "versions", "git_commit")
 OTHER_KINDS = {
     "points": "reliability curves of bench_calibration; give them with --reliability",
     "draft_extend": "a cost profile; give it with --profile",
+    "paper_gpu": "simulated GPUs of bench_gpus",
 }
 OTHER_ROWS = {
     "setting": "replays of bench_sweep",

@@ -42,6 +42,7 @@ class Text:
         ease: mean of the log odds of the best child: a number, one for each request, or what
             returns that for the number of a step.
         is_greedy: [B] bool, whether the target chooses greedily; None for no request.
+        decay: by how much more each layer's chances are below what the draft says.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Text:
         seed: int,
         ease: float | np.ndarray | Callable[[int], float] = 1.0,
         is_greedy: np.ndarray | None = None,
+        decay: float = 0.03,
     ) -> None:
+        self._decay = decay
         self.rng = np.random.default_rng(seed)
         self._ease = ease if callable(ease) else lambda step: ease
         self.is_greedy = np.zeros(batch_size, bool) if is_greedy is None else is_greedy
@@ -72,7 +75,8 @@ class Text:
         """Return the requests at all these steps, as one batch of whole batches."""
         odds = np.stack(self.odds[1:])[first:last]
         odds = odds[:: max(1, odds.size // most)]
-        text = Text(1, 0, is_greedy=np.broadcast_to(self.is_greedy, odds.shape).ravel())
+        is_greedy = np.broadcast_to(self.is_greedy, odds.shape).ravel()
+        text = Text(1, 0, is_greedy=is_greedy, decay=self._decay)
         text.odds = [odds.ravel()]
         return text
 
@@ -91,7 +95,7 @@ class Text:
         surer = GREEDY_ODDS * best / (1.0 + (GREEDY_ODDS - 1.0) * best)
         others = probs[..., 1:] * (1.0 - surer) / np.maximum(1.0 - best, 1e-12)
         greedy = np.concatenate((surer, others), axis=2)
-        return np.where(self.is_greedy[:, None, None], greedy, probs) * (0.97 - 0.03 * depth)
+        return np.where(self.is_greedy[:, None, None], greedy, probs) * (0.97 - self._decay * depth)
 
 
 class Result(NamedTuple):
@@ -99,6 +103,8 @@ class Result(NamedTuple):
     times: np.ndarray  # per step, units
     prices: np.ndarray
     is_plain: np.ndarray
+    layers: np.ndarray  # per step: of the tree, 0 for a plain step
+    rows: np.ndarray  # per step: verified per request, in the mean
 
     def rate(self, first: int = 0, last: int | None = None) -> float:
         return float(self.tokens[first:last].sum() / self.times[first:last].sum())
@@ -160,6 +166,7 @@ def run(
     joint: bool = False,
     topk: int = TOPK,
     plans_chains: bool = False,
+    max_rows: int = TOKENS,
 ) -> Result:
     """Run a policy as a worker does: speculate, grow, rerank, verify, observe.
 
@@ -168,6 +175,7 @@ def run(
         joint: share one budget of nodes out among the requests, which may then differ in rows.
         topk: children of a node; 1 for chains.
         plans_chains: as of `Decider`.
+        max_rows: the most rows that a step may verify per request.
     """
     if isinstance(server, StepCosts):
         server = ByTable(server)
@@ -190,19 +198,24 @@ def run(
             weights=None,
             missing_rows=0,
             max_layers=LAYERS,
-            max_rows=TOKENS,
+            max_rows=max_rows,
         )
         is_plain = not decider.begin_step(facts).drafts
-        tree = PLAIN if is_plain else drafted(decider, text, acceptance, topk)
+        tree = PLAIN if is_plain else drafted(decider, text, acceptance, topk, max_rows)
         time = server.units(tree, costs)
         if not is_plain:
             decider.end_step(batch_size, tree.accepted, tree.units(costs))
-        rows.append((tree.tokens, time, price, is_plain))
+        layers = 0 if is_plain else len(tree.widths) + 1
+        rows.append((tree.tokens, time, price, is_plain, layers, tree.mean_rows))
     return Result(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 def drafted(
-    decider: Decider, text: Text, acceptance: Acceptance | None, topk: int = TOPK
+    decider: Decider,
+    text: Text,
+    acceptance: Acceptance | None,
+    topk: int = TOPK,
+    max_rows: int = TOKENS,
 ) -> Drafted:
     """Draft and verify the tree that the decider chooses, by the text's probabilities."""
     batch_size, kinds = len(text.is_greedy), torch.from_numpy(text.kinds)
@@ -228,7 +241,7 @@ def drafted(
         chances = tree.grow(frontier, width, *layer(width, tree.num_layers + 1))
         decider.expanded(frontier.scores, chances)
         widths.append(width)
-    ranked = tree.ranked(TOKENS - 1)
+    ranked = tree.ranked(max_rows - 1)
     size, num_rows = decider.rows(ranked.scores)
     mean_rows = size if num_rows is None else float(num_rows.mean())
     selection = tree.select(ranked, size, None if num_rows is None else torch.from_numpy(num_rows))
@@ -344,10 +357,10 @@ def best_fixed(
     return best
 
 
-def gains_of(layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def gains_of(layers: list[tuple[np.ndarray, np.ndarray]], max_rows: int = TOKENS) -> np.ndarray:
     """Return the accepted drafts to expect of the 1.. best nodes of full trees."""
     scores, true = (np.concatenate(part, 1) for part in zip(*layers, strict=True))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, : TOKENS - 1]
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : max_rows - 1]
     return np.take_along_axis(true, order, axis=1).mean(axis=0).cumsum()
 
 
@@ -363,6 +376,7 @@ def fixed_rate(
     shape: tuple[int, int, int],
     first: int = 0,
     last: int | None = None,
+    max_rows: int = TOKENS,
 ) -> float:
     """Return the rate of a fixed tree, (steps, topk, tokens), on some steps of a text."""
     steps, topk, size = shape
@@ -370,7 +384,7 @@ def fixed_rate(
     requests = text.all_at_once(first=first, last=last)
     repeats = -(-2000 // len(requests.is_greedy))
     for _ in range(repeats):
-        tokens += 1.0 + float(gains_of(full_trees(requests, topk)[:steps])[size - 2])
+        tokens += 1.0 + float(gains_of(full_trees(requests, topk)[:steps], max_rows)[size - 2])
     return tokens / repeats / fixed_units(costs, shape)
 
 
