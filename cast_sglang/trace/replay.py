@@ -245,7 +245,8 @@ class Replay:
                 fitting = self._extend_graphs.fit(batch_size, int(extend_rows), most)
                 extend_rows = max(extend_rows, fitting or 0.0)
         elif self._header.is_ragged:
-            extend_rows = 1.0 + float(accepted.mean())
+            # As the server divides, to the last bit: the bonus tokens are part of the sum.
+            extend_rows = float(accepted.sum() + batch_size) / batch_size
         else:
             extend_rows = 1.0 + float(accepted.max())
         # A sum of chances can exceed the depth by a rounding error.

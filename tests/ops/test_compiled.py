@@ -68,6 +68,16 @@ def arguments(function, rng, batch, n):
             shares_out,
             bool(flags[1, 0, 0]),
         ),
+        "_best_length": (
+            floats(rng, n, dtype=np.float64),
+            best_scores(rng, 1, batch)[0],
+            np.zeros((batch, n), np.float32),
+            np.sort(floats(rng, n + 2)),
+            float(rng.random()),
+            2.0,
+            n,
+            shares_out,
+        ),
         "select_count": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 2.0),
         "pooled": (best_scores(rng, batch, n), np.sort(floats(rng, 1 + n // 2))),
         "_share_out_surprise": (
