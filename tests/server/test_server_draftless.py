@@ -15,6 +15,7 @@ from tests.server.client import generate, greedy_ids, in_parallel, post_generate
 from tests.server.conftest import NUM_TOKENS, REQUEST_FLAGS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
 from tests.server.test_server_laws import ALPHA, sample
+from tests.support.profiles import write_profile
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
@@ -22,8 +23,10 @@ ROWS = 12
 
 
 @pytest.fixture(scope="module")
-def draftless(start_server: ServerFactory, made_up_profile) -> Iterator[Server]:
-    flags = ("--cast-profile", str(made_up_profile), "--cast-residuals", "off")
+def draftless(start_server: ServerFactory, tmp_path_factory) -> Iterator[Server]:
+    """A server for which rows cost next to nothing, so that every copy is worth a try."""
+    profile = write_profile(tmp_path_factory.mktemp("profiles") / "cheap-rows.json", row_us=1.0)
+    flags = ("--cast-profile", str(profile), "--cast-residuals", "off")
     flags += ("--speculative-num-draft-tokens", str(ROWS), *REQUEST_FLAGS)
     with start_server("cast+draft=none", *flags, name="draftless") as server:
         yield server
