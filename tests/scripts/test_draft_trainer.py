@@ -15,25 +15,13 @@ sys.path.insert(0, str(SCRIPTS))
 from draft_trainer import answers, distill, evaluate, export, loop, vocabulary  # noqa: E402
 from draft_trainer.decoder import Decoder, Request  # noqa: E402
 from draft_trainer.draft_model import Draft, init_from_target  # noqa: E402
-from draft_trainer.layers import Shape, usual_aux_layers  # noqa: E402
+from draft_trainer.layers import usual_aux_layers  # noqa: E402
 from draft_trainer.loss import head_loss  # noqa: E402
 from draft_trainer.rows import Row, RowStore  # noqa: E402
 from draft_trainer.target_model import Target  # noqa: E402
 
-SMALL = Shape(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=512,
-    aux_layer_ids=(0, 1, 2),
-)
-ALL_TOKENS = torch.arange(SMALL.vocab_size)
+from tests.support.small_models import ALL_TOKENS, SMALL, with_opinions  # noqa: E402
+
 STOP = 5
 
 
@@ -55,7 +43,7 @@ class LetterTokenizer:
 def target() -> Target:
     """An untrained target with weights large enough to have opinions."""
     torch.manual_seed(0)
-    return _with_opinions(Target(SMALL))
+    return with_opinions(Target(SMALL))
 
 
 @pytest.fixture
@@ -68,16 +56,9 @@ def store(target, tmp_path) -> RowStore:
     return store
 
 
-def _with_opinions(model):
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(8)
-    return model.eval()
-
-
 def _draft(tokens: torch.Tensor = ALL_TOKENS) -> Draft:
     torch.manual_seed(1)
-    return _with_opinions(Draft(SMALL, tokens))
+    return with_opinions(Draft(SMALL, tokens))
 
 
 def _requests(temperature: float = 0.0) -> deque[Request]:

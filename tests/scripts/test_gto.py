@@ -18,14 +18,9 @@ from draft_trainer.evaluate import TreeShape  # noqa: E402
 from draft_trainer.gto_trees import Chooser, Load, Trees, judge  # noqa: E402
 from draft_trainer.one_pass import CascadeDraft, ParallelDraft  # noqa: E402
 
-from tests.scripts.test_one_pass_heads import (  # noqa: E402
-    ALL_TOKENS,
-    SMALL,
-    store,
-    target,
-    with_opinions,
-)
+from tests.scripts.test_one_pass_heads import store, target  # noqa: E402
 from tests.support.profiles import write_profile  # noqa: E402
+from tests.support.small_models import ALL_TOKENS, SMALL, with_opinions  # noqa: E402
 
 __all__ = ["store", "target"]  # fixtures
 

@@ -14,34 +14,14 @@ sys.path.insert(0, str(SCRIPTS))
 
 from draft_trainer import distill, evaluate, export, loop  # noqa: E402
 from draft_trainer.draft_model import Draft, init_from_target  # noqa: E402
-from draft_trainer.layers import Shape, attend_causal, rope_tables  # noqa: E402
+from draft_trainer.layers import attend_causal, rope_tables  # noqa: E402
 from draft_trainer.one_pass import CascadeDraft, ParallelDraft  # noqa: E402
 from draft_trainer.rows import RowStore  # noqa: E402
 from draft_trainer.target_model import Target  # noqa: E402
 
-SMALL = Shape(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=512,
-    aux_layer_ids=(0, 1, 2),
-)
-ALL_TOKENS = torch.arange(SMALL.vocab_size)
+from tests.support.small_models import ALL_TOKENS, SMALL, with_opinions  # noqa: E402
+
 LENGTHS = (20, 28, 12)
-
-
-def with_opinions(model):
-    """Return an untrained model with weights large enough to have opinions."""
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(8)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

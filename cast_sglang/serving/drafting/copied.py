@@ -109,9 +109,8 @@ class CopyDraftWorker(EagleDraftWorkerBase):
             device=self.device,
         )
         verify_input.num_rows = num_rows
-        verify_input.rows_with_nodes = 1 + np.minimum(grafts.counts, num_nodes)
-        if num_rows is not None:
-            verify_input.rows_with_nodes = num_rows
+        found = 1 + np.minimum(grafts.counts, num_nodes)
+        verify_input.rows_with_nodes = found if num_rows is None else num_rows
         return verify_input
 
     def draft_extend(self) -> None:
