@@ -2,8 +2,8 @@
 
 SGLang's verify knows temperature, top-k and top-p, and cuts by top-k before top-p. Here it cuts as
 the sampler of plain decoding does, min-p included, at every node of a tree; drafts that were drawn
-at random are accepted by rejection; and a request that the tree cannot serve exactly gets its one
-token from that sampler itself.
+at random are accepted by rejection; and a request that the tree cannot serve exactly, or that has
+no tree, gets its one token from that sampler itself.
 """
 
 from __future__ import annotations
@@ -73,14 +73,19 @@ def sample_as_plain(
         indices of the accepted nodes.
     """
     info, drawn = batch.sampling_info, getattr(verify_input, "drawn", None)
-    if kwargs.get("watermark_state") is not None and info.has_watermark_candidates:
-        drawn = None  # SGLang's verify, which marks the text, is exact for any drafts
-    if (_needs is None and drawn is None) or batch.forward_mode.is_idle():
-        return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
     rows, logits = verify_input.draft_token_num, logits_output.next_token_logits
+    is_root_alone = rows == 1
+    if kwargs.get("watermark_state") is not None and info.has_watermark_candidates:
+        # SGLang's verify, which marks the text, is exact for any drafts.
+        drawn, is_root_alone = None, False
+    suffices = _needs is None and drawn is None and not is_root_alone
+    if suffices or batch.forward_mode.is_idle():
+        return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
     if drawn is not None:
         sanitize_nan_logits(logits, "verify: target model logits")
     _bias(logits, info, rows, grammar_mask)
+    if is_root_alone:
+        return _plain_step(logits, batch, verify_input)
     if drawn is not None:
         found = _accept_drawn(drawn, logits, batch, verify_input)
         return _with_plain_tokens(found, logits, batch, verify_input, rows)
@@ -251,26 +256,48 @@ def _with_plain_tokens(
     if _needs is None or (is_plain := _needs.is_plain) is None:
         return found
     predict, accept_lens, accept_index = found
-    assert _sampler is not None
     roots = torch.arange(len(is_plain), device=logits.device) * rows
     mask = to_device(is_plain, logits.device)
-    info, root_logits = batch.sampling_info, logits[roots]
-    if info.has_custom_logit_processor:
-        # Into the logits as well, from which log probabilities are read.
-        apply_custom_logit_processor(root_logits, info)
+    root_logits = logits[roots]
+    tokens = _plain_tokens(root_logits, batch.sampling_info, verify_input.positions[roots])
+    if batch.sampling_info.has_custom_logit_processor:
         logits[roots] = torch.where(mask[:, None], root_logits, logits[roots])
-        info = dataclasses.replace(info, has_custom_logit_processor=False)
-    tokens = _sampler(
-        LogitsProcessorOutput(next_token_logits=root_logits),
-        info,
-        False,
-        [],
-        [],
-        verify_input.positions[roots],
-    )
-    if get_parallel().tp_size > 1:
-        get_tp_group().broadcast(tokens, src=0)
     predict[roots] = torch.where(mask, tokens.to(predict.dtype), predict[roots])
     accept_lens.masked_fill_(mask, 1)
     accept_index[:, 1:].masked_fill_(mask[:, None], -1)
     return predict, accept_lens, accept_index
+
+
+def _plain_step(logits: torch.Tensor, batch: ScheduleBatch, verify_input: Any) -> Sampled:
+    """Sample where the root alone is verified: one token of each request, as plain decoding does.
+
+    Args:
+        logits: [B, V], biased.
+    """
+    batch_size, device = len(logits), logits.device
+    tokens = _plain_tokens(logits, batch.sampling_info, verify_input.positions)
+    shape = batch_size, verify_input.max_tree_depth
+    accept_index = torch.full(shape, -1, dtype=torch.int32, device=device)
+    accept_index[:, 0] = torch.arange(batch_size, dtype=torch.int32, device=device)
+    return tokens.to(torch.int32), torch.ones_like(accept_index[:, 0]), accept_index
+
+
+def _plain_tokens(
+    logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor
+) -> torch.Tensor:
+    """Return [B], the token of each request that the sampler of plain decoding draws.
+
+    Args:
+        logits: [B, V], biased; what custom logit processors change is written into them, since log
+            probabilities are read from them.
+    """
+    assert _sampler is not None
+    if info.has_custom_logit_processor:
+        apply_custom_logit_processor(logits, info)
+        info = dataclasses.replace(info, has_custom_logit_processor=False)
+    # The sampler writes probabilities over what it is given.
+    output = LogitsProcessorOutput(next_token_logits=logits.clone())
+    tokens: torch.Tensor = _sampler(output, info, False, [], [], positions)
+    if get_parallel().tp_size > 1:
+        get_tp_group().broadcast(tokens, src=0)
+    return tokens

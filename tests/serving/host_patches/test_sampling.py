@@ -307,6 +307,33 @@ def test_drawn_drafts_are_accepted_by_rejection_beside_greedy_and_plain_requests
     assert {part.dtype for part in (predict, lens, index)} == {torch.int32}
 
 
+@pytest.mark.parametrize("needs", [None, SamplingNeeds(True, np.array([True, False, True]))])
+def test_where_nothing_is_drafted_the_sampler_of_plain_decoding_serves_all(needs):
+    info = make_info(*REQUESTS[:3])
+    logits = make_logits(0, info)[::ROWS].contiguous()
+    info.logit_bias = torch.zeros_like(logits)
+    info.logit_bias[1, 2] = 50.0
+    output = SimpleNamespace(next_token_logits=logits)
+    verify_input = SimpleNamespace(
+        draft_token_num=1, positions=torch.tensor([5, 6, 7]), max_tree_depth=2
+    )
+    seen = []
+
+    def sampler(output, info, return_logprob, top, ids, positions):
+        seen.append(positions.tolist())
+        tokens = output.next_token_logits.argmax(-1)
+        output.next_token_logits.zero_()  # SGLang's own works in place
+        return tokens
+
+    with sampling_as_plain(needs, sampler):
+        predict, lens, index = sample_as_plain(None, verify_input, Batch(info), output)
+    assert predict.tolist() == logits.argmax(-1).tolist() and predict[1] == 2
+    assert logits.any()
+    assert lens.tolist() == [1, 1, 1] and index.tolist() == [[0, -1], [1, -1], [2, -1]]
+    assert seen == [[5, 6, 7]]
+    assert {part.dtype for part in (predict, lens, index)} == {torch.int32}
+
+
 def test_marked_texts_are_left_to_sglang_s_verify():
     info = make_info(*REQUESTS)
     info.has_watermark_candidates = True
