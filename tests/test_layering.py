@@ -42,11 +42,11 @@ SERVING_FLOORS = (
     "worker",
     "drafting",
     "learned",
-    "graphs served_costs",
+    "graphs served_costs request_checks",
     "host_patches trace_recorder calibration copies",
     "weight_updates",
     "step",
-    "launch requests request_checks pass_clock host_reads row_packing stats",
+    "launch requests pass_clock host_reads row_packing stats",
     "step_room texts heads",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_encode
 from sglang.srt.managers.utils import MsgpackDecodeError, msgpack_decode_explained
-from sglang.srt.runtime_context import get_spec
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
 from cast_sglang.errors import ConfigError
 from cast_sglang.policy.request_modes import parse_mode, parse_pool
+from cast_sglang.serving.host_patches.hooks import is_cast
 
 __all__ = ["check_count", "check_request", "check_sampling"]
 
@@ -47,7 +47,7 @@ def check_count(request: Any, *args: Any, **kwargs: Any) -> None:
     params = request.sampling_params
     first = params[0] if isinstance(params, list) and params else params
     n = first.get("n") if isinstance(first, dict) else None
-    if not _is_cast() or not isinstance(n, int):
+    if not is_cast() or not isinstance(n, int):
         return
     prompts = request.input_ids if request.text is None else request.text
     is_single = isinstance(prompts, str) or not prompts or isinstance(prompts[0], int)
@@ -71,7 +71,7 @@ def check_sampling(
     Raises:
         ConfigError: names the parameter, its value and what is allowed.
     """
-    if not _is_cast():
+    if not is_cast():
         return
     parse_mode(params.custom_params)
     parse_pool(params.custom_params)
@@ -105,7 +105,7 @@ def check_request(tokenized: Any, manager: Any, request: Any, *args: Any, **kwar
     Raises:
         ConfigError: names the field, its value and what is allowed.
     """
-    if not _is_cast() or not isinstance(tokenized, TokenizedGenerateReqInput):
+    if not is_cast() or not isinstance(tokenized, TokenizedGenerateReqInput):
         return
     _check_types(tokenized)
     vocab_size, num_tokens = manager.model_config.vocab_size, len(tokenized.input_ids or ())
@@ -170,7 +170,3 @@ def _check_range(name: str, values: Sequence[int] | None, end: int, of: str) -> 
             f"{name}[{place}]={numbers[place]}: {of} has {end} tokens, so it must be in "
             f"[0, {end - 1}]"
         )
-
-
-def _is_cast() -> bool:
-    return get_spec().speculative_algorithm == "CAST"

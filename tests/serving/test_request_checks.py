@@ -9,7 +9,7 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.serving import request_checks
+from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.request_checks import check_count, check_request, check_sampling
 
 VOCABULARY = 100
@@ -26,7 +26,7 @@ def algorithm(monkeypatch):
 
     def choose(name):
         spec = SimpleNamespace(speculative_algorithm=name)
-        monkeypatch.setattr(request_checks, "get_spec", lambda: spec)
+        monkeypatch.setattr(hooks, "get_spec", lambda: spec)
 
     choose("CAST")
     return choose
