@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pad a Llama target and its EAGLE-3 draft to a larger size without changing what they compute.
+"""Pad a Llama target and its draft head to a larger size without changing what they compute.
 
     python scripts/inflate_model.py --model-path models/tiny/target \\
         --draft-path models/tiny/draft --output-dir out/tiny-170m --target-params 170M
@@ -143,11 +143,14 @@ def inflate_tensor(name: str, tensor: torch.Tensor, old: Sizes, new: Sizes) -> t
     kind = ".".join(name.split(".")[-2:])
     if kind in ("d2t", "t2d"):
         return tensor
-    if kind.endswith("norm.weight"):
+    if kind in ("mask_embed", "mask_hidden"):  # of a parallel head
+        return _pad_columns(tensor[None], *hidden)[0]
+    # A norm, or one of the norms of a head's inputs.
+    if kind.endswith("norm.weight") or name.startswith("fc_norm."):
         scale = math.isqrt(new.hidden_size // old.hidden_size)
         return _pad_columns(tensor[None] / scale, *hidden)[0]
     if kind not in rows_and_columns:
-        raise ValueError(f"cannot pad the tensor {name}: only plain Llama and EAGLE-3 weights")
+        raise ValueError(f"cannot pad the tensor {name}: it is of no plain Llama and no known head")
     (old_rows, new_rows), columns = rows_and_columns[kind]
     wide = _pad_columns(tensor, *columns)
     return torch.cat([wide, wide.new_zeros(new_rows - old_rows, wide.shape[1])])
@@ -168,7 +171,8 @@ def inflate_pair(
 
     Args:
         model_path: a Llama checkpoint.
-        draft_path: its EAGLE-3 draft, or None to inflate the target alone.
+        draft_path: its draft, a head that `train_draft.py` wrote or another EAGLE-3 head; None to
+            inflate the target alone.
         width_factor: factor on hidden size and head counts: 1, 4 or 16.
         extra_layers: layers added that change nothing.
         intermediate_size: MLP width of the target; default: the trained one times `width_factor`.
@@ -239,7 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-path", type=Path, required=True, help="trained Llama target")
-    parser.add_argument("--draft-path", type=Path, help="its EAGLE-3 draft")
+    parser.add_argument("--draft-path", type=Path, help="its draft head")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets target/ and draft/")
     parser.add_argument("--width-factor", type=int, default=4, help="1, 4 or 16 (default: 4)")
     parser.add_argument("--extra-layers", type=int, default=0, help="layers added (default: 0)")

@@ -15,7 +15,8 @@ there are more cores, run `answers` several times, each with data and a --work f
 and name these folders by --other-work later.
 
 With --phase gto the stage `draft` tunes a trained head for the trees that a server of a given
-profile and batch size verifies; it starts from --reference, and its own output is --out.
+profile and batch size verifies; it starts from --reference, and its own output is --out. With
+--gto-profile `eval` also says what the target accepts of such trees, for any head.
 
 A data file has a JSON object a line: {"turns": [QUESTION, ...]}, {"prompt": TEXT} to be continued,
 or {"text": TEXT} to be learned as it is.
@@ -55,6 +56,7 @@ from rich.progress import Progress
 
 if TYPE_CHECKING:
     from draft_trainer.gto import GtoSettings
+    from draft_trainer.target_model import Target
 
 STAGES = ("answers", "vocabulary", "draft", "eval", "card")
 PHASES = {"distill": "draft", "gto": "gto"}  # and the name of their state in the work folder
@@ -134,14 +136,15 @@ class Pipeline:
             Rates(slower * args.matrix_lr, slower * args.head_lr),
         )
 
-    def _gto_settings(self) -> "GtoSettings":
+    def _gto_settings(self, most_steps: int | None = None) -> "GtoSettings":
         from draft_trainer.gto import GtoSettings
         from draft_trainer.gto_trees import Load
 
         args = self.args
+        num_steps, *sizes = args.gto_tree
         return GtoSettings(
             Load(args.gto_profile, args.gto_batch, args.gto_context),
-            TreeShape(*args.gto_tree),
+            TreeShape(min(num_steps, most_steps or num_steps), *sizes),
             args.gto_group,
             args.gto_groups,
             args.gto_reward,
@@ -179,6 +182,7 @@ class Pipeline:
                 simulate_accept_lens(target, draft, store, row, tree)
                 for row in self.progress_bar.track(rows, description="eval")
             ]
+            served = self._served(draft, target, store, rows)
         lengths = [length for request in requests for length in request]
         run = loop.read_state(self.work_dir, PHASES[args.phase])
         evaluation = {
@@ -186,6 +190,8 @@ class Pipeline:
             "agreement": steps.agreement.tolist(),
             "accept_length": sum(lengths) / max(1, len(lengths)),
             "accept_len_histogram": dict(sorted(Counter(lengths).items())),
+            "prompts": [[len(request), sum(request)] for request in requests],  # steps, tokens
+            "served": served,
             "eval_data": [path.name for path in args.eval_data] or ["held-out answers"],
             "num_prompts": len(rows),
             "num_new_tokens": EVAL_TOKENS,
@@ -204,6 +210,17 @@ class Pipeline:
         export.write_json(self.output_dir / "evaluation.json", evaluation)
         print(f"accept length {evaluation['accept_length']:.3f}, agreement", end=" ")
         print(", ".join(f"{part:.1%}" for part in evaluation["agreement"]))
+
+    def _served(
+        self, draft: Head, target: "Target", store: Rows, rows: list[Row]
+    ) -> list[dict[str, float]]:
+        """Return what `served_trees` says of rows, where a cost profile is given."""
+        if not self.args.gto_profile:
+            return []
+        from draft_trainer.gto import served_trees
+
+        found = served_trees(draft, target, store, rows, self._gto_settings(draft.num_steps))
+        return [trees._asdict() for trees in found]
 
     def card(self) -> None:
         """Write the model card from the evaluation."""
@@ -318,10 +335,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gto-groups", type=int, default=16, metavar="N", help="groups a text (default: 16)")
     add(
         "--gto-reward",
-        choices=("smooth", "expected", "priced"),
+        choices=("smooth", "expected", "priced", "none"),
         default="smooth",
         help="what a tree is worth: the smooth maximum of its paths' expected lengths, its "
-        "expected accepted tokens, or these less the price of its rows (default: smooth)",
+        "expected accepted tokens, these less the price of its rows, or nothing, which leaves the "
+        "ordinary loss alone (default: smooth)",
     )
     add(
         "--gto-debias",

@@ -19,6 +19,7 @@ place of one shape, are this project's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ CLIP = 0.2  # as is common for clipped surrogates
 DELTA = 1e-6
 # By how much tuning is slower than training: 5e-6 after 1e-4 in the paper.
 RATE_FACTOR = 1 / 20
-REWARDS = ("smooth", "expected", "priced")
+REWARDS = ("smooth", "expected", "priced", "none")
 NUM_EVALUATED = 8  # held-out rows whose trees are judged
+GROUPS_EVALUATED = 4  # of the prefixes of each
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class GtoSettings:
     Attributes:
         reward: "smooth", the smooth maximum over paths of the expected accepted length;
             "expected", the expected accepted tokens; "priced", these less what the tree's rows cost
-            at the price that the policy has found.
+            at the price that the policy has found; "none", no tree is worth anything: the token
+            loss alone, for comparison.
         debias: the worth of the reference's trees is taken off.
     """
 
@@ -126,6 +129,45 @@ def path_log_probs(
     return total / path_lens.clamp(min=1)
 
 
+def choose_and_judge(
+    chooser: Chooser, draft: Head, target: Target, text: Text, bases: torch.Tensor
+) -> tuple[Trees, Judged]:
+    """Return the trees behind prefixes [P] of a text and what the target says of them."""
+    trees = chooser.choose(draft, target, text.embeds, text.features, bases)
+    judged = judge(target, text.committed, text.states[bases + 1], bases, trees)
+    chooser.learn(trees, judged)
+    return trees, judged
+
+
+class Served(NamedTuple):
+    """Means over the trees of a text; accepted tokens are without the bonus token."""
+
+    expected: float  # accepted tokens where they are sampled at temperature 1
+    greedy: float  # accepted tokens of greedy decoding
+    num_rows: float  # verified, the root's among them
+
+
+def served_trees(
+    draft: Head, target: Target, store: Rows, rows: list[Row], settings: GtoSettings
+) -> list[Served]:
+    """Return what the target accepts of the trees that a server verifies, for each row.
+
+    Rows too short for a group are left out.
+    """
+    draw, found = np.random.default_rng(0), []
+    chooser = Chooser(settings.load, settings.envelope)
+    for row in rows:
+        text, accepted = Text(target, store, row), []
+        for bases in draw_groups(text.bases, settings.group_size, GROUPS_EVALUATED, draw):
+            trees, judged = choose_and_judge(chooser, draft, target, text, bases)
+            expected = [reward.expected for reward in judged.rewards]
+            lens, num_rows = judged.path_lens.tolist(), trees.num_rows.tolist()
+            accepted += zip(expected, lens, num_rows, strict=True)
+        if accepted:
+            found.append(Served(*np.mean(accepted, axis=0).tolist()))
+    return found
+
+
 class GtoTask(DraftTask):
     """Tuning on the rows of a store; see the top of this file.
 
@@ -158,6 +200,8 @@ class GtoTask(DraftTask):
     def batch(self, first_window: int, progress: float) -> BatchResult:
         """Train on a few rows as before, and on the trees behind prefixes of one of them."""
         result = super().batch(first_window, progress)
+        if self._settings.reward == "none":
+            return result
         draw = np.random.default_rng((result.num_windows, first_window))
         row = self._train_rows[int(draw.integers(len(self._train_rows)))]
         return BatchResult(
@@ -172,10 +216,11 @@ class GtoTask(DraftTask):
             return torch.zeros(())
         rewards, judged = [], []
         for bases in groups:
-            trees, own = self._judged(self._own, self.model, text, bases)
+            trees, own = choose_and_judge(self._own, self.model, self._target, text, bases)
             reward = self._reward(trees, own)
             if settings.debias:
-                reward -= self._reward(*self._judged(self._other, self._reference, text, bases))
+                other = self._other, self._reference
+                reward -= self._reward(*choose_and_judge(*other, self._target, text, bases))
             rewards.append(reward)
             judged.append(own)
         advantage = advantages(torch.stack(rewards)).flatten()
@@ -193,22 +238,10 @@ class GtoTask(DraftTask):
     def evaluate(self) -> dict[str, float]:
         """Return held-out numbers, among them what the target accepts of trees as served."""
         values = super().evaluate()
-        draw, expected = np.random.default_rng(0), []
-        chooser = Chooser(self._settings.load, self._settings.envelope)
-        for row in self._heldout_rows[:NUM_EVALUATED]:
-            text = Text(self._target, self._store, row)
-            for bases in draw_groups(text.bases, self._settings.group_size, 4, draw):
-                _, judged = self._judged(chooser, self.model, text, bases)
-                expected += [reward.expected for reward in judged.rewards]
+        rows = self._heldout_rows[:NUM_EVALUATED]
+        found = served_trees(self.model, self._target, self._store, rows, self._settings)
+        expected = [trees.expected for trees in found]
         return values | ({"tree_accepted": float(np.mean(expected))} if expected else {})
-
-    def _judged(
-        self, chooser: Chooser, draft: Head, text: Text, bases: torch.Tensor
-    ) -> tuple[Trees, Judged]:
-        trees = chooser.choose(draft, self._target, text.embeds, text.features, bases)
-        judged = judge(self._target, text.committed, text.states[bases + 1], bases, trees)
-        chooser.learn(trees, judged)
-        return trees, judged
 
     def _reward(self, trees: Trees, judged: Judged) -> torch.Tensor:
         """Return [P] float32, what each tree is worth."""

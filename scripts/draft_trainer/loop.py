@@ -1,4 +1,4 @@
-"""The training loop of both models: wall-clock schedule, log, checkpoints, resume."""
+"""The training loop of both models: schedule by time, log, checkpoints, resume."""
 
 import csv
 import time
@@ -64,7 +64,7 @@ def train(
     Args:
         task: the model and its data.
         work_dir: holds `<name>.pt`, the state to resume from, and `<name>_loss.csv`.
-        minutes: training time of all runs together, evaluation included.
+        minutes: training time of all runs together by `Clock`, evaluation included.
         progress_bar: shows time used and loss.
         checkpoint_seconds: time between checkpoints.
         rates: peak learning rates.
@@ -108,7 +108,9 @@ def make_progress_bar() -> Progress:
 
 
 def read_state(work_dir: Path, name: str) -> RunState:
-    """Return where the last checkpoint of a task stands."""
+    """Return where the last checkpoint of a task stands; a run without one is at its beginning."""
+    if not (work_dir / f"{name}.pt").exists():
+        return RunState()
     return RunState(**torch.load(work_dir / f"{name}.pt", weights_only=True)["run"])
 
 

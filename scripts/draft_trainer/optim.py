@@ -1,4 +1,4 @@
-"""The optimizers and the learning rate, which follows the clock and not a step count."""
+"""The optimizers and the learning rate, which follows a clock and not a step count."""
 
 import time
 from dataclasses import dataclass
@@ -19,16 +19,20 @@ class Rates:
 
 
 class Clock:
-    """Training time used and allowed, in seconds; time before a resume counts."""
+    """Training time used and allowed, in seconds; time before a resume counts.
+
+    It is the time that the calling thread computes: none passes while other work has its core, or
+    while the process is stopped. So runs of as many minutes compare on a shared machine.
+    """
 
     def __init__(self, minutes: float, used_seconds: float = 0.0) -> None:
         self._budget = 60 * minutes
-        self._start = time.monotonic() - used_seconds
+        self._start = time.thread_time() - used_seconds
 
     @property
     def used_seconds(self) -> float:
         """Seconds of training so far."""
-        return time.monotonic() - self._start
+        return time.thread_time() - self._start
 
     @property
     def progress(self) -> float:

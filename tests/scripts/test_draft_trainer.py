@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.progress import Progress
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from draft_trainer import answers, distill, evaluate, export, loop, vocabulary  # noqa: E402
+from draft_trainer import answers, distill, evaluate, export, loop, optim, vocabulary  # noqa: E402
 from draft_trainer.decoder import Decoder, Request  # noqa: E402
 from draft_trainer.draft_model import Draft, init_from_target  # noqa: E402
 from draft_trainer.layers import usual_aux_layers  # noqa: E402
@@ -366,6 +367,12 @@ def test_training_brings_the_draft_nearer(target, store, tmp_path):
     after = distill.heldout_steps(draft, target, store, store.rows[:2]).loss
     assert after < trained
     assert before != task.evaluate()["heldout_loss"]
+
+
+def test_time_that_is_not_computed_is_no_training_time():
+    clock = optim.Clock(minutes=1.0, used_seconds=30.0)
+    time.sleep(0.5)
+    assert 30.0 <= clock.used_seconds < 30.4 and clock.progress >= 0.5
 
 
 def test_a_draft_is_read_as_it_was_saved(target, tmp_path):

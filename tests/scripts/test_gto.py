@@ -218,6 +218,31 @@ def test_tuning_runs_and_reports_what_trees_bring(target, store, load, tmp_path,
     assert (tmp_path / "gto.pt").exists() and (tmp_path / "gto_loss.csv").exists()
 
 
+@each_head
+def test_served_trees_are_judged_text_by_text(target, store, load, which):
+    head, settings = heads()[which], settings_of(load)
+    init_from_target(head, target)
+    found = gto.served_trees(head, target, store, store.rows[:2], settings)
+    assert len(found) == 2 and any(trees.expected > 0 for trees in found)
+    for trees in found:
+        assert 0 <= trees.greedy <= ENVELOPE.num_steps
+        assert 1 < trees.num_rows <= ENVELOPE.num_draft_tokens
+    # Of one text they are those of a chooser that has seen nothing else.
+    [alone] = gto.served_trees(head, target, store, store.rows[:1], settings)
+    assert alone == found[0]
+
+
+def test_without_a_reward_the_loss_is_the_ordinary_one(target, store, load):
+    head = heads()[0]
+    losses = [
+        task_of(target, store, head, settings_of(load, reward=reward)).batch(0, 0.0).loss
+        for reward in ("none", "smooth")
+    ]
+    ordinary = task_of(target, store, head, settings_of(load))
+    expected = super(gto.GtoTask, ordinary).batch(0, 0.0).loss
+    assert torch.equal(losses[0], expected) and losses[1].isfinite()
+
+
 def test_trees_of_a_head_are_no_deeper_than_it_drafts(target, store, load):
     deep = gto.GtoSettings(load, TreeShape(num_steps=4, topk=3, num_draft_tokens=8))
     with pytest.raises(ValueError, match="3 layers at most"):

@@ -14,6 +14,7 @@ import inflate_model
 from draft_trainer import export
 from draft_trainer.draft_model import Draft
 from draft_trainer.layers import Shape
+from draft_trainer.one_pass import CascadeDraft, ParallelDraft
 
 SHAPE = Shape(
     vocab_size=96,
@@ -122,6 +123,37 @@ def test_same_function(
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@torch.no_grad()
+def layer_logits(target_path: Path, draft_path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of all layers of a one-pass head behind two bases: [layers, 2, V]."""
+    target = load(target_path)
+    draft = export.load_draft(draft_path, num_target_layers=target.config.num_hidden_layers)
+    states = target(tokens, output_hidden_states=True).hidden_states
+    features = torch.cat([states[i + 1] for i in draft.shape.aux_layer_ids], dim=-1)
+    embeds = target.get_input_embeddings()(tokens)
+    bases = torch.tensor([[5, 17]])
+    unrolled = draft.unroll(embeds[:, 1:], features[:, :-1], bases, None, draft.num_steps)
+    return torch.stack([draft.logits(each.hidden[0]) for each in unrolled])
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("kind", [CascadeDraft, ParallelDraft])
+def test_heads_of_one_pass_keep_their_function(pair, tmp_path, kind, has_norms):
+    head = kind(SHAPE, torch.arange(SHAPE.vocab_size), has_norms, 3)
+    randomize(head, seed=4)
+    export.save_draft(head, tmp_path / "head")
+    inflate_model.inflate_pair(
+        pair[0], tmp_path / "head", tmp_path / "wide", extra_layers=1, dtype=torch.float32
+    )
+    tokens = torch.randint(SHAPE.vocab_size, (1, 24), generator=torch.Generator().manual_seed(3))
+    found = layer_logits(tmp_path / "wide/target", tmp_path / "wide/draft", tokens)
+    expected = layer_logits(pair[0], tmp_path / "head", tokens)
+    assert len(found) == head.num_steps
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    written = json.loads((tmp_path / "wide/draft/config.json").read_text())
+    assert written["num_hidden_layers"] == 3 and written["one_pass_depth"] == head.num_steps
 
 
 def test_default_capture_becomes_explicit(pair, tmp_path):

@@ -19,6 +19,8 @@ from tiny_pair import corpus, prompts  # noqa: E402
 from tiny_pair.target_checkpoint import SHAPE  # noqa: E402
 from tiny_pair.windows import WindowSampler  # noqa: E402
 
+from tests.support.profiles import write_profile  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 
@@ -95,6 +97,28 @@ def test_stages_resume_from_files(smoke):
     train_tiny_pair.main([*smoke_arguments(smoke), "--stage", "target"])
     torch.set_num_threads(num_threads)
     assert weights.read_bytes() == before
+
+
+def test_a_head_is_tuned_from_the_command_line(smoke, tmp_path):
+    pair, out = smoke / "pair", tmp_path / "tuned"
+    command = [sys.executable, str(SCRIPTS / "train_draft.py"), "--target", str(pair / "target")]
+    command += ["--other-work", str(smoke / "work/draft"), "--work", str(tmp_path / "work")]
+    command += ["--reference", str(pair / "draft"), "--phase", "gto", "--out", str(out)]
+    command += ["--gto-profile", str(write_profile(tmp_path / "made-up.json"))]
+    command += ["--gto-tree", "3", "4", "8", "--gto-group", "4", "--aux-layers", "1", "3", "6"]
+    command += ["--eval-data", str(pair / "heldout_prompts.jsonl"), "--minutes", "0.02"]
+    for stage in ("draft", "eval", "card"):
+        subprocess.run([*command, "--batch-tokens", "512", "--stage", stage], check=True)
+    tuned, before = (
+        export.load_draft(folder, num_target_layers=8) for folder in (out, pair / "draft")
+    )
+    assert not torch.equal(tuned.fc.weight, before.fc.weight)
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["steps"] >= 1 and len(evaluation["served"]) == evaluation["num_prompts"] == 2
+    for trees in evaluation["served"]:
+        assert 0 <= trees["expected"] <= trees["num_rows"] - 1 <= 7 and 0 <= trees["greedy"] <= 3
+    assert sum(length for _, length in evaluation["prompts"]) >= 2 * 120  # all new tokens
+    assert "then tuned by group trees" in (out / "README.md").read_text()
 
 
 def test_windows_repeat_only_after_an_epoch():
