@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import httpx
+import numpy as np
 
 from benchmarks.harness.arms import Arm
 from benchmarks.harness.servers import ServerError
@@ -17,6 +18,7 @@ CONFIDENCE = 0.95
 # Servers of the same settings differ by up to 5 % (docs/results.md). Ends that are no further apart
 # say as much as one start of the servers can.
 SETTLED_WIDTH = 0.05
+DRAWS = 2000  # of prompts; the ends of a range are then known to about a tenth of its width
 
 T = TypeVar("T")
 OnFailure = Callable[[Arm, Exception], None]
@@ -86,6 +88,32 @@ def interval(values: Sequence[float]) -> Ratio:
     return extent(values)._replace(
         low=round(sorted(values)[dropped], 4), high=round(sorted(values)[-1 - dropped], 4)
     )
+
+
+def ratio_of_sums(
+    ours: Sequence[Sequence[float]],
+    theirs: Sequence[Sequence[float]],
+    percent: float,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return a quotient of sums over that of others, and the range that holds so many percent.
+
+    The range is that of prompts drawn anew with replacement, the same for both.
+
+    Args:
+        ours, theirs: of each prompt dividend and divisor, such as tokens and passes.
+    """
+    pairs = np.array(ours, dtype=float), np.array(theirs, dtype=float)
+
+    def over(index: np.ndarray) -> np.ndarray:
+        mine, other = (each[index].sum(axis=-2) for each in pairs)
+        return np.asarray((mine[..., 0] / mine[..., 1]) / (other[..., 0] / other[..., 1]))
+
+    size = len(pairs[0])
+    drawn = np.random.default_rng(seed).integers(size, size=(DRAWS, size))
+    tail = (100.0 - percent) / 2
+    low, high = np.percentile(over(drawn), (tail, 100.0 - tail))
+    return float(over(np.arange(size))), float(low), float(high)
 
 
 def is_sure(num_rounds: int) -> bool:

@@ -24,6 +24,7 @@ OTHER_KINDS = {
     "points": "reliability curves of bench_calibration; give them with --reliability",
     "draft_extend": "a cost profile; give it with --profile",
     "paper_gpu": "simulated GPUs of bench_gpus",
+    "heads": "draft heads of bench_heads",
 }
 OTHER_ROWS = {
     "setting": "replays of bench_sweep",

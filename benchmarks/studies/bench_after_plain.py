@@ -21,13 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.harness.arms import parse_arm
 from benchmarks.harness.pairs import OUT, Pair, tiny_pair
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.servers import Server, exit_on_sigterm, serving
 from benchmarks.harness.talks import Reply, said_in_turns, take_turn
+from benchmarks.harness.turns import ratio_of_sums
 
 TREE = "+--speculative-num-steps=5+--speculative-eagle-topk=4+--speculative-num-draft-tokens=8"
 # Request mode of the first turn, and whether the cache is flushed before the second.
@@ -36,7 +35,7 @@ CONDITIONS: Mapping[str, tuple[str | None, bool]] = {
     "plain": ("off", False),
     "flushed": ("off", True),
 }
-DRAWS, RANGE = 2000, (10, 90)
+PERCENT = 80  # of the range of a ratio
 
 
 def second_replies(
@@ -64,26 +63,10 @@ def second_replies(
     return take_turn(server.url, second, num_tokens[1], at_once)
 
 
-def ratio(
-    ours: Sequence[Reply], theirs: Sequence[Reply], seed: int = 0
-) -> tuple[float, float, float]:
-    """Return tokens per pass of one over the other's, and the range of it that holds 80 %.
-
-    The range is that of conversations drawn anew with replacement.
-    """
-    counts = (
-        np.array([[len(r.tokens), r.passes] for r in ours], dtype=float),
-        np.array([[len(r.tokens), r.passes] for r in theirs], dtype=float),
-    )
-
-    def over(index: Any) -> Any:
-        mine, other = (each[index].sum(axis=-2) for each in counts)
-        return (mine[..., 0] / mine[..., 1]) / (other[..., 0] / other[..., 1])
-
-    size = len(ours)
-    drawn = np.random.default_rng(seed).integers(size, size=(DRAWS, size))
-    low, high = np.percentile(over(drawn), RANGE)
-    return float(over(np.arange(size))), float(low), float(high)
+def ratio(ours: Sequence[Reply], theirs: Sequence[Reply]) -> tuple[float, float, float]:
+    """Return tokens per pass of one over the other's, and the range of it that holds 80 %."""
+    counts = [[[len(r.tokens), r.passes] for r in replies] for replies in (ours, theirs)]
+    return ratio_of_sums(*counts, percent=PERCENT)
 
 
 def accept_length(replies: Sequence[Reply]) -> float:

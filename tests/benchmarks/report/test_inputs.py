@@ -60,5 +60,5 @@ def test_what_is_committed_can_be_reported_together(capsys):
     found = report.load_all(files)
     lines = capsys.readouterr().err.splitlines()
     assert len(found) + len(lines) == len(files) and len(found) > 3 and lines
-    studies = ("bench_sweep", "bench_calibration", "bench_machines", "bench_gpus")
+    studies = ("bench_sweep", "bench_calibration", "bench_machines", "bench_gpus", "bench_heads")
     assert all(any(study in line for study in studies) for line in lines)
