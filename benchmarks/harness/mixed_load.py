@@ -181,16 +181,23 @@ def outcome_of(status: int, answer: Mapping[str, Any]) -> Outcome:
     if error is not None:
         message = error.get("message", "") if isinstance(error, Mapping) else str(error)
         code = error.get("code", status) if isinstance(error, Mapping) else status
-        is_refusal = code == 400 and "abort" not in message.lower()
-        return Outcome("refused" if is_refusal else "aborted", [], message)
+        return Outcome(_end_of_error(code, message), [], message)
     reason = answer["meta_info"]["finish_reason"]
     kind = "" if reason is None else reason["type"]
     tokens = list(answer.get("output_ids") or [])
     if kind != "abort":
         return Outcome("answered", tokens, kind)
     # SGLang reports a request that it refuses in the scheduler as aborted, with a status.
-    is_refusal = reason.get("status_code") == 400
-    return Outcome("refused" if is_refusal else "aborted", tokens, reason.get("message") or "")
+    message = reason.get("message") or ""
+    return Outcome(_end_of_error(reason.get("status_code"), message), tokens, message)
+
+
+def _end_of_error(code: int | None, message: str) -> str:
+    """Return how a request ended by this error: refused, or aborted.
+
+    SGLang gives one that is aborted while its grammar is compiled the status of a refusal.
+    """
+    return "refused" if code == 400 and "abort" not in message.lower() else "aborted"
 
 
 def judge(ask: Ask, outcome: Outcome, expected: Outcome, allowed: set[str]) -> str | None:

@@ -34,6 +34,8 @@ def test_answers_are_read():
     assert outcome_of(200, {"output_ids": [5], "meta_info": aborted}).end == "aborted"
     aborted["finish_reason"]["status_code"] = 400
     assert outcome_of(200, {"output_ids": [], "meta_info": aborted}).end == "refused"
+    queued = {"finish_reason": {**aborted["finish_reason"], "message": "Aborted by AbortReq."}}
+    assert outcome_of(200, {"output_ids": [], "meta_info": queued}).end == "aborted"
     refused = {"error": {"message": "the input is longer than the context", "code": 400}}
     assert outcome_of(400, refused).end == outcome_of(200, refused).end == "refused"
     assert outcome_of(503, {"error": {"message": "no"}}).end == "aborted"
