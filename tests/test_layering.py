@@ -47,7 +47,7 @@ SERVING_FLOORS = (
     "weight_updates",
     "step",
     "launch requests pass_clock host_reads row_packing stats",
-    "step_room texts heads",
+    "step_room texts heads drift",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")

@@ -23,7 +23,6 @@ parent's.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -98,10 +97,12 @@ class Acceptance:
         self._sums = np.zeros((3, *_SHAPE))
         # Built on demand from the sums.
         self._curves: np.ndarray | None = None
-        # Of depth 1, 2 and so on.
+        # By bucket of depths.
         self._device_curves: dict[torch.device, list[AcceptanceCurve]] = {}
 
-    def update(self, nodes: VerifiedNodes, kinds: np.ndarray) -> None:
+    def update(
+        self, nodes: VerifiedNodes, kinds: np.ndarray, remembered: np.ndarray | None = None
+    ) -> tuple[float, float]:
         """Learn from the nodes of one verify pass.
 
         Only nodes with `is_tried` count. The target never judged the others: nodes below a rejected
@@ -109,20 +110,14 @@ class Acceptance:
 
         Args:
             kinds: [B] int64, the kind of each request.
+            remembered: `curves()` of before; None for those of now.
+
+        Returns:
+            How many of these nodes the remembered curves expect to be accepted, and how many were.
         """
-        _add_nodes(self._sums, self._keep, *nodes, kinds)
+        curves = self.curves() if remembered is None else remembered
+        expected, accepted = _add_nodes(self._sums, self._keep, curves, *nodes, kinds)
         self._forget_curves()
-
-    def expect(
-        self, nodes: VerifiedNodes, kinds: np.ndarray, curves: np.ndarray
-    ) -> tuple[float, float]:
-        """Return how many of the tried nodes some curves expect to be accepted, and how many were.
-
-        Args:
-            kinds: [B] int64, the kind of each request.
-            curves: as `curves()` returns them, of now or of before.
-        """
-        expected, accepted = _expect(curves, *nodes, kinds)
         return float(expected), float(accepted)
 
     def curve_at(self, depth: int, kinds: torch.Tensor) -> AcceptanceCurve:
@@ -140,13 +135,12 @@ class Acceptance:
             packed = to_device(_pack_curves(self.curves()), kinds.device)
             # By bucket of depths, [kinds, pieces] each.
             starts, slopes = packed[1:].view(2, _SHAPE[1], _SHAPE[0], -1)
-            buckets = [bisect_left(_DEPTH_ENDS, each) for each in range(1, _DEPTH_ENDS[-1] + 2)]
             curves = [
-                AcceptanceCurve(packed[0, :-1], starts[bucket], slopes[bucket], kinds)
-                for bucket in buckets
+                AcceptanceCurve(packed[0, :-1], *pieces, kinds)
+                for pieces in zip(starts, slopes, strict=True)
             ]
             self._device_curves[kinds.device] = curves
-        return curves[min(depth, len(curves)) - 1]._replace(kinds=kinds)
+        return curves[_bucket(depth)]._replace(kinds=kinds)
 
     def _forget_curves(self) -> None:
         self._curves = None
@@ -222,8 +216,13 @@ def _bucket(depth: int) -> int:
     return bucket
 
 
-@compiled("UniTuple(f8, 2)(f8[:, :, :], f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])")
-def _expect(
+@compiled(
+    "UniTuple(f8, 2)"
+    "(f8[:, :, :, :], f8, f8[:, :, :], f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])"
+)
+def _add_nodes(
+    sums: np.ndarray,
+    keep: float,
     curves: np.ndarray,
     shares: np.ndarray,
     depths: np.ndarray,
@@ -231,40 +230,19 @@ def _expect(
     accepted: np.ndarray,
     kinds: np.ndarray,
 ) -> tuple[float, float]:
-    """Return the sum of g over the tried nodes, and how many of them were accepted.
-
-    Args:
-        curves: [kinds, buckets, knots].
-    """
-    expected, count = 0.0, 0.0
-    for request in range(len(shares)):
-        for node in range(shares.shape[1]):
-            if is_tried[request, node] and np.isfinite(shares[request, node]):
-                left, share = _piece(min(max(shares[request, node], 0.0), 1.0))
-                curve = curves[kinds[request], _bucket(depths[request, node])]
-                expected += curve[left] + share * (curve[left + 1] - curve[left])
-                count += accepted[request, node]
-    return expected, count
-
-
-@compiled("void(f8[:, :, :, :], f8, f8[:, :], i8[:, :], b1[:, :], b1[:, :], i8[:])")
-def _add_nodes(
-    sums: np.ndarray,
-    keep: float,
-    shares: np.ndarray,
-    depths: np.ndarray,
-    is_tried: np.ndarray,
-    accepted: np.ndarray,
-    kinds: np.ndarray,
-) -> None:
     """Scale the sums of the kinds that occur by `keep`; add each node to the two knots around it.
 
     Args:
         sums: [3, kinds, buckets, knots].
+        curves: [kinds, buckets, knots].
+
+    Returns:
+        The sum of g over the tried nodes by these curves, and how many of them were accepted.
     """
     for kind in range(sums.shape[1]):
         if (kinds == kind).any():
             sums[:, kind] *= keep
+    expected, count = 0.0, 0.0
     for request in range(len(shares)):
         kind = kinds[request]
         for node in range(shares.shape[1]):
@@ -273,11 +251,14 @@ def _add_nodes(
             p = min(max(shares[request, node], 0.0), 1.0)
             left, right_share = _piece(p)
             bucket = _bucket(depths[request, node])
+            count += accepted[request, node]
             for knot, share in ((left, 1.0 - right_share), (left + 1, right_share)):
+                expected += share * curves[kind, bucket, knot]
                 sums[0, kind, bucket, knot] += share
                 sums[1, kind, bucket, knot] += share * p
                 if accepted[request, node]:
                     sums[2, kind, bucket, knot] += share
+    return expected, count
 
 
 @compiled("f4[:, :](f8[:, :, :])")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED, Acceptance
-from cast_sglang.policy.drift import Drift
 from cast_sglang.policy.outcomes import verify_outcomes
+from cast_sglang.serving.drift import Drift
 from cast_sglang.serving.host_reads import HostReads, Read
 from cast_sglang.serving.stats import StepStats
 
@@ -161,7 +161,6 @@ class Calibration:
             was_collapsed = self.drift.is_collapsed
             if self.drift.update(outcome, kinds):
                 self._report(was_collapsed)
-            self.acceptance.update(outcome, kinds)
         self._lessons.clear()
         self._read = None
 

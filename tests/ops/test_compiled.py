@@ -37,8 +37,7 @@ def arguments(function, rng, batch, n):
     return {
         "_piece": (float(rng.random()),),
         "_bucket": (int(rng.integers(1, 12)),),
-        "_expect": (np.sort(floats(rng, *shape, dtype=np.float64)), *nodes),
-        "_add_nodes": (sums, 0.9, *nodes),
+        "_add_nodes": (sums, 0.9, np.sort(floats(rng, *shape, dtype=np.float64)), *nodes),
         "_pack_curves": (np.sort(floats(rng, *shape, dtype=np.float64)),),
         "_isotonic": (
             floats(rng, batch * n, dtype=np.float64),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _expect, _isotonic
+from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance, _add_nodes, _isotonic
 from cast_sglang.policy.outcomes import VerifiedNodes
 from tests.support.copies import DEVICE, watched_copies
 
@@ -72,13 +72,15 @@ def test_what_curves_expect_is_their_sum_over_the_tried_nodes():
     for b, n in zip(*counted.nonzero(), strict=True):
         share = torch.tensor([shares[b, n]], dtype=torch.float32)
         total += float(calibrated(acceptance, share, int(depths[b, n]), kind=int(kinds[b])))
-    found = acceptance.expect(nodes, kinds, acceptance.curves())
+    before, sums = acceptance.curves(), acceptance._sums.copy()
+    found = acceptance.update(nodes, kinds)
     assert found == (pytest.approx(total, rel=1e-5), int((accepted & counted).sum()))
-    assert found == pytest.approx(_expect.py_func(acceptance.curves(), *nodes, kinds))
+    found_plainly = _add_nodes.py_func(sums, acceptance._keep, before, *nodes, kinds)
+    assert found == pytest.approx(found_plainly)
+    np.testing.assert_allclose(sums, acceptance._sums)
     # The curves of before are those that were given, whatever was learned since.
-    before = acceptance.curves().copy()
     observe(acceptance, rng, lambda p: 0.0 * p, 1, updates=50)
-    assert acceptance.expect(nodes, kinds, before) == found
+    assert acceptance.update(nodes, kinds, before) == found
 
 
 def test_depths_above_are_not_judged_by_those_below():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.pairs import Pair
 from benchmarks.harness.servers import Server
-from cast_sglang.policy.drift import COLLAPSED
+from cast_sglang.serving.drift import COLLAPSED
 from tests.server.client import REQUEST_SECONDS, generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 

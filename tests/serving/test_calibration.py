@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cast_sglang.ops import reference
-from cast_sglang.policy import drift
 from cast_sglang.serving import calibration as module
+from cast_sglang.serving import drift
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.stats import StepStats
 from cast_sglang.serving.step import Drafted, Verified

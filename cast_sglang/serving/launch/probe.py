@@ -13,7 +13,7 @@ from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel, plain_units, step_units
 from cast_sglang.costs.profiles import load_profile
 from cast_sglang.errors import HostError, ProfileError
-from cast_sglang.policy.drift import COLLAPSED
+from cast_sglang.serving.drift import COLLAPSED
 from cast_sglang.serving.launch.diagnosis import FAIL, OK, SKIP, WARN, Check
 from cast_sglang.serving.launch.head import check_head
 from cast_sglang.serving.texts import read_texts

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED, Acceptance
-from cast_sglang.policy.drift import COLLAPSED, LEAST_PASSES, WINDOW, Drift
 from cast_sglang.policy.outcomes import VerifiedNodes
+from cast_sglang.serving.drift import COLLAPSED, LEAST_PASSES, WINDOW, Drift
 
 
 class Server:
@@ -27,7 +27,6 @@ class Server:
             tried = np.cumprod(np.concatenate([[[1]], accepted[:, :-1]], axis=1), axis=1) > 0
             nodes = VerifiedNodes(shares, np.array([[1, 2, 3, 4]]), tried, accepted & tried)
             self.drift.update(nodes, self.kinds)
-            self.acceptance.update(nodes, self.kinds)
             if self.drift.is_collapsed != before:
                 return number
         return passes
@@ -79,7 +78,6 @@ def test_many_equal_requests_that_err_together_are_no_collapse():
         one = np.ones((32, 1), np.int64)
         nodes = VerifiedNodes(np.full((32, 1), 0.9), one, one > 0, accepted)
         drift.update(nodes, kinds)
-        acceptance.update(nodes, kinds)
         assert not drift.is_collapsed
 
 

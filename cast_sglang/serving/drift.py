@@ -26,13 +26,13 @@ COLLAPSED, RECOVERED = 1 / 3, 2 / 3
 
 
 class Drift:
-    """Compares the nodes that are accepted with those that remembered curves expect.
+    """Teaches curves, and compares the nodes that are accepted with those that were expected.
 
     The curves in use follow a collapse within some hundred nodes and would soon expect nothing. So
     what is remembered are those of the last window that was as expected.
 
     Args:
-        acceptance: learns from the same nodes, each time after this.
+        acceptance: has the curves.
 
     Attributes:
         ratio: accepted over expected nodes of the last window; None before there was one.
@@ -48,14 +48,14 @@ class Drift:
         self._passes = 0
 
     def update(self, nodes: VerifiedNodes, kinds: np.ndarray) -> bool:
-        """Count the nodes of one verify pass; return whether that ended a window.
+        """Learn from the nodes of one verify pass; return whether they ended a window.
 
         Args:
             kinds: [B] int64, the kind of each request.
         """
         if self._remembered is None:
-            self._remembered = self._acceptance.curves().copy()
-        expected, accepted = self._acceptance.expect(nodes, kinds, self._remembered)
+            self._remembered = self._acceptance.curves()
+        expected, accepted = self._acceptance.update(nodes, kinds, self._remembered)
         self._expected += expected
         self._accepted += accepted
         self._passes += 1
@@ -65,5 +65,5 @@ class Drift:
         self._expected, self._accepted, self._passes = 0.0, 0.0, 0
         self.is_collapsed = self.ratio < (RECOVERED if self.is_collapsed else COLLAPSED)
         if not self.is_collapsed:
-            self._remembered = self._acceptance.curves().copy()
+            self._remembered = self._acceptance.curves()
         return True
