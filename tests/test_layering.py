@@ -47,7 +47,7 @@ SERVING_FLOORS = (
     "weight_updates",
     "step",
     "launch requests pass_clock host_reads row_packing stats",
-    "step_room texts heads drift",
+    "step_room texts heads drift request_modes",
 )
 DRAFT_WORKER = "cast_sglang.serving.drafting.worker"
 EDGES = ("serving", "cpu")
@@ -215,7 +215,7 @@ LOADS_NONE_OF = (
     ("cast_sglang.cli", HOSTS | {"torch", "prometheus_client"}),
     ("cast_sglang.config", HOSTS | {"torch", "prometheus_client"}),
     ("cast_sglang.costs.profiles", HOSTS | {"torch", "prometheus_client"}),
-    ("cast_sglang.policy.request_modes", HOSTS | {"torch", "prometheus_client"}),
+    ("cast_sglang.serving.request_modes", HOSTS | {"torch", "prometheus_client"}),
     ("cast_sglang.serving.stats", HOSTS | {"torch", "prometheus_client"}),
     ("cast_sglang.trace.records", HOSTS),
     ("cast_sglang.trace.replay", HOSTS),

@@ -26,8 +26,8 @@ from cast_sglang.errors import ConfigError
 from cast_sglang.ops.copies import to_device
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
 from cast_sglang.policy.auto import LEAST_CUT
-from cast_sglang.policy.request_modes import parse_pool
 from cast_sglang.serving.host_reads import HostReads, Read
+from cast_sglang.serving.request_modes import parse_pool
 from cast_sglang.serving.step import Copied
 from cast_sglang.tree import Selection
 

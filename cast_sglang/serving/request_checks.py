@@ -20,8 +20,8 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import parse_mode, parse_pool
 from cast_sglang.serving.host_patches.hooks import is_cast
+from cast_sglang.serving.request_modes import parse_mode, parse_pool
 
 __all__ = ["check_count", "check_request", "check_sampling"]
 

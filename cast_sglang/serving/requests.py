@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,12 +17,8 @@ from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import (
-    OFF,
-    THROUGHPUT,
-    mode_weights,
-    parse_mode,
-)
+from cast_sglang.policy.lookahead import KEEP
+from cast_sglang.serving.request_modes import OFF, THROUGHPUT, mode_weights, parse_mode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -32,7 +28,6 @@ __all__ = [
     "SamplingNeeds",
     "mean_context",
     "modes_of",
-    "request_weights",
     "why_plain",
 ]
 
@@ -40,10 +35,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Where later prompts find more than this share of their tokens in the cache, they would find there
-# what the draft has left out; and of such prompts there is little left to save.
+# what the draft has left out. That costs them 8 % of their tokens per pass at most, where all of
+# an answer was left out (`docs/results.md`), so this is on the safe side; less is found where
+# prompts have no more in common than how a chat begins.
 MAX_REUSE = 0.05
-# Of what is known of earlier prompts, kept at each prompt: the last fifty count.
-KEEP_REUSE = 0.98
 
 
 class SamplingNeeds(NamedTuple):
@@ -68,24 +63,6 @@ def modes_of(reqs: Iterable[Req]) -> tuple[str, ...]:
     request in, counts as throughput: a bad request must not end the scheduler.
     """
     return tuple([_mode_of(req.sampling_params.custom_params) for req in reqs])
-
-
-def request_weights(reqs: Iterable[Req], left_out: Container[Req] = ()) -> np.ndarray | None:
-    """Return [B], what the tokens of each request are worth: `mode_weights`.
-
-    0 for one that wants no drafts or cannot be served exactly with them; None where all are worth
-    the same.
-
-    Args:
-        left_out: requests that get no drafts either.
-    """
-    requests = list(reqs)
-    modes = [
-        mode if why_plain(req) is None and req not in left_out else OFF
-        for req, mode in zip(requests, modes_of(requests), strict=True)
-    ]
-    differ = any(mode != THROUGHPUT for mode in modes)
-    return np.array(mode_weights(modes)) if differ else None
 
 
 def why_plain(req: Req) -> str | None:
@@ -131,7 +108,8 @@ class RunningRequests:
         self._coming: list[Req] = []  # that were prefilled since
         # Those whose prompts the draft has left out; one that is prefilled anew is looked at anew.
         self._left_out: weakref.WeakSet[Req] = weakref.WeakSet()
-        # Tokens of the last prompts, and those of them that the cache held; older ones count less.
+        # Tokens of the last prompts, and those of them that the cache held; older ones count less,
+        # as older steps in a price.
         self._prompt_tokens, self._cached_tokens = 0.0, 0.0
         # Those that drafts would not serve exactly; one that SGLang retracts comes back as it was.
         self._counted: weakref.WeakSet[Req] = weakref.WeakSet()
@@ -154,8 +132,8 @@ class RunningRequests:
             plain_steps: as `Decider.plain_steps`.
         """
         for req in batch.reqs:
-            self._prompt_tokens = KEEP_REUSE * self._prompt_tokens + len(req.origin_input_ids)
-            self._cached_tokens = KEEP_REUSE * self._cached_tokens + req.cached_tokens
+            self._prompt_tokens = KEEP * self._prompt_tokens + len(req.origin_input_ids)
+            self._cached_tokens = KEEP * self._cached_tokens + req.cached_tokens
         self._coming += batch.reqs
         running = sum(not req.finished() for req in {*self._reqs, *self._coming})
         steps = plain_steps(running)
@@ -178,22 +156,27 @@ class RunningRequests:
             count: told how many of these are decoded plainly for the first time.
 
         Returns:
-            what they are worth, as `request_weights`.
+            [B], what the tokens of each request are worth: `mode_weights`. 0 for one that gets no
+            drafts, as it wants none, cannot be served exactly with them or is left out; None where
+            all are worth the same.
         """
-        self._reqs, self._coming, weights = list(reqs), [], request_weights(reqs)
+        self._reqs, self._coming = list(reqs), []
         self.prompt_rows = sum(map(_prompt_rows, reqs)) / len(reqs)
-        self.sampling = _sampling_needs(reqs, weights)
+        reasons = {req: reason for req in reqs if (reason := why_plain(req)) is not None}
+        asked = zip(reqs, modes_of(reqs), strict=True)
+        modes = [OFF if req in reasons else mode for req, mode in asked]
+        self.sampling = _sampling_needs(reqs, modes)
+        # Verify serves those that are left out exactly as it does others.
         if self._left_out:
-            # Verify serves them exactly as it does others, so they do not count above.
-            weights = request_weights(reqs, self._left_out)
+            left_out = (req in self._left_out for req in reqs)
+            modes = [OFF if is_out else mode for is_out, mode in zip(left_out, modes, strict=True)]
+        differ = any(mode != THROUGHPUT for mode in modes)
+        weights = np.array(mode_weights(modes)) if differ else None
         self.drawn = None
         if self._draws:
             samples = np.array([req.sampling_params.top_k != 1 for req in reqs])
             samples &= True if weights is None else weights > 0.0
             self.drawn = samples if samples.any() else None
-        reasons = {}
-        if self.sampling is not None and self.sampling.is_plain is not None:
-            reasons = {req: reason for req in reqs if (reason := why_plain(req)) is not None}
         if new := reasons.keys() - self._counted:
             count(len(new))
             self._counted |= new
@@ -223,16 +206,14 @@ def _is_done_by(req: Req, plain_steps: int) -> bool:
     return plain_steps > 0 and left <= plain_steps
 
 
-def _sampling_needs(reqs: Sequence[Req], weights: np.ndarray | None) -> SamplingNeeds | None:
-    """Return what SGLang's verify lacks for a batch; None for nothing."""
+def _sampling_needs(reqs: Sequence[Req], modes: Sequence[str]) -> SamplingNeeds | None:
+    """Return what SGLang's verify lacks for a batch of these modes; None for nothing."""
     truncates = any(
         params.top_k != 1
         and (params.min_p > 0.0 or (params.top_k != TOP_K_ALL and params.top_p < 1.0))
         for params in (req.sampling_params for req in reqs)
     )
-    is_plain = None if weights is None else weights == 0.0
-    if is_plain is not None and not is_plain.any():
-        is_plain = None
+    is_plain = np.array([mode == OFF for mode in modes]) if OFF in modes else None
     return SamplingNeeds(truncates, is_plain) if truncates or is_plain is not None else None
 
 

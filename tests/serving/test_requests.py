@@ -8,8 +8,8 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from cast_sglang.policy.request_modes import LATENCY, OFF, THROUGHPUT
 from cast_sglang.serving import requests
+from cast_sglang.serving.request_modes import LATENCY, OFF, THROUGHPUT
 from cast_sglang.serving.stats import StepStats
 from tests.support.request_modes import BAD_CUSTOM_PARAMS, BAD_MODES
 
@@ -70,7 +70,8 @@ class Request:
 )
 def test_what_drafts_cannot_serve_exactly_is_decoded_plainly(determinism, params, reason):
     assert requests.why_plain(Request(**params)) == reason
-    weights = requests.request_weights([Request(), Request(**params)])
+    batch = [Request(), Request(**params)]
+    weights = requests.RunningRequests().update(batch, lambda count: None)
     assert (weights is None) if reason is None else (weights.tolist() == [1.0, 0.0])
 
 

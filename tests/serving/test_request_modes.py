@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cast_sglang.errors import ConfigError
-from cast_sglang.policy.request_modes import (
+from cast_sglang.serving.request_modes import (
     LATENCY,
     LATENCY_WEIGHT,
     MODES,
