@@ -38,7 +38,7 @@ __all__ = [
 # is made, because a launch checks names before it loads torch.
 POLICIES = {"auto": "auto.AutoPolicy", "fixed": "fixed.FixedPolicy", "eagle": "fixed.EaglePolicy"}
 # Policies that `cast-sglang replay` accepts.
-REPLAYED_POLICIES = {**POLICIES, "full-width": "full_width.FullWidthPolicy"}
+REPLAYED_POLICIES = (*POLICIES, "full-width")
 LOOKUPS = ("linear", "nearest")
 # `profile` of the engine that measures one; no file or keyword that a user would name.
 PENDING = "(being measured)"

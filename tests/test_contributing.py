@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cast_sglang.config import REPLAYED_POLICIES
+from cast_sglang.config import POLICIES
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.trace.replay import Replay
@@ -31,7 +31,7 @@ def test_the_policy_of_the_example_serves_and_is_replayed(monkeypatch):
     module = types.ModuleType(f"cast_sglang.policy.{home.partition('.')[0]}")
     exec(example("policy"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(REPLAYED_POLICIES, name, home)
+    monkeypatch.setitem(POLICIES, name, home)
     settings = PolicySettings(tuple(range(2, TOKENS + 1)), LAYERS, TOKENS, False, c3=1.0)
 
     def made() -> TreePolicy:

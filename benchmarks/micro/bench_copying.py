@@ -146,7 +146,7 @@ class Server:
         self._timed("graft", self.copies.graft_into, tree)
         ranked = tree.ranked(self.options.tokens - 1)
         selection = tree.select(ranked, self.options.tokens)
-        self.copies.on_drafted(Drafted(tree, tree.num_layers, (), selection))
+        self.copies.on_drafted(Drafted(tree, (), selection))
         self._timed("update", self.copies.on_verified, self.reqs, self._verified(selection, sizes))
         return self._laps
 

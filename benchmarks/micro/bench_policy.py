@@ -140,7 +140,7 @@ class Decider:
         )
         self._began = time.perf_counter()
         if self.calibration is not None:
-            self.calibration.on_drafted(Drafted(tree, tree.num_layers, tuple(widths), selection))
+            self.calibration.on_drafted(Drafted(tree, tuple(widths), selection))
             self._lap("learn")
             # Each request takes its first node.
             roots = num_draft_tokens * torch.arange(batch, device=device)

@@ -42,7 +42,7 @@ class TreePolicy(ABC):
     """Decides how one step speculates. It keeps state between steps, so it has one owner.
 
     In a step the server calls `speculate`; then, for each layer, `breadth`, `deepen` and, after the
-    draft pass, `expanded`; then `depth`, `share_out` or `rerank`, and `observe`.
+    draft pass, `expanded`; then `share_out` or `rerank`, and `observe`.
     """
 
     # Whether drafts may be drawn at random, for which it needs `settlement`.
@@ -152,10 +152,6 @@ class TreePolicy(ABC):
             child_probs: [B * W, K] float32, as `DraftTree.grow` returns them.
         """
         return
-
-    def depth(self, num_layers: int, costs: Costs | None) -> int:
-        """Return how many of the grown layers to keep, in 1..num_layers."""
-        return num_layers
 
     def beats_plain(
         self, scores: torch.Tensor, costs: Costs | None, shares_out: bool = False

@@ -6,7 +6,7 @@ import inspect
 from importlib import import_module
 from typing import NamedTuple
 
-from cast_sglang.config import REPLAYED_POLICIES, CastConfig
+from cast_sglang.config import POLICIES, CastConfig
 from cast_sglang.errors import ConfigError
 from cast_sglang.policy.base import TreePolicy
 
@@ -33,14 +33,14 @@ def build_policy(name: str, settings: PolicySettings) -> TreePolicy:
     """Build a policy.
 
     Args:
-        name: one of `REPLAYED_POLICIES`.
+        name: one of `POLICIES`.
 
     Raises:
         ConfigError: there is no such policy.
     """
-    if name not in REPLAYED_POLICIES:
-        raise ConfigError(f"policy {name}: expected {' | '.join(REPLAYED_POLICIES)}")
-    module, _, class_name = REPLAYED_POLICIES[name].partition(".")
+    if name not in POLICIES:
+        raise ConfigError(f"policy {name}: expected {' | '.join(POLICIES)}")
+    module, _, class_name = POLICIES[name].partition(".")
     policy = getattr(import_module(f"cast_sglang.policy.{module}"), class_name)
     taken = inspect.signature(policy).parameters
     return policy(**{key: value for key, value in settings._asdict().items() if key in taken})

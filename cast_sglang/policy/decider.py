@@ -8,7 +8,7 @@ The order of calls in a step:
     begin_step      draft a tree, or decode plainly
     width           for each layer: how many nodes to expand, or no more layer
     expanded            what the expanded nodes' children are; or `launched`, once, behind the last
-    depth, rows     what is verified of the tree; `rows_or_plain` where no layer was drafted
+    rows            what is verified of the tree; `rows_or_plain` where no layer was drafted
     end_step        what the step brought; on a server some steps later
 """
 
@@ -230,13 +230,6 @@ class Decider:
             children: what `expanded` takes of each layer, one after the other.
         """
         self._launched = children
-
-    def depth(self, num_layers: int) -> int:
-        """Return how many of the grown layers stay."""
-        began = time.perf_counter()
-        depth = self.policy.depth(num_layers, self._step().costs)
-        self.seconds += time.perf_counter() - began
-        return depth
 
     def rows(self, scores: torch.Tensor, settled: torch.Tensor | None = None) -> VerifyRows:
         """Decide how many rows of each request are verified.

@@ -51,8 +51,7 @@ class Drafted(NamedTuple):
     """A step's tree and the part of it that is verified; tensors on the device."""
 
     tree: DraftTree
-    num_layers: int  # layers of the tree that stay, the root's children at 1
-    widths: tuple[int, ...]  # as of `DraftShape`, of the layers that stay
+    widths: tuple[int, ...]  # as of `DraftShape`
     selection: Selection
     wants_drafts: torch.Tensor | None = None  # [B] bool; None where all requests do
 

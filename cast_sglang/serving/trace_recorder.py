@@ -209,7 +209,7 @@ class TraceRecorder:
             step=report.number,
             context=sum(self._contexts) / len(self._contexts),
             widths=[nodes.shape[1] for nodes in expanded],
-            num_layers=0 if self._drafted is None else self._drafted.num_layers,
+            num_layers=0 if self._drafted is None else self._drafted.tree.num_layers,
             num_draft_tokens=report.shape.num_draft_tokens,
             extend_rows=float(report.extend_rows),
             requests=requests,

@@ -37,6 +37,7 @@ from cast_sglang.policy.decider import Decider, Plan, StepFacts
 from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees
 from cast_sglang.trace.copied import whole_drafts
+from cast_sglang.trace.full_width import FullWidthPolicy
 from cast_sglang.trace.records import Trace, TracedChoice, TracedStep, TraceHeader, tables_digest
 from cast_sglang.trace.reward import TreeReward
 from cast_sglang.trace.trees import TreeGrower, VerifiedTree
@@ -83,6 +84,8 @@ def make_policy(name: str, header: TraceHeader, **thresholds: float) -> TreePoli
         c3=c3,
         r=int(r),
     )
+    if name == "full-width":
+        return FullWidthPolicy(*settings[:2], settings.extends_by_accepted)
     return build_policy(name, settings)
 
 

@@ -11,6 +11,7 @@ from cast_sglang.ops import loops
 from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.trace.candidates import RecordedTrees, ReplayedTree
 from cast_sglang.trace.copied import ReplayedCopies, WholeDrafts
+from cast_sglang.trace.full_width import layers_kept
 from cast_sglang.trace.records import TracedStep, TraceHeader
 from cast_sglang.trace.reward import TreeReward
 from cast_sglang.tree import DraftTree
@@ -82,7 +83,7 @@ class TreeGrower:
             num_nodes = self._header.verify_sizes[-1] - 1
             copies = ReplayedCopies(step, is_drawn, num_nodes, self._decider.least_scores())
         grown = self._grow(step, weights, is_drawn, copies)
-        num_layers = self._decider.depth(grown.tree.num_layers)
+        num_layers = layers_kept(self._decider.policy, grown.tree.num_layers, facts.costs)
         widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]
         grafts = None if copies is None else copies.graft_into(grown.tree)
         if grafts is not None:

@@ -128,12 +128,11 @@ class Chooser:
             chances = tree.grow(frontier, width, *children(logits))
             decider.expanded(frontier.scores, chances)
             widths.append(width)
-        num_layers = decider.depth(tree.num_layers)
-        ranked = tree.ranked(shape.num_draft_tokens - 1, num_layers)
+        ranked = tree.ranked(shape.num_draft_tokens - 1)
         rows = decider.rows(ranked.scores)
         num_rows = None if rows.num_rows is None else torch.from_numpy(rows.num_rows)
         selection = tree.select(ranked, rows.num_draft_tokens, num_rows)
-        return Trees(selection.draft_tokens, selection.parent_rows, widths[: num_layers - 1])
+        return Trees(selection.draft_tokens, selection.parent_rows, widths)
 
     def learn(self, trees: Trees, judged: Judged) -> None:
         """Take what the trees brought into the price."""

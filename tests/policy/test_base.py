@@ -11,14 +11,12 @@ import torch
 from cast_sglang.config import REPLAYED_POLICIES
 from cast_sglang.costs.model import StepCosts
 from cast_sglang.policy.base import Costs, TreePolicy
-from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.turns import Shape
 from cast_sglang.trace.fixed_trees import FixedTree
 from cast_sglang.trace.replay import Replay, make_policy
 from tests.support.simulator import LAYERS, TOPK
 from tests.support.traces import Recorder, make_header, make_tables
 
-SETTINGS = PolicySettings((2, 5, 9), max_layers=4, num_draft_tokens=9, extends_by_accepted=False)
 DECISIONS = ("breadth", "deepen", "rerank")
 
 
@@ -83,7 +81,7 @@ def test_by_default_every_step_drafts_and_keeps_its_whole_tree(trace):
     policy = Least()
     policy.weigh(np.ones(2))
     assert policy.speculate(2, None, catch_up=math.inf)
-    assert policy.depth(7, None) == 7 and policy.share_out(torch.ones(2, 3), None) is None
+    assert policy.share_out(torch.ones(2, 3), None) is None
     for outcome in Replay(trace, make_tables(), policy):
         choice = outcome.choice
         assert (choice.widths, choice.num_layers, choice.num_rows) == ([2, 2], 3, [5, 5])
@@ -97,7 +95,7 @@ def test_a_step_asks_in_the_promised_order(trace, shares_out):
     # The last layer is not deepened, so nothing was expanded below it.
     last = "share_out rerank" if shares_out else "rerank"
     first = "weigh count_prefill speculate"
-    step = f"{first} (breadth deepen expanded )*breadth deepen depth {last} observe ?"
+    step = f"{first} (breadth deepen expanded )*breadth deepen {last} observe ?"
     assert re.fullmatch(f"({step})+", " ".join(policy.calls))
     assert policy.calls.count("observe") == len(trace.steps)
     assert policy.calls.count("expanded") == 2 * len(trace.steps)
@@ -105,7 +103,8 @@ def test_a_step_asks_in_the_promised_order(trace, shares_out):
 
 @pytest.mark.parametrize("name", [*REPLAYED_POLICIES, "fixed tree"])
 def test_every_policy_takes_the_arguments_of_the_interface(name):
-    policy = FixedTree(Shape(2, 2, 4)) if name == "fixed tree" else build_policy(name, SETTINGS)
+    header = make_header(None)
+    policy = FixedTree(Shape(2, 2, 4)) if name == "fixed tree" else make_policy(name, header)
     assert isinstance(policy, TreePolicy)
     for question, ours in inspect.getmembers(TreePolicy, inspect.isfunction):
         asked = inspect.signature(ours).parameters

@@ -2,25 +2,18 @@
 
 import pytest
 
-from cast_sglang.config import POLICIES, REPLAYED_POLICIES, CastConfig
+from cast_sglang.config import POLICIES, CastConfig
 from cast_sglang.errors import ConfigError
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
 from cast_sglang.policy.fixed import EaglePolicy, FixedPolicy
-from cast_sglang.policy.full_width import FullWidthPolicy
 
 SETTINGS = PolicySettings((2, 5, 9), max_layers=4, num_draft_tokens=9, extends_by_accepted=False)
 
 
 def test_every_name_has_a_policy():
-    made = {name: type(build_policy(name, SETTINGS)) for name in REPLAYED_POLICIES}
-    assert made == {
-        "auto": AutoPolicy,
-        "fixed": FixedPolicy,
-        "eagle": EaglePolicy,
-        "full-width": FullWidthPolicy,
-    }
-    assert set(POLICIES) < set(made)
+    made = {name: type(build_policy(name, SETTINGS)) for name in POLICIES}
+    assert made == {"auto": AutoPolicy, "fixed": FixedPolicy, "eagle": EaglePolicy}
 
 
 def test_the_thresholds_are_those_of_the_settings():
@@ -32,5 +25,5 @@ def test_the_thresholds_are_those_of_the_settings():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ConfigError, match="best.*auto.*full-width"):
+    with pytest.raises(ConfigError, match="best.*auto.*eagle"):
         build_policy("best", SETTINGS)

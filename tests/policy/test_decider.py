@@ -94,7 +94,6 @@ def test_a_step_is_decided_by_the_policy():
     made = decider(policy)
     assert made.begin_step(facts()) == (True, 0.0)
     assert grown(made) == [2, 3]
-    assert made.depth(3) == 3
     assert made.rows(scores(MOST - 1)) == (6, None)
     made.end_step(2, 1.5, 3.0)
     assert policy.asked == [

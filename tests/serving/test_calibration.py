@@ -37,7 +37,7 @@ def grown_tree(calibration, top_ks=(1, 1)):
 def step(calibration, accept_index, num_rows=None, wants_drafts=None, top_ks=(1, 1)):
     tree = grown_tree(calibration, top_ks)
     selection = tree.select(tree.ranked(3), 4, num_rows)
-    calibration.on_drafted(Drafted(tree, 2, (1,), selection, wants_drafts))
+    calibration.on_drafted(Drafted(tree, (1,), selection, wants_drafts))
     calibration.on_verified(verified(accept_index))
 
 

@@ -110,7 +110,7 @@ class Server:
         if grafts is not None:
             self.num_copied += int(grafts.counts.sum())
         selection = tree.select(tree.ranked(NODES), NODES + 1)
-        copies.on_drafted(Drafted(tree, tree.num_layers, (2,), selection))
+        copies.on_drafted(Drafted(tree, (2,), selection))
         paths = []
         for b, req in enumerate(reqs):
             path, size = [], self.length(req)

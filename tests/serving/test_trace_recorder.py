@@ -90,7 +90,7 @@ def run_tree(recorder, number, new_tokens, accepted):
     chances = tree.grow(frontier, 1, torch.tensor([[3, 4]]), CHILDREN)
     recorder.on_layer(2, CHILDREN, chances)
     selection = tree.select(tree.ranked(3), 4)  # candidates 0, 1 and 2
-    recorder.on_drafted(Drafted(tree, 2, (1,), selection))
+    recorder.on_drafted(Drafted(tree, (1,), selection))
     recorder.on_verified(verified(4, new_tokens, accepted))
     recorder.on_step(report(number, DraftShape((1,), 4, None, 2)))
 

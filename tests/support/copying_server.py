@@ -187,19 +187,18 @@ class CopyingServer:
             self.recorder.on_layer(tree.num_layers, probs, chances)
             decider.expanded(frontier.scores, chances)
             widths.append(width)
-        num_layers = decider.depth(tree.num_layers)
         grafts = None if copies is None else copies.graft_into(tree)
-        ranked = tree.ranked(ROWS - 1, num_layers)
+        ranked = tree.ranked(ROWS - 1)
         size, num_rows = decider.rows(ranked.scores)
         if grafts is not None:
             size, num_rows = grafts.fit(size, num_rows, self.is_ragged)
         rows = None if num_rows is None else torch.from_numpy(num_rows)
         selection = tree.select(ranked, size, rows)
-        drafted = Drafted(tree, num_layers, tuple(widths), selection)
+        drafted = Drafted(tree, tuple(widths), selection)
         self.recorder.on_drafted(drafted, None if copies is None else copies.traced())
         if copies is not None:
             copies.on_drafted(drafted)
-        depth = max(num_layers, 0 if grafts is None else grafts.depth)
+        depth = max(tree.num_layers, 0 if grafts is None else grafts.depth)
         return DraftShape(tuple(widths), size, num_rows, depth), selection
 
     def _path(self, req, tree, b, node):

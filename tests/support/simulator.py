@@ -20,8 +20,8 @@ from cast_sglang.ops.contract import AcceptanceCurve
 from cast_sglang.policy.acceptance import GREEDY, SAMPLED, Acceptance
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.decider import Decider, StepFacts
-from cast_sglang.policy.full_width import best_choice
 from cast_sglang.policy.outcomes import verify_outcomes
+from cast_sglang.trace.full_width import best_choice
 from cast_sglang.tree import DraftTree
 
 TOPK = 8

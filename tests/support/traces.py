@@ -14,6 +14,7 @@ from cast_sglang.ops import reference
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.trace.file import TraceWriter
+from cast_sglang.trace.full_width import layers_kept
 from cast_sglang.trace.records import (
     Continuation,
     Trace,
@@ -150,7 +151,7 @@ class Recorder:
             self.policy.expanded(frontier.scores, probs)
             tree.grow(frontier, width, torch.from_numpy(layer.tokens.reshape(-1, TOPK)), probs)
             layers.append(layer)
-        num_layers = self.policy.depth(tree.num_layers, costs)
+        num_layers = layers_kept(self.policy, tree.num_layers, costs)
         ranked = tree.ranked(TOKENS - 1, num_layers)
         size = self.policy.rerank(ranked.scores, costs)
         selection = tree.select(ranked, size)

@@ -110,9 +110,6 @@ class Shape:
     def weigh(self, weights):
         pass
 
-    def count_prefill(self, units):
-        pass
-
     def breadth(self, scores, costs):
         return scores.shape[1]
 
@@ -122,9 +119,6 @@ class Shape:
 
     def expanded(self, parent_scores, child_probs):
         pass
-
-    def depth(self, num_layers, costs):
-        return num_layers
 
     def rerank(self, scores, costs):
         self.layer = 1

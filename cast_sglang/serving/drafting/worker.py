@@ -165,11 +165,8 @@ class CastDraftWorker(EagleDraftWorker):
             self.speculative_num_steps,
         )
         tree, widths = grow_tree(self._growth(forward_batch))
-
-        num_layers = decider.depth(tree.num_layers)
-        widths = widths[: num_layers - 1]
         grafts = None if copies is None else copies.graft_into(tree)
-        ranked = tree.ranked(tools.room.max_rows - 1, num_layers)
+        ranked = tree.ranked(tools.room.max_rows - 1)
         to_read = [ranked.scores]
         if tools.draws.is_drawn is not None:
             settled_scores = tree.settled_scores(*decider.settlement())
@@ -189,7 +186,7 @@ class CastDraftWorker(EagleDraftWorker):
         wants_drafts = None
         if tools.weights is not None:
             wants_drafts = to_device(tools.weights > 0.0, self.device)
-        drafted = Drafted(tree, num_layers, widths, selection, wants_drafts)
+        drafted = Drafted(tree, widths, selection, wants_drafts)
         if tools.calibration is not None:
             tools.calibration.on_drafted(drafted)
         if tools.recorder is not None:
@@ -197,7 +194,8 @@ class CastDraftWorker(EagleDraftWorker):
         if copies is not None:
             copies.on_drafted(drafted)
         # The longest accepted path: no deeper than the tree, no longer than its nodes.
-        depth = min(max(num_layers, 0 if grafts is None else grafts.depth), num_draft_tokens - 1)
+        deepest = max(tree.num_layers, 0 if grafts is None else grafts.depth)
+        depth = min(deepest, num_draft_tokens - 1)
         self.last_shape = DraftShape(widths, num_draft_tokens, num_rows, depth)
         verify_input = build_verify_input(
             batch,

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from cast_sglang.policy.auto import AutoPolicy
-from cast_sglang.policy.base import Costs
+from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.select_count import select_size, size_costs
 
-__all__ = ["Choice", "FullWidthPolicy", "best_choice"]
+__all__ = ["Choice", "FullWidthPolicy", "best_choice", "layers_kept"]
 
 
 class Choice(NamedTuple):
@@ -115,3 +115,8 @@ class FullWidthPolicy(AutoPolicy):
     def share_out(self, scores: torch.Tensor, costs: Costs | None) -> None:
         """Treat all requests alike: the search is over depth and size."""
         return None
+
+
+def layers_kept(policy: TreePolicy, num_layers: int, costs: Costs | None) -> int:
+    """Return how many of a tree's layers stay; all but of trees of full width."""
+    return policy.depth(num_layers, costs) if isinstance(policy, FullWidthPolicy) else num_layers

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.ops import reference
-from cast_sglang.policy.full_width import FullWidthPolicy, best_choice
+from cast_sglang.trace.full_width import FullWidthPolicy, best_choice
 from cast_sglang.tree import DraftTree
 from tests.support.simulator import LAYERS, SIZES, TOPK, Text, make_costs
 
