@@ -96,7 +96,6 @@ class AutoPolicy(TreePolicy):
         # [B, K] scores; None once `expanded` reported deeper children in this step.
         self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
-        self._prefill_units = 0.0
         self._standing: tuple[torch.Tensor, torch.Tensor] | None = None  # arguments of `stand`
 
     def price(self, batch_size: int) -> float:
@@ -144,9 +143,6 @@ class AutoPolicy(TreePolicy):
 
     def weigh(self, weights: np.ndarray | None) -> None:
         self._weights = None if weights is None else weights[:, None].astype(np.float32)
-
-    def count_prefill(self, units: float) -> None:
-        self._prefill_units = units
 
     def stand(self, best: torch.Tensor, left: torch.Tensor) -> None:
         self._standing = best, left
@@ -308,7 +304,14 @@ class AutoPolicy(TreePolicy):
             gain = bucket.gain(tokens, time_units)
             bucket.account = min(bucket.max_account, bucket.account + gain)
 
-    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
+    def speculate(
+        self,
+        batch_size: int,
+        costs: Costs | None,
+        catch_up: float = 0.0,
+        prefill: float = 0.0,
+        wants_drafts: bool = True,
+    ) -> bool:
         """Return whether to draft in this step, or to decode plainly.
 
         Each octave of batch sizes has an account of the time that speculation may still lose
@@ -317,28 +320,23 @@ class AutoPolicy(TreePolicy):
         account. As soon as the account covers a try, with the time that the draft needs to catch
         up, the policy drafts again for a step or some, and stays with it if that gains time. So by
         the costs, speculation never loses more than the account held, whatever is accepted. A try
-        mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms.
+        mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms. Steps
+        of requests that want no drafts pay for it too.
 
         Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """
-        bucket = self._bucket(batch_size)
+        bucket, self._turn = self._bucket(batch_size), None
         assert costs is not None
-        bucket.plain_units, bucket.prefill_units = plain_units(costs), self._prefill_units
-        bucket.pay_in(catch_up)
+        bucket.plain_units, bucket.prefill_units = plain_units(costs), prefill
+        bucket.pay_in(catch_up if wants_drafts else 0.0)
+        if not wants_drafts:
+            return False
         if not bucket.is_plain:
             bucket.account -= catch_up
-        self._turn = None
         # Where speculation barely pays, turns of worse trees would use up what is saved for tries.
         if self.takes_turns and bucket.account == bucket.max_account:
             self._turn = bucket.turns.next()
         return not (bucket.is_plain or self._turn is PLAIN)
-
-    def wait(self, batch_size: int, costs: Costs | None) -> None:
-        """Pay for later tries as in any plain step."""
-        bucket = self._bucket(batch_size)
-        assert costs is not None
-        bucket.plain_units, bucket.prefill_units = plain_units(costs), self._prefill_units
-        bucket.pay_in()
 
     def plain_steps(self, batch_size: int) -> int:
         """Return the plain steps until the account covers a try, without its catching up."""

@@ -63,20 +63,25 @@ class TreePolicy(ABC):
         """Note the score of the last node that was worth its time in this step, and the rows."""
         return
 
-    def speculate(self, batch_size: int, costs: Costs | None, catch_up: float = 0.0) -> bool:
+    def speculate(
+        self,
+        batch_size: int,
+        costs: Costs | None,
+        catch_up: float = 0.0,
+        prefill: float = 0.0,
+        wants_drafts: bool = True,
+    ) -> bool:
         """Return whether to draft in this step; else the step decodes plainly.
 
         Args:
             catch_up: cost of the draft model's pass over earlier plain steps, before it drafts.
+            prefill: cost of its pass over the prompts, for each token of the requests' answers. It
+                is behind the running requests. That of requests to come is saved where plain
+                decoding is the rule.
+            wants_drafts: False where the step decodes plainly in any case, since none of its
+                requests wants drafts.
         """
         return True
-
-    def wait(self, batch_size: int, costs: Costs | None) -> None:
-        """Take note of a step that decodes plainly, since none of its requests wants drafts.
-
-        Called in place of `speculate`.
-        """
-        return
 
     def plain_steps(self, batch_size: int) -> int:
         """Return how many steps of this batch size will be decoded plainly before one that drafts.
@@ -90,14 +95,6 @@ class TreePolicy(ABC):
 
         Args:
             weights: [B] >= 0, worth of a token of each request; None for equal worth.
-        """
-        return
-
-    def count_prefill(self, units: float) -> None:
-        """Set what the draft's prefill takes for each token of the requests' answers.
-
-        It is behind the running requests. That of requests to come is saved where plain decoding is
-        the rule.
         """
         return
 

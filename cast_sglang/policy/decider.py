@@ -128,15 +128,14 @@ class Decider:
         self.planned = self._launched = None
         policy, costs, batch_size = self.policy, facts.costs, facts.batch_size
         policy.weigh(facts.weights)
-        drafts = facts.max_layers > 0 and facts.max_rows > 1
         wants_drafts = facts.weights is None or bool(facts.weights.any())
-        drafts, catch_up = drafts and wants_drafts, 0.0
+        drafts, catch_up = wants_drafts and facts.max_layers > 0 and facts.max_rows > 1, 0.0
         if costs is not None:
-            policy.count_prefill(extend_row_units(costs) * facts.prompt_rows)
-            if not wants_drafts:
-                policy.wait(batch_size, costs)
             catch_up = extend_units(costs, facts.missing_rows)
-            drafts = drafts and policy.speculate(batch_size, costs, catch_up)
+            if drafts or not wants_drafts:
+                prefill = extend_row_units(costs) * facts.prompt_rows
+                asked = batch_size, costs, catch_up, prefill, wants_drafts
+                drafts = policy.speculate(*asked) and drafts
             is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0

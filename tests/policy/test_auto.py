@@ -184,10 +184,11 @@ def test_plain_steps_until_the_next_try_are_known():
             if wants_drafts:
                 assert not policy.speculate(4, step_costs)
             else:
-                policy.wait(4, step_costs)
+                assert not policy.speculate(4, step_costs, wants_drafts=False)
         assert policy.plain_steps(4) == 0
         if not wants_drafts:
-            policy.wait(4, step_costs)  # the try waits for a request that wants drafts
+            # The try waits for a request that wants drafts.
+            assert not policy.speculate(4, step_costs, wants_drafts=False)
         assert policy.speculate(4, step_costs)
 
 
@@ -199,8 +200,7 @@ def test_what_the_drafts_prefill_takes_counts_against_speculation(prefill_units)
     time_units = 2.0 * (plain_units(step_costs) - 0.15)  # for two tokens
     decisions = []
     for _ in range(400):
-        policy.count_prefill(prefill_units)
-        decisions.append(policy.speculate(4, step_costs))
+        decisions.append(policy.speculate(4, step_costs, prefill=prefill_units))
         if decisions[-1]:
             policy.observe(4, 1.0, time_units)
     tries = sum(decisions[-100:])
@@ -214,10 +214,8 @@ def test_a_long_prompt_before_a_short_answer_does_not_stop_speculation_for_long(
     """The next requests have other prompts."""
     step_costs = make_costs("compute", 4)
     policy = AutoPolicy(SIZES, LAYERS)
-    policy.count_prefill(50.0)
-    while policy.speculate(4, step_costs):
+    while policy.speculate(4, step_costs, prefill=50.0):
         policy.observe(4, 2.0, 1.5)
-    policy.count_prefill(0.0)
     waits = 0
     while not policy.speculate(4, step_costs):
         waits += 1
@@ -316,7 +314,7 @@ def test_what_drawn_requests_verify_comes_from_earlier_steps():
 
 
 def test_in_a_turn_drawn_requests_have_its_rows_and_teach_nothing():
-    policy, step_costs = AutoPolicy(SIZES, LAYERS), costs()
+    policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(verify=[1.0] * TOKENS)
     policy.learn_settlement(1, 0.3, 12)
     for _ in range(FIRST):
         policy.speculate(1, step_costs)

@@ -94,7 +94,7 @@ def test_a_step_asks_in_the_promised_order(trace, shares_out):
     list(Replay(trace._replace(header=header), make_tables(), policy))
     # The last layer is not deepened, so nothing was expanded below it.
     last = "share_out rerank" if shares_out else "rerank"
-    first = "weigh count_prefill speculate"
+    first = "weigh speculate"
     step = f"{first} (breadth deepen expanded )*breadth deepen {last} observe ?"
     assert re.fullmatch(f"({step})+", " ".join(policy.calls))
     assert policy.calls.count("observe") == len(trace.steps)

@@ -21,15 +21,10 @@ class Scripted(TreePolicy):
         self.asked: list[tuple] = []
         self._layer = 0
 
-    def speculate(self, batch_size, costs, catch_up=0.0):
-        self.asked.append(("speculate", batch_size, catch_up))
+    def speculate(self, batch_size, costs, catch_up=0.0, prefill=0.0, wants_drafts=True):
+        self.asked.append(("speculate" if wants_drafts else "wait", batch_size, catch_up))
+        self.prefill_units = prefill
         return self.drafts
-
-    def wait(self, batch_size, costs):
-        self.asked.append(("wait", batch_size))
-
-    def count_prefill(self, units):
-        self.prefill_units = units
 
     def plain_steps(self, batch_size):
         return batch_size

@@ -48,7 +48,7 @@ class Policy(Widths):
         super().__init__([])
         self.brought = []
 
-    def speculate(self, batch_size, costs, catch_up=0.0):
+    def speculate(self, batch_size, costs, *others):
         return self.drafts
 
     def observe(self, batch_size, accepted_mean, time_units):
