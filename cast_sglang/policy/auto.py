@@ -29,7 +29,7 @@ from cast_sglang.policy.base import Costs, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.octaves import MAX_LOSS, Octave, octave_of
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
-from cast_sglang.policy.turns import PLAIN, Shape
+from cast_sglang.policy.turns import PLAIN, Shape, Turns
 
 __all__ = ["LEAST_CUT", "AutoPolicy"]
 
@@ -113,6 +113,7 @@ class AutoPolicy(TreePolicy):
                 "units": bucket.time,
                 "steps": bucket.steps,
                 "account": bucket.account,
+                "turn": bucket.turns.step,
             }
             for octave, bucket in sorted(self._buckets.items())
         ]
@@ -131,12 +132,15 @@ class AutoPolicy(TreePolicy):
                 octave = (int(row["batch_sizes"][1]) - 1).bit_length()
                 tokens, time, steps = (float(row[name]) for name in ("tokens", "units", "steps"))
                 account, is_plain = float(row["account"]), bool(row["is_plain"])
+                turn = int(row.get("turn", 0))  # earlier releases did not tell
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise ValueError(f"prices: a row is damaged: {row!r:.80}") from error
             is_known = all(0.0 < part < 1e6 for part in (tokens, time, steps))
-            if not (is_known and math.isfinite(account)):
+            if not (is_known and math.isfinite(account) and turn >= 0):
                 raise ValueError(f"prices: a row is out of range: {row!r:.80}")
-            bucket = buckets[octave] = Octave(tokens, time, steps, is_plain=is_plain)
+            bucket = buckets[octave] = Octave(
+                tokens, time, steps, is_plain=is_plain, turns=Turns(turn)
+            )
             bucket.max_account = MAX_LOSS / math.sqrt(2**octave)
             bucket.account = min(account, bucket.max_account)
         self._buckets = buckets

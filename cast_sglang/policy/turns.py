@@ -45,17 +45,26 @@ LONGEST = 1024
 
 
 class Turns:
-    """Counts the steps with drafts of one octave of batch sizes, and says whose turn each is."""
+    """Counts the steps with drafts of one octave of batch sizes, and says whose turn each is.
 
-    def __init__(self) -> None:
-        self._step = 0
+    Args:
+        step: the last one of an earlier server, whose turns are not taken anew.
+
+    Attributes:
+        step: the last one counted.
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = 0
         self._round = FIRST  # step at which the round began or begins
         self._order = DEFAULT_SHAPES * TIMES
+        for _ in range(step if step < LONGEST else LONGEST + step % LONGEST):
+            self.next()
 
     def next(self) -> Shape | None:
         """Count a step and return the tree whose turn it is; None for the policy's own."""
-        self._step += 1
-        place, is_between = divmod(self._step - self._round, 2)
+        self.step += 1
+        place, is_between = divmod(self.step - self._round, 2)
         if place >= len(self._order):
             self._round += min(self._round, LONGEST)
             self._order = (PLAIN, *DEFAULT_SHAPES)

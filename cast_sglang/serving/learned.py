@@ -187,6 +187,8 @@ class Learned:
             learned |= {
                 name: part for name, part in source.items() if is_fit or name not in _OF_TABLES
             }
+            if not is_fit and "prices" in source:  # what turns of other trees taught is gone
+                learned["prices"] = [{**row, "turn": 0} for row in source["prices"]]
         return learned
 
     def content(self) -> dict[str, Any]:

@@ -349,6 +349,7 @@ def test_a_policy_goes_on_where_another_was():
         {"units": 0.0},
         {"steps": float("nan")},
         {"account": float("inf")},
+        {"turn": -1},
         {"batch_sizes": []},
         {"is_plain": None, "tokens": "many"},
     ],

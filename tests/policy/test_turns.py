@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 from cast_sglang.policy.turns import DEFAULT_SHAPES, FIRST, LONGEST, PLAIN, TIMES, Turns
 
 
@@ -38,3 +40,12 @@ def test_the_stated_bound_holds():
     steps = list(turns_of(5000))
     for n in range(FIRST, 5001):
         assert sum(step <= n for step in steps) <= 6 + 3 * math.log2(n / FIRST) + 3 * n / LONGEST
+
+
+@pytest.mark.parametrize("step", [0, FIRST, 3 * FIRST, LONGEST - 1, LONGEST, 5 * LONGEST + 3])
+def test_turns_go_on_where_an_earlier_server_was(step):
+    whole = Turns()
+    for _ in range(step):
+        whole.next()
+    resumed = Turns(step)
+    assert [resumed.next() for _ in range(3000)] == [whole.next() for _ in range(3000)]

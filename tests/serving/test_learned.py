@@ -24,6 +24,7 @@ from cast_sglang.serving import learned as module
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.learned import Learned, LearnedFile
 from tests.support.builders import make_identity, make_profile
+from tests.support.policies import costs
 
 LIMITS = Limits(max_batch_size=4, max_context=1024, max_verify_rows=8, max_width=4)
 NOT_LEARNED = {"format": 1, "pair": ["a" * 64, "b" * 64]}
@@ -53,6 +54,7 @@ class Server:
     def serve(self):
         """Learn something of each kind."""
         for _ in range(8):
+            self.policy.speculate(2, costs(verify=[1.0] * 8))
             self.policy.observe(2, 2.0, 1.5)
             self.costs.residuals.record("verify", 2, 4, 1.6)
             nodes = VerifiedNodes(
@@ -174,11 +176,14 @@ def test_corrections_of_other_tables_are_left_out(tmp_path):
     server = Server(tmp_path / "pair.json", profile=slower)
     start = server.learned.start()
     assert server.scale() == 1.0 and "corrections" not in start
+    # What other trees take is measured anew.
+    assert [row["turn"] for row in start["prices"]] == [0]
+    assert server.policy.price(2) == pytest.approx(served.policy.price(2), rel=1e-6)
     # Text and prices are those of the server's own requests.
     np.testing.assert_array_equal(server.curve(), served.curve())
     # The run of the new tables knows their corrections.
     again = Server(tmp_path / "pair.json", profile=profile)
-    again.learned.start()
+    assert [row["turn"] for row in again.learned.start()["prices"]] == [16]
     assert again.scale() == pytest.approx(served.scale(), rel=1e-3)
 
 
