@@ -132,8 +132,8 @@ class Residuals:
             return
         places = self._places_of(operation, batch_size)
         places = places[:, min(max(num_tokens, 1), places.shape[1]) - 1]
-        self._samples[places[2] - self._starts[2]] += 1
-        _share_out_surprise(self._means, self._variances, places, self._moment, math.log(ratio))
+        learned = self._means, self._variances, self._samples
+        _share_out_surprise(*learned, self._starts, places, self._moment, math.log(ratio))
 
     def record_step(
         self, batch_size: int, num_layers: int, measured: float, expected: float
@@ -147,24 +147,12 @@ class Residuals:
         """
         if not (0.0 < measured < math.inf and 0.0 < expected < math.inf):
             return
-        octave, seen = self.batch_bucket(batch_size), np.array([1.0, num_layers])
-        rest, covariance = self._rest[octave], self._rest_covariances[octave]
-        # What is known of the rest is part of the expected time.
-        passes = expected - float(self._known[1][octave] @ seen)
-        surprise = measured / math.exp(self._moment[0]) - passes - float(rest @ seen)
-        prior = np.square(REST_DEVIATIONS)
-        covariance += np.diag(prior) / HORIZON
-        # What steps of equal layers cannot tell apart is no less certain than at first.
-        covariance *= min(1.0, float((prior / covariance.diagonal()).min()))
-        gain = covariance @ seen
-        # As long as the passes are not known, nor is what is left of the step.
-        unknown = self._variances[: len(NAMES)].max() + self._moment[1]
-        variance = float(gain @ seen) + (STEP_NOISE**2 + unknown) * expected**2
-        most = MAX_SURPRISE * math.sqrt(variance)
-        rest += gain / variance * min(max(surprise, -most), most)
-        covariance -= np.outer(gain, gain) / variance
-        # A layer takes no less than its passes. A step may, where passes overlap.
-        np.maximum(rest, (-MAX_OVERLAP, 0.0), out=rest)
+        octave = self.batch_bucket(batch_size)
+        rest, known, covariance = (
+            part[octave] for part in (self._rest, self._known[1], self._rest_covariances)
+        )
+        of_passes = self._variances[: len(NAMES)], self._moment
+        _learn_rest(rest, known, covariance, *of_passes, num_layers, measured, expected)
 
     def values(self) -> tuple[np.ndarray, ...]:
         """Return what was learned, for the other ranks of a tensor-parallel group."""
@@ -313,10 +301,12 @@ class CorrectedCosts:
         )
 
 
-@compiled("void(f8[:], f8[:], i8[:], f8[:], f8)")
+@compiled("void(f8[:], f8[:], i8[:], i8[:], i8[:], f8[:], f8)")
 def _share_out_surprise(
     means: np.ndarray,
     variances: np.ndarray,
+    samples: np.ndarray,
+    starts: np.ndarray,
     places: np.ndarray,
     moment: np.ndarray,
     log_ratio: float,
@@ -325,10 +315,13 @@ def _share_out_surprise(
 
     Args:
         means, variances: [parts] float64.
+        samples: [buckets] int64, passes of each bucket, which are the third kind of parts.
+        starts: [5] int64, where the parts of each kind begin.
         places: [4] int64, the parts of this pass.
         moment: [3] float64, the speed of the moment, its variance, and the variance of the noise.
         log_ratio: of measured to predicted time.
     """
+    samples[places[2] - starts[2]] += 1
     moment[1] += DRIFT**2
     expected, known = moment[0], moment[1]
     for place in places:
@@ -344,6 +337,46 @@ def _share_out_surprise(
         variances[place] -= variances[place] * variances[place] / total
     # The noise is what the parts do not explain, over some hundred passes.
     moment[2] += 0.01 * (max(surprise * surprise - known, 1e-4) - moment[2])
+
+
+@compiled("void(f8[:], f8[:], f8[:, :], f8[:], f8[:], f8, f8, f8)")
+def _learn_rest(
+    rest: np.ndarray,
+    known: np.ndarray,
+    covariance: np.ndarray,
+    variances: np.ndarray,
+    moment: np.ndarray,
+    num_layers: float,
+    measured: float,
+    expected: float,
+) -> None:
+    """Do the work of `Residuals.record_step`.
+
+    Args:
+        rest, known: [2] float64, time of a step and of a layer outside of passes; as of now, and
+            as it is part of the expected time.
+        covariance: [2, 2] float64, of `rest`.
+        variances: float64, of how far off each pass is everywhere.
+        moment: as of `_share_out_surprise`.
+    """
+    passes = expected - known[0] - known[1] * num_layers
+    surprise = measured / math.exp(moment[0]) - passes - rest[0] - rest[1] * num_layers
+    scale = 1.0
+    for part in range(2):
+        prior = REST_DEVIATIONS[part] ** 2
+        covariance[part, part] += prior / HORIZON
+        # What steps of equal layers cannot tell apart is no less certain than at first.
+        scale = min(scale, prior / covariance[part, part])
+    covariance *= scale
+    gain = covariance[:, 0] + covariance[:, 1] * num_layers
+    # As long as the passes are not known, nor is what is left of the step.
+    noise = STEP_NOISE**2 + variances.max() + moment[1]
+    variance = gain[0] + gain[1] * num_layers + noise * expected**2
+    most = MAX_SURPRISE * math.sqrt(variance)
+    rest += gain / variance * min(max(surprise, -most), most)
+    covariance -= np.outer(gain, gain) / variance
+    # A layer takes no less than its passes. A step may, where passes overlap.
+    rest[0], rest[1] = max(rest[0], -MAX_OVERLAP), max(rest[1], 0.0)
 
 
 def _edges(limit: int, *, halves: bool) -> list[int]:

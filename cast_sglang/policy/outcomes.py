@@ -8,7 +8,6 @@ import numpy as np
 
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.ops.contract import LEAST_LEFT
-from cast_sglang.tree import first_child_of, proposer_of
 
 __all__ = ["VerifiedNodes", "verify_outcomes"]
 
@@ -41,7 +40,6 @@ def verify_outcomes(
             node that calibration must ignore.
         topk: K.
     """
-    ranks = top_scores_index - first_child_of(proposer_of(top_scores_index, topk), topk)
     shape = top_scores_index.shape
     depths = np.empty(shape, dtype=np.int64)
     shares, is_tried, accepted = np.empty(shape), np.empty(shape, bool), np.empty(shape, bool)
@@ -49,7 +47,8 @@ def verify_outcomes(
         parent_rows,
         accept_index.astype(np.int64),
         probs,
-        ranks,
+        top_scores_index,
+        topk,
         shares,
         depths,
         is_tried,
@@ -58,22 +57,21 @@ def verify_outcomes(
     return VerifiedNodes(shares, depths, is_tried, accepted)
 
 
-@compiled("void(i8[:, :], i8[:, :], f4[:, :], i8[:, :], f8[:, :], i8[:, :], b1[:, :], b1[:, :])")
+@compiled(
+    "void(i8[:, :], i8[:, :], f4[:, :], i8[:, :], i8, f8[:, :], i8[:, :], b1[:, :], b1[:, :])"
+)
 def _read_outcomes(
     parent_rows: np.ndarray,
     accept_index: np.ndarray,
     probs: np.ndarray,
-    ranks: np.ndarray,
+    top_scores_index: np.ndarray,
+    topk: int,
     shares: np.ndarray,
     depths: np.ndarray,
     is_tried: np.ndarray,
     accepted: np.ndarray,
 ) -> None:
-    """Fill the arrays of `VerifiedNodes`. Arguments are those of `verify_outcomes`, and these.
-
-    Args:
-        ranks: [B, N - 1] int, a node's index among the K candidates of its parent.
-    """
+    """Fill the arrays of `VerifiedNodes`; the other arguments are those of `verify_outcomes`."""
     batch_size, num_nodes = parent_rows.shape
     is_accepted = np.zeros(batch_size * (num_nodes + 1), dtype=np.bool_)
     for request in range(batch_size):
@@ -89,7 +87,7 @@ def _read_outcomes(
             if parent != group:
                 group, siblings, left, is_open = parent, 0, 1.0, True
             # Only if all better siblings were verified is it known that none of them was accepted.
-            is_open &= ranks[request, node] == siblings
+            is_open &= top_scores_index[request, node] % topk == siblings  # its rank there
             prob = float(probs[request, node])
             shares[request, node] = min(prob / max(left, LEAST_LEFT), 1.0)
             depths[request, node] = 1 if parent < 1 else depths[request, parent - 1] + 1

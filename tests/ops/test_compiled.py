@@ -82,9 +82,20 @@ def arguments(function, rng, batch, n):
         "_share_out_surprise": (
             floats(rng, n + 3, dtype=np.float64),
             0.1 * floats(rng, n + 3, dtype=np.float64),
+            np.arange(n + 3),
+            np.zeros(5, np.int64),
             rng.permutation(n + 3)[:4],
             np.array([0.1, 0.001, 0.02]),
             float(3.0 * rng.normal()),
+        ),
+        "_learn_rest": (
+            *(0.1 * floats(rng, 2, 2, dtype=np.float64)),
+            np.diag([0.04, 0.0004]) + 1e-4,
+            0.1 * floats(rng, 3, dtype=np.float64),
+            np.array([0.1, 0.001, 0.02]),
+            float(batch % 4),
+            float(n * rng.random()),
+            float(n),
         ),
     }[function.__name__]
 
