@@ -22,6 +22,7 @@ import numpy as np
 
 from cast_sglang.costs.model import extend_row_units, extend_units
 from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
+from cast_sglang.policy.octaves import PROBE_SHARE
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from cast_sglang.policy.base import TreePolicy
 
 __all__ = ["Arriving", "Decider", "Plan", "VerifyRows", "StepFacts"]
-
-# During plain decoding the draft catches up whenever its backlog is full if that takes less than
-# this share of the time; else only before the next step that drafts.
-KEEP_UP_SHARE = 0.01
 
 
 class Arriving(Protocol):
@@ -121,7 +118,8 @@ class Decider:
         """Decide whether to draft, and whether the draft is brought up to date first.
 
         A plain step leaves the draft as it is. Where the rows that are kept for it are full, the
-        oldest would be lost, so the draft takes them if that is cheap.
+        oldest would be lost, so the draft takes them if that takes no more than the share of plain
+        decoding that tries of speculation may lose.
         """
         began = time.perf_counter()
         self._facts, self._num_layers, self._num_nodes = facts, 1, 0
@@ -136,7 +134,7 @@ class Decider:
                 prefill = extend_row_units(costs) * facts.prompt_rows
                 asked = batch_size, costs, catch_up, prefill, wants_drafts
                 drafts = policy.speculate(*asked) and drafts
-            is_cheap = catch_up <= KEEP_UP_SHARE * facts.missing_rows * float(costs.verify[0])
+            is_cheap = catch_up <= PROBE_SHARE * facts.missing_rows * float(costs.verify[0])
             if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
                 catch_up = 0.0
         if drafts and facts.is_drawn is not None:

@@ -213,7 +213,7 @@ def test_layers_are_back_after_a_plain_step_that_fails(worker):
 
 
 def test_a_full_backlog_is_worked_off_while_decoding_is_plain(profiled, passes, monkeypatch):
-    monkeypatch.setattr("cast_sglang.policy.decider.KEEP_UP_SHARE", 10.0)  # it is cheap
+    monkeypatch.setattr("cast_sglang.policy.decider.PROBE_SHARE", 10.0)  # it is cheap
     profiled.tools.decider.policy.drafts = False
     backlog, slots = profiled.tools.backlog, np.array([1])
     for _ in range(backlog.capacity):

@@ -246,14 +246,11 @@ def test_the_servers_width_is_back_after_an_error():
 
 
 class Verifies(Widths):
-    """A policy of given widths, depth and rows."""
+    """A policy of given widths and rows."""
 
-    def __init__(self, widths, num_layers, num_rows):
+    def __init__(self, widths, num_rows):
         super().__init__(widths)
-        self.num_layers, self.num_rows = num_layers, num_rows
-
-    def depth(self, num_layers, costs):
-        return self.num_layers
+        self.num_rows = num_rows
 
     def rerank(self, scores, costs):
         return self.num_rows
@@ -286,14 +283,13 @@ def built(monkeypatch):
     ("num_layers", "num_rows", "longest"), [(4, 8, 4), (2, 8, 2), (4, 3, 2), (1, 2, 1)]
 )
 def test_a_step_verifies_what_was_decided(built, num_layers, num_rows, longest):
-    policy = Verifies([3, 1, 2], num_layers, num_rows)
+    policy = Verifies([3, 1, 2][: num_layers - 1], num_rows)
     worker, batch = make_worker(decider_of(policy)), batch_of([3, 5], [10, 20])
     num_rows = min(num_rows, 1 + TOPK * (1 + sum([3, 1, 2][: num_layers - 1])))
     verify_input = worker.draft(batch)
     [seen] = built
     assert seen.num_draft_tokens == num_rows and seen.tokens.shape == (2, num_rows - 1)
     assert verify_input.topk == TOPK and verify_input.spec_steps == longest
-    # Layers that do not stay have no node among those that are verified.
     rows = [-1] + [int(n) // num_rows for n in seen.numbers[0]]
     depths = [0]
     for row in rows[1:]:
@@ -305,18 +301,18 @@ def test_a_step_verifies_what_was_decided(built, num_layers, num_rows, longest):
 
 
 def test_no_more_is_verified_than_there_is_room_for(built):
-    worker = make_worker(decider_of(Verifies([3, 3], 3, 12)), max_rows=5)
+    worker = make_worker(decider_of(Verifies([3, 3], 12)), max_rows=5)
     worker.draft(batch_of([3, 5], [10, 20]))
     assert built[0].num_draft_tokens == 5
 
 
 def test_a_lone_path_is_known_as_one(built):
-    worker = make_worker(decider_of(Verifies([1], 2, 3), batch=1))
+    worker = make_worker(decider_of(Verifies([1], 3), batch=1))
     assert worker.draft(batch_of([3], [10])).is_path
 
 
 def test_a_request_that_wants_no_drafts_has_only_its_root(built):
-    worker = make_worker(decider_of(Verifies([2], 2, 4)))
+    worker = make_worker(decider_of(Verifies([2], 4)))
     worker.tools.weights = np.array([0.0, 1.0])
     verify_input = worker.draft(batch_of([3, 5], [10, 20]))
     assert verify_input.retrieve_next_token.tolist() == [[-1, -1], [1, -1]]
@@ -348,7 +344,7 @@ def copying_worker(policy, **options):
 
 def test_copies_hang_below_the_root_and_below_each_other(built):
     """Deeper than the drafted layers, and no deeper than the step has room for."""
-    worker = copying_worker(Verifies([2], 2, ROWS))
+    worker = copying_worker(Verifies([2], ROWS))
     verify_input = worker.draft(rooted(3, [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]))
     [seen] = built
     tokens, num_rows = [2, *seen.tokens[0].tolist()], seen.num_draft_tokens
@@ -361,17 +357,17 @@ def test_copies_hang_below_the_root_and_below_each_other(built):
 
 def test_a_request_without_copies_gets_the_tree_that_it_would_have_had(built):
     """A text that repeats nothing, and a request that another row stands for."""
-    policy = Verifies([2], 2, 6)
+    policy = Verifies([2], 6)
     make_worker(decider_of(policy, batch=1)).draft(rooted(3, [1, 2, 3]))
     for is_greedy in (True, False):
-        copying_worker(Verifies([2], 2, 6)).draft(rooted(3, [1, 2, 3], is_greedy))
+        copying_worker(Verifies([2], 6)).draft(rooted(3, [1, 2, 3], is_greedy))
     for seen in built[1:]:
         assert torch.equal(seen.numbers, built[0].numbers)
     assert torch.equal(built[1].tokens, built[0].tokens)
 
 
 def test_what_the_draft_lacks_is_made_up_for_before_a_tree_grows(built, extended):
-    worker, batch = make_worker(decider_of(Verifies([2], 2, 4))), batch_of([3, 5], [10, 20])
+    worker, batch = make_worker(decider_of(Verifies([2], 4))), batch_of([3, 5], [10, 20])
     with worker.plain_step(batch.spec_info):
         worker._draft_extend_for_decode(batch, result_of(2, 1, [1, 1]))
     worker.draft(batch)
@@ -410,14 +406,14 @@ def test_nothing_waits_while_the_draft_catches_up(extended, monkeypatch):
 
 
 def test_nothing_waits_to_leave_out_requests_that_want_no_drafts(monkeypatch):
-    worker, batch = make_worker(decider_of(Verifies([], 1, 3))), batch_of([3, 5], [10, 20])
+    worker, batch = make_worker(decider_of(Verifies([], 3))), batch_of([3, 5], [10, 20])
     worker.device, worker.tools.weights = DEVICE, np.array([0.0, 1.0])
     links = torch.empty(2, 3, dtype=torch.int64, device=DEVICE)
     rows = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     selection = SimpleNamespace(parent_rows=rows, top_scores_index=0, draft_tokens=0)
     tree = SimpleNamespace(
         num_layers=1,
-        ranked=lambda most, layers: SimpleNamespace(scores=torch.rand(2, 4)),
+        ranked=lambda most: SimpleNamespace(scores=torch.rand(2, 4)),
         select=lambda *args: selection,
     )
     monkeypatch.setattr(module, "grow_tree", lambda growth: (tree, ()))
