@@ -44,6 +44,7 @@ class _View(NamedTuple):
     growth: np.ndarray  # [K], one more layer of 1.. nodes, with what it adds to draft extend
     sized: np.ndarray  # [N], verifying the smallest allowed size that holds 1.. rows
     token: float  # what a further accepted token adds to draft extend
+    plain: float  # a plain step
 
 
 class AutoPolicy(TreePolicy):
@@ -93,8 +94,6 @@ class AutoPolicy(TreePolicy):
         self._parents = 0  # depth of the nodes whose children `expanded` showed last
         self._turn: Shape | None = None  # of the step that runs; None for the policy's own
         self._shares_out = False  # the last tree was cut by `share_out`
-        # [B, K] scores; None once `expanded` reported deeper children in this step.
-        self._root_children: torch.Tensor | None = None
         self._weights: np.ndarray | None = None  # [B, 1]
         self._standing: tuple[torch.Tensor, torch.Tensor] | None = None  # arguments of `stand`
 
@@ -153,21 +152,20 @@ class AutoPolicy(TreePolicy):
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and decide whether expanding it pays at all."""
-        view = self._read(costs)
+        view, price = self._read(costs), self.price(len(scores))
         if self._layers == 1:
-            self._lookahead.begin_tree(scores.shape[0])
             self._begin(scores)
         room = self._max_layers - self._layers
         (best, left), self._standing = self._standing or (None, scores), None
         width, gain = self._lookahead.best_width(
             self._layers,
-            self._worth(left, view),
+            self._worth(left, view, price),
             view.costs.verify if self._shares_out else view.sized,
             view.growth,
-            self.price(len(scores)),
+            price,
             room,
             self._shares_out,
-            None if best is None else self._worth(best, view),
+            None if best is None else self._worth(best, view, price),
         )
         self._deepen = gain > 0.0 and room > 0
         if self._turn is not None:
@@ -181,41 +179,34 @@ class AutoPolicy(TreePolicy):
 
     def chain_layers(self, scores: torch.Tensor, costs: Costs | None, max_layers: int) -> int:
         """Choose the length that promises most, by the children that nodes of each depth had."""
-        view = self._read(costs)
+        view, price = self._read(costs), self.price(len(scores))
         self._begin(scores)
         if self._turn is not None:
             return min(self._turn.num_steps, max_layers)
         return self._lookahead.best_length(
-            self._worth(scores, view),
+            self._worth(scores, view, price),
             view.costs.verify if self._shares_out else view.sized,
             float(view.growth[0]),
-            self.price(len(scores)),
+            price,
             max_layers,
             self._shares_out,
         )
 
     def _begin(self, scores: torch.Tensor) -> None:
         """See the roots' children; they stand for all others while nothing is known of those."""
-        self._root_children = scores
-        if not self._lookahead.has_learned:
-            self._lookahead.add(0, None, scores)
-            self._lookahead.learn()
+        self._parents = 0
+        self._lookahead.learn(0, None, scores)
+        self._lookahead.begin_tree(len(scores))
 
     def expanded(self, parent_scores: torch.Tensor, child_probs: torch.Tensor) -> None:
-        """Keep the children of the nodes just expanded until the step learns from them.
-
-        The tensors must not be overwritten before `rerank` or `share_out`.
-        """
-        self._root_children = None
         self._parents += 1
-        self._lookahead.add(self._parents, parent_scores, child_probs)
+        self._lookahead.learn(self._parents, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the allowed size whose nodes bring most beyond the price of their time."""
-        view = self._read(costs)
-        worth, price = self._worth(scores, view), self.price(len(scores))
-        size = select_size(worth, view.sized, self._sizes, price)
-        self._close_step()
+        view, price = self._read(costs), self.price(len(scores))
+        size = select_size(self._worth(scores, view, price), view.sized, self._sizes, price)
+        self._layers = 1
         if self._turn is not None and size is not None:
             allowed = self._sizes[: bisect_right(self._sizes, scores.shape[1] + 1)]
             return allowed[bisect_left(allowed, self._turn.num_draft_tokens, hi=len(allowed) - 1)]
@@ -233,7 +224,7 @@ class AutoPolicy(TreePolicy):
             return bool((scores[:, 0] > 0.0).any())
         view, price = self._read(costs), self.price(len(scores))
         verify, sized = view.costs.verify, view.sized[1:]
-        worth = self._worth(scores[:, : len(sized)], view)
+        worth = self._worth(scores[:, : len(sized)], view, price)
         if shares_out:
             worth, sized = pooled(worth, verify)
         return bool(select_count(worth, sized, price)[1] > -price * verify[0])
@@ -243,13 +234,13 @@ class AutoPolicy(TreePolicy):
         self._shares_out = True
         if self._turn is not None:
             return None
-        view, batch_size = self._read(costs), len(scores)
-        worth = self._worth(scores[:, : self._sizes[-1] - 1], view)
-        count, _ = select_count(*pooled(worth, view.costs.verify), self.price(batch_size))
+        self._layers = 1
+        view, price = self._read(costs), self.price(len(scores))
+        worth = self._worth(scores[:, : self._sizes[-1] - 1], view, price)
+        count, _ = select_count(*pooled(worth, view.costs.verify), price)
         # Stable, so that a parent comes before a child of the same score.
         chosen = np.argsort(-worth.ravel(), kind="stable")[:count]
-        self._close_step()
-        return 1 + np.bincount(chosen // worth.shape[1], minlength=batch_size)
+        return 1 + np.bincount(chosen // worth.shape[1], minlength=len(scores))
 
     def settlement(self, batch_size: int, costs: Costs | None, is_even: bool) -> tuple[float, int]:
         """Return the least score and, root included, the most nodes that drawn requests verify.
@@ -281,21 +272,14 @@ class AutoPolicy(TreePolicy):
             bucket.log_cut = KEEP * before + (1.0 - KEEP) * log_cut
             bucket.num_rows = num_rows
 
-    def _worth(self, scores: torch.Tensor, view: _View) -> np.ndarray:
+    def _worth(self, scores: torch.Tensor, view: _View, price: float) -> np.ndarray:
         """Return [B, n] float32, what nodes of these scores are worth, in tokens.
 
         Each accepted token adds a row to draft extend, where accepted rows are what it runs.
         """
-        token = np.float32(1.0 - self.price(len(scores)) * view.token)
+        token = np.float32(1.0 - price * view.token)
         worth: np.ndarray = scores.numpy(force=True) * token
         return worth if self._weights is None else worth * self._weights
-
-    def _close_step(self) -> None:
-        """Learn from the children seen in this step and get ready for the next tree."""
-        if self._root_children is not None:
-            self._lookahead.add(0, None, self._root_children)
-        self._lookahead.learn()
-        self._layers, self._parents, self._root_children = 1, 0, None
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:
         """Count tokens and time of a step with a tree, which may have run several steps ago."""
@@ -330,8 +314,7 @@ class AutoPolicy(TreePolicy):
         Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """
         bucket, self._turn = self._bucket(batch_size), None
-        assert costs is not None
-        bucket.plain_units, bucket.prefill_units = plain_units(costs), prefill
+        bucket.plain_units, bucket.prefill_units = self._read(costs).plain, prefill
         bucket.pay_in(catch_up if wants_drafts else 0.0)
         if not wants_drafts:
             return False
@@ -365,16 +348,13 @@ class AutoPolicy(TreePolicy):
         assert costs is not None
         # `CostModel` returns the same object until the batch size or the context changes.
         if self._view is None or self._view.costs is not costs:
-            self._view = _view(costs, self._sizes, self._extends_by_accepted)
+            row = extend_row_units(costs)
+            row_of_layer, row_of_token = (0.0, row) if self._extends_by_accepted else (row, 0.0)
+            self._view = _View(
+                costs,
+                growth=costs.draft + np.float32(row_of_layer),
+                sized=size_costs(costs.verify, self._sizes),
+                token=row_of_token,
+                plain=plain_units(costs),
+            )
         return self._view
-
-
-def _view(costs: Costs, sizes: tuple[int, ...], extends_by_accepted: bool) -> _View:
-    row = extend_row_units(costs)
-    row_of_layer, row_of_token = (0.0, row) if extends_by_accepted else (row, 0.0)
-    return _View(
-        costs,
-        growth=costs.draft + np.float32(row_of_layer),
-        sized=size_costs(costs.verify, sizes),
-        token=row_of_token,
-    )

@@ -43,56 +43,34 @@ class Lookahead:
         # above, as if one node had had them. The first children tell how many there are.
         self._weights = np.zeros(max_layers + 1)
         self._sums = np.zeros((max_layers + 1, 0))
-        self._means = self._sums.copy()
+        self._means = self._sums
         self._max_nodes = max_nodes
         # [B, max_nodes] the best candidates of each request's tree so far, descending.
         self._best = np.zeros((0, max_nodes), np.float32)
-        self._seen: list[tuple[int, torch.Tensor | None, torch.Tensor]] = []
 
-    @property
-    def has_learned(self) -> bool:
-        """Whether any node's children are known."""
-        return bool(self._weights.any())
-
-    def add(
+    def learn(
         self, depth: int, parent_scores: torch.Tensor | None, child_probs: torch.Tensor
     ) -> None:
-        """Keep the children of one layer's nodes until `learn` reads them.
+        """Count the children of one layer's nodes, which the next tree is grown by.
+
+        Children weigh as much as the score of their parent: what hangs below a node that is hardly
+        ever reached does not matter. Those of a root stand for the children of its own children
+        until such are known, so they weigh as much as the best of them.
 
         Args:
             depth: of the nodes, 0 for roots.
             parent_scores: [B, n] float32, path scores of the layer's nodes, of which the first W
                 have children; None for roots.
             child_probs: [B * W, K] float32, their children's probabilities given them.
+
+        Effects: two small copies to the host where they are on a device.
         """
-        self._seen.append((depth, parent_scores, child_probs))
-
-    def learn(self) -> None:
-        """Move the means towards the children that were added.
-
-        Children weigh as much as the score of their parent: what hangs below a node that is hardly
-        ever reached does not matter. Those of a root stand for the children of its own children, so
-        they weigh as much as the best of them.
-
-        Effects: two small copies to the host for each layer whose nodes are on a device.
-        """
-        for depth, scores, children in self._seen:
-            probs = children.numpy(force=True)
-            if not self.has_learned:
-                self._sums = np.zeros((len(self._weights), probs.shape[1]))
-                self._means = self._sums.copy()
-            self._weights[depth] *= KEEP
-            self._sums[depth] *= KEEP
-            requests = len(probs) if scores is None else len(scores)
-            if scores is None:
-                weights = probs[:, 0] / max(float(probs[:, 0].mean()), 1e-9)
-            else:
-                weights = scores.numpy(force=True)[:, : len(probs) // requests].ravel()
-            self._weights[depth] += weights.sum() / requests
-            self._sums[depth] += weights @ probs / requests
-        if self._seen:
-            _fill_means(self._sums, self._weights, self._means)
-        self._seen.clear()
+        probs = child_probs.numpy(force=True)
+        if not self._sums.size:
+            self._sums = np.zeros((len(self._weights), probs.shape[1]))
+            self._means = self._sums.copy()
+        scores = probs if parent_scores is None else parent_scores.numpy(force=True)
+        _add_children(self._sums, self._weights, depth, scores, probs, parent_scores is None)
 
     def begin_tree(self, batch_size: int) -> None:
         """Drop the candidates of the last tree; the next has this many requests."""
@@ -100,6 +78,7 @@ class Lookahead:
             self._best = np.zeros((batch_size, self._max_nodes), np.float32)
         else:
             self._best.fill(0.0)
+        _fill_means(self._sums, self._weights, self._means)
 
     def best_width(
         self,
@@ -164,11 +143,35 @@ class Lookahead:
             growth: time of one more layer.
             max_layers: the most layers that a chain may get.
         """
-        children, most = self._means[1:, 0], min(max_layers, self._max_nodes)
-        chains = np.zeros((len(scores), self._max_nodes), np.float32)
-        return int(
-            _best_length(children, scores[:, 0], chains, verify, growth, price, most, shares_out)
-        )
+        most = min(max_layers, self._max_nodes)
+        chains = scores * np.append(1.0, self._means[1:, 0])[:most].cumprod().astype(np.float32)
+        gains = [
+            _best_cut(chains[:, : more + 1], verify, price, shares_out) - price * growth * more
+            for more in range(chains.shape[1])
+        ]
+        return 1 + int(np.argmax(gains))
+
+
+@compiled("void(f8[:, :], f8[:], i8, f4[:, :], f4[:, :], b1)")
+def _add_children(
+    sums: np.ndarray,
+    weights: np.ndarray,
+    depth: int,
+    scores: np.ndarray,
+    probs: np.ndarray,
+    are_roots: bool,
+) -> None:
+    """Do the work of `Lookahead.learn`; the scores of roots are their children's."""
+    weights[depth] *= KEEP
+    sums[depth] *= KEEP
+    requests, width = len(scores), len(probs) // len(scores)
+    unit = max(scores[:, 0].sum(), 1e-9) if are_roots else float(requests)
+    for request in range(requests):
+        for node in range(width):
+            weight = scores[request, node] / unit
+            weights[depth] += weight
+            for k in range(probs.shape[1]):
+                sums[depth, k] += weight * probs[request * width + node, k]
 
 
 @compiled("void(f8[:, :], f8[:], f8[:, :])")
@@ -263,34 +266,3 @@ def _best_width(
             gain = _best_cut(grown, verify, price, shares_out) - stands - price * time
             most = max(most, gain)
     return width, most
-
-
-@compiled("i8(f8[:], f4[:], f4[:, :], f4[:], f8, f8, i8, b1)")
-def _best_length(
-    children: np.ndarray,
-    scores: np.ndarray,
-    chains: np.ndarray,
-    verify: np.ndarray,
-    growth: float,
-    price: float,
-    most: int,
-    shares_out: bool,
-) -> int:
-    """Do the work of `Lookahead.best_length`.
-
-    Args:
-        children: [>= most - 1], the mean best child of a node of each depth, from 1.
-        scores: [B] float32, of the chains' first nodes.
-        chains: [B, n] float32, zeros, n >= most.
-    """
-    best, length = -np.inf, 1
-    for layer in range(most):
-        for request in range(len(scores)):
-            score = scores[request]
-            if layer:
-                score = np.float32(chains[request, layer - 1] * children[layer - 1])
-            chains[request, layer] = score
-        gain = _best_cut(chains, verify, price, shares_out) - price * growth * layer
-        if gain > best:
-            best, length = gain, layer + 1
-    return length

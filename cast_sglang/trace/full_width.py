@@ -100,7 +100,7 @@ class FullWidthPolicy(AutoPolicy):
         assert costs is not None
         view, price = self._read(costs), self.price(len(self._layer_scores[0]))
         self._choice = best_choice(
-            [torch.from_numpy(self._worth(scores, view)) for scores in self._layer_scores],
+            [torch.from_numpy(self._worth(scores, view, price)) for scores in self._layer_scores],
             [float(view.growth[-1])] * (num_layers - 1),
             costs.verify,
             self._sizes,

@@ -67,15 +67,13 @@ def arguments(function, rng, batch, n):
             shares_out,
             bool(flags[1, 0, 0]),
         ),
-        "_best_length": (
-            floats(rng, n, dtype=np.float64),
-            best_scores(rng, 1, batch)[0],
-            np.zeros((batch, n), np.float32),
-            np.sort(floats(rng, n + 2)),
-            float(rng.random()),
-            2.0,
-            n,
-            shares_out,
+        "_add_children": (
+            floats(rng, 3, n, dtype=np.float64),
+            np.array([0.0, 2.0, 0.5]),
+            1,
+            best_scores(rng, batch, n + 1),
+            best_scores(rng, batch if shares_out else 2 * batch, n),
+            shares_out,  # as good a coin as any
         ),
         "select_count": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 2.0),
         "pooled": (best_scores(rng, batch, n), np.sort(floats(rng, 1 + n // 2))),

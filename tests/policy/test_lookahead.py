@@ -27,9 +27,7 @@ def test_lookahead_is_its_definition(batch, topk, layers, price, seed):
     rng = np.random.default_rng(seed)
     children, weights = -np.sort(-rng.random((2, 3))), rng.random((2, 1))
     lookahead = Lookahead(3, 5)
-    assert not lookahead.has_learned
-    lookahead.add(1, torch.tensor(weights).float(), torch.tensor(children).float())
-    lookahead.learn()
+    lookahead.learn(1, torch.tensor(weights).float(), torch.tensor(children).float())
     mean = weights[:, 0] @ children / weights.sum()
     verify = (1 + rng.random(6).cumsum() ** rng.choice([0.5, 1, 2])).astype(np.float32)
     growth = rng.random(topk).astype(np.float32)
@@ -52,8 +50,7 @@ def test_lookahead_is_its_definition(batch, topk, layers, price, seed):
 def test_requests_are_cut_alike():
     """A request that drafts badly pays for the rows of one that drafts well."""
     lookahead, growth = Lookahead(3, 8), np.full(1, 0.05, np.float32)
-    lookahead.add(0, None, torch.tensor([[0.9]]))
-    lookahead.learn()
+    lookahead.learn(0, None, torch.tensor([[0.9]]))
     verify, gains = (1.0 + 0.2 * np.arange(9)).astype(np.float32), []
     for bad in (0.9, 0.1):
         lookahead.begin_tree(2)
@@ -66,8 +63,7 @@ def test_requests_are_cut_alike():
 def test_several_layers_may_pay_where_one_does_not():
     """The first row of a tile pays for all of it."""
     lookahead, growth = Lookahead(4, 8), np.full(1, 0.05, np.float32)
-    lookahead.add(0, None, torch.tensor([[0.9]]))
-    lookahead.learn()
+    lookahead.learn(0, None, torch.tensor([[0.9]]))
     verify = np.array([1.0, 1.0, 2.0, 2.0, 2.0], np.float32)
     gains = []
     for max_layers in (1, 2, 3):
@@ -84,8 +80,7 @@ def test_drafts_that_get_worse_with_depth_are_told_apart():
     roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
     for depth, prob in ((0, 0.9), (1, 0.3)):
         for _ in range(200):
-            lookahead.add(depth, None, torch.tensor([[prob]]))
-            lookahead.learn()
+            lookahead.learn(depth, None, torch.tensor([[prob]]))
     for depth, prob in ((0, 0.9), (1, 0.3), (2, 0.3)):  # what is not known is as above
         lookahead.begin_tree(1)
         gain = lookahead.best_width(depth, roots, free, growth, 1.0, 1)[1]
@@ -96,8 +91,7 @@ def test_lookahead_forgets():
     lookahead, growth = Lookahead(3, 8), np.zeros(1, np.float32)
     for prob, steps in ((0.9, 200), (0.1, 200)):
         for _ in range(steps):
-            lookahead.add(0, None, torch.tensor([[prob]]))
-            lookahead.learn()
+            lookahead.learn(0, None, torch.tensor([[prob]]))
     roots, free = np.ones((1, 1), np.float32), np.ones(9, np.float32)
     lookahead.begin_tree(1)
     gain = lookahead.best_width(0, roots, free, growth, 1.0, 1)[1]
@@ -115,8 +109,7 @@ def test_a_tree_with_copies_is_what_stands(batch, seed, price):
 
     def lookahead():
         new = Lookahead(3, 6)
-        new.add(1, torch.ones(1, 1), torch.from_numpy(mean[None]))
-        new.learn()
+        new.learn(1, torch.ones(1, 1), torch.from_numpy(mean[None]))
         new.begin_tree(batch)
         return new
 
@@ -152,8 +145,8 @@ def test_the_length_of_a_chain_is_its_definition(batch, most, price, shares_out,
     rng = np.random.default_rng(seed)
     lookahead, means = Lookahead(6, 5), rng.random(5)
     for depth, mean in enumerate(means, start=1):
-        lookahead.add(depth, torch.ones(1, 1), torch.tensor([[mean]]))
-        lookahead.learn()
+        lookahead.learn(depth, torch.ones(1, 1), torch.tensor([[mean]]).float())
+    lookahead.begin_tree(batch)
     # What is known of a depth is moved towards the depth above, as if one node had had that.
     known = [means[0]]
     for mean in means[1:]:
