@@ -12,7 +12,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["SLACK", "GraphSizes", "kept_sizes"]
+import numpy as np
+
+__all__ = ["SLACK", "GraphSizes", "kept_sizes", "most_that_pays"]
 
 # What a pass may take more because its size has no graph and a larger one runs in its place.
 SLACK = 0.02
@@ -42,6 +44,27 @@ def kept_sizes(
     return tuple(reversed(kept))
 
 
+def most_that_pays(costs: np.ndarray, plain: float, depth: int) -> int:
+    """Return the most rows per request that can be worth their time, whatever is drafted.
+
+    Definition: the size with the most of bound(n) - costs[n - 1] / plain, where
+    bound(n) = sum of min(1, depth / i) for i in 1..n - 1
+
+    Of each layer of a tree one node at most is accepted. So the i-th best node is accepted with a
+    chance of depth / i at most, and n rows bring no more than their bound and the root's token. A
+    step is worth its time only if it brings more than plain decoding would in it. A larger size
+    brings less than that for the rows that it has more.
+
+    Args:
+        costs: [N], costs[n - 1] is the time of a pass over n rows per request; never falling.
+        plain: time of a plain step, which brings one token.
+        depth: D, layers that a tree may have.
+    """
+    chances = np.minimum(1.0, depth / np.arange(1, len(costs)))
+    bound = np.concatenate(([0.0], chances.cumsum()))
+    return 1 + int(np.argmax(bound - np.asarray(costs) / plain))
+
+
 class GraphSizes:
     """The sizes that have a graph, for each captured batch size.
 
@@ -61,21 +84,29 @@ class GraphSizes:
         sizes: Sequence[int],
         costs_of: Callable[[int], Sequence[float]],
         always: Sequence[int] = (),
+        most_of: Callable[[int], int] | None = None,
     ) -> GraphSizes:
         """Keep `kept_sizes` of each batch size, and those of `always` that are among the sizes.
 
+        The largest size stays at the largest batch size: others are captured in its buffers.
+
         Args:
-            batch_sizes: to capture.
+            batch_sizes: to capture, ascending.
             sizes: ascending sizes that may run.
             costs_of: batch size -> costs, as `kept_sizes` takes them.
+            most_of: batch size -> the largest size that can pay; None for any.
         """
-        extra = set(always) & set(sizes)
-        return cls(
-            {
-                batch_size: tuple(sorted({*kept_sizes(costs_of(batch_size), sizes), *extra}))
-                for batch_size in batch_sizes
-            }
-        )
+        tiers = {}
+        for batch_size in batch_sizes:
+            paying = tuple(sizes)
+            if most_of is not None:
+                most = most_of(batch_size)
+                paying = tuple(size for size in sizes if size <= most) or paying[:1]
+            kept = {*kept_sizes(costs_of(batch_size), paying), *(set(always) & set(paying))}
+            if batch_size == batch_sizes[-1]:
+                kept.update(sizes[-1:])
+            tiers[batch_size] = tuple(sorted(kept))
+        return cls(tiers)
 
     @property
     def tiers(self) -> dict[int, list[int]]:

@@ -24,7 +24,11 @@ from cast_sglang.serving.launch.backends import limit_graphs, set_attention_back
 from cast_sglang.serving.launch.cost_profile import announce_profile
 from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config, read_draft_config
 from cast_sglang.serving.launch.pair import check_pair
-from cast_sglang.serving.launch.reserve import describe_reserve, reserve_of_server
+from cast_sglang.serving.launch.reserve import (
+    describe_reserve,
+    reserve_of_server,
+    shrink_envelope,
+)
 from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:
@@ -130,6 +134,8 @@ class CastAlgorithm(CustomSpecAlgo):
             limit_graphs(config, server_args)
 
         announce_profile(config, server_args)
+        if (shrunk := shrink_envelope(server_args, config)) is not None:
+            logger.info("CAST: %s", shrunk)
         file = LearnedFile.of(config, host_identity(server_args))
         if file is not None:
             file.load()  # so that a bad file stops the launch

@@ -34,12 +34,12 @@ from cast_sglang.serving.drafting.tools import StepTools
 from cast_sglang.serving.drafting.worker import CastDraftWorker
 from cast_sglang.serving.graphs.backends import VerifyBackends
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
-from cast_sglang.serving.graphs.plan import plan_graphs
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
 from cast_sglang.serving.host_patches.passes import packed_pass
 from cast_sglang.serving.host_patches.sampling import sampling_as_plain
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.launch.arguments import verify_sizes
+from cast_sglang.serving.launch.graph_plan import plan_graphs
 from cast_sglang.serving.launch.identity import host_identity
 from cast_sglang.serving.learned import Learned, LearnedFile
 from cast_sglang.serving.pass_clock import PassClock
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
     from cast_sglang.costs.profiles import FoundProfile
-    from cast_sglang.serving.graphs.plan import GraphPlan
+    from cast_sglang.serving.launch.graph_plan import GraphPlan
     from cast_sglang.serving.pass_clock import TimedPass
 
 # Steps of the same requests between two looks at what they cost; a context grows by about one

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cast_sglang.costs.graph_sizes import GraphSizes, kept_sizes
+from cast_sglang.costs.graph_sizes import GraphSizes, kept_sizes, most_that_pays
 
 COSTS = st.lists(st.floats(0.5, 4.0), min_size=2, max_size=9)
 STAIRS = [1.0, 1.0, 1.0, 1.01, 1.5, 1.5, 1.4, 2.0, 2.0]
@@ -94,3 +94,47 @@ def test_a_pass_is_replayed_at_the_next_size_or_runs_as_it_is():
     assert [sizes.replayed(1, size) for size in (1, 2, 3, 5)] == [2, 2, 4, 5]
     assert [sizes.replayed(5, size) for size in (3, 5, 9)] == [4, 8, 9]
     assert sizes.replayed(9, 3) == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    costs=COSTS,
+    depth=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    price=st.floats(1.0, 5.0),
+    overhead=st.floats(0.0, 1.0),
+)
+def test_no_tree_is_worth_more_rows_at_any_price_above_plain_decodings(
+    costs, depth, seed, price, overhead
+):
+    """Of each layer one node at most is accepted; that is all that is known of the nodes."""
+    rng = np.random.default_rng(seed)
+    plain = costs[0] + overhead
+    layers = rng.dirichlet(np.full(4, 0.2), size=depth) * rng.random((depth, 1)) ** 0.2
+    nodes = np.sort(layers.flatten())[::-1][: len(costs) - 1]
+    costs = costs[: len(nodes) + 1]
+    value = np.concatenate(([0.0], nodes.cumsum())) - price / plain * np.array(costs)
+    most = most_that_pays(np.array(costs), plain, depth)
+    assert value[:most].max() >= value.max() - 1e-9
+
+
+def test_the_most_rows_that_can_pay():
+    steep = np.arange(1.0, 17.0)  # each row as long as a plain step
+    assert most_that_pays(steep, 1.0, 4) == 1
+    # A chain of four is accepted as a whole at best; behind it there is less than a row costs.
+    assert most_that_pays(1 + 0.9 * (steep - 1), 1.0, 4) == 5
+    assert most_that_pays(np.ones(16), 1.0, 4) == 16
+    assert most_that_pays(1 + 0.41 * (steep - 1), 1.0, 4) == 10  # 4 / 9 is more than 0.41
+
+
+def test_sizes_that_cannot_pay_have_no_graph_but_the_largest_where_buffers_are_made():
+    sizes = GraphSizes.by_cost(
+        [1, 4, 8],
+        range(2, 10),
+        lambda batch: [1.0 + 0.1 * n for n in range(9)],
+        always=(4, 7),
+        most_of=lambda batch: {1: 9, 4: 4, 8: 1}[batch],
+    )
+    assert sizes.at(1) == tuple(range(2, 10))
+    assert sizes.at(4) == (2, 3, 4)
+    assert sizes.at(8) == (2, 9)

@@ -70,7 +70,9 @@ def test_the_command(tmp_path, capsys):
     config.write_text(json.dumps(LLAMA_8B))
     argv = ["estimate", "--gpu", "H200", "--model-config", str(config), "--output", str(output)]
     assert main(argv) == 0
-    assert "estimated, not measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "estimated, not measured" in said
+    assert "assumed, from published benchmarks: products reach 80%" in said
     profile = load_profile(output)
     source = profile.provenance
     assert source.estimated and source.device_name == "NVIDIA H200 (estimated)"

@@ -69,6 +69,7 @@ def checked(monkeypatch):
 
     monkeypatch.setattr(module, "announce_profile", announce)
     monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
+    monkeypatch.setattr(module, "shrink_envelope", lambda *args: log.append("envelope"))
     monkeypatch.setattr(module, "reserve_of_server", lambda *args: Reserve([], 128, 40, 0.1, 48))
     return log
 
@@ -162,7 +163,7 @@ def test_what_is_not_given_gets_a_default(cast, checked):
     assert (*envelope, args.speculative_num_draft_tokens) == (8, 8, 32)
     assert args.max_running_requests == 48
     assert not args.enable_mixed_chunk and args.disable_overlap_schedule
-    assert checked == ["pair", "profile"]
+    assert checked == ["pair", "profile", "envelope"]
 
 
 def test_what_is_given_stays(cast, checked):

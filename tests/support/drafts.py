@@ -24,9 +24,9 @@ class FakeAttention:
     def __init__(self, table):
         self.table = table
 
-    def capture_lists(self, max_nodes, max_depth):
+    def capture_lists(self, max_nodes):
         self.indptr = torch.zeros(max_nodes + 1, dtype=torch.int32)
-        self.indices = torch.zeros(max_nodes * (CONTEXT + max_depth), dtype=torch.int64)
+        self.indices = torch.zeros(max_nodes * (CONTEXT + STEPS), dtype=torch.int64)
 
     def init_tree_metadata(self, batch, path_slots):
         nodes = path_slots.shape[0] * path_slots.shape[1]
@@ -88,6 +88,16 @@ class FakeModel:
         return probs, self.to_target_vocab(tokens), hidden_states
 
 
+class Chains(FakeModel):
+    """Proposes one child of each node."""
+
+    topk = num_proposed = 1
+
+    def forward_nodes(self, batch):
+        probs, tokens, hidden_states = super().forward_nodes(batch)
+        return probs[:, :1], tokens[:, :1], hidden_states
+
+
 class Widths(TreePolicy):
     """A policy of given widths."""
 
@@ -108,6 +118,37 @@ class Widths(TreePolicy):
 
     def rerank(self, scores, costs):
         return 2
+
+
+class Plans(Widths):
+    """Plans chains of some layers."""
+
+    def __init__(self, layers):
+        super().__init__([])
+        self.layers = layers
+
+    def chain_layers(self, scores, costs, max_layers):
+        return min(self.layers, max_layers)
+
+
+class Counted(HostReads):
+    """Counts what is read, and what is waited for."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.log = []
+
+    def start(self, *tensors):
+        read, number = super().start(*tensors), len(self.log)
+        self.log.append("read")
+        wait = read.wait
+
+        def note():
+            self.log[number] = "waited for"
+            return wait()
+
+        read.wait = note
+        return read
 
 
 class OnePass(Drafter):

@@ -104,16 +104,15 @@ def triton_tree_backend_class() -> type:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             batch_size, width, depth = path_slots.shape
             if forward_batch.seq_lens_cpu is None:
-                prefixes = batch_size * self.max_context_len
+                num_slots = batch_size * width * self.max_context_len
             else:
-                prefixes = int(forward_batch.seq_lens_cpu.sum())
+                num_slots = width * (int(forward_batch.seq_lens_cpu.sum()) + batch_size * depth)
             indptr = torch.empty(batch_size * width + 1, dtype=torch.int32, device=self.device)
-            num_slots = width * (prefixes + batch_size * depth)
             return indptr, torch.empty(num_slots, dtype=torch.int64, device=self.device)
 
-        def capture_lists(self, max_nodes: int, max_depth: int) -> None:
+        def capture_lists(self, max_nodes: int) -> None:
             """Allocate what captured layers of up to `max_nodes` nodes read and write."""
-            num_slots = max_nodes * (self.max_context_len + max_depth)
+            num_slots = max_nodes * self.max_context_len  # ancestors included, see `hooks`
             self.tree_kv_indptr = torch.zeros(max_nodes + 1, dtype=torch.int32, device=self.device)
             self.tree_kv_indices = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
             self.init_cuda_graph_state(max_nodes, max_nodes, kv_indices_buf=self.tree_kv_indices)

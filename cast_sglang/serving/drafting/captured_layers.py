@@ -9,8 +9,6 @@ is left to launch but the graph.
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +17,7 @@ from sglang.srt.model_executor.runner import ShapeKey
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.errors import HostError
 from cast_sglang.serving.drafting.layers import take_rows
+from cast_sglang.serving.host_patches.passes import counted_capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from cast_sglang.tree import Frontier
 
 __all__ = ["CapturedLayers", "LayerGraphs", "capture_layers"]
-
-logger = logging.getLogger(__name__)
 
 
 class LayerGraphs:
@@ -62,7 +59,7 @@ class LayerGraphs:
             self.seq_lens = torch.ones(max_batch, dtype=torch.int64)
             self.req_pool_indices = torch.zeros(max_batch, dtype=torch.int64)
             self.depth = torch.ones(1, dtype=torch.int64)
-        model.attention.capture_lists(max_batch * topk, depth)
+        model.attention.capture_lists(max_batch * topk)
         self._backend: Any = None
 
     def capture(self, backend: Any) -> None:
@@ -189,7 +186,7 @@ class CapturedLayers:
         depth = self._depth
         own = self._slots[:, self._num_nodes : self._num_nodes + graphs.topk]
         path = graphs.path_slots[:batch_size]
-        if depth > 1:
+        if depth > 1 and graphs.topk > 1:  # in a chain each path goes on
             path.copy_(take_rows(path, frontier.parents))
         path[:, :, depth - 1] = own
         graphs.own_slots[:batch_size].copy_(own)
@@ -211,39 +208,27 @@ def _key(batch_size: int, width: int) -> ShapeKey:
 
 
 def capture_layers(model: DraftModel, max_layers: int, sizes: GraphSizes) -> LayerGraphs:
-    """Capture the draft's layers on the device; arguments as for `LayerGraphs`.
-
-    Effects: logs what was captured, how long it took and how much memory it took.
-    """
+    """Capture the draft's layers on the device; arguments as for `LayerGraphs`."""
     from sglang.srt.distributed.parallel_state import graph_capture
     from sglang.srt.model_executor.runner import model_capture_mode
     from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backend
     from sglang.srt.model_executor.runner_utils.pool import (
         get_or_create_global_graph_capture_stream,
     )
-    from sglang.srt.utils.common import get_available_gpu_memory
 
-    runner = model.runner
-    began, before = time.perf_counter(), get_available_gpu_memory(runner.device, runner.gpu_id)
-    graphs = LayerGraphs(model, max_layers, sizes)
-    backend = resolve_decode_backend(graphs)
     stream = get_or_create_global_graph_capture_stream()
-    try:
-        with (
-            model_capture_mode(),
-            graph_capture(stream=stream) as context,
-            backend.capture_session(context.stream),
-        ):
-            graphs.capture(backend)
-    except Exception as error:
-        raise HostError(
-            f"capturing CUDA graphs of draft layers failed: {error}; pass --cast-graphs passes"
-        ) from error
-    logger.info(
-        "CAST: captured %d graphs of draft layers (widths at %s) in %.1f s, %.2f GB",
-        sizes.num_graphs,
-        sizes,
-        time.perf_counter() - began,
-        before - get_available_gpu_memory(runner.device, runner.gpu_id),
-    )
+    with counted_capture(model.runner, "draft_decode", "draft layers, widths", sizes):
+        graphs = LayerGraphs(model, max_layers, sizes)
+        backend = resolve_decode_backend(graphs)
+        try:
+            with (
+                model_capture_mode(),
+                graph_capture(stream=stream) as context,
+                backend.capture_session(context.stream),
+            ):
+                graphs.capture(backend)
+        except Exception as error:
+            raise HostError(
+                f"capturing CUDA graphs of draft layers failed: {error}; pass --cast-graphs passes"
+            ) from error
     return graphs

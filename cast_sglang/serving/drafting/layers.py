@@ -67,6 +67,8 @@ class EagerLayers:
 def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Gather `x[b, rows[b, w]]`: x [B, R, ...], rows [B, W] -> [B, W, ...]."""
     batch_size, num_rows = x.shape[:2]
+    if num_rows == 1:  # as in a chain, where there is nothing to choose from
+        return x.expand(-1, rows.shape[1], *x.shape[2:])
     if batch_size > 1:
         rows = rows + torch.arange(0, batch_size * num_rows, num_rows, device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(batch_size, -1, *x.shape[2:])

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from cast_sglang.serving.copies import Copies
     from cast_sglang.serving.drafting.backlog import Backlog
     from cast_sglang.serving.drafting.draws import Draws
-    from cast_sglang.serving.graphs.plan import GraphPlan
     from cast_sglang.serving.host_reads import HostReads
+    from cast_sglang.serving.launch.graph_plan import GraphPlan
     from cast_sglang.serving.pass_clock import PassClock
     from cast_sglang.serving.step_room import StepRoom
     from cast_sglang.serving.trace_recorder import TraceRecorder

@@ -1,1 +1,1 @@
-"""CUDA graphs of verify and draft extend: the plan of sizes, and their runners."""
+"""CUDA graphs of verify and draft extend, and the attention backends that they run on."""

@@ -9,14 +9,13 @@ number of rows but its buffers, and those are made for the largest; `backends.py
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.serving.host_patches.passes import (
     capturing_size,
+    counted_capture,
     extend_rows,
     keeping_buffers,
     leave_prefix_unmasked,
@@ -30,14 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PassGraphs", "capture_extend", "capture_verify"]
 
-logger = logging.getLogger(__name__)
-
 
 class PassGraphs:
     """SGLang's graph runners of one pass, by rows per request."""
 
-    def __init__(self, name: str, sizes: GraphSizes) -> None:
-        self.name, self.sizes = name, sizes
+    def __init__(self, sizes: GraphSizes) -> None:
+        self.sizes = sizes
         self._runners: dict[int, Any] = {}
 
     def capture(
@@ -78,7 +75,7 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
     from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
     every = {batch: (1, *sizes.at(batch)) for batch in sizes.all_batch_sizes}
-    graphs = PassGraphs("verify", GraphSizes(every))
+    graphs = PassGraphs(GraphSizes(every))
 
     def build(size: int) -> Any:
         backend, shared = backends.at(size), backends.shared
@@ -97,7 +94,7 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
     if backends.has_one_per_size:  # whose buffers are made anew, with room behind the context
         first.backend.cleanup()
         existing = {}
-    with _measured(runner, graphs):
+    with counted_capture(runner, "target_verify", "verify, rows", graphs.sizes):
         graphs.capture(build, capturing_size, existing)
     leave_prefix_unmasked(backends.shared, backends.name)
     return graphs
@@ -113,7 +110,7 @@ def capture_extend(
         backend: its attention backend for draft extend.
         build: makes SGLang's graph runner of draft extend, which captures the size of the moment.
     """
-    graphs = PassGraphs("draft extend", sizes)
+    graphs = PassGraphs(sizes)
     max_batch_size = max(sizes.all_batch_sizes)
     backend.init_cuda_graph_state(max_batch_size, max_batch_size * max(sizes.sizes))
 
@@ -122,23 +119,7 @@ def capture_extend(
         with capturing_size(size, batch_sizes), extend_rows(backend, size):
             yield
 
-    with _measured(runner, graphs), keeping_buffers(backend):
+    counted = counted_capture(runner, "draft_extend", "draft extend, rows", sizes)
+    with counted, keeping_buffers(backend):
         graphs.capture(lambda size: build(), capturing)
     return graphs
-
-
-@contextlib.contextmanager
-def _measured(runner: ModelRunner, graphs: PassGraphs) -> Iterator[None]:
-    """Log what was captured, how long it took and how much memory it took."""
-    from sglang.srt.utils.common import get_available_gpu_memory
-
-    began, before = time.perf_counter(), get_available_gpu_memory(runner.device, runner.gpu_id)
-    yield
-    logger.info(
-        "CAST: captured %d graphs of %s (rows at %s) in %.1f s, %.2f GB",
-        graphs.sizes.num_graphs,
-        graphs.name,
-        graphs.sizes,
-        time.perf_counter() - began,
-        before - get_available_gpu_memory(runner.device, runner.gpu_id),
-    )

@@ -66,6 +66,7 @@ def register_hooks() -> None:
         (f"{_MIN_NEW_TOKENS}._prepare", _count_tokens),
         (f"{_SAMPLING_INFO}.apply_logits_bias", _apply_logits_bias),
         ("sglang.srt.layers.sampler.apply_custom_logit_processor", _apply_processors),
+        (f"{_TRITON}.__init__", _leave_room),
         (f"{_TRITON}.init_cuda_graph_state", _size_graph_buffers),
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
@@ -236,6 +237,17 @@ def _apply_processors(
     original(logits, info, *args)
 
 
+def _leave_room(original: Callable[..., None], backend: Any, *args: Any, **kwargs: Any) -> None:
+    """Let buffers hold what a step may write past the longest context, as the requests' rows do.
+
+    They are lists of slots, and the mask of verify. SGLang ends a request before a step could write
+    there. CAST serves it to the limit, beside others that draft on.
+    """
+    original(backend, *args, **kwargs)
+    if is_cast():
+        backend.max_context_len += slots_reserved()
+
+
 def _size_graph_buffers(
     original: Callable[..., None],
     backend: Any,
@@ -253,8 +265,8 @@ def _size_graph_buffers(
     if not is_cast() or kv_indices_buf is not None:
         original(backend, max_bs, max_num_tokens, kv_indices_buf, **buffers)
         return
-    longest = backend.max_context_len + slots_reserved()  # what a step may write past the limit
-    slots = torch.zeros(max_bs * longest, dtype=torch.int64, device=backend.device)
+    num_slots = max_bs * backend.max_context_len
+    slots = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
     original(backend, max_bs, max_bs, slots, **buffers)
     if backend.use_sliding_window_kv_pool:  # of each row, where its keys are written
         backend.cuda_graph_swa_out_cache_loc = slots.new_zeros(max_num_tokens)

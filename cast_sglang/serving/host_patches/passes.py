@@ -6,6 +6,8 @@ Each context manager changes one runner, attention backend, layer or setting for
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
+    from cast_sglang.costs.graph_sizes import GraphSizes
+
 __all__ = [
     "building_backend",
     "capturing_size",
+    "counted_capture",
     "extend_rows",
     "keeping_buffers",
     "last_rows_only",
@@ -36,6 +41,8 @@ __all__ = [
     "running_on",
     "sharing_buffers",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -232,6 +239,32 @@ def capturing_size(size: int, batch_sizes: list[int]) -> Iterator[None]:
         get_context().override(
             "cast.captured", cuda_graph_config=config, speculative_num_draft_tokens=tokens
         )
+
+
+@contextlib.contextmanager
+def counted_capture(
+    runner: ModelRunner, phase: str, what: str, sizes: GraphSizes
+) -> Iterator[None]:
+    """Count what is captured inside as SGLang counts its own graphs, and log it.
+
+    `memory_usage` and `startup_time` of `/server_info` and SGLang's gauges have it.
+
+    Args:
+        runner: the one whose passes they are.
+        phase: of SGLang's `graph_memory_usage`.
+        what: name of the pass and of its sizes, for the log.
+        sizes: those that are captured.
+    """
+    from sglang.srt.utils.common import get_available_gpu_memory
+
+    began, before = time.perf_counter(), get_available_gpu_memory(runner.device, runner.gpu_id)
+    yield
+    taken = before - get_available_gpu_memory(runner.device, runner.gpu_id)
+    seconds = time.perf_counter() - began
+    for usage, more in ((runner.graph_memory_usage, taken), (runner.graph_time_usage, seconds)):
+        usage[phase] = usage.get(phase, 0.0) + more
+    text = "CAST: captured %d graphs of %s at %s in %.1f s, %.2f GB"
+    logger.info(text, sizes.num_graphs, what, sizes, seconds, taken)
 
 
 @contextlib.contextmanager

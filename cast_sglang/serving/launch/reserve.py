@@ -1,26 +1,63 @@
-"""Memory that CAST takes beyond SGLang's own servers, on paper: from configs and flags alone."""
+"""Memory that CAST takes beyond SGLang's own servers, on paper: from configs and flags alone.
+
+And the envelope that can pay by the profile and fits.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cast_sglang.costs.model import CostModel
+from cast_sglang.serving.launch.arguments import verify_sizes
+from cast_sglang.serving.launch.backends import verify_backend
+from cast_sglang.serving.launch.cost_profile import find_server_profile
+from cast_sglang.serving.launch.graph_plan import choose_sizes, most_rows
 from cast_sglang.serving.launch.identity import architecture, captures_decode
-from cast_sglang.serving.step_room import STOCK_TREE, needs_whole_trees, step_reserve, stock_slots
+from cast_sglang.serving.step_room import (
+    STOCK_TREE,
+    Envelope,
+    needs_whole_trees,
+    step_reserve,
+    stock_slots,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sglang.srt.server_args import ServerArgs
 
     from cast_sglang.config import CastConfig
 
-__all__ = ["Item", "Reserve", "Shapes", "describe_reserve", "reserve_of", "reserve_of_server"]
+__all__ = [
+    "Captured",
+    "Item",
+    "Reserve",
+    "Shapes",
+    "describe_reserve",
+    "reserve_of",
+    "reserve_of_server",
+    "shrink_envelope",
+]
 
 INDEX_BYTES = 8  # a cache slot in a list on a device
 TABLE_BYTES = 4  # a cache slot in the request pool's table
 FLOAT_BYTES = 4
 # Of `triton`'s decode: its partial results are kept for so many parts of a prefix (its default).
 KV_SPLITS = 8
+# A captured graph beside torch's memory: what SGLang counts for those of prefill
+# (`reserve_for_graph_mb`).
+GRAPH_BYTES = 8 << 20
+# SGLang leaves memory for activations and its own graphs; CAST takes no more than half of it.
+ROOM_SHARE = 0.5
+
+
+class Captured(NamedTuple):
+    """What is captured beyond a server of SGLang's default tree, whose graphs share one pool."""
+
+    num_graphs: float = 0.0  # in those of the target; one of the draft counts by its layers
+    held_rows: int = 0  # of all graphs, whose states stay in the pool as their outputs
+    own_rows: tuple[int, ...] = ()  # rows per request of those `fa3` objects that share tables
+    most_rows: int = 0  # that can pay at any of the batch sizes
 
 
 class Shapes(NamedTuple):
@@ -40,6 +77,8 @@ class Shapes(NamedTuple):
     draft_head_dim: int
     overlaps: bool  # the step before may still run when the next one is prepared
     is_whole: bool  # as of `step_reserve`
+    captured: Captured = Captured()
+    activation_bytes: int = 0  # of one row inside of a target's layer, at most
 
 
 class Item(NamedTuple):
@@ -68,8 +107,8 @@ class Reserve(NamedTuple):
 def reserve_of(shapes: Shapes) -> Reserve:
     """Return what a server of these shapes takes beyond one of SGLang's default tree.
 
-    Counted is what follows from shapes. The memory of graphs themselves does not: a server logs it
-    when it has captured them.
+    What graphs take is a bound. They share one pool, in which activations of the largest pass have
+    room for those of all others, and their outputs stay. A server logs what it took.
     """
     s, tokens = shapes, STOCK_TREE[2]
     envelope = s.num_steps, s.topk, s.num_draft_tokens
@@ -80,24 +119,103 @@ def reserve_of(shapes: Shapes) -> Reserve:
     more_rows = max(0, s.num_draft_tokens - tokens)
     nodes = s.captured_requests * s.topk if s.draft_heads else 0
     rows = s.captured_requests * s.num_draft_tokens
+    longest = s.context + slots  # what a step may write past the limit
+    plain = 0 if s.captured.own_rows else s.captured_requests  # `fa3` has shared tables for them
     items = [
         Item("slots of the cache", s.max_requests * more_slots * s.kv_bytes, is_cache=True),
         Item("table of requests", s.max_requests * more_columns * TABLE_BYTES),
         Item("states kept for plain steps", s.max_requests * s.num_draft_tokens * s.hidden_bytes),
         Item("logits of verify", s.max_requests * more_rows * s.vocab_size * FLOAT_BYTES),
-        Item("mask of captured verify", rows * (s.context + s.num_draft_tokens)),
-        Item("lists of captured draft layers", nodes * (s.context + s.num_steps) * INDEX_BYTES),
+        Item("mask of captured verify", rows * (longest + s.num_draft_tokens)),
+        Item("lists of captured draft layers", nodes * longest * INDEX_BYTES),
         Item(
             "partial results of captured draft layers",
             nodes * s.draft_heads * KV_SPLITS * (s.draft_head_dim + 1) * FLOAT_BYTES,
         ),
+        Item("lists of captured plain steps", plain * longest * INDEX_BYTES),
+        Item(
+            "backends of captured verify by rows",
+            sum(_own_bytes(s, rows, longest) for rows in s.captured.own_rows),
+        ),
+        Item("activations in graphs", s.captured_requests * more_rows * s.activation_bytes),
+        Item("states in graphs", s.captured.held_rows * s.hidden_bytes),
+        Item("graphs", int(s.captured.num_graphs * GRAPH_BYTES)),
     ]
     taken = [item for item in items if item.size]
     return Reserve(taken, slots, stock, s.draft_kv_bytes / s.kv_bytes, s.max_requests)
 
 
+def _own_bytes(shapes: Shapes, rows: int, longest: int) -> int:
+    """Return what an object of `fa3` keeps of its own for graphs of so many rows, at most.
+
+    Tables of slots and the mask are shared (`host_patches.passes.sharing_buffers`). Of its own are
+    three lists of the places of pages, the rows' table of one another, and ends of sequences.
+    """
+    per_request = rows * rows + 3 * rows + 3 * shapes.topk + 24
+    return 3 * longest * INDEX_BYTES + shapes.captured_requests * per_request * TABLE_BYTES
+
+
 def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
     """Return what a launch with these resolved arguments and settings takes."""
+    return reserve_of(_shapes_of_server(server_args, config))
+
+
+def shrink_envelope(server_args: ServerArgs, config: CastConfig) -> str | None:
+    """Verify no more rows than can pay at any batch size, and draft and verify what fits.
+
+    A policy that promises a shape keeps it, and so do sizes that were asked for. Before there is a
+    profile, every size may pay. No tree gets smaller than SGLang's default one for want of memory.
+
+    Returns:
+        What to say of it; None where nothing has changed.
+    """
+    is_asked_for = needs_whole_trees(config) or config.verify_sizes is not None
+    if is_asked_for or not captures_decode(server_args):
+        return None
+    before, reasons = _envelope(server_args), ""
+    most = max(2, _shapes_of_server(server_args, config).captured.most_rows)
+    if most < before[2]:
+        server_args.speculative_num_draft_tokens = most
+        reasons = "; by the profile no more rows can pay at any batch size"
+    room = _room(server_args)
+    if reserve_of_server(server_args, config).total > room:
+        _shrink_to(room, server_args, config)
+        reasons += f"; CAST may take half of what --mem-fraction-static leaves, {_gib(room)}"
+    after = _envelope(server_args)
+    if after == before:
+        return None
+    shapes = ["-".join(map(str, shape)) for shape in (before, after)]
+    return f"the envelope shrinks from {shapes[0]} to {shapes[1]}{reasons}"
+
+
+def _envelope(server_args: ServerArgs) -> tuple[int, int, int]:
+    steps, topk = server_args.speculative_num_steps, server_args.speculative_eagle_topk
+    return steps, topk, server_args.speculative_num_draft_tokens
+
+
+def _shrink_to(room: int, server_args: ServerArgs, config: CastConfig) -> None:
+    """Take rows off the envelope, then width, until it fits, or is SGLang's default tree."""
+    for name, least in zip(
+        ("speculative_num_draft_tokens", "speculative_eagle_topk"), STOCK_TREE[:0:-1], strict=True
+    ):
+        while getattr(server_args, name) > least:
+            if reserve_of_server(server_args, config).total <= room:
+                return
+            setattr(server_args, name, getattr(server_args, name) - 1)
+
+
+def _room(server_args: ServerArgs) -> int:
+    """Return the bytes that CAST may take beside weights and cache."""
+    from sglang.srt.utils.common import get_device_memory_capacity
+
+    capacity = get_device_memory_capacity(server_args.device)
+    fraction = server_args.mem_fraction_static
+    if capacity is None or fraction is None:
+        return sys.maxsize
+    return int(ROOM_SHARE * (1.0 - fraction) * capacity * 2**20)
+
+
+def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
     from sglang.srt.configs.model_config import ModelConfig
 
     target, draft = ModelConfig.from_server_args(server_args), None
@@ -109,29 +227,72 @@ def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
             is_draft_model=True,
         )
     max_requests, tp_size = int(server_args.max_running_requests), server_args.tp_size
-    captured = 0
-    draft_kv_bytes = 0 if draft is None else _kv_bytes(draft, tp_size, server_args)
+    batch_sizes: list[int] = []
     if captures_decode(server_args):
-        batch_sizes: Sequence[int] = server_args.cuda_graph_config.decode.bs or ()
-        captured = min(max_requests, max(batch_sizes, default=max_requests))
-    return reserve_of(
-        Shapes(
-            num_steps=server_args.speculative_num_steps,
-            topk=server_args.speculative_eagle_topk,
-            num_draft_tokens=server_args.speculative_num_draft_tokens,
-            max_requests=max_requests,
-            captured_requests=captured,
-            context=target.context_len,
-            vocab_size=target.vocab_size,
-            hidden_bytes=0 if draft is None else _states(draft) * target.dtype.itemsize,
-            kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
-            draft_kv_bytes=draft_kv_bytes,
-            draft_heads=0 if draft is None else draft.num_attention_heads // tp_size,
-            draft_head_dim=0 if draft is None else draft.head_dim,
-            overlaps=not server_args.disable_overlap_schedule,
-            is_whole=needs_whole_trees(config),
-        )
+        given = server_args.cuda_graph_config.decode.bs or ()
+        batch_sizes = sorted({size for size in given if size <= max_requests} or {max_requests})
+    draft_kv_bytes = 0 if draft is None else _kv_bytes(draft, tp_size, server_args)
+    text = target.hf_text_config
+    inner = getattr(text, "intermediate_size", 0) or 0
+    experts = getattr(text, "num_experts_per_tok", 0) or 0
+    inner = max(inner, experts * (getattr(text, "moe_intermediate_size", 0) or 0))
+    return Shapes(
+        num_steps=server_args.speculative_num_steps,
+        topk=server_args.speculative_eagle_topk,
+        num_draft_tokens=server_args.speculative_num_draft_tokens,
+        max_requests=max_requests,
+        captured_requests=max(batch_sizes, default=0),
+        context=target.context_len,
+        vocab_size=target.vocab_size,
+        hidden_bytes=0 if draft is None else _states(draft) * target.dtype.itemsize,
+        kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
+        draft_kv_bytes=draft_kv_bytes,
+        draft_heads=0 if draft is None else draft.num_attention_heads // tp_size,
+        draft_head_dim=0 if draft is None else draft.head_dim,
+        overlaps=not server_args.disable_overlap_schedule,
+        is_whole=needs_whole_trees(config),
+        captured=_captured(server_args, config, batch_sizes, target, draft),
+        # The residual, its norm, queries or attention and the layer's output; of the two parts of
+        # its middle, and their product, each rank has a share.
+        activation_bytes=(4 * target.hidden_size + 3 * inner // tp_size) * target.dtype.itemsize,
     )
+
+
+def _captured(
+    server_args: ServerArgs, config: CastConfig, batch_sizes: list[int], target: Any, draft: Any
+) -> Captured:
+    """Return what is captured at these batch sizes, by the profile of the launch or without one.
+
+    Args:
+        target, draft: SGLang's configs of the models; no draft is None.
+    """
+    envelope = _envelope(server_args)
+    rows = envelope[2]
+    if not batch_sizes:
+        return Captured(most_rows=rows)
+    max_requests = int(server_args.max_running_requests)
+    limits = Envelope(*envelope).limits(max_requests, target.context_len)
+    if draft is None:
+        limits = dataclasses.replace(limits, max_width=0, max_extend_rows=0)
+    found, most = find_server_profile(config, server_args), rows
+    model: CostModel | None = None
+    if found is not None:
+        model = CostModel(found.profile, limits, lookup=config.lookup)
+        most = max(most_rows(model, limits, config, size) for size in (1, *batch_sizes))
+    plan = choose_sizes(batch_sizes, limits, config, verify_sizes(config, rows), model)
+    runs_on_fa3 = verify_backend(server_args) == "fa3"
+    held, graphs = 0, 0.0
+    for size in batch_sizes:
+        # One row of plain steps, and what SGLang has captured before; `fa3` captures that anew.
+        of_verify = {1, *plan.verify.at(size), *(() if runs_on_fa3 else (rows,))}
+        held += size * (sum(of_verify) - STOCK_TREE[2])
+        graphs += len(of_verify) - 1
+        if draft is not None:
+            widths = plan.widths.at(size) if plan.widths and config.graphs == "all" else ()
+            share = draft.num_hidden_layers / target.num_hidden_layers
+            graphs += (len(widths) + len(plan.extend.at(size)) - 2) * share
+    own = {1, *plan.verify.sizes} - {rows} if runs_on_fa3 else set()
+    return Captured(max(0.0, graphs), max(0, held), tuple(sorted(own)), most)
 
 
 def describe_reserve(reserve: Reserve) -> str:

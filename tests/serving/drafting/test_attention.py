@@ -10,6 +10,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.drafting.attention import create_tree_backend, triton_tree_backend_class
+from cast_sglang.serving.host_patches import hooks
 
 
 def test_unknown_backend_names_the_flag():
@@ -17,8 +18,12 @@ def test_unknown_backend_names_the_flag():
         create_tree_backend(SimpleNamespace(draft_attention_backend="fa3"), topk=4)
 
 
+# Tokens of the longest request, and slots that it reserves behind them.
+CONTEXT, RESERVED = 40, 12
+
+
 @pytest.fixture
-def backend():
+def backend(monkeypatch):
     """SGLang's own metadata code on the CPU, without a model behind it."""
     backend = object.__new__(triton_tree_backend_class())
     facts = dict.fromkeys(("dllm_attention", "sliding_window_size", "swa_v_head_dim"))
@@ -26,8 +31,14 @@ def backend():
     facts |= {"use_sliding_window_kv_pool": False, "is_draft_runner": True, "skip_prefill": True}
     facts |= {"num_head": 2, "max_kv_splits": 3, "v_head_dim": 4, "dcp_size": 1, "device": "cpu"}
     facts |= {"static_kv_splits": True, "enable_deterministic": False, "num_draft_tokens": 8}
-    table = torch.randint(1, 10_000, (6, 40)).to(torch.int32)
-    vars(backend).update(facts, max_context_len=40, req_to_token=table)
+    table = torch.randint(1, 10_000, (6, CONTEXT + RESERVED)).to(torch.int32)
+    monkeypatch.setattr(hooks, "is_cast", lambda: True)
+    monkeypatch.setattr(hooks, "slots_reserved", lambda: RESERVED)
+
+    def init(backend):
+        vars(backend).update(facts, max_context_len=CONTEXT, req_to_token=table)
+
+    hooks._leave_room(init, backend)
     return backend
 
 
@@ -71,7 +82,7 @@ def test_captured_and_eager_layers_read_prefix_and_path(backend, lens, width, de
     backend.init_tree_metadata(batch, path)
     assert listed(backend) == expected
 
-    backend.capture_lists(max_nodes=12, max_depth=6)
+    backend.capture_lists(max_nodes=12)
     # Of a wider and deeper buffer, as a captured layer takes it.
     buffer = torch.zeros(len(lens), width + 1, 6, dtype=torch.int64)
     buffer[:, :width, :depth] = path
@@ -80,6 +91,23 @@ def test_captured_and_eager_layers_read_prefix_and_path(backend, lens, width, de
     metadata = backend.forward_metadata
     assert metadata.attn_logits is backend.cuda_graph_attn_logits
     assert metadata.kv_indices is backend.tree_kv_indices
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_lists_hold_requests_that_run_past_the_limit_of_the_context(backend, is_known):
+    """All that are captured at once, with what a step in flight has brought them."""
+    width, depth = 2, 5
+    batch, path = layer_batch([CONTEXT + RESERVED - depth] * 3, width, depth)
+    if not is_known:
+        batch.seq_lens_cpu = None
+    backend.capture_lists(max_nodes=3 * width)
+    for init in (
+        lambda: backend.init_tree_metadata(batch, path),
+        lambda: backend.init_captured_tree_metadata(batch, path, torch.tensor([depth])),
+    ):
+        init()
+        prefix = backend.req_to_token[batch.req_pool_indices[2], :-depth].tolist()
+        assert listed(backend)[-1] == prefix + path[2, 1].tolist()
 
 
 def test_what_captures_call_is_there():

@@ -3,14 +3,22 @@
 The device is a fake (`tests.support.graphs`).
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cast_sglang.costs.graph_sizes import GraphSizes
+from cast_sglang.policy.decider import Decider, StepFacts
 from cast_sglang.serving.calibration import Calibration
 from cast_sglang.serving.drafting.captured_layers import LayerGraphs
+from cast_sglang.serving.drafting.draws import Draws
 from cast_sglang.serving.drafting.eagle import EagleDrafter
-from tests.support.drafts import STEPS, FakeModel, grow
+from cast_sglang.serving.drafting.grow import Growth, grow_tree
+from cast_sglang.serving.pass_clock import PassClock
+from cast_sglang.serving.step_room import StepRoom
+from tests.support.drafts import STEPS, Chains, Counted, FakeModel, Plans, forward_batch, grow
 from tests.support.graphs import RecordedGraphs
 
 
@@ -91,3 +99,71 @@ def test_a_batch_beyond_the_captured_ones_runs_eagerly(drafter, model):
     assert backend.log == [] and torch.equal(ours[2].draft_tokens, expected[2].draft_tokens)
     grow(drafter, model, [2, 3], 2, seed=6)
     assert len(backend.log) == 2
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops inside that take no view of what is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def chain(model, drafter, layers, batch=3):
+    """Grow a planned chain; returns its tokens and scores, what was read, and what was launched."""
+    decider, reads = Decider(Plans(layers), max_missing=8, topk=1, plans_chains=True), Counted()
+    decider.begin_step(StepFacts(batch, None, None, 0, STEPS, 12))
+    prepared = forward_batch(batch, seed=layers)
+    children = prepared.spec_info
+    children.topk_p, children.topk_index = children.topk_p[:, :1], children.topk_index[:, :1]
+    growth = Growth(
+        model=model,
+        drafter=drafter,
+        max_layers=STEPS,
+        decider=decider,
+        calibration=None,
+        reads=reads,
+        clock=PassClock("cpu"),
+        recorder=None,
+        room=StepRoom(STEPS, 1 + STEPS, STEPS),
+        forward_batch=prepared,
+        draws=Draws("cpu", seed=0, topk=1),
+    )
+    with Launches() as launches:
+        tree, widths = grow_tree(growth)
+    assert widths == (1,) * (layers - 1)
+    return (tree.tokens, tree.scores), reads.log, launches.count
+
+
+def test_a_planned_chain_replays_one_graph_as_often_as_it_is_long():
+    """Whatever its length, none of its passes is launched kernel by kernel or waited for."""
+    model = Chains()
+    drafter, lengths = EagleDrafter(model, STEPS), range(1, STEPS + 1)
+    eager = [chain(model, drafter, layers)[0] for layers in lengths]
+    backend = captured(drafter, model, {1: (1,), 4: (1,)})
+    assert [entry[0] for entry in backend.log] == ["capture", "capture"]  # one for each batch size
+    backend.replay, launched = hidden(backend.replay), []
+    for layers, expected in zip(lengths, eager, strict=True):
+        backend.log.clear()
+        grown, read, launches = chain(model, drafter, layers)
+        assert all(torch.equal(*pair) for pair in zip(grown, expected, strict=True))
+        assert backend.log == [("replay", 4, "width 1")] * (layers - 1)
+        # The roots' children, which decide how long it gets, and once what the passes have said.
+        assert read == ["waited for", "read"][: 1 + (layers > 1)]
+        launched.append(launches)
+    # Each further pass launches as much as the one before, beside its graph.
+    assert len({more - fewer for fewer, more in pairwise(launched[1:])}) == 1
+
+
+def hidden(replay):
+    """Hide from the host what a graph launches."""
+
+    def replay_alone(*args):
+        with _disable_current_modes():
+            return replay(*args)
+
+    return replay_alone

@@ -14,8 +14,10 @@ from cast_sglang.serving.step_room import StepRoom
 from tests.support.drafts import (
     STEPS,
     TOPK,
+    Counted,
     FakeModel,
     OnePass,
+    Plans,
     Widths,
     decider_of,
     forward_batch,
@@ -88,37 +90,6 @@ class Chain(OnePass):
     def run(self, frontier, width):
         probs, tokens = super().run(frontier, width)
         return probs[:, :1], tokens[:, :1]
-
-
-class Plans(Widths):
-    """Plans chains of some layers."""
-
-    def __init__(self, layers):
-        super().__init__([])
-        self.layers = layers
-
-    def chain_layers(self, scores, costs, max_layers):
-        return min(self.layers, max_layers)
-
-
-class Counted(HostReads):
-    """Counts what is read, and what is waited for."""
-
-    def __init__(self):
-        super().__init__("cpu")
-        self.log = []
-
-    def start(self, *tensors):
-        read, number = super().start(*tensors), len(self.log)
-        self.log.append("read")
-        wait = read.wait
-
-        def note():
-            self.log[number] = "waited for"
-            return wait()
-
-        read.wait = note
-        return read
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])

@@ -223,7 +223,7 @@ def test_captured_draft_extend_takes_the_next_size_that_was_verified(
     extended, accepted, width, graph
 ):
     worker, batch = make_worker(), batch_of([3, 5], [10, 20])
-    worker.extend_graphs = PassGraphs("draft_extend", GraphSizes({2: (2, 4, 8)}))
+    worker.extend_graphs = PassGraphs(GraphSizes({2: (2, 4, 8)}))
     worker.extend_graphs._runners = {2: "two", 4: "four", 8: "eight"}
     worker.draft_extend_attn_backend = SimpleNamespace(num_draft_tokens=ROWS)
     batch.out_cache_loc = torch.arange(2 * 6)

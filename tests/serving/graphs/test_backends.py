@@ -81,7 +81,7 @@ def test_other_backends_verify_the_root(built, name):
 
 def test_a_pass_runs_on_its_backend_with_its_graphs(built):
     runner = runner_on("fa3")
-    backends, graphs = VerifyBackends(runner), PassGraphs("verify", GraphSizes({2: (5, ROWS)}))
+    backends, graphs = VerifyBackends(runner), PassGraphs(GraphSizes({2: (5, ROWS)}))
     graphs._runners = {5: "graph of five", ROWS: "graph of all"}
     with backends.running(5, 2, graphs):
         assert runner.attn_backend.shape == (5, 4)

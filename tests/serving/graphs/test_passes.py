@@ -19,7 +19,7 @@ def test_runners_are_built_the_largest_first_and_each_for_its_batch_sizes():
         log.append(("build", size))
         return f"runner {size}"
 
-    graphs = PassGraphs("verify", GraphSizes({1: (1, 4, 16), 8: (1, 2, 4, 16)}))
+    graphs = PassGraphs(GraphSizes({1: (1, 4, 16), 8: (1, 2, 4, 16)}))
     graphs.capture(build, capturing, {16: "SGLang's own"})
     assert [entry[1] for entry in log if entry[0] == "build"] == [4, 2, 1]
     assert [entry[2] for entry in log if entry[0] == "begin"] == [[1, 8], [8], [1, 8]]

@@ -298,7 +298,7 @@ def triton_with_buffers(has_window=False, **buffers):
     facts |= {"lean_total_programs": 1, "lean_block_m": 1, "sliding_window_size": None}
     facts |= {"is_draft_runner": False, "skip_prefill": False, "num_draft_tokens": GRAPH_ROWS}
     facts |= {"use_sliding_window_kv_pool": has_window, "max_context_len": LONGEST}
-    vars(backend).update(facts)
+    hooks._leave_room(lambda backend: vars(backend).update(facts), backend)
     original = TritonAttnBackend.init_cuda_graph_state
     hooks._size_graph_buffers(original, backend, BATCH, BATCH * GRAPH_ROWS, **buffers)
     return backend
@@ -307,12 +307,13 @@ def triton_with_buffers(has_window=False, **buffers):
 def test_captured_passes_have_room_for_one_prefix_per_request(algorithm):
     backend = triton_with_buffers(has_window=True)
     # And for what a step may write past the limit.
-    assert len(backend.cuda_graph_kv_indices) == BATCH * (LONGEST + hooks.slots_reserved())
+    longest = LONGEST + hooks.slots_reserved()
+    assert len(backend.cuda_graph_kv_indices) == BATCH * longest
     assert len(backend.cuda_graph_attn_logits) == len(backend.cuda_graph_attn_lse) == BATCH
     # What is there for each row stays.
     assert len(backend.cuda_graph_swa_out_cache_loc) == BATCH * GRAPH_ROWS
     mask = backend.verify_mask
-    assert mask.fits(BATCH) and len(mask.buffer) == BATCH * GRAPH_ROWS * (LONGEST + GRAPH_ROWS)
+    assert mask.fits(BATCH) and len(mask.buffer) == BATCH * GRAPH_ROWS * (longest + GRAPH_ROWS)
 
 
 def test_buffers_of_others_are_sglangs(algorithm):

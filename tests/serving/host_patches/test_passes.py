@@ -14,10 +14,12 @@ from sglang.srt.runtime_context import get_context, get_spec
 from sglang.srt.speculative import eagle_worker_common
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
+from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.errors import HostError
 from cast_sglang.serving.host_patches.passes import (
     building_backend,
     capturing_size,
+    counted_capture,
     extend_rows,
     keeping_buffers,
     last_rows_only,
@@ -358,3 +360,25 @@ def test_other_backends_keep_their_mask():
     backend = SimpleNamespace(verify_mask=None)
     leave_prefix_unmasked(backend, "flashinfer")
     assert vars(backend) == {"verify_mask": None}
+
+
+def test_what_graphs_take_is_counted_among_sglangs(monkeypatch, caplog):
+    free = iter([10.0, 7.5])
+    monkeypatch.setattr(
+        "sglang.srt.utils.common.get_available_gpu_memory", lambda device, number: next(free)
+    )
+    # What SGLang has captured by then.
+    runner = SimpleNamespace(
+        device="cuda",
+        gpu_id=0,
+        graph_memory_usage={"target_verify": 1.0},
+        graph_time_usage={"target_verify": 2.0},
+    )
+    sizes = GraphSizes({1: (1, 4), 8: (4,)})
+    with caplog.at_level("INFO"), counted_capture(runner, "target_verify", "verify, rows", sizes):
+        pass
+    assert runner.graph_memory_usage == {"target_verify": 3.5}
+    assert runner.graph_time_usage["target_verify"] >= 2.0
+    assert "captured 3 graphs of verify, rows at batch 1: 1,4; batch 8: 4 in 0.0 s, 2.50 GB" in (
+        caplog.text
+    )

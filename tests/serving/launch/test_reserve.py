@@ -1,5 +1,8 @@
 """What CAST takes on paper is what SGLang's own code, and CAST's, allocates."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sglang.srt.layers.attention.verify_mask import tree_mask_numel
@@ -7,13 +10,19 @@ from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
+from cast_sglang.config import CastConfig
 from cast_sglang.serving.drafting.attention import triton_tree_backend_class
 from cast_sglang.serving.drafting.backlog import Backlog
+from cast_sglang.serving.host_patches.passes import sharing_buffers
+from cast_sglang.serving.launch import reserve
 from cast_sglang.serving.launch.reserve import (
+    GRAPH_BYTES,
     KV_SPLITS,
+    Captured,
     Shapes,
     describe_reserve,
     reserve_of,
+    shrink_envelope,
 )
 from cast_sglang.serving.step_room import STOCK_TREE, stock_slots
 
@@ -33,6 +42,8 @@ SHAPES = Shapes(
     overlaps=True,
     is_whole=True,
 )
+LARGE = SHAPES._replace(vocab_size=128_000, is_whole=False)
+LONGEST = 1000 + 65  # what is reserved behind the context has room in what is as long
 
 
 def sizes(**changes):
@@ -90,7 +101,7 @@ def test_nothing_is_taken_for_a_draft_that_is_not_there():
 
 
 def test_the_mask_is_as_large_as_sglang_makes_it():
-    cells = tree_mask_numel(TreeMaskMode.FULL_MASK, 16, 32, 1000)
+    cells = tree_mask_numel(TreeMaskMode.FULL_MASK, 16, 32, LONGEST)
     assert sizes()["mask of captured verify"] == cells * torch.uint8.itemsize
 
 
@@ -100,8 +111,8 @@ def test_draft_layers_list_what_their_backend_allocates():
     facts |= {"num_head": 4, "max_kv_splits": KV_SPLITS, "v_head_dim": 16, "device": "cpu"}
     facts |= {"lean_total_programs": 0, "lean_block_m": 1, "use_sliding_window_kv_pool": False}
     facts |= {"is_draft_runner": True, "skip_prefill": True, "num_draft_tokens": 32}
-    vars(backend).update(facts, max_context_len=1000)
-    backend.capture_lists(16 * 8, 8)
+    vars(backend).update(facts, max_context_len=LONGEST)
+    backend.capture_lists(16 * 8)
     found = sizes()
     assert found["lists of captured draft layers"] == backend.tree_kv_indices.nbytes
     results = backend.cuda_graph_attn_logits.nbytes + backend.cuda_graph_attn_lse.nbytes
@@ -123,3 +134,112 @@ def test_people_read_one_line():
     assert "each of at most 48 requests reserves 65 slots of the cache (40 with" in line
     assert "the draft takes 12% of a slot" in line and "\n" not in line
     assert "logits of verify 0.02 GiB" in line
+
+
+def test_an_object_of_fa3_keeps_no_more_than_is_counted(monkeypatch):
+    """For graphs of each number of rows, beside what the objects share (`sharing_buffers`)."""
+    if not torch.cuda.is_available():  # its kernels do not load
+        kernels = SimpleNamespace(merge_state_v2=None)
+        monkeypatch.setitem(sys.modules, "sgl_kernel", kernels)
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+
+    def captured(rows, topk):
+        backend = object.__new__(FlashAttentionBackend)
+        facts = dict.fromkeys(("local_attn_builder", "use_mla", "is_encoder_decoder"))
+        facts |= {"max_context_len": LONGEST, "page_size": 1, "device": "cpu", "has_swa": False}
+        facts |= {"use_sliding_window_kv_pool": False, "speculative_step_id": 0}
+        facts |= {"topk": topk, "speculative_num_draft_tokens": rows, "skip_prefill": False}
+        facts |= {"is_draft_runner": False, "_get_scheduler_metadata": object}
+        vars(backend).update(facts)
+        backend.init_cuda_graph_state(16, 16 * rows)
+        return backend
+
+    owner = captured(32, 8)
+    for rows, topk in ((1, 1), (4, 8), (17, 8)):
+        backend = captured(rows, topk)
+        with sharing_buffers(backend, owner):
+            backend.init_cuda_graph_state(16, 16 * rows)
+        theirs = {id(part) for part in _tensors(owner)}
+        own = [part for part in _tensors(backend) if id(part) not in theirs]
+        taken = sum(part.nbytes for part in own if part.data_ptr() not in _places(owner))
+        found = sizes(captured=Captured(own_rows=(rows,)))["backends of captured verify by rows"]
+        assert 0.8 * found <= taken <= found
+
+
+def _tensors(backend):
+    found = [part for part in vars(backend).values() if isinstance(part, torch.Tensor)]
+    for table in vars(backend).values():
+        if isinstance(table, dict):
+            found += [part for part in table.values() if isinstance(part, torch.Tensor)]
+    mask = backend.verify_mask
+    return found + ([mask.buffer] if mask is not None else [])
+
+
+def _places(backend):
+    return {part.data_ptr() for part in _tensors(backend)}
+
+
+def test_graphs_are_bounded_by_their_number_and_what_they_return():
+    found = sizes(captured=Captured(num_graphs=3, held_rows=100), activation_bytes=40)
+    assert found["graphs"] == 3 * GRAPH_BYTES
+    assert found["states in graphs"] == 100 * SHAPES.hidden_bytes
+    assert found["activations in graphs"] == 16 * (32 - STOCK_TREE[2]) * 40
+    # `triton` decodes plain steps by a list, `fa3` by a table that others have too.
+    assert found["lists of captured plain steps"] == 16 * LONGEST * torch.int64.itemsize
+    assert "lists of captured plain steps" not in sizes(captured=Captured(own_rows=(1, 4)))
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """A launch on a GPU, of which shapes, graphs and memory are given."""
+
+    def shrink(most_rows=32, memory_gib=80, fraction=0.8, **settings):
+        captured = Captured(most_rows=most_rows)
+        monkeypatch.setattr(reserve, "_shapes_of_server", lambda args, config: shapes_of(args))
+        monkeypatch.setattr(reserve, "captures_decode", lambda args: True)
+        monkeypatch.setattr(
+            "sglang.srt.utils.common.get_device_memory_capacity", lambda device: memory_gib * 1024
+        )
+
+        def shapes_of(args):
+            return LARGE._replace(
+                captured=captured,
+                topk=args.speculative_eagle_topk,
+                num_draft_tokens=args.speculative_num_draft_tokens,
+            )
+
+        args = SimpleNamespace(
+            speculative_num_steps=8,
+            speculative_eagle_topk=8,
+            speculative_num_draft_tokens=32,
+            mem_fraction_static=fraction,
+            device="cuda",
+        )
+        said = shrink_envelope(args, CastConfig(**settings))
+        return (args.speculative_eagle_topk, args.speculative_num_draft_tokens), said
+
+    return shrink
+
+
+def test_the_envelope_stays_where_it_can_pay_and_fits(launch):
+    assert launch() == ((8, 32), None)
+    assert launch(fraction=None) == ((8, 32), None)
+
+
+def test_rows_that_cannot_pay_are_not_reserved(launch):
+    shape, said = launch(most_rows=20)
+    assert shape == (8, 20) and "from 8-8-32 to 8-8-20; by the profile no more rows" in said
+    assert launch(most_rows=1)[0] == (8, 2)
+
+
+def test_an_envelope_that_does_not_fit_shrinks_to_sglangs_default_tree_at_least(launch):
+    shape, said = launch(memory_gib=24, fraction=0.96)
+    assert shape[0] == 8 and 8 < shape[1] < 32 and "--mem-fraction-static leaves, 0.48" in said
+    totals = [reserve_of(LARGE._replace(num_draft_tokens=shape[1] + n)).total for n in (0, 1)]
+    assert totals[0] <= 0.48 * 2**30 < totals[1]
+    assert launch(memory_gib=24, fraction=1.0)[0] == (STOCK_TREE[1], STOCK_TREE[2])
+
+
+def test_shapes_that_are_promised_or_asked_for_stay(launch):
+    assert launch(most_rows=4, policy="fixed") == ((8, 32), None)
+    assert launch(most_rows=4, verify_sizes=(2, 32)) == ((8, 32), None)

@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cast_sglang.config import CastConfig
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
-from cast_sglang.serving.graphs.plan import choose_sizes, plan_graphs
+from cast_sglang.serving.launch.graph_plan import choose_sizes, plan_graphs
 from tests.support.builders import make_profile
 
 TOPK, TOKENS, EXTEND = 4, 16, 6
@@ -65,25 +66,28 @@ def test_nothing_is_planned_where_sglang_captured_nothing():
     assert plan_graphs(None, LIMITS, CastConfig(), (2, 3), None) is None
 
 
-@pytest.mark.parametrize("kind", ["flat", "steep"])
+@pytest.mark.parametrize("kind", ["flat", "steep", "too steep"])
 def test_the_set_follows_the_costs(kind):
+    added = {"flat": 0.0, "steep": 0.1, "too steep": 0.6}[kind]
+    rows = 1.0 + added * np.arange(TOKENS)
     model = SimpleNamespace(
         step_costs=lambda batch, context: SimpleNamespace(
-            verify=_Costs(kind, TOKENS), draft=_Costs(kind, TOPK)
+            verify=rows, draft=rows[:TOPK], plain_overhead=0.0
         )
     )
-    plan = chosen([1], model)
+    plan = chosen([1, 8], model)
     if kind == "flat":
         assert plan.verify.at(1) == (TOPK + 1, 2 * TOPK + 1, TOKENS)
         assert plan.widths.at(1) == (TOPK,)
-    else:
-        assert plan.verify.at(1) == tuple(range(2, TOKENS + 1))
-        assert plan.widths.at(1) == (1, 2, 3, 4)
-
-
-class _Costs:
-    def __init__(self, kind, count):
-        self.values = [1.0 if kind == "flat" else 1.0 + 0.1 * k for k in range(count)]
-
-    def tolist(self):
-        return self.values
+        return
+    assert plan.widths.at(1) == (1, 2, 3, 4)
+    every = tuple(range(2, TOKENS + 1))
+    if kind == "steep":
+        assert plan.verify.at(1) == every
+    else:  # the ninth node is accepted with a chance of 5 / 9 at most
+        assert plan.verify.at(1) == every[: every.index(9) + 1]
+        # The largest size has the buffers that the others are captured in.
+        assert plan.verify.at(8) == (*plan.verify.at(1), TOKENS)
+        # Other policies promise a shape, and a copy is as long as there are rows.
+        assert chosen([1, 8], model, policy="fixed").verify.at(1) == every
+        assert chosen([1, 8], model, copying="on").verify.at(1) == every

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cast_sglang.costs.graph_sizes import GraphSizes
+from cast_sglang.costs.graph_sizes import GraphSizes, most_that_pays
+from cast_sglang.costs.model import plain_units
 from cast_sglang.profiling.grid import default_grid
+from cast_sglang.serving.step_room import needs_whole_trees
 
 if TYPE_CHECKING:
     from cast_sglang.config import CastConfig
     from cast_sglang.costs.limits import Limits
     from cast_sglang.costs.model import CostModel
 
-__all__ = ["GraphPlan", "choose_sizes", "plan_graphs"]
+__all__ = ["GraphPlan", "choose_sizes", "most_rows", "plan_graphs"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,8 @@ def choose_sizes(
             # At a short context, where rows and not the prefix make the difference.
             return lambda batch: getattr(cost_model.step_costs(batch, 1), operation).tolist()
 
-        verify = GraphSizes.by_cost(batch_sizes, sizes, costs("verify"), always=small_trees)
+        most_of = functools.partial(most_rows, cost_model, limits, config)
+        verify = GraphSizes.by_cost(batch_sizes, sizes, costs("verify"), small_trees, most_of)
         layers = GraphSizes.by_cost(batch_sizes, widths, costs("draft"))
     else:
         if config.verify_sizes is None:
@@ -95,3 +99,18 @@ def choose_sizes(
         }
     )
     return GraphPlan(verify, layers, extend)
+
+
+def most_rows(cost_model: CostModel, limits: Limits, config: CastConfig, batch_size: int) -> int:
+    """Return the most rows per request that can pay at a batch size, by the profile.
+
+    A promised shape always pays. Rows are the cheaper beside the prefix the longer that is, mostly;
+    both ends are asked.
+    """
+    if needs_whole_trees(config):
+        return limits.max_verify_rows
+    depth = (limits.max_extend_rows or limits.max_verify_rows) - 1
+    if config.copying == "on":  # a copy may be as long as there are rows
+        depth = limits.max_verify_rows - 1
+    ends = (cost_model.step_costs(batch_size, end) for end in (1, limits.longest_context))
+    return max(most_that_pays(costs.verify, plain_units(costs), depth) for costs in ends)
