@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.serving.drafting.copied import CopyDraftWorker
-from cast_sglang.serving.requests import RunningRequests
 from cast_sglang.serving.worker import CastWorker
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
 
 __all__ = ["DraftlessWorker"]
-
-
-class _Requests(RunningRequests):
-    """Requests whose prompts no draft model reads."""
-
-    def left_out(self, batch: ScheduleBatch, plain_steps: Callable[[int], int]) -> int:
-        """Leave no prompt out: copies need the text alone."""
-        return 0
 
 
 class DraftlessWorker(CastWorker):
@@ -40,7 +29,6 @@ class DraftlessWorker(CastWorker):
     ) -> None:
         super().__init__(server_args, gpu_id, nccl_port, target_worker)
         self.calibration = None  # there are no probabilities to calibrate
-        self._running = _Requests()  # no children are drawn
         self._draft_worker.plain_input = self._build_trivial_verify_input
 
     @property

@@ -91,6 +91,7 @@ class RunningRequests:
 
     Args:
         draws: whether the drafts of requests that sample are drawn at random.
+        has_draft: whether a draft model drafts at all.
 
     Attributes:
         sampling: None where verify samples as plain decoding does.
@@ -99,9 +100,9 @@ class RunningRequests:
             requests may generate; a mean.
     """
 
-    def __init__(self, draws: bool = False) -> None:
+    def __init__(self, draws: bool = False, has_draft: bool = True) -> None:
         self.drawn: np.ndarray | None = None
-        self._draws = draws
+        self._draws, self._has_draft = draws and has_draft, has_draft
         self.sampling: SamplingNeeds | None = None
         self.prompt_rows = 0.0
         self._reqs: list[Req] = []
@@ -131,6 +132,8 @@ class RunningRequests:
             batch: that is prefilled.
             plain_steps: as `Decider.plain_steps`.
         """
+        if not self._has_draft:
+            return 0
         for req in batch.reqs:
             self._prompt_tokens = KEEP * self._prompt_tokens + len(req.origin_input_ids)
             self._cached_tokens = KEEP * self._cached_tokens + req.cached_tokens

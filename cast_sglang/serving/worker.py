@@ -92,7 +92,7 @@ class CastWorker(EAGLEWorkerV2):
         self.verify_graphs: PassGraphs | None = None
         calibrates = self.config.policy == "auto" and self.config.calibration == "on"
         self.calibration = Calibration(self.reads, self.cast_stats) if calibrates else None
-        self._running = RunningRequests(draws_children(self.config))
+        self._running = RunningRequests(draws_children(self.config), self.has_draft)
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope.of_server(self.config)
         self._pending: deque[PendingStep] = deque()

@@ -39,13 +39,12 @@ def test_sglang_finds_the_target_where_it_asks_for_the_draft(worker):
     assert worker.spec_v2_attn_backends == ("backend",)
 
 
-def test_it_calibrates_and_draws_nothing(monkeypatch):
+def test_it_calibrates_nothing(monkeypatch):
     def init(self, *args):
-        self.calibration = self._running = "of a draft"
+        self.calibration = "of a draft"
         self._draft_worker = SimpleNamespace()
 
     monkeypatch.setattr(CastWorker, "__init__", init)
     worker = DraftlessWorker(None, 0, 0, None)
     assert worker.calibration is None
-    assert not worker._running._draws and worker._running.drawn is None
     assert worker._draft_worker.plain_input == worker._build_trivial_verify_input

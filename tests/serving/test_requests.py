@@ -149,6 +149,12 @@ def test_prompts_behind_which_nothing_is_ever_drafted_are_left_out(determinism, 
     assert running.left_out(prefill_of(soon), lambda size: 0) == 0
 
 
+def test_without_a_draft_model_no_prompt_is_left_out_and_no_child_is_drawn(determinism):
+    running, req = requests.RunningRequests(draws=True, has_draft=False), Request(max_new_tokens=5)
+    assert running.left_out(prefill_of(req), lambda size: 100) == 0
+    assert running.update([req], lambda count: None) is None and running.drawn is None
+
+
 @pytest.mark.parametrize(
     ("tokens", "generated", "steps", "is_left_out"),
     [(10, 0, 9, True), (10, 0, 8, False), (10, 2, 7, True), (1, 0, 0, False), (1, 0, 1, True)],
