@@ -14,14 +14,16 @@ knows is true in any case: for shorter contexts it may be older, and counts lowe
 All automata lie in one array of int32, so that one compiled call serves a batch. A request has one
 block of it:
 
-    header          tokens, states, edges so far, the last state
+    header          tokens, states, the last state
     text            [capacity]
-    states          [2 * capacity, 6]: length, link, last end, end before that, count, first edge
-    edges           [3 * capacity, 5]: state, token, target, next edge of the state, of the bucket
-    buckets         [2 * capacity]: first edge of each bucket of a hash table
+    states          [2 * capacity, 8]: length, link, last end, end before that, count; the token and
+                    target of its first edge; its newest further edge
+    further edges   [2 * capacity, 4]: state, token, target, next one of the state; a hash table
 
-which is 120 bytes for each token of its capacity, a power of two. An automaton has at most two
-states and three edges for each token. `reference.Text` is the same in plain Python.
+which is 100 bytes for each token of its capacity, a power of two. An automaton of n tokens has at
+most 2 n states and n - 2 more edges than states. All states but the last one have an edge, so at
+most n - 1 are further ones. Most states have one edge, and a look-up is then one read of memory.
+`reference.Text` is the same in plain Python.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ MAX_LINKS = 32
 BETWEEN = np.iinfo(np.int32).max
 NO_BLOCK = -1, 0  # first int and capacity of the block of a request without one
 
-HEADER = 4  # tokens, states, edges so far, the last state
-_TEXT_COLUMNS, _STATE_COLUMNS, _EDGE_COLUMNS, _BUCKETS = 1, 2 * 6, 3 * 5, 2
-_INTS_PER_TOKEN = _TEXT_COLUMNS + _STATE_COLUMNS + _EDGE_COLUMNS + _BUCKETS
+HEADER = 16  # a cache line, by which blocks are aligned, so that no state lies in two
+_INTS_PER_TOKEN = 1 + 2 * 8 + 2 * 4
 # So that a short text does not grow its block every few steps; other sizes were not measured.
 _LEAST_CAPACITY = 64
 # Of a state, and of an edge.
-_LENGTH, _LINK, _END, _BEFORE, _COUNT, _FIRST_EDGE = range(6)
-_FROM, _TOKEN, _TARGET, _NEXT, _NEXT_IN_BUCKET = range(5)
+_LENGTH, _LINK, _END, _BEFORE, _COUNT, _FIRST, _FIRST_TARGET, _FURTHER = range(8)
+_FROM, _TOKEN, _TARGET, _NEXT = range(4)
+_NO_TOKEN = np.iinfo(np.int32).min
 
 
 class SuffixIndex:
@@ -70,28 +72,32 @@ class SuffixIndex:
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_ints = max_tokens * _INTS_PER_TOKEN
-        self._ints = np.empty(0, np.int32)
-        self._used = 0  # ints before the first that is free
-        # By request: first int and capacity of its block.
+        # The system gives memory page by page, where it is first written.
+        ints = np.empty(max_tokens * _INTS_PER_TOKEN + HEADER, np.int32)
+        self._ints = ints[-(ints.ctypes.data // ints.itemsize) % HEADER :]
+        self._used = 0  # ints before the first that never was in a block
+        self._free: dict[int, list[int]] = {}  # first ints of blocks that were dropped, by capacity
+        # By request: first int and capacity of its block; and the same of those last asked for.
         self._blocks: dict[Hashable, tuple[int, int]] = {}
+        self._asked: tuple[list[Hashable], np.ndarray] | None = None
 
     @property
     def ints(self) -> np.ndarray:
-        """[n] int32, what `longest_match` and the others take; another array after `add`."""
+        """[n] int32, what `longest_match` and the others take; always the same array."""
         return self._ints
 
     @property
     def num_bytes(self) -> int:
         """Memory that the automata hold."""
-        return self._ints.nbytes
+        return self._used * self._ints.itemsize
 
     def __contains__(self, request: Hashable) -> bool:
         return request in self._blocks
 
     def num_tokens(self, request: Hashable) -> int:
         """Return the tokens of a request's text; 0 for one without a block."""
-        return int(self.sizes(self.blocks([request]))[0])
+        base, _ = self._blocks.get(request, NO_BLOCK)
+        return 0 if base < 0 else int(self._ints[base])
 
     def capacity(self, request: Hashable) -> int:
         """Return how many tokens a request's block has room for."""
@@ -102,24 +108,15 @@ class SuffixIndex:
         at, size = self._blocks.get(request, NO_BLOCK)[0] + HEADER, self.num_tokens(request)
         return self._ints[at + first : at + size].astype(np.int64)
 
-    def sizes(self, blocks: np.ndarray) -> np.ndarray:
-        """Return [B] int, the tokens of the texts in blocks [B, 2]; 0 where there is none."""
-        bases = blocks[:, 0]
-        if not len(self._ints):
-            return np.zeros(len(bases), np.int32)
-        return np.where(bases < 0, 0, self._ints[np.maximum(bases, 0)])
-
-    def last_tokens(self, blocks: np.ndarray) -> np.ndarray:
-        """Return [B] int, the last token of the texts in blocks [B, 2]; -1 where there is none."""
-        sizes = self.sizes(blocks)
-        if not len(self._ints):
-            return np.full(len(sizes), -1, np.int32)
-        last = np.maximum(blocks[:, 0] + HEADER + sizes - 1, 0)
-        return np.where(sizes == 0, -1, self._ints[last])
-
     def blocks(self, requests: Sequence[Hashable]) -> np.ndarray:
-        """Return [B, 2] int64, first int and capacity of each block; `NO_BLOCK` for none."""
-        return np.array([self._blocks.get(request, NO_BLOCK) for request in requests], np.int64)
+        """Return [B, 2] int64, first int and capacity of each block; `NO_BLOCK` for none.
+
+        The same array while requests and blocks are the same, not to be changed.
+        """
+        if self._asked is None or self._asked[0] != requests:
+            blocks = [self._blocks.get(request, NO_BLOCK) for request in requests]
+            self._asked = list(requests), np.array(blocks, np.int64).reshape(-1, 2)
+        return self._asked[1]
 
     def add(self, request: Hashable, tokens: np.ndarray) -> bool:
         """Append tokens to a request's text.
@@ -136,12 +133,11 @@ class SuffixIndex:
             wanted = max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())
             before = self._ints[base : base + _size(capacity)].copy()
             self.drop(request)
-            if not self._make_room(_size(wanted)):
+            base = self._place(wanted)
+            if base < 0:
                 return False
-            base = self._used
-            self._used += _size(wanted)
-            self._blocks[request] = base, wanted
-            _start(self._ints[base : self._used], wanted, before, capacity)
+            self._blocks[request], self._asked = (base, wanted), None
+            _start(self._ints[base : base + _size(wanted)], wanted, before, capacity)
             capacity = wanted
         _extend(self._ints[base : base + _size(capacity)], capacity, tokens)
         return True
@@ -155,37 +151,39 @@ class SuffixIndex:
             tokens: [B, n] int64 >= 0, those of each request come first.
             counts: [B] int64, how many there are of each.
         """
-        fits = np.zeros(len(requests), np.bool_)
-        _extend_all(self._ints, self.blocks(requests), tokens, counts, fits)
-        for row in np.flatnonzero(~fits).tolist():
-            if requests[row] in self._blocks:
-                self.add(requests[row], tokens[row, : counts[row]])
+        for row in _extend_all(self._ints, self.blocks(requests), tokens, counts).tolist():
+            self.add(requests[row], tokens[row, : counts[row]])
 
     def drop(self, request: Hashable) -> None:
         """Forget a request's text; its memory serves others."""
-        self._blocks.pop(request, None)
+        base, capacity = self._blocks.pop(request, NO_BLOCK)
+        if capacity:
+            self._free.setdefault(capacity, []).append(base)
+            self._asked = None
 
     def keep(self, requests: Sequence[Hashable]) -> None:
         """Forget all other requests."""
         for request in self._blocks.keys() - set(requests):
-            del self._blocks[request]
+            self.drop(request)
 
-    def _make_room(self, size: int) -> bool:
-        """Make sure that `size` ints are free behind the used ones."""
-        if self._used + size <= len(self._ints):
-            return True
-        live = sum(_size(capacity) for _, capacity in self._blocks.values())
-        if live + size > self._max_ints:
-            return False
-        # Twice of what is needed, so that copying takes constant time a token.
-        ints = np.empty(min(self._max_ints, 2 * (live + size)), np.int32)
-        self._used = 0
-        for request, (base, capacity) in self._blocks.items():
+    def _place(self, capacity: int) -> int:
+        """Return the first int of a free block, -1 where there is no room."""
+        if self._free.get(capacity):
+            return self._free[capacity].pop()
+        if self._used + _size(capacity) > len(self._ints):
+            self._close_gaps()
+        if self._used + _size(capacity) > len(self._ints):
+            return -1
+        self._used += _size(capacity)
+        return self._used - _size(capacity)
+
+    def _close_gaps(self) -> None:
+        self._used, self._asked = 0, None
+        self._free.clear()
+        for request, (base, capacity) in sorted(self._blocks.items(), key=lambda item: item[1]):
             end = self._used + _size(capacity)
-            ints[self._used : end] = self._ints[base : base + _size(capacity)]
+            self._ints[self._used : end] = self._ints[base : base + _size(capacity)]
             self._blocks[request], self._used = (self._used, capacity), end
-        self._ints = ints
-        return True
 
 
 def _size(capacity: int) -> int:
@@ -194,50 +192,53 @@ def _size(capacity: int) -> int:
 
 @compiled("i8(i8, i8)")
 def _state_at(capacity: int, state: int) -> int:
-    return HEADER + capacity + 6 * state
+    return HEADER + capacity + 8 * state
 
 
-@compiled("i8(i8, i8)")
-def _edge_at(capacity: int, edge: int) -> int:
-    return HEADER + 13 * capacity + 5 * edge
-
-
-@compiled("i8(i8, i8, i8)")
-def _bucket_at(capacity: int, state: int, token: int) -> int:
+@compiled("i8(i4[::1], i8, i8, i8)")
+def _slot(block: np.ndarray, capacity: int, state: int, token: int) -> int:
+    """Return where a further edge stands in the block, or where it is to be put."""
     # Multiplicative hashing: Knuth, "The Art of Computer Programming" 3, section 6.4.
-    key = (int(state) * 0x9E3779B1 + int(token)) * 0x9E3779B1
-    return HEADER + 28 * capacity + ((key >> 16) & (2 * capacity - 1))
+    slot = ((int(state) * 0x9E3779B1 + int(token)) * 0x9E3779B1) >> 16
+    while True:
+        at = HEADER + 17 * capacity + 4 * (slot & (2 * capacity - 1))
+        if block[at + _FROM] < 0 or (block[at + _FROM] == state and block[at + _TOKEN] == token):
+            return at
+        slot += 1
 
 
 @compiled("i8(i4[::1], i8, i8, i8)")
 def _find_edge(block: np.ndarray, capacity: int, state: int, token: int) -> int:
-    """Return where the edge of a state by a token stands in the block, -1 for none."""
-    edge = block[_bucket_at(capacity, state, token)]
-    while edge >= 0:
-        at = _edge_at(capacity, edge)
-        if block[at + _FROM] == state and block[at + _TOKEN] == token:
-            return at
-        edge = block[at + _NEXT_IN_BUCKET]
-    return -1
-
-
-@compiled("void(i4[::1], i8, i8)")
-def _hash_edge(block: np.ndarray, capacity: int, edge: int) -> None:
-    at = _edge_at(capacity, edge)
-    bucket = _bucket_at(capacity, block[at + _FROM], block[at + _TOKEN])
-    block[at + _NEXT_IN_BUCKET] = block[bucket]
-    block[bucket] = edge
+    """Return where the target of a state's edge by a token stands in the block, -1 for none."""
+    at = _state_at(capacity, state)
+    if block[at + _FIRST] == token:
+        return at + _FIRST_TARGET
+    if block[at + _FURTHER] < 0:
+        return -1
+    at = _slot(block, capacity, state, token)
+    return at + _TARGET if block[at + _FROM] >= 0 else -1
 
 
 @compiled("void(i4[::1], i8, i8, i8, i8)")
 def _add_edge(block: np.ndarray, capacity: int, state: int, token: int, target: int) -> None:
-    edge = block[2]
-    block[2] += 1
-    at, first = _edge_at(capacity, edge), _state_at(capacity, state) + _FIRST_EDGE
-    block[at + _FROM], block[at + _TOKEN], block[at + _TARGET] = state, token, target
-    block[at + _NEXT] = block[first]
-    block[first] = edge
-    _hash_edge(block, capacity, edge)
+    at = _state_at(capacity, state)
+    if block[at + _FIRST] == _NO_TOKEN:
+        block[at + _FIRST], block[at + _FIRST_TARGET] = token, target
+        return
+    slot = _slot(block, capacity, state, token)
+    block[slot + _FROM], block[slot + _TOKEN], block[slot + _TARGET] = state, token, target
+    block[slot + _NEXT] = block[at + _FURTHER]
+    block[at + _FURTHER] = slot
+
+
+@compiled("void(i4[::1], i8, i8, i4[::1], i8)")
+def _add_further(
+    block: np.ndarray, capacity: int, state: int, source: np.ndarray, edge: int
+) -> None:
+    """Give a state the further edges that another one has in a block, from one of them on."""
+    while edge >= 0:
+        _add_edge(block, capacity, state, source[edge + _TOKEN], source[edge + _TARGET])
+        edge = source[edge + _NEXT]
 
 
 @compiled("i8(i4[::1], i8, i8)")
@@ -247,27 +248,25 @@ def _add_state(block: np.ndarray, capacity: int, length: int) -> int:
     at = _state_at(capacity, state)
     block[at + _LENGTH], block[at + _LINK] = length, -1
     block[at + _END], block[at + _BEFORE], block[at + _COUNT] = length - 1, -1, 1
-    block[at + _FIRST_EDGE] = -1
+    block[at + _FIRST], block[at + _FURTHER] = _NO_TOKEN, -1
     return state
 
 
 @compiled("void(i4[::1], i8, i4[::1], i8)")
 def _start(block: np.ndarray, capacity: int, before: np.ndarray, old_capacity: int) -> None:
     """Make a block, empty or with the automaton of a smaller one."""
-    block[HEADER + 28 * capacity :] = -1
+    block[HEADER + 17 * capacity :] = -1
     block[:HEADER] = 0
     if old_capacity == 0:
         _add_state(block, capacity, 0)
         return
-    block[:HEADER] = before[:HEADER]
-    num_tokens, num_states, num_edges = before[0], before[1], before[2]
-    block[HEADER : HEADER + num_tokens] = before[HEADER : HEADER + num_tokens]
-    to, at = _state_at(capacity, 0), _state_at(old_capacity, 0)
-    block[to : to + 6 * num_states] = before[at : at + 6 * num_states]
-    to, at = _edge_at(capacity, 0), _edge_at(old_capacity, 0)
-    block[to : to + 5 * num_edges] = before[at : at + 5 * num_edges]
-    for edge in range(num_edges):
-        _hash_edge(block, capacity, edge)
+    block[: HEADER + old_capacity] = before[: HEADER + old_capacity]
+    size, to, at = 8 * before[1], _state_at(capacity, 0), _state_at(old_capacity, 0)
+    block[to : to + size] = before[at : at + size]
+    for state in range(before[1]):
+        at = _state_at(capacity, state) + _FURTHER
+        edge, block[at] = block[at], -1
+        _add_further(block, capacity, state, before, edge)
 
 
 @compiled("i8(i4[::1], i8, i8, i8, i8, i8)")
@@ -275,19 +274,15 @@ def _split(block: np.ndarray, capacity: int, at: int, token: int, whole: int, le
     """Give the contexts of a state up to a length a state of their own, and return it."""
     part = _add_state(block, capacity, length)
     to, source = _state_at(capacity, part), _state_at(capacity, whole)
-    for column in (_LINK, _END, _BEFORE, _COUNT):
+    for column in (_LINK, _END, _BEFORE, _COUNT, _FIRST, _FIRST_TARGET):
         block[to + column] = block[source + column]
     block[source + _LINK] = part
-    edge = block[source + _FIRST_EDGE]
-    while edge >= 0:
-        old = _edge_at(capacity, edge)
-        _add_edge(block, capacity, part, block[old + _TOKEN], block[old + _TARGET])
-        edge = block[old + _NEXT]
+    _add_further(block, capacity, part, block, block[source + _FURTHER])
     while at >= 0:
         found = _find_edge(block, capacity, at, token)
-        if found < 0 or block[found + _TARGET] != whole:
+        if found < 0 or block[found] != whole:
             break
-        block[found + _TARGET] = part
+        block[found] = part
         at = block[_state_at(capacity, at) + _LINK]
     return part
 
@@ -299,18 +294,21 @@ def _extend(block: np.ndarray, capacity: int, tokens: np.ndarray) -> None:
         place = block[0]
         block[HEADER + place] = token
         block[0] += 1
-        new, at = _add_state(block, capacity, place + 1), block[3]
-        while at >= 0 and _find_edge(block, capacity, at, token) < 0:
+        new, at, found = _add_state(block, capacity, place + 1), block[2], -1
+        while at >= 0:
+            found = _find_edge(block, capacity, at, token)
+            if found >= 0:
+                break
             _add_edge(block, capacity, at, token, new)
             at = block[_state_at(capacity, at) + _LINK]
         link = 0
         if at >= 0:
-            link = block[_find_edge(block, capacity, at, token) + _TARGET]
+            link = block[found]
             length = block[_state_at(capacity, at) + _LENGTH] + 1
             if block[_state_at(capacity, link) + _LENGTH] != length:
                 link = _split(block, capacity, at, token, link, length)
         block[_state_at(capacity, new) + _LINK] = link
-        block[3] = new
+        block[2] = new
         for _ in range(MAX_LINKS):
             if link <= 0:
                 break
@@ -321,16 +319,20 @@ def _extend(block: np.ndarray, capacity: int, tokens: np.ndarray) -> None:
             link = block[state + _LINK]
 
 
-@compiled("void(i4[::1], i8[:, :], i8[:, :], i8[:], b1[:])")
+@compiled("i8[::1](i4[::1], i8[:, :], i8[:, :], i8[:])")
 def _extend_all(
-    ints: np.ndarray, blocks: np.ndarray, tokens: np.ndarray, counts: np.ndarray, fits: np.ndarray
-) -> None:
-    """Append tokens to the texts of those blocks that have room for them, and mark these."""
+    ints: np.ndarray, blocks: np.ndarray, tokens: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Append tokens to the texts that there are; return the rows whose blocks have no room."""
+    full, num_full = np.empty(len(blocks), np.int64), 0
     for row in range(len(blocks)):
         base, capacity = blocks[row]
         if base >= 0 and ints[base] + counts[row] <= capacity:
             _extend(ints[base:], capacity, tokens[row, : counts[row]])
-            fits[row] = True
+        elif base >= 0:
+            full[num_full] = row
+            num_full += 1
+    return full[:num_full]
 
 
 @compiled("Tuple((i8, i8))(i4[::1], i8)")
@@ -343,7 +345,7 @@ def longest_match(block: np.ndarray, capacity: int) -> tuple[int, int]:
     """
     if block[0] == 0:
         return 0, 0
-    state = block[_state_at(capacity, block[3]) + _LINK]
+    state = block[_state_at(capacity, block[2]) + _LINK]
     return state, block[_state_at(capacity, state) + _LENGTH]
 
 
@@ -357,13 +359,13 @@ def descend(
         state, length: of the context, as of `longest_match`.
     """
     found = _find_edge(block, capacity, state, token)
-    while found < 0 and state > 0:
+    if found < 0 and _find_edge(block, capacity, 0, token) < 0:
+        return 0, 0  # as of most tokens that a draft proposes: they were never said
+    while found < 0:
         state = block[_state_at(capacity, state) + _LINK]
         length = block[_state_at(capacity, state) + _LENGTH]
         found = _find_edge(block, capacity, state, token)
-    if found < 0:
-        return 0, 0
-    return block[found + _TARGET], length + 1
+    return block[found], length + 1
 
 
 @compiled("Tuple((i8, i8, i8, i8, i8))(i4[::1], i8, i8, i8)")
@@ -390,7 +392,7 @@ def copy_of(
             end, count = block[at + _BEFORE], count - 1
         if end >= 0 and block[HEADER + end + 1] != BETWEEN:
             token = block[HEADER + end + 1]
-            found = block[_find_edge(block, capacity, state, token) + _TARGET]
+            found = block[_find_edge(block, capacity, state, token)]
             same = block[_state_at(capacity, found) + _COUNT]
             return token, length, found, max(count, same), same
         state = block[at + _LINK]

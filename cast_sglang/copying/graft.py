@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cast_sglang.copying.chances import CLASSES_OF_KIND
-from cast_sglang.copying.paths import copied_child, go_on
+from cast_sglang.copying.contexts import copied_child, go_on
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 
@@ -24,7 +24,7 @@ __all__ = ["Grafts", "Outlook", "Seen", "graft", "outlook"]
 
 _GREEDY, _DRAWN = GREEDY, DRAWN
 # Columns of `Seen.rows`.
-_KNOWN, _STATE, _LENGTH, _END_STATE, _END_LENGTH, _PATH = range(6)
+_STATE, _LENGTH, _END_STATE, _END_LENGTH, _PATH = range(5)
 # Places in `chances.AGREEMENTS`.
 _LIKELIEST, _PROPOSED, _NOT_PROPOSED, _NOT_ASKED = range(4)
 
@@ -97,11 +97,12 @@ class Seen:
     """
 
     def __init__(self, batch_size: int, num_candidates: int, max_depth: int) -> None:
-        # Of each node, the root first: how many of its path of copies are known, -1 for nothing;
-        # state and length of its context, and of the last one of its path; then of each node of the
+        nodes = batch_size, 1 + num_candidates  # the root first
+        # How many nodes of its path of copies are known, -1 for nothing.
+        self.known = np.full(nodes, -1, np.int32)
+        # State and length of its context, and of the last one of its path; then of each node of the
         # path, down to one that copies nothing, token and class.
-        self.rows = np.empty((batch_size, 1 + num_candidates, _PATH + 2 * max_depth + 2), np.int32)
-        self.forget()
+        self.rows = np.empty((*nodes, _PATH + 2 * max_depth + 2), np.int32)
 
     def holds(self, batch_size: int, num_candidates: int, max_depth: int) -> bool:
         """Return whether there is room for trees of so many candidates."""
@@ -111,7 +112,7 @@ class Seen:
 
     def forget(self) -> None:
         """Begin another step."""
-        self.rows[:, :, _KNOWN] = -1
+        self.known[:] = -1
 
 
 def graft(
@@ -129,6 +130,7 @@ def graft(
     least_scores: np.ndarray,
     vocab_size: int,
     seen: Seen | None = None,
+    is_bound: bool = False,
 ) -> Grafts:
     """Find the copied children of all nodes that may be verified, and their copied descendants.
 
@@ -142,8 +144,8 @@ def graft(
         child too where it was drawn and is not above the floor.
 
     Args:
-        ints, roots: of `SuffixIndex` and `paths.roots_of`, or of `paths.looked_up`; a request whose
-            first int is -1 gets no copies.
+        ints, roots: of `SuffixIndex` and `contexts.roots_of`, or of `contexts.looked_up`; a request
+            whose first int is -1 gets no copies.
         tokens: [B, M] int64, drafted candidates, numbered as in `tree.py`.
         scores: [B, M] float32 in [0, 1], none above the parent's.
         parents: [B, M] int64, candidate numbers, -1 for the root.
@@ -156,14 +158,16 @@ def graft(
         vocab_size: tokens beyond, as those of images, are not copied.
         seen: of the step, where its trees were grafted before they had all of their layers; None
             for what is grafted once.
+        is_bound: no chance is lowered, and the path of copies below the root goes on whatever it is
+            worth (`paths.copied_paths`).
     """
     if seen is None:
         seen = Seen(len(scores), scores.shape[1], max_depth)
-    limits = np.array([topk, num_nodes, max_depth, vocab_size])
+    limits = np.array([topk, num_nodes, max_depth, vocab_size, is_bound])
     drafted = tokens, scores, parents
     how = chances, kinds, least_scores, limits
     merged, copied, copied_scores, children, counts, depth, has_copies = _graft(
-        ints, roots, *drafted, *how, seen.rows
+        ints, roots, *drafted, *how, seen.known, seen.rows
     )
     return Grafts(
         scores=merged,
@@ -203,7 +207,7 @@ def _nth_best(scores: np.ndarray, n: int, least: float) -> np.float32:
     return best
 
 
-@compiled("void(f4[:], f4, i8, i8, i8, f4, f4[:], f4[:])")
+@compiled("void(f4[:], f4, i8, i8, i8, f4, b1, f4[:], f4[:])")
 def _make_room(
     scores: np.ndarray,
     parent_score: float,
@@ -211,6 +215,7 @@ def _make_room(
     topk: int,
     match: int,
     chance: float,
+    is_bound: bool,
     own_factor: np.ndarray,
     raised: np.ndarray,
 ) -> None:
@@ -219,6 +224,7 @@ def _make_room(
     Args:
         first: number of the first child.
         match: place of the child of the same token, -1 for none.
+        is_bound: as of `graft`.
         own_factor, raised: as of `_graft`, written for the children.
     """
     if parent_score <= 0.0:
@@ -232,7 +238,7 @@ def _make_room(
                 raised[first + child + 1] = chance
         else:
             others += share
-    if others + chance > 1.0:
+    if others + chance > 1.0 and not is_bound:
         for child in range(topk):
             if child != match:
                 own_factor[first + child + 1] = (np.float32(1.0) - chance) / others
@@ -240,7 +246,7 @@ def _make_room(
 
 @compiled(
     "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], i8, b1))(i4[::1], "
-    "i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :, :])"
+    "i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :], i4[:, :, :])"
 )
 def _graft(
     ints: np.ndarray,
@@ -252,6 +258,7 @@ def _graft(
     kinds: np.ndarray,
     least_scores: np.ndarray,
     limits: np.ndarray,
+    all_known: np.ndarray,
     seen: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, bool]:
     """Do the work of `graft`; return scores, parents and tokens, and what else `Grafts` holds.
@@ -260,7 +267,7 @@ def _graft(
     table that has left the caches takes longer than all that is done with its answers. Arrays of
     nodes have the root first, so that candidate c is at c + 1.
     """
-    topk, num_nodes, max_depth, vocab_size = limits
+    topk, num_nodes, max_depth, vocab_size, is_bound = limits
     batch_size, num_drafted = scores.shape
     merged, counts = scores.copy(), np.zeros(batch_size, np.int64)
     copied_scores = np.zeros((batch_size, num_nodes), np.float32)
@@ -274,13 +281,14 @@ def _graft(
     factor = np.ones(num_drafted + 1, np.float32)
     own_factor = np.ones(num_drafted + 1, np.float32)
     raised = np.empty(num_drafted + 1, np.float32)  # chance of a merged child, -1 for others
+    goes_on = np.empty(num_drafted + 1, np.bool_)  # whatever it is worth
     deepest, has_copies = 0, False
     for request in range(batch_size):
         base, capacity, root_state, root_length = roots[request]
         if base < 0:
             continue
-        block, ours = ints[base:], seen[request]
-        if ours[0, _KNOWN] < 0:
+        block, known, ours = ints[base:], all_known[request], seen[request]
+        if known[0] < 0:
             ours[0, _STATE], ours[0, _LENGTH] = root_state, root_length
         is_drawn, floor = kinds[request] == _DRAWN, least_scores[request]
         if not is_drawn:
@@ -289,7 +297,8 @@ def _graft(
         first_child[:] = -1
         for group in range(num_drafted // topk):
             first_child[parents[request, group * topk] + 1] = group * topk
-        own_factor[:], raised[:] = 1.0, -1.0
+        own_factor[:], raised[:], goes_on[:] = 1.0, -1.0, False
+        goes_on[0] = is_bound
         for node in range(num_drafted + 1):
             score = np.float32(1.0)
             if node:
@@ -303,27 +312,27 @@ def _graft(
                     factor[node] = score / before if before > 0.0 else np.float32(0.0)
                 merged[request, node - 1] = score
                 depth[node] = depth[above] + 1
-                if score <= floor:
+                if score <= floor and not goes_on[node]:
                     continue
-                if ours[node, _KNOWN] < 0:
+                if known[node] < 0:
                     state, length = ours[above, _STATE], ours[above, _LENGTH]
                     ours[node, _STATE], ours[node, _LENGTH] = go_on(
                         block, capacity, state, length, tokens[request, node - 1]
                     )
-            if ours[node, _KNOWN] < 0:
-                ours[node, _KNOWN] = 0
+            if known[node] < 0:
+                known[node] = 0
                 ours[node, _END_STATE] = ours[node, _STATE]
                 ours[node, _END_LENGTH] = ours[node, _LENGTH]
             level, number, place, is_drafted = depth[node], node - 1, 0, True
             while True:
                 at = _PATH + 2 * place
-                if place == ours[node, _KNOWN]:
+                if place == known[node]:
                     state, length = ours[node, _END_STATE], ours[node, _END_LENGTH]
                     ours[node, at], ours[node, _END_LENGTH], ours[node, _END_STATE], kind = (
                         copied_child(block, capacity, state, length, first_class)
                     )
                     ours[node, at + 1] = kind
-                    ours[node, _KNOWN] += 1
+                    known[node] += 1
                 token, kind = ours[node, at], ours[node, at + 1]
                 place += 1
                 if token < 0 or token >= vocab_size:
@@ -347,14 +356,16 @@ def _graft(
                         topk,
                         match,
                         chance,
+                        is_bound,
                         own_factor,
                         raised,
                     )
                 if match >= 0:
+                    goes_on[first + match + 1] = goes_on[node]
                     break
                 score *= chance
-                new = counts[request]
-                if level == max_depth or score <= floor or new == num_nodes:
+                new, is_worth_it = counts[request], score > floor or goes_on[node]
+                if level == max_depth or new == num_nodes or not is_worth_it:
                     break
                 copied[0, request, new], copied[1, request, new] = number, token
                 copied_scores[request, new] = score

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from cast_sglang.copying.chances import AGREEMENTS
+from cast_sglang.copying.contexts import looked_up
 from cast_sglang.copying.graft import Grafts, graft, outlook
-from cast_sglang.copying.paths import looked_up
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 from cast_sglang.trace.records import TracedStep, unpacked
 from cast_sglang.tree import DraftTree

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import CLASSES_OF_KIND, Chances, class_of
+from cast_sglang.copying.contexts import roots_of
 from cast_sglang.copying.graft import Seen, graft, outlook
 from cast_sglang.copying.outcomes import judge
-from cast_sglang.copying.paths import roots_of
 from cast_sglang.copying.reference import Text
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED

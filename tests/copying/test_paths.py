@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_sglang.copying.chances import Chances
+from cast_sglang.copying.contexts import looked_up
 from cast_sglang.copying.graft import graft
-from cast_sglang.copying.paths import copied_paths, looked_up
+from cast_sglang.copying.paths import copied_paths
 from cast_sglang.ops import reference
 from cast_sglang.policy.acceptance import DRAWN, GREEDY, SAMPLED
 from cast_sglang.tree import DraftTree

@@ -5,8 +5,8 @@ import pytest
 
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import Chances
+from cast_sglang.copying.contexts import roots_of
 from cast_sglang.copying.graft import graft
-from cast_sglang.copying.paths import roots_of
 from cast_sglang.copying.pools import Pools, pool_key
 
 PROMPT = 20
@@ -135,7 +135,7 @@ def test_memory_is_bounded_whatever_is_said(room):
         held = sum(server.index.capacity(key) for key in server.pools.keys)
         assert held <= room
         assert all(server.index.capacity(key) <= max(64, room // 4) for key in server.pools.keys)
-    assert server.index.num_bytes <= (server.room + room) * 120 + 4 * 4 * 100
+    assert server.index.num_bytes <= (server.room + room) * 100 + 4 * 4 * 100
 
 
 def test_a_pool_that_is_full_forgets_its_older_half():

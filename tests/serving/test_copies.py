@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cast_sglang.config import CastConfig
+from cast_sglang.copying.automaton import SuffixIndex, copy_of, descend, longest_match
 from cast_sglang.ops import loops
-from cast_sglang.serving.copies import Copies
+from cast_sglang.serving.copies import _MOST_READ, Copies
 from cast_sglang.serving.host_reads import HostReads
 from cast_sglang.serving.step import Drafted, Verified
 from cast_sglang.tree import DraftTree
@@ -102,10 +103,9 @@ class Server:
         copies.look(tree.newest)
         for b, req in enumerate(reqs):
             if req in copies.index:
-                base, _ = copies.index.blocks([req])[0]
-                size = self.length(req)
-                text = copies.index.ints[base + 4 : base + 4 + size].tolist()
-                assert text == req.text[:size], (req.rid, b)
+                text, size = copies.index.text(req).tolist(), self.length(req)
+                is_whole = req not in copies._reading
+                assert text == req.text[: size if is_whole else len(text)], (req.rid, b)
         grafts = copies.graft_into(tree)
         if grafts is not None:
             self.num_copied += int(grafts.counts.sum())
@@ -208,18 +208,61 @@ def test_text_that_repeats_one_token_is_copied_from_the_first_step_on(period):
     assert counts[0] > DEPTH // 2 and min(counts[2:]) == DEPTH + 1
 
 
-def test_a_long_prompt_is_read_once_and_copied():
-    server = Server(max_tokens=1 << 17)
-    text = np.random.default_rng(3).integers(0, VOCAB, 30_000).tolist()
-    req = server.request("a", text + text[:200], 30_000)
-    reads = []
-    add = server.copies.index.add
-    server.copies.index.add = lambda request, tokens: (
-        reads.append(len(tokens)) or add(request, tokens)
-    )
-    counts = [len(server.step([req])[0]) for _ in range(12)]
-    assert max(reads) > 30_000 and sum(size > 1000 for size in reads) == 1
-    assert min(counts[6:]) == DEPTH + 1
+def test_a_long_prompt_is_read_once_in_parts_and_then_copied():
+    """Beside requests that are copied meanwhile, one of which comes back from a retraction."""
+    server, size = Server(max_tokens=1 << 18), 3 * _MOST_READ + 1000
+    text = np.random.default_rng(3).integers(0, VOCAB, size).tolist()
+    req = server.request("a", text + text[:200], size)
+    other, late = (server.request(name, said_twice(ord(name)), 40) for name in "bc")
+    for _ in range(10):
+        server.step([other, late])
+    index, reads = server.copies.index, []
+    add = index.add
+    index.add = lambda request, tokens: reads[-1].append(len(tokens)) or add(request, tokens)
+    counts, other_counts = [], []
+    for number in range(12):
+        reads.append([])
+        server.copies._take_in(0)  # so that what it adds is not counted
+        reads[-1].clear()
+        rows = server.step([req, other, late] if number != 1 else [req, other])
+        counts.append(len(rows[0]))
+        other_counts.append(len(rows[1]))
+    sizes = [sum(step) for step in reads]
+    assert max(sizes) == _MOST_READ and sizes[:3] == [_MOST_READ] * 3 and max(sizes[4:]) < 500
+    assert min(counts[8:]) == min(other_counts) == DEPTH + 1
+    # It is known as if it had been read at once.
+    known = index.text(req)
+    once = SuffixIndex(1 << 18)
+    assert known.tolist() == req.text[: len(known)] and once.add(req, known)
+    found = []
+    for each in (index, once):
+        [[base, capacity]] = each.blocks([req]).tolist()
+        block, answers = each.ints[base:], []
+        state, length = longest_match(block, capacity)
+        for token in [*text[:50], *range(VOCAB)]:
+            copied, context, _, *evidence = copy_of(block, capacity, state, length)
+            answers.append((length, copied, context, *evidence))
+            state, length = descend(block, capacity, state, length, token)
+        found.append(answers)
+    assert found[0] == found[1]
+
+
+def test_a_text_that_is_read_in_parts_is_dropped_with_its_request():
+    """And read from its beginning where the request comes back."""
+    server, size = Server(max_tokens=1 << 17), 2 * _MOST_READ + 1000
+    text = np.random.default_rng(3).integers(0, VOCAB, size).tolist()
+    req = server.request("a", text + text[:200], size)
+    other = server.request("b", said_twice(2), 40)
+    server.step([req, other])
+    assert server.copies.index.num_tokens(req) == _MOST_READ
+    server.step([other])
+    assert req not in server.copies.index and not server.copies._reading
+    for size in (_MOST_READ, 2 * _MOST_READ):
+        server.step([req, other])
+        assert server.copies.index.num_tokens(req) == size
+    size = server.length(req)
+    server.step([req, other])
+    assert server.copies.index.num_tokens(req) == size and not server.copies._reading
 
 
 def test_requests_that_end_in_the_middle_leave_no_text_and_no_outcome_to_others():
@@ -261,7 +304,7 @@ def test_memory_beyond_the_limit_is_not_taken():
     reqs = [server.request(name, said_twice(1), 60) for name in "ab"]
     for _ in range(6):
         server.step(reqs)
-    assert server.copies.num_bytes <= 200 * 120
+    assert server.copies.num_bytes <= 200 * 100
     assert (reqs[0] in server.copies.index) != (reqs[1] in server.copies.index)
 
 

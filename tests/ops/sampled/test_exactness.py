@@ -17,8 +17,8 @@ import torch
 
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import Chances
+from cast_sglang.copying.contexts import roots_of
 from cast_sglang.copying.graft import graft, outlook
-from cast_sglang.copying.paths import roots_of
 from cast_sglang.ops import loops as tree_ops
 from cast_sglang.ops import reference as tree_reference
 from cast_sglang.ops.sampled import loops
