@@ -67,10 +67,10 @@ class Chances:
     def table(self) -> np.ndarray:
         """Return [classes] float32, the chance of each class, numbered as `class_of` does."""
         if self._table is None:
-            self._table = np.empty(_SHAPE, np.float32)
-            for kind, table in enumerate(self._table):
-                _fit(self._sums[:, kind], PRIOR_WEIGHT, _FIRST_GUESS, table)
-        return self._table.ravel()
+            table = np.empty(_SHAPE, np.float32)
+            _fit(self._sums, PRIOR_WEIGHT, _FIRST_GUESS, table)
+            self._table = table.ravel()
+        return self._table
 
     def update(self, classes: np.ndarray, followed: np.ndarray) -> None:
         """Learn from the copies of one step.
@@ -136,19 +136,18 @@ def class_of(length: int, count: int, same: int, agreement: int) -> int:
     return (octave * 3 + evidence) * 4 + agreement
 
 
-@compiled("void(f8[:, :, :, :], f8, f8[:], f4[:, :, :])")
+@compiled("void(f8[:, :, :, :, :], f8, f8[:], f4[:, :, :, :])")
 def _fit(sums: np.ndarray, weight: float, first_guess: np.ndarray, table: np.ndarray) -> None:
-    """Write the chance of each class, [lengths, evidence, agreements]."""
-    for evidence in range(table.shape[1]):
+    """Write the chance of each class, [kinds, lengths, evidence, agreements]."""
+    num_kinds, num_lengths, num_evidence, num_agreements = table.shape
+    for kind, evidence in np.ndindex(num_kinds, num_evidence):
         above = first_guess[evidence]
-        for length in range(table.shape[0]):
-            count = sums[0, length, evidence].sum()
-            followed = sums[1, length, evidence].sum()
-            above = (followed + weight * above) / (count + weight)
-            for agreement in range(table.shape[2]):
-                count, followed = sums[:, length, evidence, agreement]
-                chance = (followed + weight * above) / (count + weight)
-                table[length, evidence, agreement] = chance
+        for length in range(num_lengths):
+            copies, followed = sums[0, kind, length, evidence], sums[1, kind, length, evidence]
+            above = (followed.sum() + weight * above) / (copies.sum() + weight)
+            for agreement in range(num_agreements):
+                chance = (followed[agreement] + weight * above) / (copies[agreement] + weight)
+                table[kind, length, evidence, agreement] = chance
 
 
 @compiled("void(f8[:, :], f8, i8[:], b1[:])")

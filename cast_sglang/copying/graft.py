@@ -11,7 +11,7 @@ change no score of theirs, and come behind them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from cast_sglang.copying.contexts import copied_child, go_on
 from cast_sglang.ops.compiled import compiled
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 
-__all__ = ["Grafts", "Outlook", "Seen", "graft", "outlook"]
+__all__ = ["Grafts", "Seen", "graft"]
 
 _GREEDY, _DRAWN = GREEDY, DRAWN
 # Columns of `Seen.rows`.
@@ -46,6 +46,9 @@ class Grafts(NamedTuple):
     # Of the copied child of the root, of each candidate, and of each copied candidate:
     classes: np.ndarray  # [B, 1 + M + n] int32, as of `class_of`; -1 for a node without one
     child_tokens: np.ndarray  # [B, 1 + M + n] int32
+    # What a policy needs to decide about one more layer, where there are copies:
+    best: np.ndarray  # [B, n] float32, scores of the best candidates, descending
+    left: np.ndarray  # [B, K] float32, part of a node's score that copies leave to drafted children
 
     def fit(
         self, num_draft_tokens: int, num_rows: np.ndarray | None, is_ragged: bool
@@ -78,13 +81,6 @@ class Grafts(NamedTuple):
             np.where(exists, self.tokens[:, : len(places)], 0),
             np.where(exists, places, -1),
         )
-
-
-class Outlook(NamedTuple):
-    """Trees with grafts, as a policy needs them to decide about one more layer."""
-
-    best: np.ndarray  # [B, n] float32, scores of the best candidates, descending
-    left: np.ndarray  # [B, K] float32, part of a node's score that copies leave to drafted children
 
 
 class Seen:
@@ -129,6 +125,7 @@ def graft(
     max_depth: int,
     least_scores: np.ndarray,
     vocab_size: int,
+    nodes: np.ndarray | None = None,
     seen: Seen | None = None,
     is_bound: bool = False,
 ) -> Grafts:
@@ -156,6 +153,7 @@ def graft(
         max_depth: of a node, 1 for the root's children.
         least_scores: [B] float32 >= 0, of a node that is worth to be copied.
         vocab_size: tokens beyond, as those of images, are not copied.
+        nodes: [B, K] int64, the newest layer's best nodes; None where no layer is decided about.
         seen: of the step, where its trees were grafted before they had all of their layers; None
             for what is grafted once.
         is_bound: no chance is lowered, and the path of copies below the root goes on whatever it is
@@ -163,11 +161,11 @@ def graft(
     """
     if seen is None:
         seen = Seen(len(scores), scores.shape[1], max_depth)
-    limits = np.array([topk, num_nodes, max_depth, vocab_size, is_bound])
-    drafted = tokens, scores, parents
-    how = chances, kinds, least_scores, limits
-    merged, copied, copied_scores, children, counts, depth, has_copies = _graft(
-        ints, roots, *drafted, *how, seen.known, seen.rows
+    nodes = np.empty((len(scores), 0), np.int64) if nodes is None else nodes
+    limits = topk, num_nodes, max_depth, vocab_size, int(is_bound)
+    how = chances, kinds, least_scores, limits, nodes
+    merged, copied, copied_scores, children, counts, view, depth, has_copies = _graft(
+        ints, roots, tokens, scores, parents, *how, seen.known, seen.rows
     )
     return Grafts(
         scores=merged,
@@ -179,20 +177,9 @@ def graft(
         has_copies=bool(has_copies),
         classes=children[0],
         child_tokens=children[1],
+        best=view[0],
+        left=view[1],
     )
-
-
-def outlook(grafts: Grafts, chances: np.ndarray, nodes: np.ndarray) -> Outlook:
-    """Return what a policy needs to know of trees with grafts.
-
-    Args:
-        chances: as of `graft`.
-        nodes: [B, K] int64, the newest layer's best nodes.
-    """
-    best = np.zeros_like(grafts.copied_scores)
-    left = np.empty(nodes.shape, np.float32)
-    _look(grafts.scores, grafts.copied_scores, grafts.classes, chances, nodes, best, left)
-    return Outlook(best, left)
 
 
 @compiled("f4(f4[:], i8, f4)")
@@ -205,6 +192,24 @@ def _nth_best(scores: np.ndarray, n: int, least: float) -> np.float32:
         return np.float32(least)
     best: np.float32 = np.partition(scores, len(scores) - n)[len(scores) - n]
     return best
+
+
+@compiled("void(f4[:], f4[:], f4[:])")
+def _sort(first: np.ndarray, second: np.ndarray, best: np.ndarray) -> None:
+    """Write the best of two arrays of scores, descending, in place of zeros.
+
+    The copies come first: they are mostly sorted, and better than what is to be sorted in.
+    """
+    size, last = 0, len(best) - 1
+    for scores in (first, second):
+        for score in scores:
+            place = min(size, last)
+            if score > best[place]:
+                while place > 0 and best[place - 1] < score:
+                    best[place] = best[place - 1]
+                    place -= 1
+                best[place] = score
+                size += 1
 
 
 @compiled("void(f4[:], f4, i8, i8, i8, f4, b1, f4[:], f4[:])")
@@ -245,8 +250,9 @@ def _make_room(
 
 
 @compiled(
-    "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], i8, b1))(i4[::1], "
-    "i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], i8[:], f4[:], i8[:], i4[:, :], i4[:, :, :])"
+    "Tuple((f4[:, ::1], i8[:, :, ::1], f4[:, ::1], i4[:, :, ::1], i8[::1], "
+    "UniTuple(f4[:, ::1], 2), i8, b1))(i4[::1], i8[:, :], i8[:, :], f4[:, :], i8[:, :], f4[:], "
+    "i8[:], f4[:], UniTuple(i8, 5), i8[:, :], i4[:, :], i4[:, :, :])"
 )
 def _graft(
     ints: np.ndarray,
@@ -257,10 +263,11 @@ def _graft(
     chances: np.ndarray,
     kinds: np.ndarray,
     least_scores: np.ndarray,
-    limits: np.ndarray,
+    limits: tuple[int, int, int, int, int],
+    nodes: np.ndarray,
     all_known: np.ndarray,
     seen: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, bool]:
+) -> tuple[Any, ...]:
     """Do the work of `graft`; return scores, parents and tokens, and what else `Grafts` holds.
 
     What the texts say is asked once for each node and place of its path, and kept (`Seen`): a hash
@@ -372,33 +379,12 @@ def _graft(
                 counts[request] += 1
                 level, number, is_drafted = level + 1, num_drafted + new, False
                 deepest = max(deepest, level)
-    return merged, copied, copied_scores, children, counts, deepest, has_copies
-
-
-@compiled("void(f4[:, :], f4[:, :], i4[:, :], f4[:], i8[:, :], f4[:, :], f4[:, :])")
-def _look(
-    scores: np.ndarray,
-    copied_scores: np.ndarray,
-    classes: np.ndarray,
-    chances: np.ndarray,
-    nodes: np.ndarray,
-    best: np.ndarray,
-    left: np.ndarray,
-) -> None:
-    last = best.shape[1] - 1
-    for request in range(len(scores)):
-        ours = best[request]
-        for number in range(scores.shape[1] + copied_scores.shape[1]):
-            copy = number - scores.shape[1]
-            score = scores[request, number] if copy < 0 else copied_scores[request, copy]
-            place = last
-            if score > ours[place]:
-                while place > 0 and ours[place - 1] < score:
-                    ours[place] = ours[place - 1]
-                    place -= 1
-                ours[place] = score
+    best, left = np.zeros_like(copied_scores), np.empty(nodes.shape, np.float32)
+    for request in range(batch_size if has_copies and nodes.shape[1] else 0):
+        _sort(copied_scores[request, : counts[request]], merged[request], best[request])
         for place in range(nodes.shape[1]):
             node = nodes[request, place]
-            kind = classes[request, node + 1]
+            kind = children[0, request, node + 1]
             taken = chances[kind] if kind >= 0 else np.float32(0.0)
-            left[request, place] = scores[request, node] * (np.float32(1.0) - taken)
+            left[request, place] = merged[request, node] * (np.float32(1.0) - taken)
+    return merged, copied, copied_scores, children, counts, (best, left), deepest, has_copies

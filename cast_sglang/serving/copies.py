@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from cast_sglang.copying.automaton import NO_BLOCK, SuffixIndex
+from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.contexts import roots_of
-from cast_sglang.copying.graft import Grafts, Seen, graft, outlook
+from cast_sglang.copying.graft import Grafts, Seen, graft
 from cast_sglang.copying.outcomes import judge
 from cast_sglang.copying.paths import copied_paths
 from cast_sglang.copying.pools import Pools, pool_key
@@ -99,7 +99,7 @@ class Copies:
         self._has_no_room: set[Req] = set()  # requests whose text the index could not take
         self._reading: set[Req] = set()  # those whose text was read in part
         self._whose: tuple[np.ndarray | None, ...] = (None, None)  # weights, is_drawn
-        self._wants = np.empty(0, np.bool_)
+        self._unwanted: np.ndarray | None = None  # [B] bool, who gets no copies; None for no one
         self._kinds = np.empty(0, np.int64)
         self._max_depth, self._least_scores = 0, np.empty(0, np.float32)
         self._outcomes: deque[_Outcome] = deque()
@@ -167,7 +167,7 @@ class Copies:
             self._kinds = np.where(is_greedy, GREEDY, SAMPLED)
             if is_drawn is not None:
                 self._kinds[is_drawn] = DRAWN
-            self._wants = np.ones(len(is_greedy), np.bool_) if weights is None else weights > 0.0
+            self._unwanted = None if weights is None else weights <= 0.0
             self._pools.run((req, _pool_of(req), len(req.origin_input_ids)) for req in self._reqs)
             self.index.keep([*self._reqs, *self._pools.keys])
         self.seconds = time.perf_counter() - began
@@ -203,11 +203,11 @@ class Copies:
         shape = len(scores), layer[0].shape[1], self._max_depth
         if not self._seen.holds(*shape):
             self._seen = Seen(*shape)
-        self._grafts = self._graft(self._seen)
-        table = self.chances.table()
-        view = outlook(self._grafts, table, nodes) if self._grafts.has_copies else None
+        grafts = self._grafts = self._graft(nodes, self._seen)
         self.seconds += time.perf_counter() - began
-        return None if view is None else (torch.from_numpy(view.best), torch.from_numpy(view.left))
+        if not grafts.has_copies:
+            return None
+        return torch.from_numpy(grafts.best), torch.from_numpy(grafts.left)
 
     def look_at_text(self) -> Grafts:
         """Find what follows the texts, where no draft model proposes anything."""
@@ -234,13 +234,17 @@ class Copies:
         """Bring the texts of the step's requests up to their roots, once a step."""
         if self._roots is not None:
             roots, seq_lens = (part.numpy() for part in self._roots.wait())
-            self._roots, ends = None, np.stack([seq_lens.astype(np.int64) + 1, roots], axis=1)
+            ends = np.empty((len(roots), 2), np.int64)
+            ends[:, 0], ends[:, 1] = seq_lens + 1, roots
+            if self._unwanted is not None:
+                ends[self._unwanted] = -1
+            self._roots = None
             self._take_in(0)
             self._seen.forget()
             self._pools.update()
             self._starts = self._checked_texts(ends)
 
-    def _graft(self, seen: Seen | None = None) -> Grafts:
+    def _graft(self, nodes: np.ndarray | None = None, seen: Seen | None = None) -> Grafts:
         return graft(
             *(self.index.ints, self._starts, *self._drafted),
             *(self._topk, self.chances.table(), self._kinds),
@@ -248,6 +252,7 @@ class Copies:
             max_depth=self._max_depth,
             least_scores=self._least_scores,
             vocab_size=self._vocab_size,
+            nodes=nodes,
             seen=seen,
         )
 
@@ -330,17 +335,18 @@ class Copies:
         """Make sure that each text ends with the root of its tree; return `roots_of` the texts.
 
         Args:
-            ends: [B, 2] int64, tokens of the text with the root, and the root's.
+            ends: [B, 2] int64, tokens of the text with the root, and the root's; -1 for a request
+                that wants no copies.
         """
         pools = self._pools.blocks(self._reqs)
         roots = roots_of(self.index.ints, self.index.blocks(self._reqs), pools, ends)
         left = _MOST_READ
-        for place in np.flatnonzero((roots[:, 0] < 0) & self._wants).tolist():
-            if left > 0 and self._reqs[place] not in self._has_no_room:
-                left -= self._read_on(self._reqs[place], *ends[place].tolist(), left)
+        for place in np.flatnonzero(roots[:, 0] < 0).tolist():
+            req, (size, root) = self._reqs[place], ends[place].tolist()
+            if 0 < size and 0 < left and req not in self._has_no_room:
+                left -= self._read_on(req, size, root, left)
         if left < _MOST_READ:
             roots = roots_of(self.index.ints, self.index.blocks(self._reqs), pools, ends)
-        roots[~self._wants, :2] = NO_BLOCK
         return roots
 
     def _read_on(self, req: Req, size: int, root: int, most: int) -> int:

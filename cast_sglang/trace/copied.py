@@ -14,7 +14,7 @@ import torch
 
 from cast_sglang.copying.chances import AGREEMENTS
 from cast_sglang.copying.contexts import looked_up
-from cast_sglang.copying.graft import Grafts, graft, outlook
+from cast_sglang.copying.graft import Grafts, graft
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
 from cast_sglang.trace.records import TracedStep, unpacked
 from cast_sglang.tree import DraftTree
@@ -76,11 +76,11 @@ class ReplayedCopies:
             max_depth=self._max_depth,
             least_scores=self._least_scores,
             vocab_size=np.iinfo(np.int32).max,
+            nodes=tree.frontier().node_index.numpy(),
         )
         if not self._grafts.has_copies:
             return None
-        view = outlook(self._grafts, self._table, tree.frontier().node_index.numpy())
-        return torch.from_numpy(view.best), torch.from_numpy(view.left)
+        return torch.from_numpy(self._grafts.best), torch.from_numpy(self._grafts.left)
 
     def graft_into(self, tree: DraftTree) -> Grafts | None:
         """Add what `look` found to the tree that has grown; None where no request has a copy."""

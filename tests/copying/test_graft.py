@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import CLASSES_OF_KIND, Chances, class_of
 from cast_sglang.copying.contexts import roots_of
-from cast_sglang.copying.graft import Seen, graft, outlook
+from cast_sglang.copying.graft import Seen, graft
 from cast_sglang.copying.outcomes import judge
 from cast_sglang.copying.reference import Text
 from cast_sglang.ops import reference
@@ -305,16 +305,15 @@ def test_a_policy_sees_what_copies_leave_to_the_draft():
     tokens, probs = torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.25]])
     tree = DraftTree(tokens, probs, 3, reference)
     table = np.full(2 * CLASSES_OF_KIND, 0.75, np.float32)
-    found = grafted(
-        tree, [[3, 5, 2, 3, 5, 9, 2]], table, num_nodes=5, max_depth=3, vocab_size=VOCAB
-    )
+    limits = {"num_nodes": 5, "max_depth": 3, "vocab_size": VOCAB}
+    nodes = tree.frontier().node_index.numpy()
+    found = grafted(tree, [[3, 5, 2, 3, 5, 9, 2]], table, nodes=nodes, **limits)
     # Token 3 followed 2, and below it 5, and then 9, which is no token.
     np.testing.assert_allclose(found.scores[0], [0.75, 0.25])
     assert found.tokens[0, 0] == 5 and found.counts[0] == 1
-    view = outlook(found, table, tree.frontier().node_index.numpy())
-    np.testing.assert_allclose(view.best[0], [0.75, 0.75 * 0.75, 0.25, 0, 0])
+    np.testing.assert_allclose(found.best[0], [0.75, 0.75 * 0.75, 0.25, 0, 0])
     # Nothing was said below 4, so all of its score is left.
-    np.testing.assert_allclose(view.left[0], [0.75 * 0.25, 0.25])
+    np.testing.assert_allclose(found.left[0], [0.75 * 0.25, 0.25])
 
 
 def test_copies_are_judged_by_how_the_text_goes_on():

@@ -18,7 +18,7 @@ import torch
 from cast_sglang.copying.automaton import SuffixIndex
 from cast_sglang.copying.chances import Chances
 from cast_sglang.copying.contexts import roots_of
-from cast_sglang.copying.graft import graft, outlook
+from cast_sglang.copying.graft import graft
 from cast_sglang.ops import loops as tree_ops
 from cast_sglang.ops import reference as tree_reference
 from cast_sglang.ops.sampled import loops
@@ -129,9 +129,10 @@ class Step:
                 max_depth=self.max_layers,
                 least_scores=decider.least_scores(),
                 vocab_size=pair.vocab,
+                nodes=frontier.node_index.numpy(),
             )
-            view = map(torch.from_numpy, outlook(grafts, table, frontier.node_index.numpy()))
-            width = decider.width(frontier.scores, tuple(view))
+            view = map(torch.from_numpy, (grafts.best, grafts.left))
+            width = decider.width(frontier.scores, tuple(view) if grafts.has_copies else None)
             if width is None:
                 break
             nodes = frontier.node_index[0, :width].tolist()
