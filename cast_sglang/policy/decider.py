@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Arriving", "Decider", "Plan", "VerifyRows", "StepFacts"]
 
+# What a later answer loses by each token of the one before it that the draft has not seen, in plain
+# steps: a twelfth of its passes (docs/results.md), which take 1.5 plain steps for 4 tokens or so.
+LATER_LOSS = 0.03
+# Steps over which the share of those that draft is told: some answers.
+SHARE_STEPS = 1024
+
 
 class Arriving(Protocol):
     """Tensors on their way to the host."""
@@ -53,13 +59,15 @@ class StepFacts(NamedTuple):
     is_drawn: np.ndarray | None = None  # [B] bool, whose drafts are drawn at random; None for none
     max_nodes: int | None = None  # that the draft may run per request; None for any number
     prompt_rows: float = 0.0  # of the prompts, per request and token of its answer
+    reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
 
 
 class Plan(NamedTuple):
     """What a step begins with."""
 
     drafts: bool  # a tree is grown; else the step decodes plainly
-    catch_up: float  # units that bringing the draft up to date takes; 0 where it stays behind
+    # Units that bringing the draft up to date takes; 0 where it stays behind, nan if not known.
+    catch_up: float
 
 
 class VerifyRows(NamedTuple):
@@ -113,13 +121,13 @@ class Decider:
         self._num_layers = 0  # of the tree that grows
         self._num_nodes = 0  # of it, that were run
         self._cut, self._most_rows = 0.0, 0  # of drawn requests in this step
+        self._drafting = 0.0  # share of the last steps that drafted
 
     def begin_step(self, facts: StepFacts) -> Plan:
         """Decide whether to draft, and whether the draft is brought up to date first.
 
-        A plain step leaves the draft as it is. Where the rows that are kept for it are full, the
-        oldest would be lost, so the draft takes them if that takes no more than the share of plain
-        decoding that tries of speculation may lose.
+        A plain step leaves the draft as it is, but for rows that it would miss later; see
+        `_keeps_up`. Without costs it takes them when no more are kept.
         """
         began = time.perf_counter()
         self._facts, self._num_layers, self._num_nodes = facts, 1, 0
@@ -134,15 +142,32 @@ class Decider:
                 prefill = extend_row_units(costs) * facts.prompt_rows
                 asked = batch_size, costs, catch_up, prefill, wants_drafts
                 drafts = policy.speculate(*asked) and drafts
-            is_cheap = catch_up <= PROBE_SHARE * facts.missing_rows * float(costs.verify[0])
-            if not drafts and not (facts.missing_rows == self._max_missing and is_cheap):
+            if not drafts and not self._keeps_up(facts, catch_up / float(costs.verify[0])):
                 catch_up = 0.0
+        elif not drafts and 0 < facts.missing_rows == self._max_missing:
+            catch_up = math.nan
+        self._drafting += (drafts - self._drafting) / SHARE_STEPS
         if drafts and facts.is_drawn is not None:
             self._cut, self._most_rows = policy.settlement(
                 batch_size, costs, is_even=not self._is_ragged
             )
         self.seconds = time.perf_counter() - began
         return Plan(drafts, catch_up)
+
+    def _keeps_up(self, facts: StepFacts, plain_steps: float) -> bool:
+        """Return whether the draft takes the rows that it lacks though nothing is drafted.
+
+        A request's tokens stay in the prefix cache, where a later turn may find them and draft
+        behind them. And where the rows that are kept are full, the oldest would be lost; that may
+        take the share of plain decoding that tries of speculation may lose.
+
+        Args:
+            plain_steps: what it takes.
+        """
+        share = LATER_LOSS * facts.reuse * self._drafting
+        if facts.missing_rows == self._max_missing:
+            share = max(share, PROBE_SHARE)
+        return plain_steps <= share * facts.missing_rows
 
     def plain_steps(self, batch_size: int) -> int:
         """Return how many steps of this batch size will be decoded plainly before one that drafts.

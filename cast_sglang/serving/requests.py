@@ -98,13 +98,14 @@ class RunningRequests:
         drawn: [B] bool, whose drafts are drawn at random; None where no one's are.
         prompt_rows: tokens of the prompts that the cache did not hold, for each token that their
             requests may generate; a mean.
+        reuse: share of the last prompts' tokens that the cache held.
     """
 
     def __init__(self, draws: bool = False, has_draft: bool = True) -> None:
         self.drawn: np.ndarray | None = None
         self._draws, self._has_draft = draws and has_draft, has_draft
         self.sampling: SamplingNeeds | None = None
-        self.prompt_rows = 0.0
+        self.prompt_rows, self.reuse = 0.0, 0.0
         self._reqs: list[Req] = []
         self._coming: list[Req] = []  # that were prefilled since
         # Those whose prompts the draft has left out; one that is prefilled anew is looked at anew.
@@ -119,6 +120,10 @@ class RunningRequests:
     def are(self, reqs: Sequence[Req]) -> bool:
         """Return whether these are the requests of the last update."""
         return self._reqs == reqs
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `StepFacts` takes of them."""
+        return {"is_drawn": self.drawn, "prompt_rows": self.prompt_rows, "reuse": self.reuse}
 
     def left_out(self, batch: ScheduleBatch, plain_steps: Callable[[int], int]) -> int:
         """Return how many prompts of a prefill the draft leaves out: all of them or none.
@@ -137,11 +142,12 @@ class RunningRequests:
         for req in batch.reqs:
             self._prompt_tokens = KEEP * self._prompt_tokens + len(req.origin_input_ids)
             self._cached_tokens = KEEP * self._cached_tokens + req.cached_tokens
+        self.reuse = self._cached_tokens / max(1.0, self._prompt_tokens)
         self._coming += batch.reqs
         running = sum(not req.finished() for req in {*self._reqs, *self._coming})
         steps = plain_steps(running)
         is_of_use = (
-            self._cached_tokens > MAX_REUSE * self._prompt_tokens
+            self.reuse > MAX_REUSE
             or batch.chunked_req is not None  # its next part needs this one
             or not all(_is_done_by(req, steps) for req in batch.reqs)
         )

@@ -109,4 +109,5 @@ class StepReport(NamedTuple):
     room: StepRoom  # that its requests left
     policy_us: float  # host time of the decisions about the tree
     price: float | None  # None for a policy without one
-    prompt_rows: float = 0.0  # as of `StepFacts`
+    prompt_rows: float = 0.0  # as of `StepFacts`, and so is
+    reuse: float = 0.0

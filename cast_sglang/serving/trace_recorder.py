@@ -217,6 +217,7 @@ class TraceRecorder:
             expected_us=report.expected_us,
             **report.room._asdict(),
             prompt_rows=report.prompt_rows,
+            reuse=report.reuse,
             policy_us=report.policy_us,
             price=report.price,
             copy_chances=b"" if copied is None else packed(copied.chances, "float32"),

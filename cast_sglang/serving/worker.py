@@ -245,8 +245,7 @@ class CastWorker(EAGLEWorkerV2):
             weights=tools.weights,
             missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
             **tools.room._asdict(),
-            is_drawn=self._running.drawn,
-            prompt_rows=self._running.prompt_rows,
+            **self._running.facts(),
         )
         plan = decider.begin_step(facts)
         policy_seconds = time.perf_counter() - began - decider.seconds  # it counts its own time
@@ -278,6 +277,7 @@ class CastWorker(EAGLEWorkerV2):
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
                 prompt_rows=facts.prompt_rows,
+                reuse=facts.reuse,
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()

@@ -148,6 +148,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     max_rows: int | None = None  # the same for rows per request
     max_nodes: int | None = None  # the same for nodes that the draft runs per request
     prompt_rows: float = 0.0  # of the prompts, per request and token of its answer
+    reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
     passes: list[TracedPass] = []  # passes whose times became known during the step
     copy_chances: bytes = b""  # [classes] float32, `Chances.table()`; empty where none were copied
     copy_depth: int = 0  # limit for copied nodes

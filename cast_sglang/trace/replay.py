@@ -220,6 +220,7 @@ class Replay:
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
             max_nodes=step.max_nodes,
             prompt_rows=step.prompt_rows,
+            reuse=step.reuse,
             is_drawn=is_drawn,
         )
         plan = self._decider.begin_step(facts)

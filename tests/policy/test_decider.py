@@ -1,5 +1,7 @@
 """What surrounds a policy in a step: catching up, graph sizes, room, and other sizes tried."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,38 @@ def test_the_draft_catches_up_before_it_drafts_and_while_it_is_cheap():
     assert stays.begin_step(facts(missing_rows=MOST)) == (False, 0.0)
     cheap = facts(missing_rows=MOST, costs=costs(extend=[value / 20 for value in extend]))
     assert stays.begin_step(cheap) == (False, pytest.approx(1.6 / 20))
+
+
+def test_the_draft_keeps_up_where_later_turns_would_pay_for_what_it_misses():
+    """By the share of tokens that are found again, and of steps that draft."""
+    # Any number of rows takes a twentieth of a plain step.
+    cheap = costs(extend=[0.05] * 3)
+
+    def kept_up(made: Decider, reuse: float) -> list[bool]:
+        """Return of each number of missing rows whether the draft takes them."""
+        rows = range(1, MOST)
+        asked = [facts(missing_rows=count, reuse=reuse, costs=cheap) for count in rows]
+        return [made.begin_step(each).catch_up > 0.0 for each in asked]
+
+    policy = Scripted()
+    drafted = decider(policy)
+    for _ in range(8_000):
+        drafted.begin_step(facts())
+    policy.drafts = False
+    # 0.05 steps are less than 0.03 * 0.5 of each of four steps, and of each of two where all is
+    # found again.
+    assert kept_up(drafted, reuse=0.5) == [False] * 3 + [True] * (MOST - 4)
+    assert kept_up(drafted, reuse=1.0) == [False] + [True] * (MOST - 2)
+    assert not any(kept_up(drafted, reuse=0.0))
+    assert not any(kept_up(decider(policy), reuse=1.0))  # no later turn would draft
+
+
+def test_without_costs_the_draft_takes_what_would_be_lost():
+    made = decider(Scripted())
+    for rows, takes in ((0, False), (MOST - 1, False), (MOST, True)):
+        plan = made.begin_step(facts(costs=None, missing_rows=rows, weights=np.zeros(2)))
+        assert not plan.drafts and math.isnan(plan.catch_up) == takes
+        assert takes or plan.catch_up == 0.0
 
 
 def test_sizes_with_a_graph_run():

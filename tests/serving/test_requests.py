@@ -8,6 +8,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from cast_sglang.policy.lookahead import KEEP
 from cast_sglang.serving import requests
 from cast_sglang.serving.request_modes import LATENCY, OFF, THROUGHPUT
 from cast_sglang.serving.stats import StepStats
@@ -229,3 +230,8 @@ def test_prompts_are_weighed_by_the_answers_that_they_are_for(determinism):
     short.cached_tokens = 10
     running.update([long, short], lambda count: None)
     assert running.prompt_rows == pytest.approx((30 / 40 + 20 / 10) / 2)
+    for cached, reuse in ((10, 1 / 3), (0, KEEP * 10 / (30 + KEEP * 30))):
+        short.cached_tokens = cached
+        running.left_out(prefill_of(short), lambda size: 0)
+        assert running.facts()["reuse"] == pytest.approx(reuse)
+    assert running.facts()["prompt_rows"] == running.prompt_rows

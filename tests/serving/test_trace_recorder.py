@@ -98,7 +98,7 @@ def run_tree(recorder, number, new_tokens, accepted):
 def run_plain(recorder, number, token):
     recorder.begin_step(batch_of(ONE))
     recorder.on_verified(verified(1, [token]))
-    recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0))
+    recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0, prompt_rows=3.0, reuse=0.4))
 
 
 def test_a_tree_and_what_became_of_it(path):
@@ -146,6 +146,7 @@ def test_a_step_is_written_when_the_text_has_left_its_tree(path):
     steps = read_trace(path).steps
     assert [step.measured_us for step in steps] == [60.0, 30.0, None]
     assert [step.is_plain for step in steps] == [False, True, True]
+    assert (steps[1].prompt_rows, steps[1].reuse) == (3.0, 0.4)
     assert {step.requests[0].request for step in steps} == {0}
 
 

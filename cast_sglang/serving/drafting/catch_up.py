@@ -42,7 +42,6 @@ def past_of(batch: ScheduleBatch, missing: MissingRows, req_to_token: torch.Tens
         req_to_token: [slots, tokens] int, the request pool's table.
     """
     device, width = req_to_token.device, len(missing.tokens) // len(batch.reqs)
-    # A request that lacks nothing writes behind its end, where the next step writes anyway.
     back = missing.num_rows * missing.is_missing
     num_rows, seen_rows = to_device(np.stack((missing.num_rows, back)), device)
     past = copy.copy(batch)
@@ -52,6 +51,9 @@ def past_of(batch: ScheduleBatch, missing: MissingRows, req_to_token: torch.Tens
         past.seq_lens_sum = int(past.seq_lens_cpu.sum())
     columns = past.seq_lens.unsqueeze(1) + torch.arange(width, device=device)
     places = req_to_token[batch.req_pool_indices.unsqueeze(1), columns]
+    # Rows behind a request's end hold nothing, and its slots may end there too: SGLang's slot 0 is
+    # for such rows.
+    places = places.masked_fill(columns >= batch.seq_lens.unsqueeze(1), 0)
     past.out_cache_loc = places.flatten().to(torch.int64)
     result = GenerationBatchResult(
         logits_output=LogitsProcessorOutput(None, missing.hidden_states),

@@ -178,9 +178,11 @@ def test_only_a_request_that_lacks_rows_gets_new_children(extended):
     before = batch.spec_info.topk_p.clone()
     worker.catch_up(batch)
     [seen] = extended
-    # One that lacks nothing writes behind its end, where the next step writes anyway.
     assert seen.batch.seq_lens.tolist() == [10, 20]
     assert seen.result.accept_lens.tolist() == [1, 2]
+    # What lies behind a request's end may be another's by now, so these rows go to the dummy slot.
+    table = worker.req_to_token_pool.req_to_token
+    assert seen.batch.out_cache_loc.tolist() == [0, 0, *table[5, 20:22]]
     assert torch.equal(batch.spec_info.topk_p[0], before[0])
     assert batch.spec_info.topk_p[1].tolist() == [7.0] * TOPK
 
