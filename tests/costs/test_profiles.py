@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -80,6 +82,31 @@ def test_save_is_atomic(saved, monkeypatch):
         save_profile(make_profile(step_overhead_us=None), saved)
     assert saved.read_bytes() == before
     assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from cast_sglang.costs.profiles import write_atomically
+os.getpid = lambda: 1
+for _ in range(300):
+    write_atomically(Path(sys.argv[1]), sys.argv[2].encode() * 100_000, sync=False)
+"""
+
+
+def test_servers_in_two_containers_may_write_one_file(tmp_path):
+    """Their process ids are often the same."""
+    path = tmp_path / "shared" / "learned.json"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), letter]) for letter in "ab"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            seen.add(path.read_bytes())
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen <= {b"a" * 100_000, b"b" * 100_000} and seen
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_save_refuses_what_load_would(tmp_path):
