@@ -1,17 +1,29 @@
-"""New weights while a server runs: the target's and the draft's checkpoints are kept apart."""
+"""Weights that change or go while a server runs.
+
+The target's and the draft's checkpoints are kept apart. When memory is released and resumed, the
+draft's buffers come back as the target's do.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.runtime_context import get_model
+import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.runtime_context import get_exec, get_model
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import read_config
 
-__all__ = ["update_draft_from_disk", "with_rollback", "why_not"]
+__all__ = [
+    "release_draft",
+    "resume_draft",
+    "update_draft_from_disk",
+    "why_not",
+    "with_rollback",
+]
 
 # What a checkpoint must have in common with the one whose weights it replaces.
 _SHAPE_KEYS = (
@@ -26,6 +38,9 @@ _SHAPE_KEYS = (
     "tie_word_embeddings",
     "draft_vocab_size",
 )
+
+# What the draft's buffers held when its memory was released.
+_kept_buffers: list[torch.Tensor] = []
 
 logger = logging.getLogger(__name__)
 
@@ -98,3 +113,42 @@ def with_rollback(
     if not success:
         model_config.model_path = served
     return success, message
+
+
+def release_draft(manager: Any, tags: Sequence[str] | None) -> None:
+    """Keep the draft's buffers, such as a rotary table, which no checkpoint holds.
+
+    SGLang keeps those of the target alone while its memory is released.
+
+    Args:
+        manager: SGLang's, of weights.
+        tags: what is released; None for all.
+    """
+    if not tags or GPU_MEMORY_TYPE_WEIGHTS in tags:
+        _kept_buffers[:] = [buffer.detach().clone() for buffer in _draft_buffers(manager)]
+
+
+def resume_draft(manager: Any, tags: Sequence[str] | None) -> None:
+    """Put the draft's buffers back; say so if its weights are lost. Arguments as before."""
+    if tags and GPU_MEMORY_TYPE_WEIGHTS not in tags:
+        return
+    with torch.inference_mode():
+        for buffer, content in zip(_draft_buffers(manager), _kept_buffers, strict=True):
+            buffer.copy_(content)
+    _kept_buffers.clear()
+    if manager.draft_worker.calibration is not None:
+        manager.draft_worker.calibration.last_change = "the weights were released and resumed"
+    features = get_exec().features
+    has_backup = features.enable_weights_cpu_backup or features.enable_draft_weights_cpu_backup
+    has_draft = bool(manager.draft_worker.draft_worker.draft_runners)
+    if has_draft and manager.memory_saver_adapter.enabled and not has_backup:
+        logger.warning(
+            "CAST: the draft's weights were released without a copy, so its drafts are of no use "
+            "until /update_weights_from_disk gets its path; --enable-draft-weights-cpu-backup "
+            "keeps a copy"
+        )
+
+
+def _draft_buffers(manager: Any) -> list[torch.Tensor]:
+    runners = manager.draft_worker.draft_worker.draft_runners
+    return [buffer for runner in runners for buffer in runner.model.buffers()]

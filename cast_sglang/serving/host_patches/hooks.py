@@ -24,7 +24,13 @@ from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.launch.identity import is_draft_path
 from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
-from cast_sglang.serving.weight_updates import update_draft_from_disk, why_not, with_rollback
+from cast_sglang.serving.weight_updates import (
+    release_draft,
+    resume_draft,
+    update_draft_from_disk,
+    why_not,
+    with_rollback,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
@@ -70,6 +76,8 @@ def register_hooks() -> None:
         (f"{_TRITON}.init_cuda_graph_state", _size_graph_buffers),
         (f"{_WEIGHT_UPDATER}._select_runners", _select_runners),
         (f"{_WEIGHT_UPDATER}.update_weights_from_disk", _update_weights_from_disk),
+        (f"{_WEIGHT_UPDATER}.release_memory_occupation", _release_memory),
+        (f"{_WEIGHT_UPDATER}.resume_memory_occupation", _resume_memory),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._update_model_path_info", _keep_model_path),
         (f"{_TOKENIZER_MANAGER}.TokenizerManager._calculate_spec_decoding_metrics", _request_rate),
         (f"{_METRICS_REPORTER}.report_decode_stats", _report_decode_stats),
@@ -329,6 +337,19 @@ def _update_weights_from_disk(
         of = "draft" if of_draft else "target"
         calibration.last_change = f"the weights of the {of} were updated from {path}"
     return UpdateWeightFromDiskReqOutput(success=success, message=message, num_paused_requests=0)
+
+
+def _release_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    if is_cast():
+        release_draft(manager, request.tags)
+    return original(manager, request)
+
+
+def _resume_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    output = original(manager, request)
+    if is_cast():
+        resume_draft(manager, request.tags)
+    return output
 
 
 def _keep_model_path(

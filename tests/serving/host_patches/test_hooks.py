@@ -10,7 +10,7 @@ from sglang.srt.sampling.penaltylib.min_new_tokens import BatchedMinNewTokensPen
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 
-from cast_sglang.serving import step_room
+from cast_sglang.serving import step_room, weight_updates
 from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.step_room import PLAIN_RESERVE
 from tests.support.hooks import collect_hooks, hooked
@@ -219,6 +219,41 @@ def test_weight_updates_of_all_go_to_the_target_alone(algorithm):
         algorithm(name)
         assert hooks._select_runners(original, "manager") == [(selected, "manager")]
         assert hooks._select_runners(original, "manager", "draft") == [("draft", "manager")]
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+@pytest.mark.parametrize("tags", [None, ["kv_cache", "weights"]], ids=str)
+def test_the_drafts_buffers_outlast_a_sleep(algorithm, monkeypatch, caplog, tags, has_copy):
+    """And where its weights do not, the server says so."""
+    features = SimpleNamespace(
+        enable_weights_cpu_backup=False, enable_draft_weights_cpu_backup=has_copy
+    )
+    monkeypatch.setattr(weight_updates, "get_exec", lambda: SimpleNamespace(features=features))
+    model, calibration = torch.nn.Module(), SimpleNamespace(last_change="")
+    model.register_buffer("rotary", torch.arange(4.0))
+    draft_worker = SimpleNamespace(draft_runners=[SimpleNamespace(model=model)])
+    manager = SimpleNamespace(
+        memory_saver_adapter=SimpleNamespace(enabled=True),
+        draft_worker=SimpleNamespace(draft_worker=draft_worker, calibration=calibration),
+    )
+    request = SimpleNamespace(tags=tags)
+
+    def release(manager, request):
+        model.rotary.fill_(torch.nan)  # memory that is given away holds anything when it is back
+        return "released"
+
+    assert hooks._release_memory(release, manager, request) == "released"
+    assert hooks._resume_memory(lambda *args: "resumed", manager, request) == "resumed"
+    assert model.rotary.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert "released and resumed" in calibration.last_change
+    assert ("--enable-draft-weights-cpu-backup" in caplog.text) == (not has_copy)
+
+
+@pytest.mark.parametrize(("name", "tags"), [("CAST", ["kv_cache"]), ("EAGLE3", None)])
+def test_a_sleep_that_is_not_the_drafts_is_sglangs_own(algorithm, name, tags):
+    algorithm(name)
+    for hook in (hooks._release_memory, hooks._resume_memory):
+        assert hook(lambda manager, request: manager, "manager", SimpleNamespace(tags=tags))
 
 
 @pytest.mark.parametrize(
