@@ -150,7 +150,7 @@ def graft(
         chances: [classes] float32, `Chances.table()`.
         kinds: [B] int64, of `policy.acceptance`.
         num_nodes: n, the most nodes that are verified of a tree, and that are grafted.
-        max_depth: of a node, 1 for the root's children.
+        max_depth: of a copied node, 1 for the root's children.
         least_scores: [B] float32 >= 0, of a node that is worth to be copied.
         vocab_size: tokens beyond, as those of images, are not copied.
         nodes: [B, K] int64, the newest layer's best nodes; None where no layer is decided about.
@@ -372,7 +372,7 @@ def _graft(
                     break
                 score *= chance
                 new, is_worth_it = counts[request], score > floor or goes_on[node]
-                if level == max_depth or new == num_nodes or not is_worth_it:
+                if level >= max_depth or new == num_nodes or not is_worth_it:
                     break
                 copied[0, request, new], copied[1, request, new] = number, token
                 copied_scores[request, new] = score

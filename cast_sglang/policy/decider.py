@@ -60,6 +60,7 @@ class StepFacts(NamedTuple):
     max_nodes: int | None = None  # that the draft may run per request; None for any number
     prompt_rows: float = 0.0  # of the prompts, per request and token of its answer
     reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
+    copy_depth: int = 0  # of a copied node; 0 where nothing is copied
 
 
 class Plan(NamedTuple):

@@ -30,6 +30,7 @@ from cast_sglang.policy.auto import LEAST_CUT
 from cast_sglang.serving.host_reads import HostReads, Read
 from cast_sglang.serving.request_modes import parse_pool
 from cast_sglang.serving.step import Copied
+from cast_sglang.serving.step_room import copies_text
 from cast_sglang.tree import Selection
 
 if TYPE_CHECKING:
@@ -121,8 +122,7 @@ class Copies:
             worker: its `CastWorker`.
             num_nodes: as above.
         """
-        is_on = config.copying == "on" or config.copying == "auto" and not worker.has_draft
-        if config.policy != "auto" or not is_on:
+        if not copies_text(config, worker.has_draft):
             return None
         return cls(
             worker.reads,
@@ -269,7 +269,7 @@ class Copies:
             least_scores=np.maximum(self._least_scores, np.float32(LEAST_CUT)),
             vocab_size=self._vocab_size,
         )
-        return Copied(self._grafts, paths, table, self._max_depth)
+        return Copied(self._grafts, paths, table)
 
     def graft_into(self, tree: DraftTree) -> Grafts | None:
         """Add what `look` found to the tree that has grown; None where no request has a copy."""

@@ -62,7 +62,6 @@ class Copied(NamedTuple):
     grafts: Grafts
     paths: list[CopiedPaths]  # of each request
     chances: np.ndarray  # [classes] float32, `Chances.table()`
-    max_depth: int  # of a copied node
 
 
 class Drawn(NamedTuple):

@@ -221,7 +221,6 @@ class TraceRecorder:
             policy_us=report.policy_us,
             price=report.price,
             copy_chances=b"" if copied is None else packed(copied.chances, "float32"),
-            copy_depth=0 if copied is None else copied.max_depth,
         )
         self._open.append(_OpenStep(traced, continuations, []))
         running = dict(zip(numbers, outcome.tokens, strict=True))
@@ -342,6 +341,7 @@ class TraceRecorder:
             topk=limits.max_width,
             num_draft_tokens=limits.max_verify_rows,
             verify_sizes=list(recording.verify_sizes),
+            max_extend_rows=limits.max_extend_rows or 0,
             max_batch_size=limits.max_batch_size,
             max_context=limits.longest_context,
             is_ragged=recording.is_ragged,

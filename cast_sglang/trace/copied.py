@@ -16,6 +16,7 @@ from cast_sglang.copying.chances import AGREEMENTS
 from cast_sglang.copying.contexts import looked_up
 from cast_sglang.copying.graft import Grafts, graft
 from cast_sglang.policy.acceptance import DRAWN, GREEDY
+from cast_sglang.policy.decider import StepFacts
 from cast_sglang.trace.records import TracedStep, unpacked
 from cast_sglang.tree import DraftTree
 
@@ -38,14 +39,14 @@ class ReplayedCopies:
 
     Args:
         step: recorded while copies were looked for.
-        is_drawn: [B] bool, whose children are drawn at random; None where no one's are.
+        facts: that the step is decided by.
         num_nodes, least_scores: as of `graft`.
     """
 
     def __init__(
         self,
         step: TracedStep,
-        is_drawn: np.ndarray | None,
+        facts: StepFacts,
         num_nodes: int,
         least_scores: np.ndarray,
     ) -> None:
@@ -53,12 +54,12 @@ class ReplayedCopies:
         counts = [(len(r.probs) + len(r.copy_parents)) // 4 for r in step.requests]
         self._ints, self._blocks = looked_up(copied, counts)
         self._table = unpacked(step.copy_chances, "float32")
-        self._num_nodes, self._max_depth = num_nodes, step.copy_depth
+        self._num_nodes, self._max_depth = num_nodes, facts.copy_depth
         self._least_scores = least_scores
         # Rows say by themselves whether a request samples.
         self._kinds = np.full(len(step.requests), GREEDY)
-        if is_drawn is not None:
-            self._kinds[is_drawn] = DRAWN
+        if facts.is_drawn is not None:
+            self._kinds[facts.is_drawn] = DRAWN
         self._grafts: Grafts | None = None
 
     def look(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor] | None:

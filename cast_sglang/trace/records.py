@@ -76,6 +76,7 @@ class TraceHeader(_Record, frozen=True, kw_only=True, omit_defaults=False):
     width_graphs: dict[int, list[int]] | None = None
     extend_graphs: dict[int, list[int]] | None = None
     plans_chains: bool = False  # the length of a chain was decided before its first layer ran
+    max_extend_rows: int = 0  # of draft extend, per request; 0: as many as layers, and one
     # Prices and corrections that the server started from, as `AutoPolicy` and `Residuals` keep
     # them; empty where it had learned nothing before.
     learned: dict[str, Any] = {}
@@ -151,7 +152,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
     passes: list[TracedPass] = []  # passes whose times became known during the step
     copy_chances: bytes = b""  # [classes] float32, `Chances.table()`; empty where none were copied
-    copy_depth: int = 0  # limit for copied nodes
+    copy_depth: int = 0  # limit of copied nodes by the room in the requests
 
     @property
     def batch_size(self) -> int:

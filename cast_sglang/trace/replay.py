@@ -135,7 +135,8 @@ class Replay:
             max_context=header.max_context + header.num_draft_tokens,
             max_verify_rows=header.num_draft_tokens,
             max_width=header.topk,
-            max_extend_rows=min(header.num_steps + 1, header.num_draft_tokens),
+            max_extend_rows=header.max_extend_rows
+            or min(header.num_steps + 1, header.num_draft_tokens),
         )
         lookup = lookup or str(header.settings.get("lookup", LOOKUPS[0]))
         self._model = CostModel(tables, limits, lookup=lookup)
@@ -222,6 +223,7 @@ class Replay:
             prompt_rows=step.prompt_rows,
             reuse=step.reuse,
             is_drawn=is_drawn,
+            copy_depth=step.copy_depth,
         )
         plan = self._decider.begin_step(facts)
         price = policy.price(batch_size) if isinstance(policy, AutoPolicy) else math.nan

@@ -81,7 +81,7 @@ class TreeGrower:
         copies = None
         if self._copies and step.copy_chances:
             num_nodes = self._header.verify_sizes[-1] - 1
-            copies = ReplayedCopies(step, is_drawn, num_nodes, self._decider.least_scores())
+            copies = ReplayedCopies(step, facts, num_nodes, self._decider.least_scores())
         grown = self._grow(step, weights, is_drawn, copies)
         num_layers = layers_kept(self._decider.policy, grown.tree.num_layers, facts.costs)
         widths = [kept.shape[1] for kept in grown.tree.expanded][: num_layers - 1]

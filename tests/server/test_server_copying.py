@@ -1,5 +1,6 @@
 """Copied drafts change how fast greedy answers come, and no token of them."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from benchmarks.harness.copied import edits, tables
 from benchmarks.harness.counters import cast_state
 from benchmarks.harness.servers import Server
 from cast_sglang.trace.file import read_trace
+from cast_sglang.trace.records import TracedStep, candidate_parents, unpacked
 from tests.server.client import generate, greedy_ids, in_parallel, post_generate
 from tests.server.conftest import NUM_TOKENS, ServerFactory
 from tests.server.homogeneity import homogeneity_p_value
@@ -68,6 +70,15 @@ def test_text_of_one_token(copying, plain, tokens):
     assert answer == generate(plain, tokens, **wanted)["output_ids"]
 
 
+def test_a_path_of_copies_ends_with_the_context(copying, plain, pair):
+    """It would be longer than what is left."""
+    config = json.loads((Path(pair.target) / "config.json").read_text())
+    size, wanted = config["max_position_embeddings"] - 20, {"max_new_tokens": 20}
+    tokens = ([7, 8, 9] * size)[:size]
+    answer = generate(copying, tokens, **wanted)["output_ids"]
+    assert answer == generate(plain, tokens, **wanted)["output_ids"] and 10 < len(answer) < 21
+
+
 def test_requests_that_sample_are_copied_and_those_beside_them_are_exact(
     copying, repeating, repeated_ids
 ):
@@ -101,15 +112,15 @@ def test_requests_of_a_pool_copy_from_each_other_and_stay_exact(
     copying, plain, repeating, repeated_ids
 ):
     """The second time in the pool there is more to copy; in another pool there is not."""
-    accepted = []
+    passes = []  # of a request each; tokens accepted behind the end of an answer save none
     for pool in ("one", "one", "two"):
         before = cast_state(copying)
         wanted = {"max_new_tokens": NUM_TOKENS, "custom_params": {"cast_pool": pool}}
         answers = generate(copying, repeating[:4], **wanted)
         assert [answer["output_ids"] for answer in answers] == repeated_ids[:4]
         after = cast_state(copying)
-        accepted.append(after["drafts_accepted"] - before["drafts_accepted"])
-    assert accepted[1] > accepted[0] and accepted[1] > accepted[2]
+        passes.append(after["requests"] - before["requests"])
+    assert passes[1] < passes[0] and passes[1] < passes[2]
 
 
 @pytest.mark.parametrize("pool", [7, "", ["a"], {"id": "a"}, True])
@@ -152,6 +163,17 @@ def test_a_retracted_request_goes_on_as_plain_decoding_would(copying, plain, rep
     assert any(a["meta_info"]["num_retractions"] for a in answers)
 
 
+def deepest(step: TracedStep, topk: int) -> int:
+    """Return the length of the longest path that was verified."""
+    lengths = [0]
+    for request in step.requests:
+        parents, depth = candidate_parents(request, topk), {-1: 0}
+        for node in unpacked(request.verified, "int32").tolist():
+            depth[node] = depth[parents[node]] + 1
+        lengths.append(max(depth.values()))
+    return max(lengths)
+
+
 def test_replay_makes_the_choices_of_the_server(copying, trace_path, repeating, made_up_profile):
     """Of all that the tests above have asked, and of requests that come and end."""
     for batch in (1, 3, 2):
@@ -165,4 +187,7 @@ def test_replay_makes_the_choices_of_the_server(copying, trace_path, repeating, 
         for node in request.accepted
     ]
     assert any(alone) and not all(alone)
+    # Paths of copies were longer than the tree may have layers.
+    longest = max(deepest(step, trace.header.topk) for step in trace.steps)
+    assert longest > trace.header.num_steps
     check_replayed(trace, made_up_profile)

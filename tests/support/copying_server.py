@@ -24,7 +24,8 @@ from tests.support.builders import make_identity
 
 TOPK, LAYERS, ROWS, VOCAB = 3, 4, 12, 400
 SIZES = tuple(range(2, ROWS + 1))
-LIMITS = Limits(8, 4096, ROWS, TOPK, None, LAYERS + 1)
+COPY_DEPTH = ROWS - 1
+LIMITS = Limits(8, 4096, ROWS, TOPK, None, ROWS)
 
 
 class Request(SimpleNamespace):
@@ -136,7 +137,7 @@ class CopyingServer:
             weights=None,
             predicted_us=units * costs.unit_us,
             expected_us=units * costs.unit_us,
-            room=StepRoom(LAYERS, ROWS, LAYERS * TOPK),
+            room=StepRoom(LAYERS, ROWS, LAYERS * TOPK, COPY_DEPTH * (self.copies is not None)),
             policy_us=1.0,
             price=price,
         )
@@ -164,7 +165,7 @@ class CopyingServer:
     def _draft(self, batch):
         reqs, decider, copies = batch.reqs, self.decider, self.copies
         if copies is not None:
-            copies.begin_step(batch, None, None, LAYERS, decider.least_scores())
+            copies.begin_step(batch, None, None, COPY_DEPTH, decider.least_scores())
         tokens, probs = self._children(reqs, [[] for _ in reqs])
         tree = DraftTree(tokens, probs, LAYERS, loops)
         self.recorder.on_layer(1, probs, probs)

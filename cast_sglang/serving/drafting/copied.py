@@ -84,7 +84,7 @@ class CopyDraftWorker(EagleDraftWorkerBase):
         if copies is None:  # where a step is timed without them
             return self.plain_input(batch)
         decider = tools.decider
-        copies.begin_step(batch, tools.weights, None, tools.room.max_layers, decider.least_scores())
+        copies.begin_step(batch, tools.weights, None, tools.room.copy_depth, decider.least_scores())
         tools.reads.begin_step()
         copies.start()
         grafts = copies.look_at_text()

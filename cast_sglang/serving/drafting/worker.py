@@ -154,7 +154,7 @@ class CastDraftWorker(EagleDraftWorker):
         self.drafter.begin(batch, tools.clock, tools.room.max_layers)
         if copies is not None:
             whose = tools.weights, tools.draws.whose
-            copies.begin_step(batch, *whose, tools.room.max_layers, decider.least_scores())
+            copies.begin_step(batch, *whose, tools.room.copy_depth, decider.least_scores())
         forward_batch, _, _ = prepare_for_draft(
             batch.spec_info,
             self.req_to_token_pool,

@@ -314,16 +314,19 @@ def _check_profile(
 def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: str) -> Check:
     from sglang.srt.configs.model_config import ModelConfig
 
+    from cast_sglang.serving.step_room import deepest_copy, most_tokens
+
     rows, has_draft = (
         args.speculative_num_draft_tokens,
         args.speculative_draft_model_path is not None,
     )
+    depth = max(args.speculative_num_steps, deepest_copy(config, has_draft, rows))
     limits = Limits(
         max_batch_size=args.max_running_requests,
         max_context=ModelConfig.from_server_args(args).context_len,
         max_verify_rows=rows,
         max_width=args.speculative_eagle_topk * has_draft,
-        max_extend_rows=min(args.speculative_num_steps + 1, rows) * has_draft,
+        max_extend_rows=most_tokens(depth, rows) * has_draft,
     )
     asked = f"{limits.max_batch_size} requests, context {limits.longest_context}, {rows} rows"
     if has_draft:

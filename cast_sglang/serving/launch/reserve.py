@@ -18,6 +18,7 @@ from cast_sglang.serving.launch.identity import architecture, captures_decode
 from cast_sglang.serving.step_room import (
     STOCK_TREE,
     Envelope,
+    deepest_copy,
     needs_whole_trees,
     step_reserve,
     stock_slots,
@@ -79,6 +80,7 @@ class Shapes(NamedTuple):
     is_whole: bool  # as of `step_reserve`
     captured: Captured = Captured()
     activation_bytes: int = 0  # of one row inside of a target's layer, at most
+    copy_depth: int = 0  # as of `Envelope`
 
 
 class Item(NamedTuple):
@@ -112,7 +114,9 @@ def reserve_of(shapes: Shapes) -> Reserve:
     """
     s, tokens = shapes, STOCK_TREE[2]
     envelope = s.num_steps, s.topk, s.num_draft_tokens
-    slots = step_reserve(*envelope, overlaps=s.overlaps, is_whole=s.is_whole)
+    slots = step_reserve(
+        *envelope, copy_depth=s.copy_depth, overlaps=s.overlaps, is_whole=s.is_whole
+    )
     stock = stock_slots(*STOCK_TREE)
     more_slots = max(0, slots - stock)
     more_columns = max(0, stock_slots(*envelope) - stock)
@@ -251,6 +255,9 @@ def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
         draft_head_dim=0 if draft is None else draft.head_dim,
         overlaps=not server_args.disable_overlap_schedule,
         is_whole=needs_whole_trees(config),
+        copy_depth=deepest_copy(
+            config, draft is not None, server_args.speculative_num_draft_tokens
+        ),
         captured=_captured(server_args, config, batch_sizes, target, draft),
         # The residual, its norm, queries or attention and the layer's output; of the two parts of
         # its middle, and their product, each rank has a share.
@@ -271,7 +278,8 @@ def _captured(
     if not batch_sizes:
         return Captured(most_rows=rows)
     max_requests = int(server_args.max_running_requests)
-    limits = Envelope(*envelope).limits(max_requests, target.context_len)
+    copy_depth = deepest_copy(config, draft is not None, rows)
+    limits = Envelope(*envelope, copy_depth=copy_depth).limits(max_requests, target.context_len)
     if draft is None:
         limits = dataclasses.replace(limits, max_width=0, max_extend_rows=0)
     found, most = find_server_profile(config, server_args), rows

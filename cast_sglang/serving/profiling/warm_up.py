@@ -50,7 +50,8 @@ def _run_all(worker: CastWorker, meter: Any) -> int:
     for batch_size in batch_sizes:
         has_depths = batch_size == 1 and has_draft
         for rows in sizes[batch_size]:
-            deepest = min(worker.speculative_num_steps, rows - 1)
+            longest = worker.limits.max_extend_rows or worker.speculative_num_steps + 1
+            deepest = min(longest, rows) - 1
             for depth in range(1, deepest + 1) if has_depths and rows > 1 else (deepest,):
                 meter.verify_path(batch_size, CONTEXT, rows, depth)
                 num_passes += 1

@@ -73,13 +73,15 @@ class Step:
         costs=None,
         said=(),
         kind=DRAWN,
+        copy_depth=None,
         **cuts,
     ):
         self.pair, self.policy, self.topk, self.max_layers = pair, policy, topk, max_layers
         self.rows, self.costs = rows, COSTS if costs is None else costs
         self.anticipates = anticipates
         self.said, self.kind = said, kind  # the text before the step, and how copies are hung in
-        self.num_copied = 0
+        self.max_depth = copy_depth or max_layers
+        self.num_copied = self.deepest_copy = 0
         values = {"temperatures": 1.0, "top_ks": 99, "top_ps": 1.0, "min_ps": 0.0, "is_drawn": True}
         self.cuts = DrawCuts(**{k: torch.tensor([v]) for k, v in (values | cuts).items()})
 
@@ -126,7 +128,7 @@ class Step:
                 *(index.ints, roots, tree.tokens.numpy(), tree.scores.numpy()),
                 *(tree.parents.numpy(), topk, table, np.array([self.kind])),
                 num_nodes=self.rows - 1,
-                max_depth=self.max_layers,
+                max_depth=self.max_depth,
                 least_scores=decider.least_scores(),
                 vocab_size=pair.vocab,
                 nodes=frontier.node_index.numpy(),
@@ -168,14 +170,16 @@ class Step:
         tree_reference.build_tree(
             selection.parent_rows, torch.tensor([9]),
             torch.zeros(size * size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64),
-            *links, self.max_layers,
+            *links, self.max_depth,
         )  # fmt: skip
         index = selection.top_scores_index.numpy()
         texts = [(), *(paths.get(node, ()) for node in index[0].tolist())]
         joined = torch.cat(proposals).double().numpy()[None], torch.cat(kept_tokens).numpy()[None]
         proposers = np.concatenate([[0], proposer_of(index[0], topk)])
         proposers = np.where(proposers < joined[0].shape[1], proposers, -1)
-        self.num_copied += int(((index >= num_drafted) & (index < tree.num_candidates)).sum())
+        copied = [len(paths[node]) for node in index[0].tolist() if num_drafted <= node in paths]
+        self.num_copied += len(copied)
+        self.deepest_copy = max([self.deepest_copy, *copied])
         return texts, links[1].numpy(), links[2].numpy(), proposers[None], joined
 
     def outcomes(self, choices: list) -> Iterator[tuple[tuple, float, np.ndarray]]:
@@ -191,7 +195,7 @@ class Step:
             for node, text in enumerate(texts):
                 if node and text == texts[end][: len(text)]:
                     coins[0, node] = -1.0
-            nodes = np.full((1, self.max_layers + 1), -1)
+            nodes = np.full((1, self.max_depth + 1), -1)
             ends, chances = np.zeros((2, 1), np.int64), np.full((1, size), np.nan)
             residual = np.empty((1, vocab))
             loops._walk_draws.py_func(
@@ -315,6 +319,19 @@ def test_copies_beside_draws_keep_the_law(name, said):
     assert abs(found.sum() - 1.0) < MAX_ERROR
     assert abs(found - expected_law(pair, layers + 1)).max() < MAX_ERROR
     assert step.num_copied
+
+
+@pytest.mark.parametrize("said", [*SAID[:3], (0, 1, 2) * 4], ids=str)
+@pytest.mark.parametrize("name", ["wide", "deep"])
+def test_copies_deeper_than_the_layers_keep_the_law(name, said):
+    vocab, topk, layers, cut, cuts = CASES[name]
+    pair, deepest = Pair(vocab, 1), layers + 2
+    cuts = {"said": said, "copy_depth": deepest, **cuts}
+    step = Step(pair, policy(layers, cut), topk, layers, **cuts)
+    found = law(step, deepest + 1)
+    assert abs(found.sum() - 1.0) < MAX_ERROR
+    assert abs(found - expected_law(pair, deepest + 1)).max() < MAX_ERROR
+    assert layers < step.deepest_copy <= deepest
 
 
 def test_copies_that_raise_the_scores_of_draws_are_found_out():

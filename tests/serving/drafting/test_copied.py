@@ -84,7 +84,7 @@ def make_worker(rows, is_ragged=False, max_layers=ROWS - 1, max_rows=ROWS):
         is_ragged=is_ragged,
         graph_plan=None,
         verify_sizes=tuple(range(2, ROWS + 1)),
-        room=StepRoom(max_layers, max_rows, 0),
+        room=StepRoom(max_layers, max_rows, 0, max_layers),
         draws=Draws("cpu", seed=0, topk=1),
         copies=Copies(reads, topk=1, num_nodes=ROWS - 1, max_tokens=4096, vocab_size=100),
     )

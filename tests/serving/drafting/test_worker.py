@@ -336,25 +336,27 @@ def rooted(slot, text, is_greedy=True):
     return batch
 
 
-def copying_worker(policy, **options):
+def copying_worker(policy, copy_depth=STEPS, **options):
     worker = make_worker(decider_of(policy, batch=1), **options)
+    worker.tools.room = worker.tools.room._replace(copy_depth=copy_depth)
     worker.tools.copies = Copies(
         worker.tools.reads, topk=TOPK, num_nodes=ROWS - 1, max_tokens=1000, vocab_size=300
     )
     return worker
 
 
-def test_copies_hang_below_the_root_and_below_each_other(built):
+@pytest.mark.parametrize("copy_depth", [STEPS, STEPS + 1])
+def test_copies_hang_below_the_root_and_below_each_other(built, copy_depth):
     """Deeper than the drafted layers, and no deeper than the step has room for."""
-    worker = copying_worker(Verifies([2], ROWS))
+    worker = copying_worker(Verifies([], ROWS), copy_depth)
     verify_input = worker.draft(rooted(3, [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]))
     [seen] = built
     tokens, num_rows = [2, *seen.tokens[0].tolist()], seen.num_draft_tokens
     parents = [-1, *(int(number) // num_rows for number in seen.numbers[0])]
     for above, below in ((2, 3), (3, 4), (4, 5)):
         assert tokens[parents[tokens.index(below)]] == above
-    assert verify_input.spec_steps == worker.last_shape.depth == STEPS
-    assert 8 not in tokens  # the root's sixth descendant
+    assert verify_input.spec_steps == worker.last_shape.depth == copy_depth
+    assert (8 in tokens) == (copy_depth > STEPS)  # the root's sixth descendant
 
 
 def test_a_request_without_copies_gets_the_tree_that_it_would_have_had(built):

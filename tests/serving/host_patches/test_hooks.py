@@ -127,7 +127,7 @@ def test_enough_is_enough(algorithm):
 def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, policy, is_serial, slots):
     """With the default envelope; SGLang's own number is 128, and 40 with its default tree."""
     spec = SimpleNamespace(speculative_num_steps=8, speculative_eagle_topk=8)
-    spec.speculative_num_draft_tokens = 32
+    spec.speculative_num_draft_tokens, spec.speculative_draft_model_path = 32, "draft"
     schedule = SimpleNamespace(disable_overlap_schedule=is_serial)
     monkeypatch.setattr(step_room, "get_spec", lambda: spec)
     monkeypatch.setattr(step_room, "get_schedule", lambda: schedule)

@@ -77,6 +77,10 @@ def test_only_what_is_beyond_sglangs_own_tree_is_counted():
     more = reserve_of(SHAPES)
     assert (more.slots, more.stock_slots) == (65, 40)
     assert reserve_of(SHAPES._replace(overlaps=False)).slots == 56
+    # A step that copies may bring as many tokens as it has rows, and the next one begins behind it.
+    small = {"num_steps": 3, "topk": 4, "num_draft_tokens": 8, "is_whole": False}
+    slots = [reserve_of(SHAPES._replace(**small, copy_depth=depth)).slots for depth in (0, 7)]
+    assert slots == [9 + 4, 9 + 8]
     # Where trees keep within what SGLang's default tree takes, there is nothing more to take.
     within = reserve_of(SHAPES._replace(is_whole=False))
     assert within.slots == 40 and "slots of the cache" not in {item.name for item in within.items}
