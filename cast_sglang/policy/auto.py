@@ -57,13 +57,9 @@ class AutoPolicy(TreePolicy):
     of all from 1, the rate of plain decoding without its overhead. That price is low, so that the
     first trees are rather too large and show what the target accepts.
 
-    The policy expands a layer if that promises more than to stop. It compares the tree as it stands
-    with the tree and one layer more, each with its best number of verified nodes, by the children
-    that such nodes had lately (`lookahead.py`):
-
-        max over k of cut(tree and children of the best k) - price * draft[k]  against  cut(tree)
-
-    If no worker calls `expanded`, the children of the root stand for those of all nodes.
+    The policy expands a layer if that promises more than to stop, by the children that such nodes
+    had lately (`lookahead.py`). If no worker calls `expanded`, the children of the root stand for
+    those of all nodes.
 
     If the target can run another number of rows for each request, `share_out` ranks the nodes of
     all requests together and stops where a further row no longer pays. So a request that drafts
@@ -203,7 +199,6 @@ class AutoPolicy(TreePolicy):
         self._lookahead.learn(self._parents, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        """Choose the allowed size whose nodes bring most beyond the price of their time."""
         view, price = self._read(costs), self.price(len(scores))
         size = select_size(self._worth(scores, view, price), view.sized, self._sizes, price)
         self._layers = 1
@@ -243,7 +238,7 @@ class AutoPolicy(TreePolicy):
         return 1 + np.bincount(chosen // worth.shape[1], minlength=len(scores))
 
     def settlement(self, batch_size: int, costs: Costs | None, is_even: bool) -> tuple[float, int]:
-        """Return the least score and, root included, the most nodes that drawn requests verify.
+        """Return what earlier steps say of drawn requests.
 
         The score is that of the last node that was worth its time, mean of the last steps; at first
         the price of a row, in the mean over all rows. Where requests have equally many rows, the
@@ -264,7 +259,6 @@ class AutoPolicy(TreePolicy):
         return max(LEAST_CUT, self.price(batch_size) * row)
 
     def learn_settlement(self, batch_size: int, score: float, num_rows: int) -> None:
-        """Note the score of the last node that was worth its time in this step, and the rows."""
         bucket = self._bucket(batch_size)
         if self._turn is None and score >= LEAST_CUT:
             log_cut = math.log(score)
@@ -326,7 +320,6 @@ class AutoPolicy(TreePolicy):
         return not (bucket.is_plain or self._turn is PLAIN)
 
     def plain_steps(self, batch_size: int) -> int:
-        """Return the plain steps until the account covers a try, without its catching up."""
         bucket = self._buckets.get(octave_of(batch_size))
         return 0 if bucket is None else bucket.plain_steps
 

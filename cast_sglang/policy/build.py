@@ -12,7 +12,6 @@ from cast_sglang.policy.base import TreePolicy
 
 __all__ = ["PolicySettings", "build_policy"]
 
-
 _DEFAULTS = CastConfig()
 
 

@@ -1,7 +1,4 @@
-"""What policy `auto` knows of each octave of batch sizes: its price, and its account.
-
-The account holds the time that speculation may still lose against plain decoding.
-"""
+"""What policy `auto` knows of each octave of batch sizes: its price, and its account."""
 
 from __future__ import annotations
 
@@ -30,10 +27,7 @@ def octave_of(batch_size: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Octave:
-    """What policy `auto` knows of the batch sizes of one octave.
-
-    Times are in units, as of `Costs`.
-    """
+    """What policy `auto` knows of the batch sizes of one octave; times are in units."""
 
     # Sums over steps with a tree, in which older steps count less.
     tokens: float  # per request
