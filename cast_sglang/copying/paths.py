@@ -91,20 +91,20 @@ def _paths(
 ) -> CopiedPaths:
     """Return what was grafted for one request, and the copied child of each of its nodes."""
     num_drafted, count = len(tokens), grafts.counts[request]
-    parents = [*parents.tolist(), *grafts.parents[request, :count].tolist()]
-    tokens = [*tokens.tolist(), *grafts.tokens[request, :count].tolist()]
+    all_parents = [*parents.tolist(), *grafts.parents[request, :count].tolist()]
+    all_tokens = [*tokens.tolist(), *grafts.tokens[request, :count].tolist()]
     # The first of siblings with the same token, as `graft` merges them.
-    places = range(len(tokens) - 1, -1, -1)
-    number_of = {(parents[number], tokens[number]): number for number in places}
+    places = range(len(all_tokens) - 1, -1, -1)
+    number_of = {(all_parents[number], all_tokens[number]): number for number in places}
     nodes = np.flatnonzero(grafts.classes[request] >= 0)
     children = []
     for node, token in zip(nodes - 1, grafts.child_tokens[request, nodes], strict=True):
         if (node, token) not in number_of:  # not worth a row, and known all the same
-            number_of[node, token] = len(tokens)
-            parents.append(node)
-            tokens.append(token)
+            number_of[node, token] = len(all_tokens)
+            all_parents.append(node)
+            all_tokens.append(token)
         children.append(number_of[node, token])
     classes = grafts.classes[request, nodes]
     copied = np.stack([nodes - 1, children, classes - classes % len(AGREEMENTS)], axis=1)
-    further = np.array([parents, tokens], np.int64)[:, num_drafted:]
+    further = np.array([all_parents, all_tokens], np.int64)[:, num_drafted:]
     return CopiedPaths(further[0], further[1], copied.astype(np.int64), match)

@@ -245,8 +245,9 @@ class Copies:
             self._starts = self._checked_texts(ends)
 
     def _graft(self, nodes: np.ndarray | None = None, seen: Seen | None = None) -> Grafts:
+        tokens, scores, parents = self._drafted
         return graft(
-            *(self.index.ints, self._starts, *self._drafted),
+            *(self.index.ints, self._starts, tokens, scores, parents),
             *(self._topk, self.chances.table(), self._kinds),
             num_nodes=self._num_nodes,
             max_depth=self._max_depth,
@@ -259,11 +260,9 @@ class Copies:
     def traced(self) -> Copied:
         """Return what a trace needs to know of the step's trees, which have grown."""
         assert self._grafts is not None, "`look` comes first"
-        table = self.chances.table()
+        table, (tokens, scores, parents) = self.chances.table(), self._drafted
         paths = copied_paths(
-            self.index.ints,
-            self._starts,
-            *self._drafted,
+            *(self.index.ints, self._starts, tokens, scores, parents),
             *(self._topk, table, self._kinds),
             max_depth=self._max_depth,
             least_scores=np.maximum(self._least_scores, np.float32(LEAST_CUT)),
