@@ -154,8 +154,22 @@ def check_equality_tiny(settings: Settings, numbers: Numbers) -> None:
 
 def check_equality_inflated(settings: Settings, numbers: Numbers) -> None:
     """Compare greedy tokens with plain decoding's in bfloat16, and count where they part."""
-    arms, pair = ["plain", *settings.equality_arms], inflated(settings)
-    with serving_arms(settings, pair, "bfloat16", arms, "equality-inflated") as servers:
+    _compare_inflated(settings, numbers, settings.equality_arms, "equality-inflated")
+
+
+def check_equality_flashinfer(settings: Settings, numbers: Numbers) -> None:
+    """Do the same with verify and plain steps on flashinfer."""
+    if not settings.flashinfer_arms:
+        raise NothingToDo("a dry run has no flashinfer")
+    if util.find_spec("flashinfer") is None:
+        raise NothingToDo("flashinfer is not installed here")
+    with environment({"SGLANG_IS_FLASHINFER_AVAILABLE": "true"}):
+        _compare_inflated(settings, numbers, settings.flashinfer_arms, "equality-flashinfer")
+
+
+def _compare_inflated(settings: Settings, numbers: Numbers, arms: Sequence[str], log: str) -> None:
+    pair = inflated(settings)
+    with serving_arms(settings, pair, "bfloat16", ["plain", *arms], log) as servers:
         compare_greedy(settings, numbers, servers)
     for name, found in numbers.items():
         if found["flips"] > 1 and found["flip_rate"] > MAX_FLIP_RATE:
@@ -271,6 +285,7 @@ CHECKS: dict[str, Callable[[Settings, Numbers], None]] = {
     "inflate": check_inflate,
     "equality-tiny": check_equality_tiny,
     "equality-inflated": check_equality_inflated,
+    "equality-flashinfer": check_equality_flashinfer,
     "profile": check_profile,
     "speed": check_speed,
     "goals": check_goals,

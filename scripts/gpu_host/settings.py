@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# flashinfer is not carried, and the Rust parts of SGLang are built for another torch.
+# flashinfer is not carried, so it is there in one stage alone; the Rust parts of SGLang are built
+# for another torch.
 ENVIRONMENT = {
     "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
@@ -26,6 +27,7 @@ AUTO = "cast:auto"
 DEFAULT_TREE = "static:5-4-8"  # SGLang's for Llama
 COPYING = "cast:auto+copying=on"
 CHAIN = "cast:fixed:2-2-1.5+--speculative-eagle-topk=1"
+ON_FLASHINFER = "+profile=estimate+--decode-attention-backend=flashinfer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Settings:
     equality_arms: tuple[str, ...] = ("static", "cast:auto", "cast:fixed:2-2-1.5")
     # Of the tiny pair besides: copies in trees, and chains, which also run its plain steps.
     tiny_arms: tuple[str, ...] = (COPYING, CHAIN)
+    # Where it is installed; it has no float32.
+    flashinfer_arms: tuple[str, ...] = (CHAIN + ON_FLASHINFER, "cast:fixed:2-2-1.5" + ON_FLASHINFER)
     law_samples: int = 2400
     batches: tuple[int, ...] = (1, 4, 32, 64)
     arms: tuple[str, ...] = (
@@ -97,6 +101,7 @@ def dry_settings(work: str, out: str, carried: str | None) -> Settings:
         num_tokens=24,
         equality_batches=(1, 4),
         equality_arms=("cast:fixed:2-2-1.5",),
+        flashinfer_arms=(),
         law_samples=240,
         batches=(1, 4),
         arms=("plain", DEFAULT_TREE, AUTO),

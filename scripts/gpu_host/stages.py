@@ -28,6 +28,7 @@ STAGES = (
     Stage("inflate", 30, "make the large pair", ("install",)),
     Stage("equality-tiny", 80, "equality and laws, tiny pair, float32", SERVED),
     Stage("equality-inflated", 55, "greedy equality, large pair, bfloat16", ("inflate", *SERVED)),
+    Stage("equality-flashinfer", 40, "the same on flashinfer", ("inflate", *SERVED)),
     Stage("profile", 70, "cost profile of the large pair", ("inflate", *SERVED)),
     Stage("speed", 155, "speed of all arms", ("inflate", *SERVED)),
     Stage("goals", 5, "whether CAST is as fast as it should be", ("speed",)),

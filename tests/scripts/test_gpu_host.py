@@ -147,7 +147,10 @@ def test_numbers_are_shown_to_people():
 
 
 def test_stages_fit_into_ten_minutes(capsys):
-    assert sum(stage.limit_s for stage in STAGES) <= TOTAL_SECONDS < 600
+    limits = {stage.name: stage.limit_s for stage in STAGES}
+    # Nothing is installed where flashinfer is there.
+    limits["install"] = max(limits["install"], limits.pop("equality-flashinfer"))
+    assert sum(limits.values()) <= TOTAL_SECONDS < 600
     names = [stage.name for stage in STAGES]
     assert names == list(CHECKS)
     for number, stage in enumerate(STAGES):

@@ -39,7 +39,10 @@ def published():
 def make_worker(num_rows=5, num_slots=90):
     """Return a worker of a process with this request pool and this many cache slots."""
     eagle = SpeculativeAlgorithm.EAGLE3
-    target = SimpleNamespace(model_config=SimpleNamespace(vocab_size=50, is_encoder_decoder=False))
+    target = SimpleNamespace(
+        model_config=SimpleNamespace(vocab_size=50, is_encoder_decoder=False),
+        decode_attention_backend_str="cast_cpu",
+    )
     draft_config = SimpleNamespace(spec_hidden_size=HIDDEN, dtype=torch.bfloat16)
     table = torch.zeros(num_rows, CONTEXT, dtype=torch.int32)
     return Worker(
@@ -60,7 +63,6 @@ def make_worker(num_rows=5, num_slots=90):
             ),
             extend_graphs=None,
             model=SimpleNamespace(num_proposed=TOPK),
-            tree_mask_mode=None,
             parallel_layout=None,
         ),
         tools=SimpleNamespace(

@@ -119,10 +119,11 @@ class RecordedRunnerGraphs:
                     continue
                 value.fill_(OLD if value.is_floating_point() else 0)
         backend = getattr(self.runner, "attn_backend", None)
-        for name in ("cuda_graph_kv_indices", "verify_mask"):
+        for name in ("cuda_graph_kv_indices", "cuda_graph_custom_mask", "verify_mask"):
             value = getattr(backend, name, None)
-            if value is not None:
-                getattr(value, "buffer", value).fill_(0)
+            for part in value if isinstance(value, list) else [value]:
+                if part is not None:
+                    getattr(part, "buffer", part).fill_(0)
 
 
 def _copied(result, outputs):

@@ -20,7 +20,7 @@ from benchmarks.harness.servers import Server
 # Kernels are interpreted from their import on, so this is no server that is forked.
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 REPLAYS_FILE = "TEST_REPLAYS_FILE"  # gets a line for each replay
-DENSE = "TEST_DENSE_FA3"  # where it is set, `fa3` is there
+DENSE = "TEST_DENSE_BACKENDS"  # where it is set, those of `tests.support.dense_attention` are there
 BATCHES = (1, 4)  # three requests are padded to four
 
 

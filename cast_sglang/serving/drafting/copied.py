@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_device
 from sglang.srt.speculative.base_spec_worker import EagleDraftWorkerBase
 from sglang.srt.speculative.draft_parallel import resolve_draft_parallel_layout
 from sglang.srt.speculative.eagle_info import EagleDraftInput
-from sglang.srt.speculative.eagle_utils import default_tree_mask_mode
 
 from cast_sglang.ops.copies import to_device
 from cast_sglang.serving.drafting.verify_input import build_verify_input
@@ -54,7 +53,6 @@ class CopyDraftWorker(EagleDraftWorkerBase):
         self.device = get_device().device
         layout = DraftParallelSpec(tp_execution=DraftTPExecution.TARGET_LAYOUT)
         self.parallel_layout = resolve_draft_parallel_layout(layout)
-        self.tree_mask_mode = default_tree_mask_mode()
 
     @property
     def draft_runners(self) -> list[ModelRunner]:
@@ -105,7 +103,6 @@ class CopyDraftWorker(EagleDraftWorkerBase):
             num_nodes,  # whatever is found, so that kernels are compiled for few depths
             topk=1,
             target_worker=self.target_worker,
-            tree_mask_mode=self.tree_mask_mode,
             device=self.device,
         )
         verify_input.num_rows = num_rows

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cast_sglang.serving.launch.backends import VERIFY_BACKENDS
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
@@ -21,7 +23,6 @@ def build_verify_input(
     *,
     topk: int,
     target_worker: Any,
-    tree_mask_mode: Any,
     device: torch.device | str,
 ) -> EagleVerifyInput:
     """Return what SGLang verifies a step's trees by.
@@ -32,8 +33,12 @@ def build_verify_input(
         depth: of the deepest node that may be accepted, which bounds the accepted path.
         topk: K.
     """
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode, default_tree_mask_mode
     from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
 
+    # SGLang makes room for the longest context where it has no lengths on the host.
+    backend = VERIFY_BACKENDS.get(target_worker.model_runner.decode_attention_backend_str)
+    reads_mask = backend is None or backend.trees
     parent_list, numbers = numbers_by_row(parent_rows)
     num_rows = parent_rows.shape[1] + 1
     verify_input = build_eagle_verify_input(
@@ -47,7 +52,7 @@ def build_verify_input(
         topk=num_rows,
         num_steps=2,  # so that a list of parents has one entry for each row, and one more
         num_draft_tokens=num_rows,
-        tree_mask_mode=tree_mask_mode,
+        tree_mask_mode=default_tree_mask_mode() if reads_mask else TreeMaskMode.QLEN_ONLY,
         device=device,
     )
     verify_input.topk, verify_input.spec_steps = topk, depth

@@ -204,7 +204,6 @@ class CastDraftWorker(EagleDraftWorker):
             depth,
             topk=self.topk,
             target_worker=self.target_worker,
-            tree_mask_mode=self.tree_mask_mode,
             device=self.device,
         )
         verify_input.num_rows, verify_input.rows_with_nodes = num_rows, rows_with_nodes

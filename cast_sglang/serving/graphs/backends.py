@@ -1,8 +1,9 @@
 """Attention backends of the target's verify passes, one for each number of rows where it takes one.
 
-`triton` runs every number of rows with one object. `fa3` lays a pass out for one number and keeps
-the layout by batch size alone. So each number has an object of its own there, as each number of
-steps has in SGLang's adaptive mode. One row per request, a plain step, is a decode pass on either.
+`triton` runs every number of rows with one object. The others keep the layout of a captured pass
+by batch size alone, and most lay all passes out for one number. So each number has an object of its
+own there, as each number of steps has in SGLang's adaptive mode (`launch.backends.VerifyBackend`).
+One row per request, a plain step, is a decode pass on each of them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from cast_sglang.serving.host_patches.passes import (
     building_backend,
     leave_room,
-    maskless_root,
     running_on,
+    with_own_graphs,
 )
+from cast_sglang.serving.launch.backends import VERIFY_BACKENDS
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 __all__ = ["PlainStepBackend", "VerifyBackends"]
-
-# Those that need an object for each number of rows, and those whose decode pass runs plain steps.
-ONE_PER_SIZE = ("fa3",)
-DECODES_PLAIN_STEPS = ("triton", "fa3")
 
 
 class _Graphs(Protocol):
@@ -54,18 +52,20 @@ class VerifyBackends:
         self.shared, self.name = runner.attn_backend, runner.decode_attention_backend_str
         self._runner, self._most = runner, runner.decode_num_tokens_per_req()
         self._own: dict[int, Any] = {}
-        if self.has_one_per_size:
+        # None for a backend that runs every number of rows, plain steps too, as verify passes.
+        self._kind = VERIFY_BACKENDS.get(self.name)
+        if self.lays_out_one_size:
             leave_room(self.shared)
 
     @property
-    def has_one_per_size(self) -> bool:
-        """Whether each number of rows has a backend of its own."""
-        return self.name in ONE_PER_SIZE
+    def lays_out_one_size(self) -> bool:
+        """Whether each number of rows has a backend of its own, with buffers of its own."""
+        return self._kind is not None and self._kind.rows == "each"
 
-    @property
-    def decodes_plain_steps(self) -> bool:
-        """Whether a plain step runs as the decode pass of a plain server, which reads no mask."""
-        return self.name in DECODES_PLAIN_STEPS
+    def has_own_buffers(self, rows: int) -> bool:
+        """Whether captured passes of so many rows have buffers that are made for them."""
+        is_plain_on_any = rows == 1 and self._kind is not None and self._kind.rows == "any"
+        return self.lays_out_one_size or is_plain_on_any
 
     def root_input(
         self, build: Callable[[ScheduleBatch], EagleVerifyInput], batch: ScheduleBatch
@@ -73,28 +73,31 @@ class VerifyBackends:
         """Return the verify input of a plain step, one row per request.
 
         Args:
-            build: SGLang's builder of it.
+            build: SGLang's builder of it, which fills a mask that a decode pass does not read.
         """
-        if self.decodes_plain_steps:
-            return maskless_root(build, batch, self.shared)
-        return build(batch)
+        return build(batch) if self._kind is None else _maskless_root(batch)
 
     def at(self, rows: int) -> Any:
         """Return the backend of verify passes over so many rows per request."""
-        is_plain = rows == 1 and self.decodes_plain_steps
-        if not is_plain and (rows == self._most or not self.has_one_per_size):
+        is_plain = rows == 1 and self._kind is not None
+        serves_any = self._kind is None or self._kind.rows == "any"
+        if not is_plain and (rows == self._most or serves_any):
             return self.shared
         if rows not in self._own:
             backend = self._build(rows)
-            self._own[rows] = PlainStepBackend(backend) if is_plain else backend
+            self._own[rows] = backend
+            if is_plain:
+                self._own[rows] = PlainStepBackend(backend, self._runner.device)
         return self._own[rows]
 
     def _build(self, rows: int) -> Any:
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
+        if self._kind is not None and self._kind.rows == "batch":
+            return with_own_graphs(self.shared)
         with building_backend(rows):
             backend = ATTENTION_BACKENDS[self.name](self._runner)
-        if self.has_one_per_size:
+        if self.lays_out_one_size:
             leave_room(backend)
         return backend
 
@@ -112,6 +115,29 @@ class VerifyBackends:
             yield
 
 
+def _maskless_root(batch: ScheduleBatch) -> EagleVerifyInput:
+    """Return the verify input of a plain step that runs as a decode pass."""
+    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    rows = torch.arange(len(batch.seq_lens), device=batch.seq_lens.device).unsqueeze(1)
+    return EagleVerifyInput(
+        draft_token=batch.spec_info.bonus_tokens,
+        custom_mask=torch.zeros(0, dtype=torch.bool, device=rows.device),
+        positions=batch.seq_lens.to(torch.int64),
+        retrieve_index=rows,
+        retrieve_next_token=torch.full_like(rows, -1),
+        retrieve_next_sibling=torch.full_like(rows, -1),
+        retrieve_cum_len=None,
+        spec_steps=0,
+        topk=1,
+        draft_token_num=1,
+        capture_hidden_mode=CaptureHiddenMode.FULL,
+        seq_lens_sum=None,
+        seq_lens_cpu=None,
+    )
+
+
 class PlainStepBackend:
     """Runs a verify pass of one row per request as the decode pass that it is.
 
@@ -119,10 +145,11 @@ class PlainStepBackend:
 
     Args:
         backend: SGLang's, which no other pass runs on.
+        device: where it runs.
     """
 
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
+    def __init__(self, backend: Any, device: torch.device | str) -> None:
+        self.backend, self._device = backend, device
         # [B] int64, what graphs of decode read; filled before and within each of them.
         self._lengths = torch.zeros(0, dtype=torch.int64)
         self._verify: Any = None
@@ -134,7 +161,7 @@ class PlainStepBackend:
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the buffers of captured passes."""
         self.backend.init_cuda_graph_state(max_bs, max_num_tokens)
-        self._lengths = torch.zeros(max_bs, dtype=torch.int64, device=self.backend.device)
+        self._lengths = torch.zeros(max_bs, dtype=torch.int64, device=self._device)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Lay out a pass that is not captured."""

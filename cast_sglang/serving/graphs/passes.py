@@ -80,10 +80,10 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
     def build(size: int) -> Any:
         backend, shared = backends.at(size), backends.shared
         buffers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if backend is not shared:
+        if not backends.has_own_buffers(size):
+            buffers = keeping_buffers(getattr(backend, "backend", backend))
+        elif backend is not shared:
             buffers = sharing_buffers(backend, shared)
-        elif not backends.has_one_per_size:
-            buffers = keeping_buffers(shared)
         with buffers:
             return DecodeCudaGraphRunner(
                 runner, attn_backend=backend, speculative_num_draft_tokens=size
@@ -91,7 +91,7 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
 
     first = runner.decode_cuda_graph_runner
     existing = {first.captured_req_width: first}
-    if backends.has_one_per_size:  # whose buffers are made anew, with room behind the context
+    if backends.lays_out_one_size:  # whose buffers are made anew, with room behind the context
         first.backend.cleanup()
         existing = {}
     with counted_capture(runner, "target_verify", "verify, rows", graphs.sizes):

@@ -266,7 +266,7 @@ def _size_graph_buffers(
 ) -> None:
     """Make the buffers of captured passes as large as the passes read them.
 
-    SGLang makes room for a prefix of the longest context before each row: 1.6 TB for 48 requests of
+    SGLang makes room for a prefix of the longest context before each row: 1.6 GB for 48 requests of
     32 rows at 128 Ki tokens. Verify and draft extend read one prefix per request, and of decode's
     partial results nothing.
     """

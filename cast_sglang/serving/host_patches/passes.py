@@ -6,9 +6,10 @@ Each context manager changes one runner, attention backend, layer or setting for
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,10 +21,8 @@ from cast_sglang.serving.host_patches.hooks import slots_reserved
 from cast_sglang.serving.row_packing import spread_rows
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
     from cast_sglang.costs.graph_sizes import GraphSizes
 
@@ -36,10 +35,10 @@ __all__ = [
     "last_rows_only",
     "leave_prefix_unmasked",
     "leave_room",
-    "maskless_root",
     "packed_pass",
     "running_on",
     "sharing_buffers",
+    "with_own_graphs",
 ]
 
 logger = logging.getLogger(__name__)
@@ -190,7 +189,7 @@ def leave_room(backend: Any) -> None:
     others that draft on.
 
     Args:
-        backend: the target's, or another of `fa3`.
+        backend: the target's, or another of its kind.
     """
     backend = _verify_backend(backend)
     backend.max_context_len += slots_reserved()
@@ -336,27 +335,18 @@ def leave_prefix_unmasked(backend: Any, name: str) -> None:
         backend._verify_mask = msgspec.structs.replace(backend.verify_mask, is_read=False)
 
 
-def maskless_root(
-    build: Callable[[ScheduleBatch], EagleVerifyInput], batch: ScheduleBatch, backend: Any
-) -> EagleVerifyInput:
-    """Return the verify input of a plain step that runs as a decode pass, which reads no mask.
+def with_own_graphs(backend: Any) -> Any:
+    """Return the backend with captured passes of its own, over the same buffers.
+
+    `flashinfer` lays a pass out by its batch, and keeps the wrappers of a captured one by batch
+    size alone, which another number of rows at this size would replace. Each replay lays out anew.
 
     Args:
-        build: SGLang's builder, which fills the whole mask.
-        backend: the target's attention backend.
+        backend: the target's, after its buffers were made.
     """
-    from sglang.srt.layers.attention.verify_mask import VerifyMask
-    from sglang.srt.speculative.eagle_utils import TreeMaskMode
-
-    backend = _verify_backend(backend)
-    mask, nothing = backend._verify_mask, torch.zeros(0, dtype=torch.bool, device=backend.device)
-    backend._verify_mask = VerifyMask(
-        buffer=nothing, mode=TreeMaskMode.FULL_MASK, max_bs=len(batch.seq_lens)
-    )
-    try:
-        return build(batch)
-    finally:
-        backend._verify_mask = mask
+    own = copy.copy(_verify_backend(backend))
+    own.prefill_cuda_graph_metadata, own.decode_cuda_graph_metadata = {}, {}
+    return own
 
 
 def _verify_backend(backend: Any) -> Any:

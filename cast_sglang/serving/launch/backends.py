@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cast_sglang.cpu.names import ATTENTION_BACKEND
 from cast_sglang.errors import HostError
@@ -14,16 +14,39 @@ if TYPE_CHECKING:
 
     from cast_sglang.config import CastConfig
 
-__all__ = ["limit_graphs", "set_attention_backends", "verify_backend"]
+__all__ = [
+    "VERIFY_BACKENDS",
+    "VerifyBackend",
+    "limit_graphs",
+    "set_attention_backends",
+    "verify_backend",
+]
 
 logger = logging.getLogger(__name__)
 
-# Those that verify trees of every width; the draft runs on the first.
-VERIFY_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3")
+
+class VerifyBackend(NamedTuple):
+    """What one of SGLang's attention backends verifies, and how it is told the number of rows."""
+
+    # `each`: an object lays passes out for one number of rows, and another one is built for each
+    # other number. `batch`: by the batch, but it keeps captured passes by batch size alone, so each
+    # number has a copy of the object. `any`: one object serves all.
+    rows: Literal["any", "batch", "each"]
+    trees: bool = True  # else chains alone, by a causal mask, and no other is ever read
+    windows: bool = True  # also where layers attend to a window or a sink
+
+
+# Those that verify, captured at every number of rows (`graphs.backends`), and run plain steps as
+# their decode passes; the draft runs on the first. Where layers have a window, the trees of `fa3`
+# are other passes than those it merges here, and `flashinfer` reads the beginning of the prefix.
+VERIFY_BACKENDS = {
+    "triton": VerifyBackend("any"),
+    "fa3": VerifyBackend("each", windows=False),
+    "flashinfer": VerifyBackend("batch", windows=False),
+    "trtllm_mha": VerifyBackend("each", trees=False),
+}
 # Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
 PREFILL_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
-# Those whose passes are captured at every number of rows (`graphs.backends`).
-GRAPH_BACKENDS = ("triton", "fa3")
 
 
 def set_attention_backends(server_args: ServerArgs) -> None:
@@ -36,7 +59,7 @@ def set_attention_backends(server_args: ServerArgs) -> None:
         HostError: a backend cannot do its part; names the flag and the fix.
     """
     is_cpu = server_args.device == "cpu"
-    verifies, prefills = VERIFY_BACKENDS, PREFILL_BACKENDS
+    verifies, prefills = tuple(VERIFY_BACKENDS), PREFILL_BACKENDS
     if is_cpu:
         verifies = prefills = _backends_of_the_cpu(server_args)
     flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
@@ -49,16 +72,16 @@ def set_attention_backends(server_args: ServerArgs) -> None:
         )
     decode = server_args.decode_attention_backend
     if decode is None:
-        runs_on_fa3 = prefill == "fa3" and "fa3" in verifies and _why_not_fa3(server_args) is None
-        decode = "fa3" if runs_on_fa3 else verifies[0]
+        verifies_too = prefill in verifies and _why_not(prefill, server_args) is None
+        decode = prefill if verifies_too else verifies[0]
     if decode not in verifies:
         raise HostError(
-            f"--decode-attention-backend {decode}: CAST verifies trees of every width here on "
-            f"{', '.join(verifies)} alone; pass {verifies[0]}, or drop the flag"
+            f"--decode-attention-backend {decode}: CAST verifies here on {', '.join(verifies)} "
+            f"alone; pass {verifies[0]}, or drop the flag"
         )
-    if decode == "fa3" and (reason := _why_not_fa3(server_args)) is not None:
+    if (reason := _why_not(decode, server_args)) is not None:
         raise HostError(
-            f"--decode-attention-backend fa3: CAST does not verify on it where {reason}; pass "
+            f"--decode-attention-backend {decode}: CAST does not verify on it where {reason}; pass "
             f"{verifies[0]}, or drop the flag"
         )
     draft = server_args.speculative_draft_attention_backend
@@ -79,12 +102,15 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     logger.info("CAST: prompts run on %s, verify and plain steps on %s", prefill, decode)
 
 
-def _why_not_fa3(server_args: ServerArgs) -> str | None:
-    """Return why the target's verify passes do not run on `fa3`; None where they do.
-
-    Its trees are a pass over the prefix and one over the rows, whose results are merged. Layers
-    that attend to a window or a sink have other passes there.
-    """
+def _why_not(name: str, server_args: ServerArgs) -> str | None:
+    """Return why the target's verify passes do not run on this backend; None where they do."""
+    backend = VERIFY_BACKENDS.get(name)
+    if backend is None:  # the CPU platform's own
+        return None
+    if not backend.trees and server_args.speculative_eagle_topk != 1:
+        return "drafts are trees (chains: --speculative-eagle-topk 1)"
+    if backend.windows:
+        return None
     config = _target_config(server_args)
     has_window = config.sliding_window_size is not None and getattr(
         config.hf_text_config, "use_sliding_window", True
@@ -129,11 +155,6 @@ def limit_graphs(config: CastConfig, server_args: ServerArgs) -> None:
         reason = "adapters are captured for one number of rows"
     elif backend != Backend.FULL:
         reason = f"CAST captures whole passes, not {backend} ones"
-    elif (target := verify_backend(server_args)) not in GRAPH_BACKENDS:
-        reason = (
-            f"verify runs on {target}, whose graphs are made for one number of rows; pass "
-            f"--decode-attention-backend {GRAPH_BACKENDS[0]}"
-        )
     else:
         return
     server_args.cuda_graph_config = with_phase(

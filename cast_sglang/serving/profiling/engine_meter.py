@@ -257,7 +257,7 @@ class EngineMeter:
         Args:
             depth: nodes of the longest path that can be accepted.
         """
-        worker, draft = self.worker, self.worker.draft_worker
+        worker = self.worker
         if rows == 1:
             return worker._build_trivial_verify_input(batch)
         parent_rows = torch.arange(rows - 1, device=worker.device).repeat(len(batch.reqs), 1)
@@ -268,6 +268,5 @@ class EngineMeter:
             depth,
             topk=worker.topk,
             target_worker=worker.target_worker,
-            tree_mask_mode=draft.tree_mask_mode,
             device=worker.device,
         )

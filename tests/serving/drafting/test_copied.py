@@ -60,7 +60,7 @@ def built(monkeypatch):
 def make_worker(rows, is_ragged=False, max_layers=ROWS - 1, max_rows=ROWS):
     worker = CopyDraftWorker.__new__(CopyDraftWorker)
     EagleDraftWorkerBase.__init__(worker)
-    worker.device, worker.target_worker, worker.tree_mask_mode = "cpu", None, None
+    worker.device, worker.target_worker = "cpu", None
     worker.plain_input = lambda batch: "plain"
     reads = HostReads("cpu")
     decider = Decider(Rows(rows), max_missing=4, topk=1, is_ragged=is_ragged)

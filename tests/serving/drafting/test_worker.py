@@ -38,7 +38,8 @@ def make_worker(decider=None, is_ragged=False, max_rows=ROWS):
     worker.cuda_graph_runner_for_draft_extend = worker._plain_input = worker.extend_graphs = None
     worker._no_children = None
     worker._last_layer = worker._narrows = worker.draft_extend_attn_backend = None
-    worker.tree_mask_mode = worker.target_worker = None
+    runner = SimpleNamespace(decode_attention_backend_str="triton")
+    worker.target_worker = SimpleNamespace(model_runner=runner)
     worker.draft_runner = SimpleNamespace(attn_backend=SimpleNamespace(packed_rows=None))
     table = torch.arange(1000, 1000 + SLOTS * CONTEXT).view(SLOTS, CONTEXT).int()
     worker.req_to_token_pool = SimpleNamespace(req_to_token=table)

@@ -12,6 +12,7 @@ from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.serving.graphs.backends import PlainStepBackend, VerifyBackends
 from cast_sglang.serving.graphs.passes import PassGraphs
 from cast_sglang.serving.host_patches import passes as patches
+from cast_sglang.serving.launch.backends import VERIFY_BACKENDS
 
 ROWS, RESERVED = 8, 7
 
@@ -31,7 +32,7 @@ def built(monkeypatch):
         backends.append(shape)
         return backend_of(shape)
 
-    for name in ("triton", "fa3", "flashinfer"):
+    for name in VERIFY_BACKENDS:
         monkeypatch.setitem(attention_registry.ATTENTION_BACKENDS, name, build)
     given = {"speculative_num_draft_tokens": ROWS, "speculative_eagle_topk": 4}
     monkeypatch.setattr(patches, "slots_reserved", lambda: RESERVED)
@@ -46,14 +47,16 @@ def runner_on(name):
     vars(SHARED).update(vars(backend_of("shared")))
     return SimpleNamespace(
         attn_backend=SHARED,
+        device="cpu",
         decode_attention_backend_str=name,
         decode_num_tokens_per_req=lambda: ROWS,
         decode_cuda_graph_runner="SGLang's own",
     )
 
 
-def test_fa3_has_an_object_for_each_number_of_rows(built):
-    backends = VerifyBackends(runner_on("fa3"))
+@pytest.mark.parametrize("name", ["fa3", "trtllm_mha"])
+def test_these_have_an_object_for_each_number_of_rows(built, name):
+    backends = VerifyBackends(runner_on(name))
     assert backends.at(ROWS) is SHARED and built == []
     assert backends.at(5).shape == (5, 4) and backends.at(5) is backends.at(5)
     assert backends.at(3).shape == (3, 4)
@@ -72,11 +75,37 @@ def test_triton_runs_every_number_of_rows_and_decodes_plain_steps(built):
     assert isinstance(backends.at(1), PlainStepBackend) and built == [(1, 1)]
 
 
-@pytest.mark.parametrize("name", ["flashinfer", "cast_cpu", None])
+def test_flashinfer_keeps_the_captured_passes_of_each_number_apart(built):
+    runner = runner_on("flashinfer")
+    SHARED.prefill_cuda_graph_metadata, SHARED.decode_cuda_graph_metadata = {4: "of all"}, {}
+    SHARED.cuda_graph_kv_indices = "the one buffer"
+    backends = VerifyBackends(runner)
+    assert backends.at(ROWS) is SHARED and backends.at(5) is backends.at(5)
+    for backend in (backends.at(5), backends.at(3), backends.at(1).backend):
+        assert backend.prefill_cuda_graph_metadata == backend.decode_cuda_graph_metadata == {}
+        backend.prefill_cuda_graph_metadata[4] = "its own"
+        assert backend.cuda_graph_kv_indices is SHARED.cuda_graph_kv_indices
+    assert SHARED.prefill_cuda_graph_metadata == {4: "of all"}
+    assert isinstance(backends.at(1), PlainStepBackend) and built == []
+
+
+@pytest.mark.parametrize("name", ["cast_cpu", None])
 def test_other_backends_verify_the_root(built, name):
     backends = VerifyBackends(runner_on(name))
     assert all(backends.at(rows) is SHARED for rows in range(1, ROWS + 1))
-    assert built == [] and not backends.decodes_plain_steps
+    assert built == [] and backends.root_input(lambda batch: f"of {batch}", "two") == "of two"
+
+
+@pytest.mark.parametrize("name", list(VERIFY_BACKENDS))
+def test_no_mask_is_written_for_a_plain_step(built, name):
+    batch = SimpleNamespace(
+        seq_lens=torch.tensor([5, 9]), spec_info=SimpleNamespace(bonus_tokens=torch.tensor([3, 4]))
+    )
+    root = VerifyBackends(runner_on(name)).root_input(None, batch)
+    assert len(root.custom_mask) == 0 and root.draft_token.tolist() == [3, 4]
+    assert root.positions.tolist() == [5, 9] and root.draft_token_num == 1
+    assert root.retrieve_index.tolist() == [[0], [1]] and root.max_tree_depth == 1
+    assert (root.retrieve_next_token == -1).all() and (root.retrieve_next_sibling == -1).all()
 
 
 def test_a_pass_runs_on_its_backend_with_its_graphs(built):
@@ -98,7 +127,7 @@ def test_a_pass_runs_on_its_backend_with_its_graphs(built):
 class Decodes:
     """A backend that notes the batches of its passes, and attends to the lengths of its layout."""
 
-    device, needs_cpu_seq_lens = "cpu", False
+    needs_cpu_seq_lens = False
 
     def __init__(self):
         self.seen, self.recorded = [], None
@@ -142,7 +171,7 @@ def attend(backend, batch):
 
 
 def test_a_plain_step_decodes_with_its_row_in_the_lengths():
-    backend = PlainStepBackend(Decodes())
+    backend = PlainStepBackend(Decodes(), "cpu")
     batch = verify_batch([5, 9])
     batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor([5, 9]), 14
     backend.init_forward_metadata(batch)
@@ -157,7 +186,7 @@ def test_a_plain_step_decodes_with_its_row_in_the_lengths():
 
 
 def test_a_captured_plain_step_reads_the_lengths_of_its_replay():
-    backend = PlainStepBackend(Decodes())
+    backend = PlainStepBackend(Decodes(), "cpu")
     backend.init_cuda_graph_state(4, 4)
     assert backend.sizes == (4, 4)
     static = verify_batch([1, 1])

@@ -1,6 +1,5 @@
 """What is changed around single passes: what then runs, and that it is put back."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_context, get_spec
 from sglang.srt.speculative import eagle_worker_common
-from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.errors import HostError
@@ -24,7 +22,6 @@ from cast_sglang.serving.host_patches.passes import (
     keeping_buffers,
     last_rows_only,
     leave_prefix_unmasked,
-    maskless_root,
     packed_pass,
     running_on,
     sharing_buffers,
@@ -318,33 +315,6 @@ def test_the_prefix_of_the_verify_mask_is_not_filled(wrap, monkeypatch):
         device="cpu",
     )
     assert filled == [False] and (mask.buffer == 7).all()
-
-
-def trivial_input(backend, lens):
-    """Build a plain step's verify input by SGLang's own method."""
-    worker = SimpleNamespace(
-        _target_worker=SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend)),
-        device="cpu",
-        topk=2,
-    )
-    batch = SimpleNamespace(
-        forward_mode=ForwardMode.DECODE,
-        spec_info=SimpleNamespace(bonus_tokens=torch.zeros(len(lens))),
-        seq_lens=torch.tensor(lens),
-        seq_lens_sum=sum(lens),
-    )
-    build = functools.partial(EAGLEWorkerV2._build_trivial_verify_input, worker)
-    return maskless_root(build, batch, backend)
-
-
-@pytest.mark.parametrize("has_mask", [True, False], ids=["captured", "eager"])
-@pytest.mark.parametrize("wrap", [lambda backend: backend, hybrid], ids=["alone", "split"])
-def test_no_mask_is_written_for_a_plain_step(wrap, has_mask):
-    backend = triton_backend(**({} if has_mask else {"_verify_mask": None}))
-    before = backend.verify_mask
-    assert len(trivial_input(wrap(backend), [1, 50, 7]).custom_mask) == 0
-    assert backend.verify_mask is before
-    assert not has_mask or (before.buffer == 7).all()
 
 
 def test_a_mask_of_which_the_prefix_is_read_is_filled():

@@ -23,7 +23,8 @@ from cast_sglang.serving.launch.backends import (
 
 def made_up(**given):
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    more = ("speculative_draft_attention_backend", "enable_lora", "lora_paths")
+    more = ("speculative_draft_attention_backend", "speculative_eagle_topk")
+    more += ("enable_lora", "lora_paths")
     values = dict.fromkeys((*names, *more))
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     values |= {"device": "cuda", "cuda_graph_config": graphs}
@@ -52,8 +53,15 @@ def target(monkeypatch):
     [
         # What stock SGLang chooses for prompts: on Hopper, elsewhere, and on Blackwell for chains.
         ({"attention_backend": "fa3"}, "fa3", "fa3", "triton"),
-        ({"attention_backend": "flashinfer"}, "flashinfer", "triton", "triton"),
+        ({"attention_backend": "flashinfer"}, "flashinfer", "flashinfer", "triton"),
         ({"attention_backend": "trtllm_mha"}, "trtllm_mha", "triton", "triton"),
+        (
+            {"attention_backend": "trtllm_mha", "speculative_eagle_topk": 1},
+            "trtllm_mha",
+            "trtllm_mha",
+            "triton",
+        ),
+        ({"attention_backend": "fa4"}, "fa4", "triton", "triton"),
         ({"attention_backend": "triton"}, "triton", "triton", None),
         # What a user may ask for.
         (
@@ -81,9 +89,9 @@ def target(monkeypatch):
             "triton",
         ),
         (
-            {"attention_backend": "flashinfer", "decode_attention_backend": "flashinfer"},
+            {"attention_backend": "flashinfer", "decode_attention_backend": "triton"},
             "flashinfer",
-            "flashinfer",
+            "triton",
             "triton",
         ),
     ],
@@ -108,13 +116,23 @@ def test_prompts_stay_where_they_are_and_verify_runs_where_it_can(given, prefill
         {"has_attention_sinks": True},
     ],
 )
-def test_windows_and_sinks_are_verified_on_triton(layers, target):
+@pytest.mark.parametrize("backend", ["fa3", "flashinfer"])
+def test_windows_and_sinks_are_verified_on_triton(backend, layers, target):
     vars(target).update(layers)
-    args = made_up(attention_backend="fa3")
+    args = made_up(attention_backend=backend)
     set_attention_backends(args)
-    assert args.prefill_attention_backend == "fa3" and verify_backend(args) == "triton"
-    with pytest.raises(HostError, match="fa3: CAST does not verify on it where.*pass triton"):
-        set_attention_backends(made_up(attention_backend="fa3", decode_attention_backend="fa3"))
+    assert args.prefill_attention_backend == backend and verify_backend(args) == "triton"
+    with pytest.raises(HostError, match=f"{backend}: CAST does not verify on it where.*triton"):
+        set_attention_backends(made_up(decode_attention_backend=backend))
+    chain = made_up(attention_backend="trtllm_mha", speculative_eagle_topk=1)
+    set_attention_backends(chain)
+    assert verify_backend(chain) == "trtllm_mha"
+
+
+def test_trtllm_mha_verifies_chains_alone():
+    args = made_up(decode_attention_backend="trtllm_mha", speculative_eagle_topk=8)
+    with pytest.raises(HostError, match="drafts are trees.*--speculative-eagle-topk 1.*triton"):
+        set_attention_backends(args)
 
 
 def test_a_window_that_no_layer_uses_is_none(target):
@@ -126,7 +144,7 @@ def test_a_window_that_no_layer_uses_is_none(target):
     assert verify_backend(args) == "fa3"
 
 
-@pytest.mark.parametrize(("backend", "verifies"), [("fa3", "fa3"), ("flashinfer", "triton")])
+@pytest.mark.parametrize(("backend", "verifies"), [("flashinfer", "flashinfer"), ("fa4", "triton")])
 def test_an_engine_without_flags_gets_what_a_command_gets(backend, verifies):
     """Through SGLang's own record of a launch, where the backend is resolved and not given."""
     args = ServerArgs(model_path="m", device="cuda")
@@ -171,7 +189,7 @@ def test_what_stock_chooses_on_a_gpu_is_kept_for_prompts(gpu, topk, prefill, mon
     record_foreign_defaults(args, "cast", set_attention_backends)
     found = resolving_view(args)
     assert (found.prefill_attention_backend or backend) == prefill
-    assert verify_backend(found) == ("fa3" if prefill == "fa3" else "triton")
+    assert verify_backend(found) == prefill
 
 
 @pytest.mark.parametrize(("backend", "draft"), [("cast_cpu", None), (None, "cast_cpu")])
@@ -207,7 +225,7 @@ def test_backends_that_prompts_cannot_run_on(flag, device, backend, advised):
         set_attention_backends(made_up(device=device, **given))
 
 
-@pytest.mark.parametrize("backend", ["fa4", "flashmla", "trtllm_mha", "torch_native"])
+@pytest.mark.parametrize("backend", ["fa4", "flashmla", "torch_native"])
 @pytest.mark.parametrize(("device", "advised"), [("cuda", "triton"), ("cpu", "cast_cpu")])
 def test_backends_that_cannot_verify(backend, device, advised):
     args = made_up(device=device, decode_attention_backend=backend)
@@ -228,11 +246,7 @@ def test_the_draft_runs_on_triton(backend):
         ({"attention_backend": "triton"}, {}, None),
         ({"attention_backend": "fa3"}, {}, None),
         ({"attention_backend": "flashinfer"}, {}, None),
-        (
-            {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
-            {},
-            "verify runs on flashinfer.*--decode-attention-backend triton",
-        ),
+        ({"attention_backend": "trtllm_mha", "speculative_eagle_topk": 1}, {}, None),
         ({"attention_backend": "triton"}, {"graphs": "off"}, "--cast-graphs off"),
         ({"attention_backend": "triton", "enable_lora": True}, {}, "adapters are captured"),
         ({"attention_backend": "triton", "lora_paths": ["a=b"]}, {}, "adapters are captured"),
