@@ -25,6 +25,7 @@ OTHER_KINDS = {
     "draft_extend": "a cost profile; give it with --profile",
     "paper_gpu": "simulated GPUs of bench_gpus",
     "heads": "draft heads of bench_heads",
+    "leaked": "requests under faults of soak",
 }
 OTHER_ROWS = {
     "setting": "replays of bench_sweep",
