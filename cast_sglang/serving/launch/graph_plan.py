@@ -110,7 +110,5 @@ def most_rows(cost_model: CostModel, limits: Limits, config: CastConfig, batch_s
     if needs_whole_trees(config):
         return limits.max_verify_rows
     depth = (limits.max_extend_rows or limits.max_verify_rows) - 1
-    if config.copying == "on":  # a copy may be as long as there are rows
-        depth = limits.max_verify_rows - 1
     ends = (cost_model.step_costs(batch_size, end) for end in (1, limits.longest_context))
     return max(most_that_pays(costs.verify, plain_units(costs), depth) for costs in ends)
