@@ -149,7 +149,8 @@ class Row(NamedTuple):
     model: str
     gpu: str
     stock: Launch
-    trees: Launch  # CAST without a flag
+    served: Launch  # CAST without a flag
+    trees: Launch  # the same, or where it is a chain CAST with --speculative-eagle-topk 8
     chains: Launch  # CAST with --speculative-eagle-topk 1
 
 
@@ -165,9 +166,12 @@ def rows() -> list[Row]:
             for gpu in GPUS:
                 stock = [*_flags(target, draft), "--speculative-algorithm", model.algorithm]
                 cast = [*_flags(target, draft), "--speculative-algorithm", "CAST"]
-                chain = [*cast, "--speculative-eagle-topk", "1"]
+                trees, chains = ([*cast, "--speculative-eagle-topk", topk] for topk in ("8", "1"))
                 with _machine(gpu):
-                    found.append(Row(name, gpu, *map(_resolved, (stock, cast, chain))))
+                    served = _resolved(cast)
+                    is_chain = "-1-" in served.shape
+                    grown = _resolved(trees) if is_chain else served
+                    found.append(Row(name, gpu, _resolved(stock), served, grown, _resolved(chains)))
     return found
 
 
@@ -180,8 +184,7 @@ def table(found: Sequence[Row]) -> list[str]:
     ]
     alike: dict[tuple[str, str], list[str]] = {}
     for row in found:
-        served = row.trees if not row.trees.refused else row.chains
-        cells = [row.stock.shape, _attention(row.stock), _attention(served)]
+        cells = [row.stock.shape, _attention(row.stock), _attention(row.served)]
         cells += [launch.refused or "yes" for launch in (row.trees, row.chains)]
         alike.setdefault((row.model, " | ".join(cells)), []).append(row.gpu)
     for (model, cells), gpus in alike.items():
@@ -243,7 +246,7 @@ def _reason(message: str) -> str:
     """Return the part of a refusal that says why."""
     for key, reason in (
         ("MLA", "MLA"),
-        ("linear-attention", "linear attention"),
+        ("linear-attention layers", "linear attention"),
         ("pages of one token", "pages above 1"),
     ):
         if key in message:

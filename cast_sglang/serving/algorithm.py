@@ -29,6 +29,7 @@ from cast_sglang.serving.launch.reserve import (
     reserve_of_server,
     shrink_envelope,
 )
+from cast_sglang.serving.launch.target import target_config
 from cast_sglang.serving.learned import LearnedFile
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class CastAlgorithm(CustomSpecAlgo):
                 server_args.speculative_draft_model_revision,
                 server_args.trust_remote_code,
             )
-        set_envelope(server_args, one_pass_depth(draft_config))
+        set_envelope(server_args, one_pass_depth(draft_config), target_config(server_args))
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         check_copying(config, server_args)
         check_pair(server_args)

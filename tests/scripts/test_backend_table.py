@@ -21,10 +21,10 @@ def test_the_document_has_what_launches_come_to():
 
 def test_gpus_with_the_same_launches_share_a_line():
     stock, served = Launch("3-1-4", "fa3", "fa3"), Launch("8-8-32", "fa3", "triton", "triton")
-    rows = [Row("M", gpu, stock, served, served) for gpu in ("Hopper", "B200")]
+    rows = [Row("M", gpu, stock, served, served, served) for gpu in ("Hopper", "B200")]
     pages = Launch("8-1-9", "trtllm_mha", "triton", "triton", 64)
     refused = Launch(refused="refused: pages above 1")
-    rows.append(Row("M", "Ampere, Ada", stock, refused, pages))
+    rows.append(Row("M", "Ampere, Ada", stock, pages, refused, pages))
     paged = "`trtllm_mha`, `triton`, `triton`, pages of 64"
     assert table(rows)[2:] == [
         "| M | Hopper; B200 | 3-1-4 | `fa3` | `fa3`, `triton`, `triton` | yes | yes |",

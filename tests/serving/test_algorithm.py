@@ -7,18 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang.srt.runtime_context import get_context
 from sglang.srt.speculative import spec_registry
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from transformers import LlamaConfig
 
 from benchmarks.harness.pairs import tiny_pair
 from cast_sglang.errors import ConfigError, HostError
 from cast_sglang.serving import algorithm as module
 from cast_sglang.serving.algorithm import CastAlgorithm
-from cast_sglang.serving.launch import arguments
+from cast_sglang.serving.launch import arguments, backends
 from cast_sglang.serving.launch.reserve import Reserve
 from tests.support.builders import make_identity
 
@@ -36,6 +38,7 @@ def server_args(**given):
     values = dict(
         model_path="some/target",
         revision=None,
+        page_size=None,
         speculative_draft_model_path="some/draft",
         speculative_draft_model_revision=None,
         trust_remote_code=False,
@@ -63,6 +66,9 @@ def checked(monkeypatch):
     log = []
     monkeypatch.setattr(module, "check_pair", lambda args: log.append("pair"))
     monkeypatch.setattr(module, "read_draft_config", lambda *draft: SimpleNamespace())
+    target = SimpleNamespace(hf_config=LlamaConfig(), attention_arch=AttentionArch.MHA)
+    for reader in (module, backends):
+        monkeypatch.setattr(reader, "target_config", lambda args: target)
 
     def announce(config, args):
         log.append("profile")

@@ -5,6 +5,7 @@ or lengths that do not add up end the server, and wrong slots or masks give othe
 decoding.
 """
 
+import itertools
 import math
 import sys
 from types import ModuleType, SimpleNamespace
@@ -48,11 +49,12 @@ def up_to_the_own(rows, length, is_causal=True, window=-1):
 
 
 def attend_to_pages(
-    q, k_cache, v_cache, table, lengths, ends, scale, causal, window=-1, sinks=None
+    q, k_cache, v_cache, table, lengths, ends, scale, causal, window=-1, sinks=None, qv=None
 ):
     """Attend with the rows of each request to its pages of a cache [pages, page, KV heads, D].
 
     Args:
+        qv: [T, H, Dv], of latent attention: more of the queries, whose keys are the values.
         table: [B, pages] int32.
         lengths: [B] int32, keys of each request.
         ends: [B + 1] int32, where the rows of each request begin and end.
@@ -65,7 +67,10 @@ def attend_to_pages(
     ends, lengths, page_size = ends.tolist(), lengths.tolist(), k_cache.shape[1]
     assert len(ends) == len(lengths) + 1 == len(table) + 1
     assert ends[0] == 0 and ends[-1] == len(q) and min(np.diff(ends)) > 0
-    attended, sums = torch.zeros_like(q), q.new_full((q.shape[1], len(q)), NOTHING)
+    attended = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
+    sums = q.new_full((q.shape[1], len(q)), NOTHING)
+    if qv is not None:
+        q, k_cache = torch.cat((q, qv), dim=-1), torch.cat((k_cache, v_cache), dim=-1)
     for number, length in enumerate(lengths):
         if not length:
             continue
@@ -97,16 +102,48 @@ def flash_attn_with_kvcache(
     scheduler_metadata=None,
     out=None,
     ver=3,
+    qv=None,
+    k_descale=None,
+    v_descale=None,
 ):
     """Attend as `fa3` does."""
+    assert k_descale is None and v_descale is None
     assert window_size == (-1, -1) and not softcap and out is None and ver == 3
     assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
     if cu_seqlens_k_new is not None:
         assert cu_seqlens_k_new.tolist() == [0, *cache_seqlens.cumsum(0).tolist()]
-    attended, sums = attend_to_pages(
-        q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, softmax_scale, causal
-    )
+    layout = page_table, cache_seqlens, cu_seqlens_q
+    attended, sums = attend_to_pages(q, k_cache, v_cache, *layout, softmax_scale, causal, qv=qv)
     return (attended, sums) if return_softmax_lse else attended
+
+
+def flash_attn_varlen_func(
+    *,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    return_softmax_lse=False,
+    out=None,
+    ver=3,
+):
+    """Attend as `fa3` does with prompts of latent attention: [T, H, D] to [S, H, D]."""
+    assert causal and not return_softmax_lse and out is None and ver == 3
+    attended = q.new_zeros(*q.shape[:2], v.shape[-1])
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    parts = [(slice(a, b), slice(c, d)) for (a, c), (b, d) in itertools.pairwise(ends)]
+    assert parts[-1][0].stop == len(q) and parts[-1][1].stop == len(k)
+    for rows, keys in parts:
+        num_rows, length = rows.stop - rows.start, keys.stop - keys.start
+        assert num_rows <= max_seqlen_q and length <= max_seqlen_k
+        allowed = up_to_the_own(num_rows, length)
+        attended[rows], _ = attend(q[rows], k[keys], v[keys], softmax_scale, allowed)
+    return attended
 
 
 def merge_states(first, first_sums, second, second_sums, *args, **kwargs):
@@ -355,7 +392,8 @@ def install() -> None:
     """Make them backends of this process."""
     kernels, flash = ModuleType("sgl_kernel"), ModuleType("sgl_kernel.flash_attn")
     kernels.merge_state_v2 = merge_states
-    flash.flash_attn_with_kvcache = flash.flash_attn_varlen_func = flash_attn_with_kvcache
+    flash.flash_attn_with_kvcache = flash_attn_with_kvcache
+    flash.flash_attn_varlen_func = flash_attn_varlen_func
     flash.get_scheduler_metadata = lambda **sizes: None
     sys.modules.update({"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash})
     from sglang.srt.arg_groups import attention_hook
@@ -367,6 +405,7 @@ def install() -> None:
     from cast_sglang.serving.launch import backends
 
     fa3.flash_attn_with_kvcache = flash_attn_with_kvcache
+    fa3.flash_attn_varlen_func = flash_attn_varlen_func
     fa3.merge_state_v2_wrapper = fa3.merge_state_v2 = merge_states
     ATTENTION_BACKENDS["fa3"] = fa3.FlashAttentionBackend
     flashinfer.torch = OnTheHost()

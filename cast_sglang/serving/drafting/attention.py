@@ -61,11 +61,14 @@ def _cpu_tree_backend(draft_runner: ModelRunner) -> Any:
 
 def _triton_tree_backend(draft_runner: ModelRunner, topk: int) -> Any:
     max_rows = draft_runner.req_to_token_pool.size * topk
-    return triton_tree_backend_class()(
+    backend = triton_tree_backend_class()(
         draft_runner,
         skip_prefill=True,
         kv_indptr_buf=torch.zeros(max_rows + 1, dtype=torch.int32, device=draft_runner.device),
     )
+    # A draft with MLA asks the backend for its name, which else is the target's.
+    backend.prefill_attention_backend_str = backend.decode_attention_backend_str = "triton"
+    return backend
 
 
 def triton_tree_backend_class() -> type:

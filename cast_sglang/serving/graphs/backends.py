@@ -99,6 +99,8 @@ class VerifyBackends:
             backend = ATTENTION_BACKENDS[self.name](self._runner)
         if self.lays_out_one_size:
             leave_room(backend)
+        for phase in ("prefill", "decode"):  # models with latent attention ask it for its name
+            setattr(backend, f"{phase}_attention_backend_str", self.name)
         return backend
 
     @contextlib.contextmanager

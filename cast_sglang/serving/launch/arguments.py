@@ -15,8 +15,10 @@ from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import read_config, read_draft_config
+from cast_sglang.serving.launch.target import why_chains
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
 __all__ = [
@@ -87,13 +89,17 @@ def verify_sizes(config: CastConfig, num_draft_tokens: int) -> tuple[int, ...]:
     return config.verify_sizes
 
 
-def set_envelope(server_args: ServerArgs, depth: int | None = None) -> None:
+def set_envelope(
+    server_args: ServerArgs, depth: int | None = None, target: ModelConfig | None = None
+) -> None:
     """Fill in the largest tree a step may have, and refuse one that cannot be.
 
-    Without a draft model it is a chain: each node has one copied child.
+    Without a draft model it is a chain: each node has one copied child. So it is where the target
+    or the pages of the cache take chains alone.
 
     Args:
         depth: tokens ahead that the draft drafts in one pass; None for one that drafts by steps.
+        target: config of the target; None for one that takes trees.
 
     Raises:
         HostError: names the flag and the fix.
@@ -106,6 +112,13 @@ def set_envelope(server_args: ServerArgs, depth: int | None = None) -> None:
             raise HostError(
                 f"--speculative-eagle-topk {server_args.speculative_eagle_topk}: without "
                 "--speculative-draft-model-path a node has one child, the copied one; drop the flag"
+            )
+    elif reason := _why_chains(server_args, target):
+        topk = 1
+        if server_args.speculative_eagle_topk not in (None, topk):
+            raise HostError(
+                f"--speculative-eagle-topk {server_args.speculative_eagle_topk}: drafts for this "
+                f"target are chains, because {reason}; pass 1, or drop the flag"
             )
     if server_args.speculative_num_steps is None:
         server_args.speculative_num_steps = steps
@@ -130,6 +143,16 @@ def set_envelope(server_args: ServerArgs, depth: int | None = None) -> None:
             f"--speculative-num-draft-tokens {tokens}: {'a tree' if topk > 1 else 'a chain'} of "
             f"{steps} steps and topk {topk} has 2..{most} nodes, root included"
         )
+
+
+def _why_chains(server_args: ServerArgs, target: ModelConfig | None) -> str | None:
+    """Return why drafts are chains; None where they may be trees."""
+    if (server_args.page_size or 1) > 1:
+        return (
+            f"nodes of a tree share their ancestors' slots, so trees need pages of one token, and "
+            f"the cache has pages of {server_args.page_size}"
+        )
+    return None if target is None else why_chains(target)
 
 
 def check_device() -> None:
@@ -167,12 +190,6 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
             raise HostError(
                 f"{flag} cannot be combined with --speculative-algorithm CAST: {advice}"
             )
-    if (args.page_size or 1) > 1 and has_draft and args.speculative_eagle_topk != 1:
-        raise HostError(
-            f"--page-size {args.page_size}: nodes of a tree share their ancestors' slots, so trees "
-            "need pages of one token; use 1, an attention backend that does not ask for more, or "
-            "chains: --speculative-eagle-topk 1"
-        )
     if has_draft:
         read_draft_config(*draft, args.trust_remote_code)
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cast_sglang.cpu.names import ATTENTION_BACKEND
 from cast_sglang.errors import HostError
+from cast_sglang.serving.launch.target import has_latent_attention, target_config
 
 if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
     from cast_sglang.config import CastConfig
@@ -47,6 +47,9 @@ VERIFY_BACKENDS = {
 }
 # Prompts are no trees, so these may prefill beside `triton`: their cache holds a token as its does.
 PREFILL_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3", "fa4", "trtllm_mha")
+# The same for multi-head latent attention (MLA), whose kernels are others.
+MLA_VERIFY_BACKENDS: tuple[str, ...] = ("triton", "fa3")
+MLA_PREFILL_BACKENDS: tuple[str, ...] = ("triton", "flashinfer", "fa3", "trtllm_mla")
 
 
 def set_attention_backends(server_args: ServerArgs) -> None:
@@ -60,6 +63,8 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     """
     is_cpu = server_args.device == "cpu"
     verifies, prefills = tuple(VERIFY_BACKENDS), PREFILL_BACKENDS
+    if has_latent_attention(target_config(server_args)):
+        verifies, prefills = MLA_VERIFY_BACKENDS, MLA_PREFILL_BACKENDS
     if is_cpu:
         verifies = prefills = _backends_of_the_cpu(server_args)
     flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
@@ -111,7 +116,7 @@ def _why_not(name: str, server_args: ServerArgs) -> str | None:
         return "drafts are trees (chains: --speculative-eagle-topk 1)"
     if backend.windows:
         return None
-    config = _target_config(server_args)
+    config = target_config(server_args)
     has_window = config.sliding_window_size is not None and getattr(
         config.hf_text_config, "use_sliding_window", True
     )
@@ -120,12 +125,6 @@ def _why_not(name: str, server_args: ServerArgs) -> str | None:
     if config.has_attention_sinks:
         return "the target has attention sinks"
     return None
-
-
-def _target_config(server_args: ServerArgs) -> ModelConfig:
-    from sglang.srt.configs.model_config import ModelConfig
-
-    return ModelConfig.from_server_args(server_args)
 
 
 def _backends_of_the_cpu(server_args: ServerArgs) -> tuple[str, ...]:

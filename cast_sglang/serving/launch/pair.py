@@ -1,17 +1,17 @@
-"""The pair of models of a launch: whether they fit each other, and what CAST can serve."""
+"""The pair of models of a launch: whether they fit each other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import architecture, is_eagle_config, read_draft_config
+from cast_sglang.serving.launch.target import check_target, target_config
 
 if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["check_pair", "check_target"]
+__all__ = ["check_pair"]
 
 
 def check_pair(server_args: ServerArgs) -> None:
@@ -22,18 +22,16 @@ def check_pair(server_args: ServerArgs) -> None:
     Raises:
         HostError: names the flag and the fix.
     """
-    from sglang.srt.configs.model_config import ModelConfig
-
-    target_config = ModelConfig.from_server_args(server_args)
+    config = target_config(server_args)
     draft_path = server_args.speculative_draft_model_path
     if draft_path is None:
-        check_target(server_args.model_path, target_config)
+        check_target(server_args.model_path, config)
         return
     draft = read_draft_config(
         draft_path, server_args.speculative_draft_model_revision, server_args.trust_remote_code
     )
-    check_target(server_args.model_path, target_config)
-    target = target_config.hf_text_config
+    check_target(server_args.model_path, config)
+    target = config.hf_text_config
     if not (is_eagle_config(draft) or _has_mtp_layer(server_args)):
         raise HostError(
             f"--speculative-draft-model-path {draft_path}: {architecture(draft)} is no EAGLE or "
@@ -64,29 +62,3 @@ def _has_mtp_layer(server_args: ServerArgs) -> bool:
     )
     # So SGLang names the classes of such layers, whatever the checkpoint calls itself.
     return architecture(draft.hf_config).endswith(("NextN", "MTP"))
-
-
-def check_target(path: str, model_config: ModelConfig | Any) -> None:
-    """Refuse a target whose layers cannot verify another number of rows in every step.
-
-    Judged by what SGLang will build for it, not by its name.
-
-    Raises:
-        HostError: names the flag, the reason and the fix.
-    """
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import AttentionArch
-
-    reason = None
-    if mambaish_config(model_config) is not None:
-        reason = (
-            "it has linear-attention layers, whose states SGLang keeps for every row of one fixed "
-            "number of verified rows, and CAST verifies another number in every step"
-        )
-    elif model_config.attention_arch == AttentionArch.MLA:
-        reason = "it has multi-head latent attention (MLA), which CAST has never been run with"
-    if reason is not None:
-        raise HostError(
-            f"--model-path {path}: CAST does not serve this target: {reason}; use SGLang's own "
-            "--speculative-algorithm EAGLE, EAGLE3 or NEXTN"
-        )

@@ -15,6 +15,7 @@ from cast_sglang.serving.launch.backends import verify_backend
 from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.graph_plan import choose_sizes, most_rows
 from cast_sglang.serving.launch.identity import architecture, captures_decode
+from cast_sglang.serving.launch.target import has_latent_attention
 from cast_sglang.serving.step_room import (
     STOCK_TREE,
     Envelope,
@@ -43,8 +44,11 @@ __all__ = [
 INDEX_BYTES = 8  # a cache slot in a list on a device
 TABLE_BYTES = 4  # a cache slot in the request pool's table
 FLOAT_BYTES = 4
-# Of `triton`'s decode: its partial results are kept for so many parts of a prefix (its default).
+# Of `triton`'s decode: its partial results are kept for so many parts of a prefix (its default). Of
+# latent attention there may be one for each multiprocessor, so many on Hopper and Blackwell, which
+# rounds their 132 and 148 up, and at most one for so many tokens.
 KV_SPLITS = 8
+LATENT_KV_SPLITS, LATENT_SPLIT_TOKENS = 256, 32
 # A captured graph beside torch's memory: what SGLang counts for those of prefill
 # (`reserve_for_graph_mb`).
 GRAPH_BYTES = 8 << 20
@@ -76,6 +80,7 @@ class Shapes(NamedTuple):
     draft_kv_bytes: int  # the draft's part of it
     draft_heads: int  # 0 without a draft model
     draft_head_dim: int
+    draft_kv_splits: int
     overlaps: bool  # the step before may still run when the next one is prepared
     is_whole: bool  # as of `step_reserve`
     captured: Captured = Captured()
@@ -134,7 +139,7 @@ def reserve_of(shapes: Shapes) -> Reserve:
         Item("lists of captured draft layers", nodes * longest * INDEX_BYTES),
         Item(
             "partial results of captured draft layers",
-            nodes * s.draft_heads * KV_SPLITS * (s.draft_head_dim + 1) * FLOAT_BYTES,
+            nodes * s.draft_heads * s.draft_kv_splits * (s.draft_head_dim + 1) * FLOAT_BYTES,
         ),
         Item("lists of captured plain steps", plain * longest * INDEX_BYTES),
         Item(
@@ -252,7 +257,8 @@ def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
         kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
         draft_kv_bytes=draft_kv_bytes,
         draft_heads=0 if draft is None else draft.num_attention_heads // tp_size,
-        draft_head_dim=0 if draft is None else draft.head_dim,
+        draft_head_dim=0 if draft is None else _value_dim(draft),
+        draft_kv_splits=0 if draft is None else _kv_splits(draft),
         overlaps=not server_args.disable_overlap_schedule,
         is_whole=needs_whole_trees(config),
         copy_depth=deepest_copy(
@@ -297,7 +303,7 @@ def _captured(
         graphs += len(of_verify) - 1
         if draft is not None:
             widths = plan.widths.at(size) if plan.widths and config.graphs == "all" else ()
-            share = draft.num_hidden_layers / target.num_hidden_layers
+            share = _num_layers(draft) / target.num_hidden_layers
             graphs += (len(widths) + len(plan.extend.at(size)) - 2) * share
     own = {1, *plan.verify.sizes} - {rows} if runs_on_fa3 else set()
     return Captured(max(0.0, graphs), max(0, held), tuple(sorted(own)), most)
@@ -339,4 +345,24 @@ def _kv_bytes(model: Any, tp_size: int, server_args: ServerArgs) -> int:
     named = {"fp8_e5m2": torch.float8_e5m2, "fp8_e4m3": torch.float8_e4m3fn}
     size = named.get(name, torch.bfloat16 if name in ("bf16", "bfloat16") else model.dtype).itemsize
     per_layer = model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim)
-    return int(model.num_hidden_layers * per_layer * size)
+    if has_latent_attention(model):  # one row for all heads, on every GPU
+        per_layer = model.kv_lora_rank + model.qk_rope_head_dim
+    return int(_num_layers(model) * per_layer * size)
+
+
+def _num_layers(model: Any) -> int:
+    """Return the layers that are run; the config of an MTP layer names the target's too."""
+    return int((model.is_draft_model and model.num_nextn_predict_layers) or model.num_hidden_layers)
+
+
+def _value_dim(draft: Any) -> int:
+    """Return the size of what a head of `triton`'s decode attends to."""
+    return int(draft.kv_lora_rank if has_latent_attention(draft) else draft.head_dim)
+
+
+def _kv_splits(draft: Any) -> int:
+    """Return for how many parts of a prefix `triton`'s decode keeps results."""
+    if not has_latent_attention(draft):
+        return KV_SPLITS
+    splits = 1 << (draft.context_len // LATENT_SPLIT_TOKENS - 1).bit_length()
+    return max(KV_SPLITS, min(LATENT_KV_SPLITS, splits))

@@ -37,18 +37,6 @@ def test_what_cast_cannot_run_with_is_refused(flag):
         arguments.check_flags(flags(**{name: OTHER_VALUES.get(flag, True)}))
 
 
-@pytest.mark.parametrize("topk", [None, 2, 8])
-def test_trees_need_pages_of_one_token(topk):
-    arguments.check_flags(flags(page_size=1, speculative_eagle_topk=topk))
-    with pytest.raises(HostError, match="^--page-size 64: .*--speculative-eagle-topk 1"):
-        arguments.check_flags(flags(page_size=64, speculative_eagle_topk=topk))
-
-
-@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
-def test_chains_run_on_pages_of_any_size(page_size):
-    arguments.check_flags(flags(page_size=page_size, speculative_eagle_topk=1))
-
-
 @pytest.mark.parametrize("num_layers", [0, 1, None])
 def test_a_target_with_an_mtp_layer_needs_no_draft(num_layers, monkeypatch):
     read = []
@@ -73,15 +61,16 @@ def test_a_draft_that_is_given_stays():
     assert args.speculative_draft_model_path == "d"
 
 
-def envelope(steps, topk, tokens, draft="d"):
+def envelope(steps, topk, tokens, draft="d", page_size=None, target=None):
     args = SimpleNamespace(
         speculative_draft_model_path=draft,
         speculative_num_steps=steps,
         speculative_eagle_topk=topk,
         speculative_num_draft_tokens=tokens,
+        page_size=page_size,
     )
-    arguments.set_envelope(args)
-    return tuple(vars(args).values())[1:]
+    arguments.set_envelope(args, target=target)
+    return tuple(vars(args).values())[1:4]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +86,45 @@ def envelope(steps, topk, tokens, draft="d"):
 )
 def test_what_is_left_open_fits_what_is_given(given, found):
     assert envelope(*given) == found
+
+
+TREES, LATENT = "trees", "latent"
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    """Stand in for what SGLang says of a target."""
+    monkeypatch.setattr(arguments, "why_chains", {LATENT: "of latent attention"}.get)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, (8, 8, 32)),
+        ({"page_size": 1}, (8, 8, 32)),
+        ({"page_size": 64}, (8, 1, 9)),
+        ({"target": LATENT}, (8, 1, 9)),
+        ({"target": LATENT, "page_size": 64}, (8, 1, 9)),
+        ({"target": LATENT, "draft": None}, (31, 1, 32)),
+    ],
+)
+def test_drafts_are_chains_where_trees_cannot_be(given, found, targets):
+    shape = dict.fromkeys(("steps", "topk", "tokens"))
+    assert envelope(**{**shape, "target": TREES, **given}) == found
+    if found[1] == 1:
+        assert envelope(**{**shape, "target": TREES, **given, "topk": 1}) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"page_size": 64}, "the cache has pages of 64"),
+        ({"target": LATENT}, "of latent attention"),
+    ],
+)
+def test_trees_are_refused_where_drafts_are_chains(given, says, targets):
+    with pytest.raises(HostError, match=f"^--speculative-eagle-topk 4: .*{says}; pass 1, or drop"):
+        envelope(**{"steps": 3, "topk": 4, "tokens": 8, "target": TREES, **given})
 
 
 @pytest.mark.parametrize(
@@ -139,9 +167,9 @@ def test_chains_that_cannot_be_without_a_draft(given, says):
         envelope(*given, draft=None)
 
 
-def test_without_a_draft_pages_may_have_any_size(monkeypatch):
-    monkeypatch.setattr(arguments, "read_config", lambda *target: SimpleNamespace())
-    arguments.check_flags(flags(page_size=64, speculative_draft_model_path=None))
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_without_a_draft_pages_may_have_any_size(page_size):
+    assert envelope(None, None, None, draft=None, page_size=page_size) == (31, 1, 32)
 
 
 def pair(topk=8, draft="d"):

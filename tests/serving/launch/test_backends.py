@@ -8,6 +8,7 @@ import pytest
 import triton
 from sglang.srt.arg_groups import model_override_base
 from sglang.srt.arg_groups.overrides import record_foreign_defaults, resolving_view
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
@@ -37,6 +38,7 @@ PLAIN_LAYERS = {
     "attention_chunk_size": None,
     "has_attention_sinks": False,
     "hf_text_config": SimpleNamespace(),
+    "attention_arch": AttentionArch.MHA,
 }
 
 
@@ -44,7 +46,7 @@ PLAIN_LAYERS = {
 def target(monkeypatch):
     """The target of all launches here, as SGLang's configuration describes it."""
     config = SimpleNamespace(**PLAIN_LAYERS)
-    monkeypatch.setattr(module, "_target_config", lambda args: config)
+    monkeypatch.setattr(module, "target_config", lambda args: config)
     return config
 
 
@@ -133,6 +135,28 @@ def test_trtllm_mha_verifies_chains_alone():
     args = made_up(decode_attention_backend="trtllm_mha", speculative_eagle_topk=8)
     with pytest.raises(HostError, match="drafts are trees.*--speculative-eagle-topk 1.*triton"):
         set_attention_backends(args)
+
+
+@pytest.mark.parametrize(
+    ("backend", "verifies"), [("fa3", "fa3"), ("triton", "triton"), ("trtllm_mla", "triton")]
+)
+def test_latent_attention_verifies_where_its_kernels_can(backend, verifies, target):
+    target.attention_arch = AttentionArch.MLA
+    args = made_up(attention_backend=backend)
+    set_attention_backends(args)
+    assert (args.prefill_attention_backend or backend) == backend
+    assert verify_backend(args) == verifies
+    # No other target has prompts there.
+    target.attention_arch = AttentionArch.MHA
+    with pytest.raises(HostError, match="--attention-backend trtllm_mla.*triton"):
+        set_attention_backends(made_up(attention_backend="trtllm_mla"))
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "trtllm_mla", "flashmla"])
+def test_kernels_of_latent_attention_that_were_never_tried(backend, target):
+    target.attention_arch = AttentionArch.MLA
+    with pytest.raises(HostError, match=f"--decode-attention-backend {backend}.*pass triton"):
+        set_attention_backends(made_up(decode_attention_backend=backend))
 
 
 def test_a_window_that_no_layer_uses_is_none(target):

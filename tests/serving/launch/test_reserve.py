@@ -39,6 +39,7 @@ SHAPES = Shapes(
     draft_kv_bytes=512,
     draft_heads=4,
     draft_head_dim=16,
+    draft_kv_splits=KV_SPLITS,
     overlaps=True,
     is_whole=True,
 )

@@ -1,0 +1,65 @@
+"""What SGLang builds for a target, and what CAST can do with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cast_sglang.errors import HostError
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+__all__ = [
+    "check_target",
+    "has_latent_attention",
+    "target_config",
+    "why_chains",
+]
+
+
+def target_config(server_args: ServerArgs) -> ModelConfig:
+    """Return SGLang's configuration of the target; no model is loaded."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig.from_server_args(server_args)
+
+
+def check_target(path: str, model_config: ModelConfig | Any) -> None:
+    """Refuse a target whose layers cannot verify another number of rows in every step.
+
+    Judged by what SGLang will build for it, not by its name.
+
+    Raises:
+        HostError: names the flag, the reason and the fix.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    reason = None
+    if mambaish_config(model_config) is not None:
+        reason = (
+            "it has linear-attention layers whose states SGLang keeps for one fixed number of "
+            "verified rows, and CAST verifies another number in every step"
+        )
+    elif is_deepseek_dsa(model_config.hf_config):
+        reason = "it has sparse attention (DSA), which CAST has never been run with"
+    if reason is not None:
+        raise HostError(
+            f"--model-path {path}: CAST does not serve this target: {reason}; use SGLang's own "
+            "--speculative-algorithm EAGLE, EAGLE3 or NEXTN"
+        )
+
+
+def has_latent_attention(model_config: ModelConfig | Any) -> bool:
+    """Return whether it has multi-head latent attention (MLA)."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return bool(model_config.attention_arch == AttentionArch.MLA)
+
+
+def why_chains(model_config: ModelConfig | Any) -> str | None:
+    """Return why drafts for a target are chains; None where they may be trees."""
+    if has_latent_attention(model_config):
+        return "trees were never tried with multi-head latent attention (MLA)"
+    return None

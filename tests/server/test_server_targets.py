@@ -1,0 +1,76 @@
+"""A target whose drafts are chains: latent attention, as DeepSeek V3 has it.
+
+A tiny one with random weights and an MTP layer, on the path of a GPU (`tests/support/interpreted`):
+kernels in Triton's interpreter, recorded graphs, overlap scheduling.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.server.client import generate
+from tests.server.conftest import ServerFactory
+from tests.server.test_server_chains import num_accepted
+from tests.server.test_server_interpreted import CHAIN
+from tests.support.interpreted import (
+    BATCHES,
+    DENSE,
+    ENVIRONMENT,
+    REPLAYS_FILE,
+    CapturedServer,
+)
+from tests.support.tiny_targets import write_latent_target
+
+# An interpreted step takes seconds.
+pytestmark = [pytest.mark.server, pytest.mark.extended, pytest.mark.timeout(1800)]
+
+TRITON = ("--attention-backend", "triton")
+FA3 = ("--attention-backend", "fa3", "--decode-attention-backend", "fa3")
+NUM_TOKENS = 8
+FLAGS = (
+    *("--max-running-requests", "4", "--skip-server-warmup", "--disable-radix-cache"),
+    *("--context-length", "64"),
+)
+
+
+@pytest.mark.parametrize("backend", [TRITON, FA3], ids=["triton", "fa3"])
+def test_chains_of_captured_passes_equal_plain_decoding(
+    start_server: ServerFactory, pair, prompts, tmp_path: Path, backend
+):
+    """One request, then three, whose graphs are those of four, then one that is decoded plainly."""
+    target = str(write_latent_target(tmp_path / "target", Path(pair.target)))
+    replays, name = tmp_path / "replays", f"latent-{backend[1]}"
+    short = [prompt[:40] for prompt in prompts[:3]]
+    flags = ("--model-path", target, *FLAGS)
+    plain = start_server(
+        *("plain", *flags, *TRITON), name=f"plain-{name}", kind=CapturedServer, **ENVIRONMENT
+    )
+    with plain:
+        wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
+    environment = {**ENVIRONMENT, REPLAYS_FILE: str(replays)}
+    if backend == FA3:
+        environment[DENSE] = "1"
+    cast = start_server(
+        *("cast", *flags, *backend, *CHAIN, "--speculative-draft-model-path", target),
+        *("--cast-residuals", "off"),
+        name=f"cast-{name}",
+        kind=CapturedServer,
+        **environment,
+    )
+    with cast as server:
+        alone = generate(server, short[0], max_new_tokens=NUM_TOKENS)
+        assert alone["output_ids"] == wanted[0]
+        answers = generate(server, short, max_new_tokens=NUM_TOKENS)
+        assert [answer["output_ids"] for answer in answers] == wanted
+        plainly = generate(
+            server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"}
+        )
+        assert plainly["output_ids"] == wanted[0]
+        assert num_accepted(server) > 0
+    ran = Counter(line.rpartition(",")[0] for line in replays.read_text().splitlines())
+    runners = ("DecodeCudaGraphRunner", "EAGLEDraftExtendCudaGraphRunner", "LayerGraphs")
+    assert set(ran) == {f"{runner},{batch}" for runner in runners for batch in BATCHES}
+    # Passes of several sizes, each of which has a layout of its own.
+    verified = {line for line in replays.read_text().splitlines() if line.startswith("Decode")}
+    assert len({line.rpartition(",")[2] for line in verified}) > 2
