@@ -84,6 +84,7 @@ def install() -> None:
         HookRegistry.register(target, replacement, HookType.REPLACE)
     for target in UNPINNED:
         HookRegistry.register(target, without_pinning, HookType.AROUND)
+    HookRegistry.register("torch.get_device_module", device_module, HookType.AROUND)
     HookRegistry.register(
         f"{DraftBackendFactory.__module__}.{DraftBackendFactory.__qualname__}",
         CastCpuDraftBackendFactory,
@@ -98,6 +99,15 @@ def install() -> None:
     for name, (home, implementation) in FILLED.items():
         fill_missing(name, import_module(home), implementation)
     torch.set_grad_enabled(False)
+
+
+def device_module(original: Callable[..., Any], device: Any = None) -> Any:
+    """Return torch's module of a device, by default of the CPU.
+
+    A torch that is built for GPUs takes one for the default, and SGLang waits for that when memory
+    is released.
+    """
+    return original("cpu" if device is None else device)
 
 
 def fill_missing(name: str, home: Any, implementation: Callable[..., Any]) -> None:

@@ -35,6 +35,7 @@ def look_at_a_model_process(argv):
     sampler = sampling.tree_speculative_sampling
     assert eagle_utils.tree_speculative_sampling_target_only is sampler
     assert eagle_worker_v2.DraftBackendFactory is install.CastCpuDraftBackendFactory
+    assert torch.get_device_module() is torch.get_device_module("cpu") is torch.cpu
     assert inspect.unwrap(eagle_utils.verify_tree_greedy_func).__module__.startswith("sglang")
     assert hasattr(eagle_utils.verify_tree_greedy_func, "__wrapped__")
     assert hasattr(eagle_worker_common.fill_bonus_tokens_func, "__wrapped__")

@@ -107,6 +107,17 @@ def test_another_target_answers_as_a_fresh_server_would(
     assert ask(eagle, prompts) == before
 
 
+@pytest.mark.parametrize("tags", [None, ["kv_cache"], ["weights"]], ids=str)
+def test_drafts_are_as_good_after_a_sleep(eagle, prompts, tags):
+    """The CPU platform keeps its memory; the rest of a sleep is as it is anywhere."""
+    before = ask(eagle, prompts)
+    for verb in ("release", "resume"):
+        body = {} if tags is None else {"tags": tags}
+        url = f"{eagle.url}/{verb}_memory_occupation"
+        assert httpx.post(url, json=body, timeout=REQUEST_SECONDS).is_success
+    assert ask(eagle, prompts) == before
+
+
 def test_a_drafts_path_updates_the_draft_alone(eagle, pair, prompts, expected_ids, tmp_path):
     before = ask(eagle, prompts)
     useless = changed_copy(Path(pair.draft), tmp_path / "draft", torch.zeros_like)
