@@ -65,6 +65,9 @@ class Process(Protocol):
 class Server:
     """An SGLang server in a process group of its own; up inside `with`, gone after it.
 
+    Attributes:
+        ready_path: what is asked until it is answered.
+
     Args:
         name: names the log file.
         flags: SGLang's flags, without host and port.
@@ -74,6 +77,8 @@ class Server:
     Raises:
         ServerError: on entry, when the server ends or is not ready in time.
     """
+
+    ready_path = "/ready"
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class Server:
             while time.monotonic() < deadline:
                 self.check()
                 with contextlib.suppress(httpx.TransportError):
-                    if client.get(f"{self.url}/ready").is_success:
+                    if client.get(self.url + self.ready_path).is_success:
                         return
                 time.sleep(0.25)
         raise self._error(f"was not ready after {self._startup_seconds:.0f} s")
