@@ -86,7 +86,10 @@ CASES = {
         ("--cast-verify-sizes", "999"), flags=("--cast-verify-sizes", "2,999")
     ),
     "adaptive": Case(("--speculative-adaptive",), flags=("--speculative-adaptive",)),
-    "pages of a tree": Case(("--page-size 16",), flags=("--page-size", "16")),
+    "pages of a tree": Case(
+        ("--speculative-eagle-topk 4", "pages of 16"),
+        flags=("--page-size", "16", "--speculative-eagle-topk", "4"),
+    ),
     "no children": Case(("--speculative-eagle-topk 0",), flags=("--speculative-eagle-topk", "0")),
     "no room for a tree": Case(
         ("--speculative-num-draft-tokens 1",), flags=("--speculative-num-draft-tokens", "1")

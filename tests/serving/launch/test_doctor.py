@@ -57,7 +57,7 @@ def reports(tmp_path_factory) -> dict[str, Report]:
         "no profile wanted": ([*both, "--cast-policy", "eagle", "--cast-profile", "none"], {}),
         "profile wanted": ([*both, "--cast-profile", "none"], {}),
         "unknown flag": ([*both, "--no-such-flag"], {}),
-        "refused flag": ([*both, "--page-size", "16"], {}),
+        "refused flag": ([*both, "--page-size", "16", "--speculative-eagle-topk", "4"], {}),
         "no draft": (
             ["--model-path", pair.target, *fitting, "--cast-profile", made_up],
             foreign,
@@ -148,7 +148,7 @@ def test_no_profile_needed(reports):
     ("name", "check", "says"),
     [
         ("unknown flag", "server flags", "--no-such-flag"),
-        ("refused flag", "server flags", "--page-size"),
+        ("refused flag", "server flags", "--speculative-eagle-topk 4"),
         ("no draft, no copies", "server flags", "--speculative-draft-model-path"),
         ("another draft", "pair", "no EAGLE"),
         ("missing target", "server flags", "none"),
