@@ -31,7 +31,7 @@ def write_mtp_target(directory: Path, target: Path) -> Path:
         "num_nextn_predict_layers": 1,
         "use_sliding_window": False,
     }
-    return _write(directory, weights, {**config, **changes}, target)
+    return write_checkpoint(directory, weights, {**config, **changes}, target)
 
 
 def write_eagle1_draft(directory: Path, target: Path) -> Path:
@@ -43,7 +43,7 @@ def write_eagle1_draft(directory: Path, target: Path) -> Path:
     bias = torch.zeros(size, dtype=torch.bfloat16)
     weights = {"fc.weight": _picked(size, first=False), "fc.bias": bias, **layer}
     changes = {"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
-    return _write(directory, weights, {**config, **changes}, target)
+    return write_checkpoint(directory, weights, {**config, **changes}, target)
 
 
 def _config(path: Path) -> dict:
@@ -92,7 +92,8 @@ def _biases(name: str, config: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def _write(directory: Path, weights: dict, config: dict, target: Path) -> Path:
+def write_checkpoint(directory: Path, weights: dict, config: dict, target: Path) -> Path:
+    """Write a model's weights and configuration, beside the tokenizer of the target."""
     directory.mkdir()
     for file in target.iterdir():
         if file.name not in ("config.json", "model.safetensors"):

@@ -6,12 +6,12 @@ not, and answers depend on every layer.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from tests.support.checkpoints import write_checkpoint
 
 HIDDEN, HEADS, HEAD_DIM, INNER, EXPERTS = 64, 2, 32, 64, 4
 # Spread of what a layer's halves add to an embedding of spread 1; found by counting how many of the
@@ -108,7 +108,7 @@ def write_latent_target(directory: Path, target: Path) -> Path:
             "mscale_all_dim": 1.0,
         },
     }
-    return _write(directory, weights, {**config, **changes}, target)
+    return write_checkpoint(directory, weights.tensors, {**config, **changes}, target)
 
 
 def _latent_attention(weights: _Weights, name: str, rank: int, *, added: float = ADDED) -> None:
@@ -137,16 +137,3 @@ def _config(target: Path) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
     }
-
-
-def _write(directory: Path, weights: _Weights, config: dict[str, Any], target: Path) -> Path:
-    directory.mkdir()
-    for file in target.iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            shutil.copy(file, directory)
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(
-        {name: part.contiguous() for name, part in weights.tensors.items()},
-        directory / "model.safetensors",
-    )
-    return directory
