@@ -73,7 +73,6 @@ def test_two_servers_keep_one_file_of_what_they_learn(
 
 
 def test_the_router_sends_requests_to_both(servers, prompts, expected_ids, tmp_path):
-    pytest.importorskip("sglang_router", reason="pip install sglang-router")
     before = steps_of(servers)
     with Router(servers, tmp_path) as router:
 
