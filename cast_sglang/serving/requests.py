@@ -177,8 +177,8 @@ class RunningRequests:
         self.sampling = _sampling_needs(reqs, modes)
         # Verify serves those that are left out exactly as it does others.
         if self._left_out:
-            left_out = (req in self._left_out for req in reqs)
-            modes = [OFF if is_out else mode for is_out, mode in zip(left_out, modes, strict=True)]
+            asked = zip(reqs, modes, strict=True)
+            modes = [OFF if req in self._left_out else mode for req, mode in asked]
         differ = any(mode != THROUGHPUT for mode in modes)
         weights = np.array(mode_weights(modes)) if differ else None
         self.drawn = None

@@ -1,8 +1,10 @@
 """Inflated models are larger and compute what the trained ones do."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import inflate_model
 from draft_trainer import export
 from draft_trainer.draft_model import Draft
-from draft_trainer.layers import Shape
 from draft_trainer.one_pass import CascadeDraft, ParallelDraft
 
-SHAPE = Shape(
+from tests.support.small_models import SMALL
+
+SHAPE = dataclasses.replace(
+    SMALL,
     vocab_size=96,
-    hidden_size=32,
     intermediate_size=56,
     num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
     max_position_embeddings=128,
     aux_layer_ids=(1, 3, 6),
 )
@@ -71,15 +69,22 @@ def load(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def read_by(
+    target_path: Path, draft_path: Path, tokens: torch.Tensor
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Return the draft, and what it reads of the target: features and embeddings [B, T, *]."""
+    target = load(target_path)
+    draft = export.load_draft(draft_path, num_target_layers=target.config.num_hidden_layers)
+    states = target(tokens, output_hidden_states=True).hidden_states
+    features = torch.cat([states[i + 1] for i in draft.shape.aux_layer_ids], dim=-1)
+    return draft, features, target.get_input_embeddings()(tokens)
+
+
 @torch.no_grad()
 def draft_logits(target_path: Path, draft_path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the draft's logits on committed slots and on self-fed steps: [1 + steps, T, V]."""
-    target = load(target_path)
-    draft = export.load_draft(draft_path, num_target_layers=target.config.num_hidden_layers)
-    hidden_states = target(tokens, output_hidden_states=True).hidden_states
-    features = torch.cat([hidden_states[i + 1] for i in draft.shape.aux_layer_ids], dim=-1)
+    draft, features, embeds = read_by(target_path, draft_path, tokens)
     num_bases = tokens.shape[1] - NUM_STEPS - 1
-    embeds = target.get_input_embeddings()(tokens)
     causal = torch.ones(num_bases, num_bases, dtype=torch.bool).tril()
     output = draft.extend(embeds[:, 1 : 1 + num_bases], features[:, :num_bases])
     committed, chain, logits = output.cache, [], [draft.logits(output.hidden)[0]]
@@ -128,11 +133,7 @@ def test_same_function(
 @torch.no_grad()
 def layer_logits(target_path: Path, draft_path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits of all layers of a one-pass head behind two bases: [layers, 2, V]."""
-    target = load(target_path)
-    draft = export.load_draft(draft_path, num_target_layers=target.config.num_hidden_layers)
-    states = target(tokens, output_hidden_states=True).hidden_states
-    features = torch.cat([states[i + 1] for i in draft.shape.aux_layer_ids], dim=-1)
-    embeds = target.get_input_embeddings()(tokens)
+    draft, features, embeds = read_by(target_path, draft_path, tokens)
     bases = torch.tensor([[5, 17]])
     unrolled = draft.unroll(embeds[:, 1:], features[:, :-1], bases, None, draft.num_steps)
     return torch.stack([draft.logits(each.hidden[0]) for each in unrolled])

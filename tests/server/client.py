@@ -49,6 +49,18 @@ def generate(
     return response.json()
 
 
+def check_answers(
+    server: Server, prompts: list[str], expected: list[list[int]], num_tokens: int
+) -> None:
+    """Compare answers with plain decoding's: alone, together, and of a request without drafts."""
+    fields = {"max_new_tokens": num_tokens}
+    assert generate(server, prompts[0], **fields)["output_ids"] == expected[0]
+    answers = generate(server, prompts, **fields)
+    assert [answer["output_ids"] for answer in answers] == expected
+    plainly = generate(server, prompts[0], custom_params={"cast": "off"}, **fields)
+    assert plainly["output_ids"] == expected[0]
+
+
 def answers_of(
     server: Server, prompts: list[str], num_tokens: int, **fields: Any
 ) -> list[tuple[list[int], str, dict[str, Any] | None]]:

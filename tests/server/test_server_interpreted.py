@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.servers import Server
-from tests.server.client import generate, loads
+from tests.server.client import check_answers, generate, loads
 from tests.server.conftest import ServerFactory
 from tests.server.test_server_limits import Ask, ask, token_ids
 from tests.support.interpreted import BATCHES, DENSE, ENVIRONMENT, REPLAYS_FILE, CapturedServer
@@ -88,14 +88,7 @@ def test_captured_and_overlapped_greedy_tokens_equal_plain_decoding(
     ) as server:
         info = server.get("/server_info")
         assert not info["disable_overlap_schedule"]
-        alone = generate(server, short[0], max_new_tokens=NUM_TOKENS)
-        assert alone["output_ids"] == wanted[0]
-        answers = generate(server, short, max_new_tokens=NUM_TOKENS)
-        assert [answer["output_ids"] for answer in answers] == wanted
-        plainly = generate(
-            server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"}
-        )
-        assert plainly["output_ids"] == wanted[0]
+        check_answers(server, short, wanted, NUM_TOKENS)
 
         ids = token_ids()[: CONTEXT // 2]
         longest = generate(plain, ids, max_new_tokens=CONTEXT // 2)["output_ids"]

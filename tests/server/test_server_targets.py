@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.client import generate
+from tests.server.client import check_answers, generate
 from tests.server.conftest import ServerFactory
 from tests.server.test_server_chains import num_accepted
 from tests.server.test_server_interpreted import CHAIN
@@ -59,14 +59,7 @@ def test_chains_of_captured_passes_equal_plain_decoding(
         **environment,
     )
     with cast as server:
-        alone = generate(server, short[0], max_new_tokens=NUM_TOKENS)
-        assert alone["output_ids"] == wanted[0]
-        answers = generate(server, short, max_new_tokens=NUM_TOKENS)
-        assert [answer["output_ids"] for answer in answers] == wanted
-        plainly = generate(
-            server, short[0], max_new_tokens=NUM_TOKENS, custom_params={"cast": "off"}
-        )
-        assert plainly["output_ids"] == wanted[0]
+        check_answers(server, short, wanted, NUM_TOKENS)
         assert num_accepted(server) > 0
     ran = Counter(line.rpartition(",")[0] for line in replays.read_text().splitlines())
     runners = ("DecodeCudaGraphRunner", "EAGLEDraftExtendCudaGraphRunner", "LayerGraphs")

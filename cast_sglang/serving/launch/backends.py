@@ -63,10 +63,10 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     """
     is_cpu = server_args.device == "cpu"
     verifies, prefills = tuple(VERIFY_BACKENDS), PREFILL_BACKENDS
-    if has_latent_attention(target_config(server_args)):
-        verifies, prefills = MLA_VERIFY_BACKENDS, MLA_PREFILL_BACKENDS
     if is_cpu:
         verifies = prefills = _backends_of_the_cpu(server_args)
+    elif has_latent_attention(target_config(server_args)):
+        verifies, prefills = MLA_VERIFY_BACKENDS, MLA_PREFILL_BACKENDS
     flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
     if prefill is None:
         flag, prefill = "--attention-backend", server_args.attention_backend
