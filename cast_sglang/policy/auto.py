@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cast_sglang.costs.model import extend_row_units, plain_units
-from cast_sglang.policy.base import Costs, TreePolicy
+from cast_sglang.policy.base import NO_PREFILL, Costs, Prefill, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.octaves import MAX_LOSS, Octave, octave_of
 from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
@@ -291,7 +291,7 @@ class AutoPolicy(TreePolicy):
         batch_size: int,
         costs: Costs | None,
         catch_up: float = 0.0,
-        prefill: float = 0.0,
+        prefill: Prefill = NO_PREFILL,
         wants_drafts: bool = True,
     ) -> bool:
         """Return whether to draft in this step, or to decode plainly.
@@ -303,12 +303,14 @@ class AutoPolicy(TreePolicy):
         up, the policy drafts again for a step or some, and stays with it if that gains time. So by
         the costs, speculation never loses more than the account held, whatever is accepted. A try
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms. Steps
-        of requests that want no drafts pay for it too.
+        of requests that want no drafts pay for it too. Meanwhile the draft leaves out prompts. A
+        try needs them, so the account covers their passes as well, and it waits until no request
+        runs whose prompt was left out: such requests would make it look bad.
 
         Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """
         bucket, self._turn = self._bucket(batch_size), None
-        bucket.plain_units, bucket.prefill_units = self._read(costs).plain, prefill
+        bucket.plain_units, bucket.prefill = self._read(costs).plain, prefill
         bucket.pay_in(catch_up if wants_drafts else 0.0)
         if not wants_drafts:
             return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-__all__ = ["Costs", "TreePolicy"]
+__all__ = ["NO_PREFILL", "Costs", "Prefill", "TreePolicy"]
 
 
 class Costs(Protocol):
@@ -36,6 +36,17 @@ class Costs(Protocol):
     @property
     def plain_overhead(self) -> float:
         """The same for a plain step, which verifies the root alone."""
+
+
+class Prefill(NamedTuple):
+    """What the draft's passes over the prompts of a batch take, and bring."""
+
+    units: float = 0.0  # of all passes
+    answer_tokens: float = 1.0  # that a request may generate
+    num_left_out: int = 0  # requests whose prompts the draft has left out
+
+
+NO_PREFILL = Prefill()
 
 
 class TreePolicy(ABC):
@@ -68,16 +79,15 @@ class TreePolicy(ABC):
         batch_size: int,
         costs: Costs | None,
         catch_up: float = 0.0,
-        prefill: float = 0.0,
+        prefill: Prefill = NO_PREFILL,
         wants_drafts: bool = True,
     ) -> bool:
         """Return whether to draft in this step; else the step decodes plainly.
 
         Args:
             catch_up: cost of the draft model's pass over earlier plain steps, before it drafts.
-            prefill: cost of its pass over the prompts, for each token of the requests' answers. It
-                is behind the running requests. That of requests to come is saved where plain
-                decoding is the rule.
+            prefill: its passes over the prompts. They are behind the running requests; those over
+                prompts to come are saved where plain decoding is the rule.
             wants_drafts: False where the step decodes plainly in any case, since none of its
                 requests wants drafts.
         """

@@ -22,6 +22,7 @@ import numpy as np
 
 from cast_sglang.costs.model import extend_row_units, extend_units
 from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
+from cast_sglang.policy.base import Prefill
 from cast_sglang.policy.octaves import PROBE_SHARE
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cast_sglang.costs.model import StepCosts
     from cast_sglang.policy.base import TreePolicy
 
-__all__ = ["Arriving", "Decider", "Plan", "VerifyRows", "StepFacts"]
+__all__ = ["Arriving", "Decider", "Plan", "PromptFacts", "StepFacts", "VerifyRows"]
 
 # What a later answer loses by each token of the one before it that the draft has not seen, in plain
 # steps: a twelfth of its passes (docs/results.md), which take 1.5 plain steps for 4 tokens or so.
@@ -47,6 +48,16 @@ class Arriving(Protocol):
         """Return them when they are there."""
 
 
+class PromptFacts(NamedTuple):
+    """What the prompts of a step's requests take of the draft; means over the requests."""
+
+    prompt_rows: float = 0.0  # that the draft may leave out
+    answer_tokens: float = 1.0  # that a request may generate
+    prompt_row_us: float | None = None  # what a row takes, as measured; None where it is not
+    num_left_out: int = 0  # requests whose prompts the draft has left out
+    reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
+
+
 class StepFacts(NamedTuple):
     """What a step is decided by."""
 
@@ -58,8 +69,7 @@ class StepFacts(NamedTuple):
     max_rows: int  # verified per request, root included
     is_drawn: np.ndarray | None = None  # [B] bool, whose drafts are drawn at random; None for none
     max_nodes: int | None = None  # that the draft may run per request; None for any number
-    prompt_rows: float = 0.0  # of the prompts, per request and token of its answer
-    reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
+    prompts: PromptFacts = PromptFacts()
     copy_depth: int = 0  # of a copied node; 0 where nothing is copied
 
 
@@ -140,8 +150,7 @@ class Decider:
         if costs is not None:
             catch_up = extend_units(costs, facts.missing_rows)
             if drafts or not wants_drafts:
-                prefill = extend_row_units(costs) * facts.prompt_rows
-                asked = batch_size, costs, catch_up, prefill, wants_drafts
+                asked = batch_size, costs, catch_up, _prefill(facts, costs), wants_drafts
                 drafts = policy.speculate(*asked) and drafts
             if not drafts and not self._keeps_up(facts, catch_up / float(costs.verify[0])):
                 catch_up = 0.0
@@ -165,7 +174,7 @@ class Decider:
         Args:
             plain_steps: what it takes.
         """
-        share = LATER_LOSS * facts.reuse * self._drafting
+        share = LATER_LOSS * facts.prompts.reuse * self._drafting
         if facts.missing_rows == self._max_missing:
             share = max(share, PROBE_SHARE)
         return plain_steps <= share * facts.missing_rows
@@ -330,6 +339,13 @@ class Decider:
     def _step(self) -> StepFacts:
         assert self._facts is not None, "begin_step comes first"
         return self._facts
+
+
+def _prefill(facts: StepFacts, costs: StepCosts) -> Prefill:
+    prompts, row = facts.prompts, extend_row_units(costs)
+    if prompts.prompt_row_us is not None:
+        row = facts.batch_size * prompts.prompt_row_us / costs.unit_us
+    return Prefill(row * prompts.prompt_rows, prompts.answer_tokens, prompts.num_left_out)
 
 
 def _geometric_mean(values: np.ndarray) -> float:

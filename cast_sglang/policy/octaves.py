@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from cast_sglang.config import MAX_VERIFY_ROWS
+from cast_sglang.policy.base import NO_PREFILL, Prefill
 from cast_sglang.policy.turns import Turns
 
 __all__ = ["MAX_LOSS", "Octave", "octave_of"]
@@ -34,7 +35,7 @@ class Octave:
     time: float  # units
     steps: float
     plain_units: float = math.inf  # time of a plain step; inf while plain is no candidate
-    prefill_units: float = 0.0  # the draft's prefill, per token: plain decoding goes without
+    prefill: Prefill = NO_PREFILL  # the draft's, which plain decoding goes without
     max_account: float = MAX_LOSS
     account: float = MAX_LOSS  # target passes that speculation may still lose, at most the above
     is_plain: bool = False
@@ -58,19 +59,24 @@ class Octave:
 
         However long the prompts, a step loses no more than it took.
         """
-        return tokens * max(0.0, self.plain_units - self.prefill_units) - time
+        prefill = self.prefill.units / self.prefill.answer_tokens
+        return tokens * max(0.0, self.plain_units - prefill) - time
 
     @property
     def plain_steps(self) -> int:
         """Plain steps until the account covers a try, without what the draft catches up on."""
         if not self.is_plain:
             return 0
-        lacking = self.try_loss - self.account
+        lacking = self.try_loss + self.prefill.units - self.account
         return max(0, math.ceil(lacking / (PROBE_SHARE * self.plain_units)))
 
     def pay_in(self, catch_up: float = 0.0) -> None:
         """Take note of a step of the policy's own choice before it runs."""
-        if self.is_plain or self.account < 0.0:
-            self.is_plain = self.account < self.try_loss + catch_up
+        if self.is_plain:
+            # What prompts took is in the gain of each token, so the account keeps it for the try.
+            lacks = self.account < self.try_loss + catch_up + self.prefill.units
+            self.is_plain = lacks or self.prefill.num_left_out > 0
+        elif self.account < 0.0:
+            self.is_plain = True
         if self.is_plain:
             self.account += PROBE_SHARE * self.plain_units

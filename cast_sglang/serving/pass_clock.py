@@ -45,6 +45,7 @@ class PassClock:
         self._costs: StepCosts | None = None
         self._running: deque[tuple[tuple[str, int, int, float], list[tuple[Any, Any]]]] = deque()
         self._leads: list[tuple[str, tuple[Any, Any]]] = []  # of the step that runs
+        self._prefills: deque[tuple[int, Any, Any]] = deque()
 
     def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
         """Begin a step; its passes are timed if it is its turn.
@@ -92,6 +93,30 @@ class PassClock:
         begin = self._now()
         yield
         self._leads.append((operation, (begin, self._now())))
+
+    @contextlib.contextmanager
+    def time_prefill(self, num_rows: int) -> Iterator[None]:
+        """Time the draft's pass over prompts inside, which is part of no step.
+
+        Args:
+            num_rows: tokens of the prompts that it runs.
+        """
+        begin = self._now()
+        yield
+        self._prefills.append((num_rows, begin, self._now()))
+
+    def finished_prefills(self) -> Iterator[tuple[int, float]]:
+        """Yield rows and microseconds of the draft's prefills finished since the last call."""
+        while self._prefills:
+            num_rows, begin, end = self._prefills[0]
+            if self._module is None:
+                measured_us = (end - begin) * 1e6
+            elif end.query():
+                measured_us = begin.elapsed_time(end) * 1e3
+            else:
+                return
+            self._prefills.popleft()
+            yield num_rows, measured_us
 
     def finished(self) -> Iterator[TimedPass]:
         """Yield the passes that the device has finished since the last call."""

@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from cast_sglang.errors import ConfigError
+from cast_sglang.policy.decider import PromptFacts
 from cast_sglang.policy.lookahead import KEEP
 from cast_sglang.serving.request_modes import OFF, THROUGHPUT, mode_weights, parse_mode
 
@@ -96,16 +97,13 @@ class RunningRequests:
     Attributes:
         sampling: None where verify samples as plain decoding does.
         drawn: [B] bool, whose drafts are drawn at random; None where no one's are.
-        prompt_rows: tokens of the prompts that the cache did not hold, for each token that their
-            requests may generate; a mean.
-        reuse: share of the last prompts' tokens that the cache held.
     """
 
     def __init__(self, draws: bool = False, has_draft: bool = True) -> None:
         self.drawn: np.ndarray | None = None
         self._draws, self._has_draft = draws and has_draft, has_draft
         self.sampling: SamplingNeeds | None = None
-        self.prompt_rows, self.reuse = 0.0, 0.0
+        self._prompts = PromptFacts()
         self._reqs: list[Req] = []
         self._coming: list[Req] = []  # that were prefilled since
         # Those whose prompts the draft has left out; one that is prefilled anew is looked at anew.
@@ -121,9 +119,13 @@ class RunningRequests:
         """Return whether these are the requests of the last update."""
         return self._reqs == reqs
 
-    def facts(self) -> dict[str, Any]:
-        """Return what `StepFacts` takes of them."""
-        return {"is_drawn": self.drawn, "prompt_rows": self.prompt_rows, "reuse": self.reuse}
+    def prompts(self, row_us: float | None) -> PromptFacts:
+        """Return what their prompts take of the draft.
+
+        Args:
+            row_us: what it takes for a row, as measured; None where it is not.
+        """
+        return self._prompts._replace(prompt_row_us=row_us)
 
     def left_out(self, batch: ScheduleBatch, plain_steps: Callable[[int], int]) -> int:
         """Return how many prompts of a prefill the draft leaves out: all of them or none.
@@ -142,12 +144,11 @@ class RunningRequests:
         for req in batch.reqs:
             self._prompt_tokens = KEEP * self._prompt_tokens + len(req.origin_input_ids)
             self._cached_tokens = KEEP * self._cached_tokens + req.cached_tokens
-        self.reuse = self._cached_tokens / max(1.0, self._prompt_tokens)
         self._coming += batch.reqs
         running = sum(not req.finished() for req in {*self._reqs, *self._coming})
         steps = plain_steps(running)
         is_of_use = (
-            self.reuse > MAX_REUSE
+            self._reuse > MAX_REUSE
             or batch.chunked_req is not None  # its next part needs this one
             or not all(_is_done_by(req, steps) for req in batch.reqs)
         )
@@ -156,6 +157,11 @@ class RunningRequests:
             return 0
         self._left_out.update(batch.reqs)
         return len(batch.reqs)
+
+    @property
+    def _reuse(self) -> float:
+        """Share of the last prompts' tokens that the cache held."""
+        return self._cached_tokens / max(1.0, self._prompt_tokens)
 
     def update(self, reqs: Sequence[Req], count: Callable[[int], None]) -> np.ndarray | None:
         """Read the requests of a step; log why some of them have to be decoded plainly.
@@ -170,7 +176,17 @@ class RunningRequests:
             all are worth the same.
         """
         self._reqs, self._coming = list(reqs), []
-        self.prompt_rows = sum(map(_prompt_rows, reqs)) / len(reqs)
+        rows = 0  # where prompts are found again, plain decoding has the draft run them too
+        if self._reuse <= MAX_REUSE:
+            rows = sum(len(req.origin_input_ids) - req.cached_tokens for req in reqs)
+        tokens = sum(max(1, req.sampling_params.max_new_tokens) for req in reqs)
+        num_left_out = sum(req in self._left_out for req in reqs) if self._left_out else 0
+        self._prompts = PromptFacts(
+            prompt_rows=rows / len(reqs),
+            answer_tokens=tokens / len(reqs),
+            num_left_out=num_left_out,
+            reuse=self._reuse,
+        )
         reasons = {req: reason for req in reqs if (reason := why_plain(req)) is not None}
         asked = zip(reqs, modes_of(reqs), strict=True)
         modes = [OFF if req in reasons else mode for req, mode in asked]
@@ -197,11 +213,6 @@ class RunningRequests:
                 reason,
             )
         return weights
-
-
-def _prompt_rows(req: Req) -> float:
-    most = max(1, req.sampling_params.max_new_tokens)
-    return (len(req.origin_input_ids) - req.cached_tokens) / most
 
 
 def _is_done_by(req: Req, plain_steps: int) -> bool:

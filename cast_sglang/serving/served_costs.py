@@ -11,6 +11,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual, Residuals
 from cast_sglang.costs.model import CostModel, StepCosts, step_units
+from cast_sglang.policy.lookahead import KEEP
 from cast_sglang.serving.launch.cost_profile import find_server_profile
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class ServedCosts:
         residuals: what was measured against the tables; None before `use`, and without correction.
         table: costs of the running requests as measured; None before `look_up`.
         current: the same as corrected.
+        prompt_row_us: what the draft takes for a row of a prompt, by its last prefills; None while
+            that is not known, and without correction.
     """
 
     def __init__(self, config: CastConfig, clock: PassClock, stats: StepStats) -> None:
@@ -63,6 +66,9 @@ class ServedCosts:
         self.residuals: Residuals | None = None
         self.table: StepCosts | None = None
         self.current: StepCosts | None = None
+        self.prompt_row_us: float | None = None
+        # Time and rows of the draft's prefills; older ones count less, as older steps in a price.
+        self._prefill_us, self._prefill_rows = 0.0, 0.0
         self._config, self._clock, self._stats = config, clock, stats
         self._is_reported = False
 
@@ -138,6 +144,9 @@ class ServedCosts:
         Args:
             on_pass: called with each of them; None for nothing more.
         """
+        for num_rows, measured_us in self._clock.finished_prefills():
+            self._prefill_us = KEEP * self._prefill_us + measured_us
+            self._prefill_rows = KEEP * self._prefill_rows + num_rows
         for timed in self._clock.finished():
             if on_pass is not None:
                 on_pass(timed)
@@ -180,10 +189,13 @@ class ServedCosts:
         """
         if self.residuals is None or step % REFRESH_EVERY:
             return
-        values = None
+        prefill = self._prefill_us, self._prefill_rows
+        measured = self.residuals.values(), prefill
         if get_parallel().tp_size > 1:
             # Every rank must choose the same trees, so every rank takes rank 0's times.
-            values = get_tp_group().broadcast_object(self.residuals.values(), src=0)
+            measured = get_tp_group().broadcast_object(measured, src=0)
+        values, (prefill_us, rows) = measured
+        self.prompt_row_us = prefill_us / rows if rows else None
         self.residuals.refresh(values)
         if step % EXPORT_EVERY == 0:
             self._stats.record_residuals(self.residuals)

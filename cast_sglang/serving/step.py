@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from cast_sglang.policy.decider import PromptFacts
+
 if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -108,5 +110,4 @@ class StepReport(NamedTuple):
     room: StepRoom  # that its requests left
     policy_us: float  # host time of the decisions about the tree
     price: float | None  # None for a policy without one
-    prompt_rows: float = 0.0  # as of `StepFacts`, and so is
-    reuse: float = 0.0
+    prompts: PromptFacts = PromptFacts()

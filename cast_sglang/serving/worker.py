@@ -245,7 +245,8 @@ class CastWorker(EAGLEWorkerV2):
             weights=tools.weights,
             missing_rows=tools.backlog.num_missing(batch.req_pool_indices_cpu.numpy()),
             **tools.room._asdict(),
-            **self._running.facts(),
+            is_drawn=self._running.drawn,
+            prompts=self._running.prompts(costs.prompt_row_us),
         )
         plan = decider.begin_step(facts)
         policy_seconds = time.perf_counter() - began - decider.seconds  # it counts its own time
@@ -276,8 +277,7 @@ class CastWorker(EAGLEWorkerV2):
                 room=tools.room,
                 policy_us=tree_seconds * 1e6,
                 price=decider.price(batch_size),
-                prompt_rows=facts.prompt_rows,
-                reuse=facts.reuse,
+                prompts=facts.prompts,
             )
             tools.recorder.on_step(report)
             self._drop_full_recorder()

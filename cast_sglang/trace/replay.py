@@ -33,7 +33,7 @@ from cast_sglang.errors import TraceError
 from cast_sglang.policy.auto import AutoPolicy
 from cast_sglang.policy.base import TreePolicy
 from cast_sglang.policy.build import PolicySettings, build_policy
-from cast_sglang.policy.decider import Decider, Plan, StepFacts
+from cast_sglang.policy.decider import Decider, Plan, PromptFacts, StepFacts
 from cast_sglang.policy.fixed import EaglePolicy
 from cast_sglang.trace.candidates import RecordedTrees
 from cast_sglang.trace.copied import whole_drafts
@@ -220,8 +220,13 @@ class Replay:
             max_layers=self._header.num_steps if step.max_layers is None else step.max_layers,
             max_rows=self._header.num_draft_tokens if step.max_rows is None else step.max_rows,
             max_nodes=step.max_nodes,
-            prompt_rows=step.prompt_rows,
-            reuse=step.reuse,
+            prompts=PromptFacts(
+                step.prompt_rows,
+                step.answer_tokens,
+                step.prompt_row_us if self._is_same else None,  # of this device alone
+                step.num_left_out,
+                step.reuse,
+            ),
             is_drawn=is_drawn,
             copy_depth=step.copy_depth,
         )

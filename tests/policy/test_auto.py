@@ -9,6 +9,7 @@ import torch
 from cast_sglang.costs.model import plain_units
 from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
+from cast_sglang.policy.base import Prefill
 from cast_sglang.policy.lookahead import HALF_LIFE
 from cast_sglang.policy.turns import DEFAULT_SHAPES, FIRST
 from tests.support.policies import costs, priced
@@ -200,7 +201,7 @@ def test_what_the_drafts_prefill_takes_counts_against_speculation(prefill_units)
     time_units = 2.0 * (plain_units(step_costs) - 0.15)  # for two tokens
     decisions = []
     for _ in range(400):
-        decisions.append(policy.speculate(4, step_costs, prefill=prefill_units))
+        decisions.append(policy.speculate(4, step_costs, prefill=Prefill(prefill_units)))
         if decisions[-1]:
             policy.observe(4, 1.0, time_units)
     tries = sum(decisions[-100:])
@@ -214,7 +215,7 @@ def test_a_long_prompt_before_a_short_answer_does_not_stop_speculation_for_long(
     """The next requests have other prompts."""
     step_costs = make_costs("compute", 4)
     policy = AutoPolicy(SIZES, LAYERS)
-    while policy.speculate(4, step_costs, prefill=50.0):
+    while policy.speculate(4, step_costs, prefill=Prefill(50.0)):
         policy.observe(4, 2.0, 1.5)
     waits = 0
     while not policy.speculate(4, step_costs):
@@ -222,6 +223,30 @@ def test_a_long_prompt_before_a_short_answer_does_not_stop_speculation_for_long(
     assert waits < 200
     policy.observe(4, 2.0, 1.5)
     assert all(policy.speculate(4, step_costs) for _ in range(10))
+
+
+def test_a_try_waits_for_prompts_that_the_draft_has_seen():
+    """The account covers their prefill, and no request runs that the draft does not know."""
+    step_costs = make_costs("compute", 4)
+
+    def waits(prefill):
+        policy = AutoPolicy(SIZES, LAYERS)
+        while policy.speculate(4, step_costs):
+            policy.observe(4, 0.0, 2.0)
+        steps = policy.plain_steps(4)
+        policy.speculate(4, step_costs, prefill=prefill)
+        told, count = policy.plain_steps(4), 1
+        while count < 2000 and not policy.speculate(4, step_costs, prefill=prefill):
+            count += 1
+        return steps, told, count
+
+    steps, told, count = waits(Prefill())
+    assert 0 <= count - steps <= 1 and told == steps - 1
+    _, told, count = waits(Prefill(4.0, answer_tokens=1e6))
+    plain = plain_units(step_costs)
+    assert count == pytest.approx(steps + 4.0 / (0.01 * plain), abs=2) and 0 <= count - told <= 2
+    *_, count = waits(Prefill(num_left_out=1))
+    assert count == 2000
 
 
 def test_each_batch_size_decides_for_itself():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cast_sglang.costs.graph_sizes import GraphSizes
-from cast_sglang.policy.base import TreePolicy
-from cast_sglang.policy.decider import Decider, StepFacts
+from cast_sglang.policy.base import NO_PREFILL, TreePolicy
+from cast_sglang.policy.decider import Decider, PromptFacts, StepFacts
 from tests.support.policies import costs
 
 TOPK, MOST = 4, 12
@@ -23,9 +23,9 @@ class Scripted(TreePolicy):
         self.asked: list[tuple] = []
         self._layer = 0
 
-    def speculate(self, batch_size, costs, catch_up=0.0, prefill=0.0, wants_drafts=True):
+    def speculate(self, batch_size, costs, catch_up=0.0, prefill=NO_PREFILL, wants_drafts=True):
         self.asked.append(("speculate" if wants_drafts else "wait", batch_size, catch_up))
-        self.prefill_units = prefill
+        self.prefill = prefill
         return self.drafts
 
     def plain_steps(self, batch_size):
@@ -121,8 +121,11 @@ def test_a_step_for_which_nobody_wants_drafts_is_told_the_policy_apart():
     assert [name for name, *_ in policy.asked] == ["weigh"]
     assert made.plain_steps(3) == 3
     # A row of draft extend adds 0.1 units in the mean.
-    made.begin_step(facts(prompt_rows=4.0))
-    assert policy.prefill_units == pytest.approx(0.4)
+    made.begin_step(facts(prompts=PromptFacts(prompt_rows=4.0, answer_tokens=8.0, num_left_out=1)))
+    assert policy.prefill == (pytest.approx(0.4), 8.0, 1)
+    measured = PromptFacts(prompt_rows=4.0, prompt_row_us=facts().costs.unit_us / 20)
+    made.begin_step(facts(batch_size=2, prompts=measured))  # a row is run for both requests
+    assert policy.prefill == (pytest.approx(4 * 2 / 20), 1.0, 0)
 
 
 def test_a_policy_without_costs_drafts():
@@ -178,7 +181,10 @@ def test_the_draft_keeps_up_where_later_turns_would_pay_for_what_it_misses():
     def kept_up(made: Decider, reuse: float) -> list[bool]:
         """Return of each number of missing rows whether the draft takes them."""
         rows = range(1, MOST)
-        asked = [facts(missing_rows=count, reuse=reuse, costs=cheap) for count in rows]
+        asked = [
+            facts(missing_rows=count, prompts=PromptFacts(reuse=reuse), costs=cheap)
+            for count in rows
+        ]
         return [made.begin_step(each).catch_up > 0.0 for each in asked]
 
     policy = Scripted()

@@ -36,6 +36,15 @@ def test_passes_of_a_step_are_timed_against_the_table(costs):
     assert list(clock.finished()) == []
 
 
+def test_prefills_are_timed_outside_of_steps():
+    clock = PassClock("cpu")
+    for rows in (5, 7):
+        with clock.time_prefill(rows):
+            time.sleep(0.002)
+    assert [(rows, us >= 2000) for rows, us in clock.finished_prefills()] == [(5, True), (7, True)]
+    assert list(clock.finished_prefills()) == list(clock.finished()) == []
+
+
 def test_what_leads_to_a_pass_is_timed_with_it(costs):
     clock = PassClock("cpu")
     with clock.lead("draft_extend"):

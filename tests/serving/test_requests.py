@@ -212,8 +212,10 @@ def test_a_request_whose_prompt_was_left_out_gets_no_drafts_until_it_is_prefille
         return found if found is None else found.tolist()
 
     assert weights(short) is None
+    assert running.prompts(None).num_left_out == 0
     running.left_out(prefill_of(short), lambda size: 10)
-    assert weights(short) == [0.0] and running.drawn is None and running.sampling is None
+    assert weights(short) == [0.0] and running.prompts(None).num_left_out == 1
+    assert running.drawn is None and running.sampling is None
     # Those with drafts weigh 1 in the mean.
     assert weights(latency, short, other) == [1.0, 0.0, 0.0]
     assert running.drawn.tolist() == [True, False, False]
@@ -229,9 +231,12 @@ def test_prompts_are_weighed_by_the_answers_that_they_are_for(determinism):
     long, short = Request(max_new_tokens=40), Request(max_new_tokens=10)
     short.cached_tokens = 10
     running.update([long, short], lambda count: None)
-    assert running.prompt_rows == pytest.approx((30 / 40 + 20 / 10) / 2)
+    assert running.prompts(None)[:3] == ((30 + 20) / 2, (40 + 10) / 2, None)
     for cached, reuse in ((10, 1 / 3), (0, KEEP * 10 / (30 + KEEP * 30))):
         short.cached_tokens = cached
         running.left_out(prefill_of(short), lambda size: 0)
-        assert running.facts()["reuse"] == pytest.approx(reuse)
-    assert running.facts()["prompt_rows"] == running.prompt_rows
+        running.update([long, short], lambda count: None)
+        found = running.prompts(7.5)
+        assert found.reuse == pytest.approx(reuse) and found.prompt_row_us == 7.5
+        # Where prompts are found again, the draft runs them in any case.
+        assert found.prompt_rows == 0.0

@@ -11,6 +11,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.costs.correction import REFRESH_EVERY, REPORT_AFTER
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.profiles import FoundProfile
+from cast_sglang.policy.lookahead import KEEP
 from cast_sglang.serving import served_costs as module
 from cast_sglang.serving.pass_clock import TimedPass
 from cast_sglang.serving.served_costs import EXPORT_EVERY, ServedCosts
@@ -23,7 +24,11 @@ SLOW = TimedPass("verify", 1, 4, predicted_us=1000.0, measured_us=2000.0)
 
 class Clock:
     def __init__(self):
-        self.passes = []
+        self.passes, self.prefills = [], []
+
+    def finished_prefills(self):
+        while self.prefills:
+            yield self.prefills.pop(0)
 
     def finished(self):
         while self.passes:
@@ -58,6 +63,18 @@ def test_before_there_is_a_profile():
     costs.take_times(seen.append)
     costs.correct(REFRESH_EVERY)
     assert seen == [SLOW] and costs.model is costs.corrected is costs.residuals is None
+
+
+@pytest.mark.parametrize("residuals", ["on", "off"])
+def test_a_row_of_a_prompt_takes_what_the_last_prefills_took(make, residuals):
+    costs, clock, _ = make(residuals=residuals)
+    costs.correct(REFRESH_EVERY)
+    assert costs.prompt_row_us is None
+    clock.prefills += [(10, 3000.0), (30, 5000.0)]
+    costs.take_times(None)
+    costs.correct(REFRESH_EVERY)
+    expected = (KEEP * 3000 + 5000) / (KEEP * 10 + 30)
+    assert costs.prompt_row_us == (pytest.approx(expected) if residuals == "on" else None)
 
 
 @pytest.mark.parametrize("found_by_others", [True, False])
@@ -151,13 +168,14 @@ def test_a_wrong_profile_is_reported_once(make, caplog):
 def test_every_rank_takes_the_times_of_the_first(make, monkeypatch):
     leader, clock, _ = make()
     measure(clock, leader)
-    state = leader.residuals.values()
+    state = leader.residuals.values(), (500.0, 5.0)
     group = SimpleNamespace(broadcast_object=lambda own, src: state)
     monkeypatch.setattr(module, "get_tp_group", lambda: group)
     follower, _, _ = make(tp_size=2)
     before = follower.corrected.step_costs(1, 128).unit_us
     follower.correct(REFRESH_EVERY)
     assert follower.corrected.step_costs(1, 128).unit_us > 1.5 * before
+    assert follower.prompt_row_us == 100.0
 
 
 def test_corrections_can_be_forgotten(make):

@@ -10,6 +10,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.costs.graph_sizes import GraphSizes
 from cast_sglang.costs.limits import Limits
 from cast_sglang.ops import reference
+from cast_sglang.policy.decider import PromptFacts
 from cast_sglang.serving.pass_clock import TimedPass
 from cast_sglang.serving.step import PLAIN_SHAPE, Drafted, DraftShape, StepReport, Verified
 from cast_sglang.serving.step_room import StepRoom
@@ -23,6 +24,7 @@ TOPK, VOCABULARY = 2, 8
 # The root's children are tokens 1 and 2; token 1 is expanded into 3 and 4.
 ROOT = torch.tensor([[0.6, 0.3]])
 CHILDREN = torch.tensor([[0.7, 0.2]])
+PROMPTS = PromptFacts(3.0, 20.0, 150.0, 1, 0.4)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def run_tree(recorder, number, new_tokens, accepted):
 def run_plain(recorder, number, token):
     recorder.begin_step(batch_of(ONE))
     recorder.on_verified(verified(1, [token]))
-    recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0, prompt_rows=3.0, reuse=0.4))
+    recorder.on_step(report(number, PLAIN_SHAPE, extend_rows=0.0, prompts=PROMPTS))
 
 
 def test_a_tree_and_what_became_of_it(path):
@@ -146,7 +148,7 @@ def test_a_step_is_written_when_the_text_has_left_its_tree(path):
     steps = read_trace(path).steps
     assert [step.measured_us for step in steps] == [60.0, 30.0, None]
     assert [step.is_plain for step in steps] == [False, True, True]
-    assert (steps[1].prompt_rows, steps[1].reuse) == (3.0, 0.4)
+    assert {name: getattr(steps[1], name) for name in PROMPTS._fields} == PROMPTS._asdict()
     assert {step.requests[0].request for step in steps} == {0}
 
 

@@ -264,7 +264,8 @@ class CastDraftWorker(EagleDraftWorker):
         if is_eager and self._last_layer is not None:
             last = torch.tensor(batch.extend_lens).cumsum(0) - 1
             ending = last_rows_only(self.draft_runner.model.model.norm, self._last_layer, last)
-        with ending, self._proposing():
+        timed = self.tools.clock.time_prefill(sum(batch.extend_lens or ()))
+        with ending, timed, self._proposing():
             draft_input = super()._draft_extend_for_prefill(batch, *args, **kwargs)
             self.drafter.extended(draft_input)
         self._no_children = without_children(draft_input, bonus_tokens[:0])
