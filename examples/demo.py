@@ -310,6 +310,7 @@ def as_row(measured: Measured, phase: str, taken: Sequence[Round]) -> Row:
         "accept_length": accept_length(results["cast"].answers),
         "identical": same == len(results["cast"].answers),
         "num_identical": same,
+        "eagle3_num_identical": num_identical(results["eagle3"], results["plain"]),
         "num_prompts": len(results["cast"].answers),
     }
 
@@ -352,9 +353,9 @@ def as_table(rows: Sequence[Row]) -> Table:
     table = Table(
         title=f"{rows[0]['model']}, bf16, greedy, tokens/s",
         caption="medians of rounds; in brackets the 95 % confidence interval of the median, of "
-        "fewer than six rounds the least and the greatest; same text: answers of CAST equal to "
-        "plain decoding's, token by token; in bf16 a near tie between two tokens may fall either "
-        "way",
+        "fewer than six rounds the least and the greatest; same text: answers of CAST and of "
+        "EAGLE-3 equal to plain decoding's, token by token; in bf16 a near tie between two tokens "
+        "may fall either way",
     )
     headings = ("batch", "phase", "rounds", "plain", "EAGLE-3", "CAST", "vs plain", "vs EAGLE-3")
     for heading in (*headings, "accept length", "same text"):
@@ -366,7 +367,7 @@ def as_table(rows: Sequence[Row]) -> Table:
             *(f"{row[f'{arm}_tok_s']:.1f}" for arm in ARMS),
             *(shown(ratio_of(row, base)) for base in ("plain", "eagle3")),
             "-" if length is None else f"{length:.2f}",
-            f"{row['num_identical']} of {row['num_prompts']}",
+            f"{row['num_identical']}, {row['eagle3_num_identical']} of {row['num_prompts']}",
         )
     return table
 

@@ -27,6 +27,7 @@ class Machine:
         drift: of a round, by which every speed is multiplied.
         starts: the arms of each start.
         turns: start, arm, batch size and first prompt of each turn.
+        other_text: an arm whose answers at batch 8 are not those of the others.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +37,7 @@ class Machine:
         self.starts: list[list[str]] = []
         self.turns: list[tuple[int, str, int, str]] = []
         self.steps = 0.0
+        self.other_text = ""
         monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(demo, "serving", self.serving)
         monkeypatch.setattr(demo, "take_turn", self.take_turn)
@@ -60,6 +62,8 @@ class Machine:
             self.steps += demo.PER_PLACE * passes
         self.now += num_tokens * demo.PER_PLACE / (speed * drift)
         text = [sum(map(ord, requests[0]))]
+        if arm.name == self.other_text and cell.batch == 8:
+            text.append(0)
         answer = Answer(counts=[num_tokens], output_ids=text, verify_passes=passes)
         return Result([cell.batch * speed * drift], [answer] * len(requests), Counter())
 
@@ -104,6 +108,15 @@ def test_cold_and_warm_are_told_apart_on_a_machine_that_drifts(machine, tmp_path
     }
     texts = [turns[0][3] for turns in served[:11]]
     assert texts[:5] == texts[5:10] and len(set(texts)) == 6
+
+
+def test_answers_like_plain_decodings_are_counted_for_both(machine, tmp_path, capsys):
+    machine.other_text = "static:5-4-8"
+    rows, printed = run(tmp_path, capsys)
+    one, eight = rows[1, "warm"], rows[8, "warm"]
+    assert one["num_identical"] == one["eagle3_num_identical"] == one["num_prompts"]
+    assert (eight["num_identical"], eight["eagle3_num_identical"]) == (eight["num_prompts"], 0)
+    assert f"{eight['num_prompts']}, 0 of {eight['num_prompts']}" in printed
 
 
 def test_a_difference_within_the_noise_is_called_so(machine, tmp_path, capsys):
