@@ -28,12 +28,15 @@ _SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CREATE_REQ = "sglang.srt.session.session_controller.Session.create_req"
+_UPDATE_FINISH_STATE = "sglang.srt.managers.schedule_batch.Req.update_finish_state"
 
 
 def register() -> None:
     """Register CAST with SGLang."""
     from cast_sglang.serving import algorithm
     from cast_sglang.serving.host_patches import hooks
+    from cast_sglang.serving.host_patches.endings import end_as_plain, forget_unsaid
     from cast_sglang.serving.request_checks import check_count, check_request, check_sampling
 
     algorithm.register()
@@ -44,6 +47,8 @@ def register() -> None:
         (f"{_REQUEST}.normalize_batch_and_arguments", check_count, HookType.BEFORE),
         (f"{_SAMPLING_PARAMS}.verify", check_sampling, HookType.AFTER),
         (f"{_TOKENIZER_MANAGER}._create_tokenized_object", check_request, HookType.AFTER),
+        (_UPDATE_FINISH_STATE, end_as_plain, HookType.AROUND),
+        (_CREATE_REQ, forget_unsaid, HookType.BEFORE),
     ):
         HookRegistry.register(target, check, kind)
     for method, hook, kind in (

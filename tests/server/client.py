@@ -14,7 +14,7 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 # What belongs to the request, not to its sampling parameters; whatever begins with `return_` too.
 OF_REQUEST = (
     *("logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
-    *("custom_logit_processor", "require_reasoning", "stream"),
+    *("custom_logit_processor", "require_reasoning", "session_params", "stream"),
 )
 
 

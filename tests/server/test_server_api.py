@@ -2,9 +2,11 @@
 
 from itertools import pairwise
 
+import httpx
 import pytest
 from openai import OpenAI
 
+from benchmarks.harness.servers import Server
 from tests.server.client import generate, in_parallel, stream
 from tests.server.conftest import NUM_TOKENS
 
@@ -20,6 +22,12 @@ def client(cast) -> OpenAI:
 @pytest.fixture(scope="module")
 def plain_client(plain) -> OpenAI:
     return OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0, timeout=300.0)
+
+
+def post(server: Server, path: str, **fields) -> httpx.Response:
+    response = httpx.post(f"{server.url}/{path}", json=fields, timeout=60.0)
+    assert response.is_success, response.text
+    return response
 
 
 def complete(client: OpenAI, prompt: str, **options) -> str:
@@ -125,6 +133,24 @@ def test_stop_string_ends_the_answer_where_plain_decoding_ends(plain, cast, prom
     ]
     assert answers[1]["text"] == answers[0]["text"] == text[: text.index(stop)]
     assert answers[1]["meta_info"]["finish_reason"] == answers[0]["meta_info"]["finish_reason"]
+
+
+@pytest.mark.parametrize("stop", [["e"], ["self"], [" ", "("]], ids=str)
+def test_a_session_goes_on_from_what_was_said(plain, cast, prompts, stop):
+    """Not from what a step of several tokens brought behind the end of an answer."""
+    answers = []
+    for server in (plain, cast):
+        said, rid = [], None
+        session = post(server, "open_session", capacity_of_str_len=4096).json()
+        for text in (prompts[3], "\n    return self", "\n\ndef"):
+            where = {"session_params": {"id": session, "rid": rid}}
+            fields = {"max_new_tokens": 16, "stop": stop, "ignore_eos": False}
+            answer = generate(server, text, **where, **fields)
+            rid = answer["meta_info"]["id"]
+            said.append((answer["output_ids"], answer["meta_info"]["prompt_tokens"]))
+        post(server, "close_session", session_id=session)
+        answers.append(said)
+    assert answers[0] == answers[1]
 
 
 def test_stop_token_ends_the_answer(cast, prompts, expected_ids):

@@ -1,6 +1,6 @@
 """Sampled tokens have the law of plain decoding, for every parameter that shapes it.
 
-`--law-samples 5000` takes more samples of each law than the default; `-rP --log-level INFO` shows
+`--law-samples N` takes other numbers of samples, `-m extended` 5,000; `-rP --log-level INFO` shows
 the p-values.
 """
 
@@ -59,10 +59,20 @@ def sample(server: Server, prompt: str, num_samples: int, **sampling: object) ->
 
 @pytest.mark.parametrize("name", [*LAWS, *PENALISED])
 def test_sampled_tokens_have_the_law_of_plain_decoding(plain, cast, prompts, name, pytestconfig):
-    num_samples = pytestconfig.getoption("--law-samples")
+    check_law(plain, cast, prompts[0], name, pytestconfig.getoption("--law-samples"))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", [*LAWS, *PENALISED])
+def test_many_sampled_tokens_have_it_too(plain, cast, prompts, name):
+    check_law(plain, cast, prompts[0], name, 5000)
+
+
+def check_law(plain: Server, cast: Server, prompt: str, name: str, num_samples: int) -> None:
+    """Compare the laws of the first three tokens; log their p-values."""
     sampling = LAWS.get(name) or PENALISED[name]
     (ours, passes), (theirs, _) = in_parallel(
-        lambda server: sample(server, prompts[0], num_samples, **sampling),
+        lambda server: sample(server, prompt, num_samples, **sampling),
         [cast, plain],
         workers=2,
     )

@@ -24,6 +24,13 @@ GREEDY = {
     "stop": {"stop": ["return"], "ignore_eos": False},
     "stop_token_ids": {"stop_token_ids": [201, 221], "ignore_eos": False},
     "stop_regex": {"stop_regex": r"[a-z]+\(", "ignore_eos": False},
+    # Of these, one step holds several.
+    "stop, stop_token_ids, stop_regex": {
+        "stop": ["self", "e", "("],
+        "stop_token_ids": list(range(200, 230)),
+        "stop_regex": r"[a-z] \w",
+        "ignore_eos": False,
+    },
     "min_new_tokens": {
         "min_new_tokens": 24,
         "stop_token_ids": [201, 221],
