@@ -112,7 +112,8 @@ class Decider:
         widths: list[int] = []
         while tree.num_layers < tree.max_layers:
             frontier = tree.frontier()
-            width = self.policy.breadth(frontier.scores, self.costs)
+            scores = frontier.scores.cpu()
+            width = self.policy.breadth(scores, self.costs)
             deepens = self.policy.deepen()
             self._lap("breadth")
             if not deepens:
@@ -122,16 +123,17 @@ class Decider:
             curve = self._curve(probs, tree.num_layers + 1)
             grown = tree.grow(frontier, width, tokens, probs, curve)
             self._lap("grow")
-            self.policy.expanded(frontier.scores, grown)
+            self.policy.expanded(scores, grown.cpu())
             self._lap("expanded")
             widths.append(width)
         ranked = tree.ranked(self.options.tokens - 1)
         self._lap("rank")
+        scores = ranked.scores.cpu()
         num_rows = None
         if not self.options.uniform:
-            num_rows = self.policy.share_out(ranked.scores, self.costs)
+            num_rows = self.policy.share_out(scores, self.costs)
         if num_rows is None:
-            num_draft_tokens = self.policy.rerank(ranked.scores, self.costs)
+            num_draft_tokens = self.policy.rerank(scores, self.costs)
         else:
             num_draft_tokens = int(num_rows.max())
         self._lap("rerank")

@@ -130,10 +130,9 @@ class Residuals:
         """
         if not 0.0 < ratio < math.inf:
             return
-        places = self._places_of(operation, batch_size)
-        places = places[:, min(max(num_tokens, 1), places.shape[1]) - 1]
-        learned = self._means, self._variances, self._samples
-        _share_out_surprise(*learned, self._starts, places, self._moment, math.log(ratio))
+        learned = self._means, self._variances, self._samples, self._starts, self._places
+        which = NAMES.index(operation), self.batch_bucket(batch_size), num_tokens
+        _share_out_surprise(*learned, *which, self._moment, math.log(ratio))
 
     def record_step(
         self, batch_size: int, num_layers: int, measured: float, expected: float
@@ -301,13 +300,16 @@ class CorrectedCosts:
         )
 
 
-@compiled("void(f8[:], f8[:], i8[:], i8[:], i8[:], f8[:], f8)")
+@compiled("void(f8[:], f8[:], i8[:], i8[:], i8[:, :, :, :], i8, i8, i8, f8[:], f8)")
 def _share_out_surprise(
     means: np.ndarray,
     variances: np.ndarray,
     samples: np.ndarray,
     starts: np.ndarray,
     places: np.ndarray,
+    operation: int,
+    octave: int,
+    num_tokens: int,
     moment: np.ndarray,
     log_ratio: float,
 ) -> None:
@@ -317,14 +319,16 @@ def _share_out_surprise(
         means, variances: [parts] float64.
         samples: [buckets] int64, passes of each bucket, which are the third kind of parts.
         starts: [5] int64, where the parts of each kind begin.
-        places: [4] int64, the parts of this pass.
+        places: [passes, octaves, 4, sizes] int64, the parts of every pass.
+        operation, octave, num_tokens: of this pass.
         moment: [3] float64, the speed of the moment, its variance, and the variance of the noise.
         log_ratio: of measured to predicted time.
     """
-    samples[places[2] - starts[2]] += 1
+    parts = places[operation, octave, :, min(max(num_tokens, 1), places.shape[3]) - 1]
+    samples[parts[2] - starts[2]] += 1
     moment[1] += DRIFT**2
     expected, known = moment[0], moment[1]
-    for place in places:
+    for place in parts:
         expected += means[place]
         known += variances[place]
     total = known + moment[2]
@@ -332,7 +336,7 @@ def _share_out_surprise(
     surprise = min(max(log_ratio - expected, -most), most)
     moment[0] += moment[1] * surprise / total
     moment[1] -= moment[1] * moment[1] / total
-    for place in places:
+    for place in parts:
         means[place] += variances[place] * surprise / total
         variances[place] -= variances[place] * variances[place] / total
     # The noise is what the parts do not explain, over some hundred passes.

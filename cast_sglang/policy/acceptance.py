@@ -23,6 +23,7 @@ parent's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -97,8 +98,8 @@ class Acceptance:
         self._sums = np.zeros((3, *_SHAPE))
         # Built on demand from the sums.
         self._curves: np.ndarray | None = None
-        # By bucket of depths.
-        self._device_curves: dict[torch.device, list[AcceptanceCurve]] = {}
+        self._pieces: list[AcceptanceCurve] = []  # by bucket of depths, for these kinds
+        self._kinds: torch.Tensor | None = None
 
     def update(
         self, nodes: VerifiedNodes, kinds: np.ndarray, remembered: np.ndarray | None = None
@@ -125,26 +126,25 @@ class Acceptance:
 
         Args:
             depth: of the nodes, 1 for the root's children.
-            kinds: [B] int64, the kind of each request; on the device of the returned tensors.
+            kinds: [B] int64, the kind of each request, another tensor when they change; on the
+                device of the returned tensors.
 
-        Effects: no host sync; after an update, one small copy to the device.
+        Effects: no host sync; after an update and for other kinds, one small copy to the device.
         """
-        curves = self._device_curves.get(kinds.device)
-        if curves is None:
+        if kinds is not self._kinds:
             # One copy for all depths: inner knots in the first row, then starts, then slopes.
             packed = to_device(_pack_curves(self.curves()), kinds.device)
             # By bucket of depths, [kinds, pieces] each.
             starts, slopes = packed[1:].view(2, _SHAPE[1], _SHAPE[0], -1)
-            curves = [
-                AcceptanceCurve(packed[0, :-1], *pieces, kinds)
-                for pieces in zip(starts, slopes, strict=True)
+            self._pieces = [
+                AcceptanceCurve(packed[0, :-1], start, slope, kinds)
+                for start, slope in zip(starts, slopes, strict=True)
             ]
-            self._device_curves[kinds.device] = curves
-        return curves[_bucket(depth)]._replace(kinds=kinds)
+            self._kinds = kinds
+        return self._pieces[bisect_left(_DEPTH_ENDS, depth)]
 
     def _forget_curves(self) -> None:
-        self._curves = None
-        self._device_curves.clear()
+        self._curves = self._kinds = None
 
     def curves(self) -> np.ndarray:
         """Return [kinds, buckets, knots] float64, g at the knots for each bucket of depths."""

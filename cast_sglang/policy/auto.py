@@ -28,7 +28,7 @@ from cast_sglang.costs.model import extend_row_units, plain_units
 from cast_sglang.policy.base import NO_PREFILL, Costs, Prefill, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.octaves import MAX_LOSS, Octave, octave_of
-from cast_sglang.policy.select_count import pooled, select_count, select_size, size_costs
+from cast_sglang.policy.select_count import pooled, select_count, select_size, share_out, size_costs
 from cast_sglang.policy.turns import PLAIN, Shape, Turns
 
 __all__ = ["LEAST_CUT", "AutoPolicy"]
@@ -89,6 +89,7 @@ class AutoPolicy(TreePolicy):
         self._deepen = False
         self._parents = 0  # depth of the nodes whose children `expanded` showed last
         self._turn: Shape | None = None  # of the step that runs; None for the policy's own
+        self._price = 1.0  # of the tree that grows
         self._shares_out = False  # the last tree was cut by `share_out`
         self._weights: np.ndarray | None = None  # [B, 1]
         self._standing: tuple[torch.Tensor, torch.Tensor] | None = None  # arguments of `stand`
@@ -148,11 +149,13 @@ class AutoPolicy(TreePolicy):
 
     def breadth(self, scores: torch.Tensor, costs: Costs | None) -> int:
         """Choose the layer's width, and decide whether expanding it pays at all."""
-        view, price = self._read(costs), self.price(len(scores))
         if self._layers == 1:
             self._begin(scores)
-        room = self._max_layers - self._layers
         (best, left), self._standing = self._standing or (None, scores), None
+        if self._turn is not None:
+            self._deepen = self._layers < min(self._turn.num_steps, self._max_layers)
+            return min(self._turn.topk, scores.shape[1])
+        view, price, room = self._read(costs), self._price, self._max_layers - self._layers
         width, gain = self._lookahead.best_width(
             self._layers,
             self._worth(left, view, price),
@@ -164,9 +167,6 @@ class AutoPolicy(TreePolicy):
             None if best is None else self._worth(best, view, price),
         )
         self._deepen = gain > 0.0 and room > 0
-        if self._turn is not None:
-            self._deepen = self._layers < min(self._turn.num_steps, self._max_layers)
-            width = min(self._turn.topk, scores.shape[1])
         return width
 
     def deepen(self) -> bool:
@@ -175,10 +175,10 @@ class AutoPolicy(TreePolicy):
 
     def chain_layers(self, scores: torch.Tensor, costs: Costs | None, max_layers: int) -> int:
         """Choose the length that promises most, by the children that nodes of each depth had."""
-        view, price = self._read(costs), self.price(len(scores))
         self._begin(scores)
         if self._turn is not None:
             return min(self._turn.num_steps, max_layers)
+        view, price = self._read(costs), self._price
         return self._lookahead.best_length(
             self._worth(scores, view, price),
             view.costs.verify if self._shares_out else view.sized,
@@ -190,7 +190,7 @@ class AutoPolicy(TreePolicy):
 
     def _begin(self, scores: torch.Tensor) -> None:
         """See the roots' children; they stand for all others while nothing is known of those."""
-        self._parents = 0
+        self._parents, self._price = 0, self.price(len(scores))
         self._lookahead.learn(0, None, scores)
         self._lookahead.begin_tree(len(scores))
 
@@ -199,14 +199,13 @@ class AutoPolicy(TreePolicy):
         self._lookahead.learn(self._parents, parent_scores, child_probs)
 
     def rerank(self, scores: torch.Tensor, costs: Costs | None) -> int:
-        view, price = self._read(costs), self.price(len(scores))
-        size = select_size(self._worth(scores, view, price), view.sized, self._sizes, price)
         self._layers = 1
-        if self._turn is not None and size is not None:
-            allowed = self._sizes[: bisect_right(self._sizes, scores.shape[1] + 1)]
-            return allowed[bisect_left(allowed, self._turn.num_draft_tokens, hi=len(allowed) - 1)]
-        # None where the tree ended below the smallest size.
-        return scores.shape[1] + 1 if size is None else size.num_draft_tokens
+        if self._turn is not None:  # the smallest size that holds its rows, or the tree
+            last = bisect_right(self._sizes, scores.shape[1] + 1) - 1
+            place = bisect_left(self._sizes, self._turn.num_draft_tokens, hi=max(0, last))
+            return self._sizes[place] if last >= 0 else scores.shape[1] + 1
+        view, price = self._read(costs), self.price(len(scores))
+        return select_size(self._worth(scores, view, price), view.sized, self._sizes, price)[0]
 
     def beats_plain(
         self, scores: torch.Tensor, costs: Costs | None, shares_out: bool = False
@@ -232,10 +231,8 @@ class AutoPolicy(TreePolicy):
         self._layers = 1
         view, price = self._read(costs), self.price(len(scores))
         worth = self._worth(scores[:, : self._sizes[-1] - 1], view, price)
-        count, _ = select_count(*pooled(worth, view.costs.verify), price)
-        # Stable, so that a parent comes before a child of the same score.
-        chosen = np.argsort(-worth.ravel(), kind="stable")[:count]
-        return 1 + np.bincount(chosen // worth.shape[1], minlength=len(scores))
+        rows: np.ndarray = share_out(worth, view.costs.verify, price)
+        return rows
 
     def settlement(self, batch_size: int, costs: Costs | None, is_even: bool) -> tuple[float, int]:
         """Return what earlier steps say of drawn requests.
@@ -271,8 +268,9 @@ class AutoPolicy(TreePolicy):
 
         Each accepted token adds a row to draft extend, where accepted rows are what it runs.
         """
-        token = np.float32(1.0 - price * view.token)
-        worth: np.ndarray = scores.numpy(force=True) * token
+        worth: np.ndarray = scores.numpy()
+        if view.token:
+            worth = worth * np.float32(1.0 - price * view.token)
         return worth if self._weights is None else worth * self._weights
 
     def observe(self, batch_size: int, accepted_mean: float, time_units: float) -> None:

@@ -128,7 +128,7 @@ class Decider:
         self._plans_chains = plans_chains
         self.planned: int | None = None
         self._launched: Arriving | None = None
-        self._facts: StepFacts | None = None
+        self._facts: StepFacts  # begin_step comes first
         self._num_layers = 0  # of the tree that grows
         self._num_nodes = 0  # of it, that were run
         self._cut, self._most_rows = 0.0, 0  # of drawn requests in this step
@@ -188,7 +188,7 @@ class Decider:
 
     def least_scores(self) -> np.ndarray:
         """Return [B] float32, the score below which no copy is looked for in this step."""
-        facts = self._step()
+        facts = self._facts
         least = self.policy.least_score(facts.batch_size, facts.costs)
         scores = np.full(facts.batch_size, least, np.float32)
         if facts.is_drawn is not None:  # nothing below the cut is verified of these
@@ -197,7 +197,7 @@ class Decider:
 
     def settlement(self) -> tuple[float, int]:
         """Return the least score and the most nodes that a drawn request verifies in this step."""
-        facts = self._step()
+        facts = self._facts
         most = min(facts.max_rows, self._most_rows)
         if self.verify_graphs is not None:
             bucket = self.verify_graphs.bucket(facts.batch_size)
@@ -214,7 +214,7 @@ class Decider:
             scores: [B, K] float32 on the host, the layer's best candidates, descending.
             with_copies: arguments of `TreePolicy.stand`; None where nothing is copied.
         """
-        facts = self._step()
+        facts = self._facts
         most = self._most_width(facts)
         if self._num_layers == facts.max_layers or most == 0:
             return None
@@ -276,7 +276,7 @@ class Decider:
             for above, probs in zip(parts[::2], parts[1::2], strict=True):
                 self.expanded(above, probs)
         began = time.perf_counter()
-        facts, most = self._step(), scores.shape[1] + 1
+        facts, most = self._facts, scores.shape[1] + 1
         costs, num_rows = facts.costs, None
         if self._shares_out:
             num_rows = self.policy.share_out(scores, costs)
@@ -304,7 +304,7 @@ class Decider:
     def rows_or_plain(self, scores: torch.Tensor) -> VerifyRows:
         """Decide as `rows` where nothing was drafted, and so one row, the root's, may be enough."""
         began = time.perf_counter()
-        is_worth = self.policy.beats_plain(scores, self._step().costs, self._shares_out)
+        is_worth = self.policy.beats_plain(scores, self._facts.costs, self._shares_out)
         self.seconds += time.perf_counter() - began
         return self.rows(scores) if is_worth else VerifyRows(1, None)
 
@@ -316,7 +316,7 @@ class Decider:
         A drawn request verifies all that it may, by the score of the last node that was worth its
         time in earlier steps. This step's goes into that of the next.
         """
-        facts = self._step()
+        facts = self._facts
         assert facts.is_drawn is not None
         chosen = np.full(len(scores), size) if num_rows is None else num_rows
         # A request may have fewer nodes than rows; a score of 0 stands where there is none.
@@ -335,10 +335,6 @@ class Decider:
     def price(self, batch_size: int) -> float | None:
         """Return tokens asked per unit of time; None for a policy without a price."""
         return self.policy.price(batch_size) if isinstance(self.policy, AutoPolicy) else None
-
-    def _step(self) -> StepFacts:
-        assert self._facts is not None, "begin_step comes first"
-        return self._facts
 
 
 def _prefill(facts: StepFacts, costs: StepCosts) -> Prefill:

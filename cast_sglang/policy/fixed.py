@@ -98,6 +98,4 @@ class FixedPolicy(TreePolicy):
         assert costs is not None
         self._layer = None
         cost = size_costs(costs.verify, self._sizes)
-        size = select_size(scores.numpy(force=True), cost, self._sizes, self.c3)
-        # None where the tree has fewer nodes than the smallest size.
-        return scores.shape[1] + 1 if size is None else size.num_draft_tokens
+        return select_size(scores.numpy(force=True), cost, self._sizes, self.c3)[0]

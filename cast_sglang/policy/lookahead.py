@@ -42,8 +42,7 @@ class Lookahead:
         # children's probabilities times these; the means are moved towards those of the depth
         # above, as if one node had had them. The first children tell how many there are.
         self._weights = np.zeros(max_layers + 1)
-        self._sums = np.zeros((max_layers + 1, 0))
-        self._means = self._sums
+        self._sums = self._means = np.zeros((max_layers + 1, 0))
         self._max_nodes = max_nodes
         # [B, max_nodes] the best candidates of each request's tree so far, descending.
         self._best = np.zeros((0, max_nodes), np.float32)
@@ -63,21 +62,17 @@ class Lookahead:
                 have children; None for roots.
             child_probs: [B * W, K] float32, their children's probabilities given them.
 
-        Effects: two small copies to the host where they are on a device.
+        All on the host.
         """
-        probs = child_probs.numpy(force=True)
+        probs = child_probs.numpy()
         if not self._sums.size:
-            self._sums = np.zeros((len(self._weights), probs.shape[1]))
-            self._means = self._sums.copy()
-        scores = probs if parent_scores is None else parent_scores.numpy(force=True)
+            self._sums, self._means = np.zeros((2, len(self._weights), probs.shape[1]))
+        scores = probs if parent_scores is None else parent_scores.numpy()
         _add_children(self._sums, self._weights, depth, scores, probs, parent_scores is None)
 
     def begin_tree(self, batch_size: int) -> None:
         """Drop the candidates of the last tree; the next has this many requests."""
-        if len(self._best) != batch_size:
-            self._best = np.zeros((batch_size, self._max_nodes), np.float32)
-        else:
-            self._best.fill(0.0)
+        self._best = np.zeros((batch_size, self._max_nodes), np.float32)
         _fill_means(self._sums, self._weights, self._means)
 
     def best_width(
@@ -117,10 +112,9 @@ class Lookahead:
         if standing is not None:
             count = min(standing.shape[1], self._max_nodes)
             self._best[:, :count] = standing[:, :count]
-        ahead = min(MAX_AHEAD, max_layers, len(self._means) - depth)
-        cut = verify, growth, price, ahead, shares_out, standing is None
+        cut = verify, growth, price, min(MAX_AHEAD, max_layers), shares_out, standing is None
         width, gain = _best_width(self._means[depth:], self._best, scores, *cut)
-        return int(width), float(gain)
+        return width, gain
 
     def best_length(
         self,
@@ -228,7 +222,7 @@ def _best_width(
     """Do the work of `Lookahead.best_width`, which adds the layer to the tree if it is new there.
 
     Args:
-        children: [>= ahead, K], mean children of a node of this layer, of the next, and so on.
+        children: [.., K], mean children of a node of this layer, of the next, and so on.
         tree: [B, n] float32, the best candidates of each request, descending.
     """
     batch_size, topk = scores.shape
@@ -246,6 +240,7 @@ def _best_width(
         gain = _best_cut(grown, verify, price, shares_out) - stands - price * growth[k]
         if gain > most:
             width, most = k + 1, gain
+    ahead = min(ahead, len(children))
     if most > 0.0 or ahead < 2:
         return width, most
 

@@ -36,43 +36,29 @@ def verify_outcomes(
         parent_rows, top_scores_index: [B, N - 1] int64, `tree.Selection`'s.
         accept_index: [B, *] int, b * N + row of the root and of each accepted node, -1 for none;
             as SGLang's verify returns it.
-        probs: [B, N - 1] float32, the draft's probability of each node given its parent; nan for a
-            node that calibration must ignore.
+        probs: [B, M] float32, the draft's probability of each candidate given its parent; nan for
+            one that calibration must ignore, as it ignores those that are not among the M.
         topk: K.
     """
-    shape = top_scores_index.shape
-    depths = np.empty(shape, dtype=np.int64)
-    shares, is_tried, accepted = np.empty(shape), np.empty(shape, bool), np.empty(shape, bool)
-    _read_outcomes(
-        parent_rows,
-        accept_index.astype(np.int64),
-        probs,
-        top_scores_index,
-        topk,
-        shares,
-        depths,
-        is_tried,
-        accepted,
-    )
-    return VerifiedNodes(shares, depths, is_tried, accepted)
+    paths = accept_index.astype(np.int64)
+    return VerifiedNodes(*_outcomes(parent_rows, top_scores_index, paths, probs, topk))
 
 
 @compiled(
-    "void(i8[:, :], i8[:, :], f4[:, :], i8[:, :], i8, f8[:, :], i8[:, :], b1[:, :], b1[:, :])"
+    "Tuple((f8[:, :], i8[:, :], b1[:, :], b1[:, :]))(i8[:, :], i8[:, :], i8[:, :], f4[:, :], i8)"
 )
-def _read_outcomes(
+def _outcomes(
     parent_rows: np.ndarray,
+    top_scores_index: np.ndarray,
     accept_index: np.ndarray,
     probs: np.ndarray,
-    top_scores_index: np.ndarray,
     topk: int,
-    shares: np.ndarray,
-    depths: np.ndarray,
-    is_tried: np.ndarray,
-    accepted: np.ndarray,
-) -> None:
-    """Fill the arrays of `VerifiedNodes`; the other arguments are those of `verify_outcomes`."""
+) -> tuple[np.ndarray, ...]:
+    """Return the arrays of `VerifiedNodes`; the arguments are those of `verify_outcomes`."""
     batch_size, num_nodes = parent_rows.shape
+    shares, depths = np.empty(parent_rows.shape), np.empty_like(parent_rows)
+    is_tried = np.empty(parent_rows.shape, np.bool_)
+    accepted = np.empty_like(is_tried)
     is_accepted = np.zeros(batch_size * (num_nodes + 1), dtype=np.bool_)
     for request in range(batch_size):
         for place in range(accept_index.shape[1]):
@@ -87,11 +73,13 @@ def _read_outcomes(
             if parent != group:
                 group, siblings, left, is_open = parent, 0, 1.0, True
             # Only if all better siblings were verified is it known that none of them was accepted.
-            is_open &= top_scores_index[request, node] % topk == siblings  # its rank there
-            prob = float(probs[request, node])
+            candidate = top_scores_index[request, node]
+            is_open &= candidate % topk == siblings  # its rank there
+            prob = float(probs[request, candidate]) if candidate < probs.shape[1] else np.nan
             shares[request, node] = min(prob / max(left, LEAST_LEFT), 1.0)
             depths[request, node] = 1 if parent < 1 else depths[request, parent - 1] + 1
             is_tried[request, node] = is_open and parent >= 0 and is_accepted[root + parent]
             accepted[request, node] = is_accepted[root + 1 + node]
             siblings, left = siblings + 1, left - prob
             is_open &= not accepted[request, node]
+    return shares, depths, is_tried, accepted

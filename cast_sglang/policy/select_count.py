@@ -6,15 +6,15 @@ functions bring a question into its form.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from cast_sglang.ops.compiled import compiled
 
-__all__ = ["Size", "pooled", "select_count", "select_size", "size_costs"]
+__all__ = ["pooled", "select_count", "select_size", "share_out", "size_costs"]
 
 
 @compiled("Tuple((i8, f8))(f4[:, :], f4[:], f8)")
@@ -41,8 +41,8 @@ def select_count(scores: np.ndarray, costs: np.ndarray, price: float) -> tuple[i
     best, most, utility = 0, -np.inf, 0.0
     for node in range(scores.shape[1]):
         for request in range(len(scores)):
-            utility += scores[request, node] / len(scores)
-        value = utility - price * costs[node]
+            utility += scores[request, node]
+        value = utility / len(scores) - price * costs[node]
         if value > most:
             best, most = node + 1, value
     return best, most
@@ -74,11 +74,22 @@ def pooled(scores: np.ndarray, verify: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return ranked, costs
 
 
-class Size(NamedTuple):
-    """A number of rows to verify per request."""
+@compiled("i8[:](f4[:, :], f4[:], f8)")
+def share_out(scores: np.ndarray, verify: np.ndarray, price: float) -> np.ndarray:
+    """Rank the nodes of all requests together and keep as many as `select_count` says.
 
-    num_draft_tokens: int  # N, root included
-    value: float  # expected accepted tokens, less the price of the time
+    Args:
+        scores, verify: as of `pooled`; each request's scores descending.
+
+    Returns:
+        [B] int64, the rows of each request, root included. Of equal scores the first are kept, so
+        that a parent comes before its child.
+    """
+    count = select_count(*pooled(scores, verify), price)[0]
+    rows = np.ones(len(scores), np.int64)
+    for node in np.argsort(-scores.copy().ravel(), kind="mergesort")[:count]:
+        rows[node // scores.shape[1]] += 1
+    return rows
 
 
 def size_costs(verify: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
@@ -96,7 +107,7 @@ def size_costs(verify: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 def select_size(
     scores: np.ndarray, costs: np.ndarray, sizes: Sequence[int], price: float
-) -> Size | None:
+) -> tuple[int, float]:
     """Choose the allowed size whose nodes bring most beyond the price of its time.
 
     A size that is paid for is filled, so a number of nodes costs what the size that holds it does.
@@ -106,10 +117,11 @@ def select_size(
         costs: `size_costs` of these sizes.
 
     Returns:
-        None if the smallest size has more rows than there are nodes.
+        N, root included, and expected accepted tokens, less the price of the time. Where the
+        smallest size has more rows than there are nodes: all nodes, and -inf.
     """
     num_sizes = bisect_right(sizes, scores.shape[1] + 1)
     if not num_sizes:
-        return None
+        return scores.shape[1] + 1, -math.inf
     count, value = select_count(scores[:, : sizes[num_sizes - 1] - 1], costs[1:], price)
-    return Size(sizes[bisect_left(sizes, count + 1)], value)
+    return sizes[bisect_left(sizes, count + 1)], value

@@ -44,7 +44,7 @@ class _Lesson(NamedTuple):
     """
 
     selection: Selection
-    probs: torch.Tensor  # [B, N - 1], the draft's own probabilities given the parent
+    probs: torch.Tensor  # [B, drafted], the draft's own probabilities given the parent
     kinds: torch.Tensor  # [B], of the requests
     topk: int
     accept_index: torch.Tensor | None = None  # None until the step is verified
@@ -121,26 +121,13 @@ class Calibration:
         """Keep the tree that the step verifies, and learn from the steps before when it is time."""
         began = time.perf_counter()
         self._learn()
-        probs, topk = self._node_probs(drafted), drafted.tree.topk
         assert self._kinds is not None
-        self._lesson = _Lesson(drafted.selection, probs, self._kinds, topk)
-        self.seconds += time.perf_counter() - began
-
-    def _node_probs(self, drafted: Drafted) -> torch.Tensor:
-        """Return [B, N - 1], the draft's probability of each verified node given its parent.
-
-        nan for nodes that teach nothing.
-        """
-        index = drafted.selection.top_scores_index
-        layers = [probs.view(len(index), -1) for probs in self._probs]
-        # What was grafted has no probability, nor has the candidate that does not exist.
-        others = 1 + drafted.tree.num_candidates - sum(layer.shape[1] for layer in layers)
-        layers.append(layers[0].new_full((len(index), others), torch.nan))
-        probs = torch.cat(layers, dim=1).gather(1, index)
+        probs = torch.cat([layer.view(len(self._kinds), -1) for layer in self._probs], dim=1)
         if drafted.wants_drafts is not None:
             # The nodes of the other requests cannot be accepted.
-            probs = probs.masked_fill(~drafted.wants_drafts.unsqueeze(1), torch.nan)
-        return probs
+            probs.masked_fill_(~drafted.wants_drafts.unsqueeze(1), torch.nan)
+        self._lesson = _Lesson(drafted.selection, probs, self._kinds, drafted.tree.topk)
+        self.seconds += time.perf_counter() - began
 
     def on_verified(self, verified: Verified) -> None:
         """Pair the outcome with the tree that the step drafted; ignored where there is none."""

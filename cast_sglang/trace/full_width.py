@@ -7,6 +7,7 @@ since it knows no narrow layers: where drafts are dear, a chain is faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,13 +56,11 @@ def best_choice(
     costs = size_costs(verify_costs, sizes)
     for depth in range(1, len(layer_scores) + 1):
         scores = torch.cat(list(layer_scores[:depth]), dim=1).sort(dim=1, descending=True).values
-        size = select_size(scores.numpy(force=True), costs, sizes, price)
-        if size is None:
-            continue
-        value = size.value - price * sum(draft_costs[: depth - 1])
+        size, value = select_size(scores.numpy(force=True), costs, sizes, price)
+        value -= price * sum(draft_costs[: depth - 1])
         if best is None or value > best.value:
-            best = Choice(depth, size.num_draft_tokens, value)
-    if best is None:
+            best = Choice(depth, size, value)
+    if best is None or best.value == -math.inf:
         raise ValueError(f"no size of {tuple(sizes)} fits the tree")
     return best
 

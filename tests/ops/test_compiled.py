@@ -76,13 +76,15 @@ def arguments(function, rng, batch, n):
             shares_out,  # as good a coin as any
         ),
         "select_count": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 2.0),
+        "share_out": (best_scores(rng, batch, n), np.sort(floats(rng, n + 1)), 0.3),
         "pooled": (best_scores(rng, batch, n), np.sort(floats(rng, 1 + n // 2))),
         "_share_out_surprise": (
             floats(rng, n + 3, dtype=np.float64),
             0.1 * floats(rng, n + 3, dtype=np.float64),
             np.arange(n + 3),
             np.zeros(5, np.int64),
-            rng.permutation(n + 3)[:4],
+            np.stack([rng.permutation(n + 3)[:4] for _ in range(n)], axis=1)[None, None],
+            *(0, 0, n + batch % 2),
             np.array([0.1, 0.001, 0.02]),
             float(3.0 * rng.normal()),
         ),

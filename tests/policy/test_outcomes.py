@@ -79,7 +79,7 @@ def test_outcomes_are_those_of_a_walk(seed, batch, topk, layers, size):
         selection.parent_rows.numpy(),
         index.numpy(),
         accept_index,
-        probs[index.numpy()],
+        np.tile(probs, (batch, 1)),
         topk,
     )
     for name in ("depths", "is_tried", "accepted"):

@@ -83,7 +83,7 @@ def test_a_size_costs_what_holds_its_rows():
     verify = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], np.float32)
     assert size_costs(verify, (2, 5)).tolist() == [2.0, 2.0, 5.0, 5.0, 5.0]
     nodes = np.array([[0.5, 0.25]], np.float32)
-    assert select_size(nodes, size_costs(verify, (4,)), (4,), 0.1) is None
+    assert select_size(nodes, size_costs(verify, (4,)), (4,), 0.1) == (3, -np.inf)
     size = select_size(nodes, size_costs(verify, (2, 5)), (2, 5), 0.0)
     assert size == (2, 0.5)  # of five rows two would be empty
 

@@ -274,10 +274,9 @@ def drafted(
     expected = 1.0 + np.take_along_axis(paths, index, axis=1).sum() / batch_size
     lens = (accept_index >= 0).sum(axis=1)
     if acceptance is not None:
-        candidates = np.concatenate((*raw, np.full((batch_size, 1), np.nan)), axis=1)
-        verified = np.take_along_axis(candidates, index, axis=1).astype(np.float32)
+        drafted = np.concatenate(raw, axis=1).astype(np.float32)
         rows_above = selection.parent_rows.numpy()
-        seen = verify_outcomes(rows_above, index, accept_index, verified, topk)
+        seen = verify_outcomes(rows_above, index, accept_index, drafted, topk)
         acceptance.update(seen, text.kinds)
     rows = min(tree.num_layers, size - 1) + 1
     return Drafted(expected, float(lens.mean()) - 1.0, widths, mean_rows, rows)
