@@ -26,6 +26,7 @@ from cast_sglang.serving.launch.identity import host_identity, is_eagle3_config,
 from cast_sglang.serving.launch.pair import check_pair
 from cast_sglang.serving.launch.reserve import (
     describe_reserve,
+    read_launch,
     reserve_of_server,
     shrink_envelope,
 )
@@ -117,10 +118,11 @@ class CastAlgorithm(CustomSpecAlgo):
                 server_args.speculative_draft_model_revision,
                 server_args.trust_remote_code,
             )
-        set_envelope(server_args, one_pass_depth(draft_config), target_config(server_args))
+        target = target_config(server_args)
+        set_envelope(server_args, one_pass_depth(draft_config), target)
         verify_sizes(config, server_args.speculative_num_draft_tokens)
         check_copying(config, server_args)
-        check_pair(server_args)
+        check_pair(server_args, target)
         set_attention_backends(server_args)
 
         if server_args.max_running_requests is None:
@@ -134,10 +136,12 @@ class CastAlgorithm(CustomSpecAlgo):
         else:
             limit_graphs(config, server_args)
 
-        announce_profile(config, server_args)
-        if (shrunk := shrink_envelope(server_args, config)) is not None:
+        identity = host_identity(server_args, target)
+        announce_profile(config, server_args, identity)
+        launch = read_launch(server_args, config, target, identity)
+        if (shrunk := shrink_envelope(server_args, config, launch)) is not None:
             logger.info("CAST: %s", shrunk)
-        file = LearnedFile.of(config, host_identity(server_args))
+        file = LearnedFile.of(config, identity)
         if file is not None:
             file.load()  # so that a bad file stops the launch
         logger.info(
@@ -156,7 +160,7 @@ class CastAlgorithm(CustomSpecAlgo):
                 "CAST: no --speculative-draft-model-path, and the target has no MTP layer: drafts "
                 "are copied from the text of each request, and from nothing else"
             )
-        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args, config)))
+        logger.info("CAST: %s", describe_reserve(reserve_of_server(server_args, config, launch)))
 
 
 def _has_draft() -> bool:

@@ -125,8 +125,7 @@ def _make_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None
 
 def _say_capacity(pool: int, requests: int) -> None:
     """Log what speculation costs of the cache, and so of how many requests run at once."""
-    from cast_sglang.serving.host_patches.hooks import slots_reserved
-    from cast_sglang.serving.step_room import STOCK_TREE, stock_slots
+    from cast_sglang.serving.step_room import STOCK_TREE, slots_reserved, stock_slots
 
     reserve = slots_reserved()
     logger.info(

@@ -13,6 +13,7 @@ from cast_sglang.costs.correction import REFRESH_EVERY, CorrectedCosts, Residual
 from cast_sglang.costs.model import CostModel, StepCosts, step_units
 from cast_sglang.policy.lookahead import KEEP
 from cast_sglang.serving.launch.cost_profile import find_server_profile
+from cast_sglang.serving.launch.identity import host_identity
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -82,7 +83,7 @@ class ServedCosts:
         """
         found, parallel = None, get_parallel()
         if parallel.tp_rank == 0:
-            found = find_server_profile(self._config, server_args)
+            found = find_server_profile(self._config, server_args, host_identity(server_args))
         if parallel.tp_size > 1:
             found = get_tp_group().broadcast_object(found, src=0)
         if found is not None:

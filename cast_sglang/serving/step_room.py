@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from sglang.srt.runtime_context import get_schedule, get_spec
 
+from cast_sglang.config import CastConfig
 from cast_sglang.costs.limits import Limits
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-    from cast_sglang.config import CastConfig
 
 __all__ = [
     "PLAIN_RESERVE",
@@ -22,6 +22,7 @@ __all__ = [
     "deepest_copy",
     "most_tokens",
     "needs_whole_trees",
+    "slots_reserved",
     "step_reserve",
     "stock_slots",
 ]
@@ -204,3 +205,12 @@ class Envelope:
             # The children of the last layer are not run, so they take no slots.
             layers = min(layers, slots // self._topk + 1)
         return StepRoom(layers, min(rows, slots - 1), min(nodes, slots), copy_depth)
+
+
+@functools.cache
+def slots_reserved() -> int:
+    """Return the slots that a request of this server reserves for a step with drafts.
+
+    SGLang reserves twice the larger of all nodes and all rows.
+    """
+    return Envelope.of_server(CastConfig.load()).reserve

@@ -64,17 +64,18 @@ def server_args(**given):
 def checked(monkeypatch):
     """Leave out what reads models and profiles; collect its order."""
     log = []
-    monkeypatch.setattr(module, "check_pair", lambda args: log.append("pair"))
+    monkeypatch.setattr(module, "check_pair", lambda args, target: log.append("pair"))
     monkeypatch.setattr(module, "read_draft_config", lambda *draft: SimpleNamespace())
     target = SimpleNamespace(hf_config=LlamaConfig(), attention_arch=AttentionArch.MHA)
     for reader in (module, backends):
         monkeypatch.setattr(reader, "target_config", lambda args: target)
 
-    def announce(config, args):
+    def announce(config, args, identity):
         log.append("profile")
 
     monkeypatch.setattr(module, "announce_profile", announce)
-    monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
+    monkeypatch.setattr(module, "host_identity", lambda args, target: make_identity())
+    monkeypatch.setattr(module, "read_launch", lambda *args: None)
     monkeypatch.setattr(module, "shrink_envelope", lambda *args: log.append("envelope"))
     monkeypatch.setattr(module, "reserve_of_server", lambda *args: Reserve([], 128, 40, 0.1, 48))
     return log

@@ -16,7 +16,7 @@ from sglang.srt.speculative import spec_registry
 
 from cast_sglang.config import CastConfig, given_flags
 from cast_sglang.errors import ConfigError, HostError
-from cast_sglang.serving import plugin
+from cast_sglang.serving import plugin, step_room
 from cast_sglang.serving.host_patches import hooks
 from cast_sglang.serving.launch import arguments
 from cast_sglang.serving.profiling import command
@@ -151,7 +151,7 @@ def test_other_algorithms_are_left_alone(draft_worker):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_metrics_have_sglangs_labels_on_the_ranks_that_export(exports, rank, monkeypatch, caplog):
     monkeypatch.setattr(plugin, "get_parallel", lambda: SimpleNamespace(tp_rank=rank))
-    monkeypatch.setattr(hooks, "slots_reserved", lambda: 56)
+    monkeypatch.setattr(step_room, "slots_reserved", lambda: 56)
     seen, labels = [], {"model_name": "m", "engine_type": "unified", "tp_rank": 0}
     stats = SimpleNamespace(export=seen.append)
     worker = SimpleNamespace(cast_stats=stats, device="cpu", lacks_profile=False)

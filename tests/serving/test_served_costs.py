@@ -96,7 +96,8 @@ def test_every_rank_decides_by_the_profile_that_rank_0_finds(
         parallel = SimpleNamespace(tp_rank=rank, tp_size=2)
         monkeypatch.setattr(module, "get_parallel", lambda parallel=parallel: parallel)
         mine = found if there[rank] else None
-        monkeypatch.setattr(module, "find_server_profile", lambda config, args, mine=mine: mine)
+        monkeypatch.setattr(module, "find_server_profile", lambda *args, mine=mine: mine)
+        monkeypatch.setattr(module, "host_identity", lambda args: None)
         costs = ServedCosts(CastConfig(), Clock(), None)
         costs.find(None, LIMITS)
         taken.append(costs.profile)

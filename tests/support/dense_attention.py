@@ -12,7 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
+from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLM_MLA_MAX_BATCH_SIZE
 
+WRAPPER_BYTES = 8 << 20  # of each wrapper of `flashinfer`, for its plan
 NOTHING = -math.inf  # the logarithm of a sum over no key
 BACKENDS = ("triton", "fa3", "flashinfer", "trtllm_mha")
 
@@ -248,12 +250,12 @@ class Paged:
     ):
         assert layout == "NHD" and backend == "fa2"
         self.is_cuda_graph_enabled, self._rows = use_cuda_graph, None
-        self._qo_indptr, self._mask_indptr = qo_indptr_buf, mask_indptr_buf
+        self._qo_indptr_buf, self._mask_indptr_buf = qo_indptr_buf, mask_indptr_buf
         self._custom_mask_buf = custom_mask_buf
         # The wrapper of decode names its buffers otherwise.
-        given = {name.removesuffix("fer"): buffer for name, buffer in buffers.items()}
-        self._kv_indptr = given.get("paged_kv_indptr_buf")
-        self._paged_kv_indices_buf = given.get("paged_kv_indices_buf")
+        for name, buffer in buffers.items():
+            setattr(self, f"_{name.removesuffix('fer')}", buffer)
+        self._int_workspace_buffer = torch.empty(WRAPPER_BYTES, dtype=torch.uint8)
 
     def lay_out(self, qo_indptr, kv_indptr, kv_indices, last_page_len, page_size, mask, window=-1):
         """Take the layout of a pass."""
@@ -268,24 +270,24 @@ class Paged:
         if mask is not None:
             packed, mask_indptr = packed_mask(mask, (rows * lengths).tolist())
         if not self.is_cuda_graph_enabled:
-            self._qo_indptr, self._kv_indptr = qo_indptr.clone(), kv_indptr.clone()
+            self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr.clone(), kv_indptr.clone()
             self._paged_kv_indices_buf = kv_indices.clone()
-            self._custom_mask_buf, self._mask_indptr = packed, mask_indptr
+            self._custom_mask_buf, self._mask_indptr_buf = packed, mask_indptr
             return
         self._rows = self._rows or int(qo_indptr[-1])
-        assert self._rows == int(qo_indptr[-1]) and len(self._kv_indptr) == len(kv_indptr)
-        self._kv_indptr.copy_(kv_indptr)
+        assert self._rows == int(qo_indptr[-1]) and len(self._paged_kv_indptr_buf) == len(kv_indptr)
+        self._paged_kv_indptr_buf.copy_(kv_indptr)
         if kv_indices is not self._paged_kv_indices_buf:
             assert len(kv_indices) <= len(self._paged_kv_indices_buf)
             self._paged_kv_indices_buf[: len(kv_indices)].copy_(kv_indices)
-        if self._qo_indptr is None:  # of decode, which has one row each
-            self._qo_indptr = qo_indptr.clone()
-        self._qo_indptr.copy_(qo_indptr)
+        if self._qo_indptr_buf is None:  # of decode, which has one row each
+            self._qo_indptr_buf = qo_indptr.clone()
+        self._qo_indptr_buf.copy_(qo_indptr)
         assert (packed is None) == (self._custom_mask_buf is None)
         if packed is not None:
             assert len(packed) <= len(self._custom_mask_buf)
             self._custom_mask_buf[: len(packed)].copy_(packed)
-            self._mask_indptr.copy_(mask_indptr)
+            self._mask_indptr_buf.copy_(mask_indptr)
 
     def forward_return_lse(
         self,
@@ -300,7 +302,7 @@ class Paged:
         window_left=-1,
     ):
         assert window_left == -1 and not logits_soft_cap and k_scale is v_scale is None
-        ends, begins = self._qo_indptr.tolist(), self._kv_indptr.tolist()
+        ends, begins = self._qo_indptr_buf.tolist(), self._paged_kv_indptr_buf.tolist()
         assert ends[-1] == len(q)
         attended, sums = torch.zeros_like(q), q.new_full((len(q), q.shape[1]), NOTHING)
         for number in range(len(ends) - 1):
@@ -310,7 +312,7 @@ class Paged:
                 continue
             allowed = up_to_the_own(num_rows, length, causal)
             if self._custom_mask_buf is not None:
-                begin = int(self._mask_indptr[number])
+                begin = int(self._mask_indptr_buf[number])
                 allowed = unpacked_mask(self._custom_mask_buf[begin:], num_rows, length)
                 assert allowed.diagonal(length - num_rows).all()  # each row sees itself
             keys, values = (cache[self._paged_kv_indices_buf[slots].long()] for cache in kv_cache)
@@ -388,6 +390,12 @@ class OnTheHost:
         return torch.zeros(*args, **kwargs)
 
 
+def counters(device, num_q_heads, max_batch_size):
+    """Make the counters of `trtllm_mha`'s kernels, of 4 bytes, for as many requests as SGLang."""
+    requests = max(TRTLLM_MLA_MAX_BATCH_SIZE, max_batch_size)
+    return torch.zeros(4 * requests * num_q_heads, dtype=torch.uint8)
+
+
 def install() -> None:
     """Make them backends of this process."""
     kernels, flash = ModuleType("sgl_kernel"), ModuleType("sgl_kernel.flash_attn")
@@ -417,7 +425,7 @@ def install() -> None:
         decode=SimpleNamespace(trtllm_batch_decode_with_kv_cache=trtllm_decode),
         prefill=SimpleNamespace(trtllm_batch_context_with_kv_cache=trtllm_prompts),
     )
-    trtllm.make_persistent_multi_ctas_kv_counter_buffer = lambda *args, **kwargs: None
+    trtllm.make_persistent_multi_ctas_kv_counter_buffer = counters
     platform = attention_hook.get_platform()
     blackwell = SimpleNamespace(is_sm90=False, is_sm100=True, is_sm120=False)
     attention_hook.get_platform = lambda: OneOf(blackwell, platform)

@@ -17,6 +17,7 @@ import torch
 
 from cast_sglang.serving.host_patches.passes import (
     building_backend,
+    drop_wrappers,
     leave_room,
     running_on,
     with_own_graphs,
@@ -99,6 +100,7 @@ class VerifyBackends:
             backend = ATTENTION_BACKENDS[self.name](self._runner)
         if self.lays_out_one_size:
             leave_room(backend)
+            drop_wrappers(backend)
         for phase in ("prefill", "decode"):  # models with latent attention ask it for its name
             setattr(backend, f"{phase}_attention_backend_str", self.name)
         return backend

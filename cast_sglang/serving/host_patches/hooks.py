@@ -7,7 +7,6 @@ the CPU platform.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import ceil_align
 
-from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.ops.copies import to_device
+from cast_sglang.serving.host_patches.passes import leave_room
 from cast_sglang.serving.launch.identity import is_draft_path
-from cast_sglang.serving.step_room import PLAIN_RESERVE, Envelope
+from cast_sglang.serving.step_room import PLAIN_RESERVE, slots_reserved
 from cast_sglang.serving.weight_updates import (
     release_draft,
     resume_draft,
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-__all__ = ["building_draft_worker", "is_cast", "register_hooks", "slots_reserved"]
+__all__ = ["building_draft_worker", "is_cast", "register_hooks"]
 
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
@@ -141,15 +140,6 @@ def _check_adapters(original: Callable[[Any], None], server_args: Any) -> None:
     original(server_args)
 
 
-@functools.cache
-def slots_reserved() -> int:
-    """Return the slots that a request of this server reserves for a step with drafts.
-
-    SGLang reserves twice the larger of all nodes and all rows.
-    """
-    return Envelope.of_server(CastConfig.load()).reserve
-
-
 def _must_decode_plainly(batch: ScheduleBatch, requests: list[Req]) -> bool:
     """Return whether a request that is alone cannot get the slots of a step with drafts."""
     if len(requests) != 1:
@@ -246,14 +236,10 @@ def _apply_processors(
 
 
 def _leave_room(original: Callable[..., None], backend: Any, *args: Any, **kwargs: Any) -> None:
-    """Let buffers hold what a step may write past the longest context, as the requests' rows do.
-
-    They are lists of slots, and the mask of verify. SGLang ends a request before a step could write
-    there. CAST serves it to the limit, beside others that draft on.
-    """
+    """Leave room in the buffers of `triton` for the target and the draft; see `passes`."""
     original(backend, *args, **kwargs)
     if is_cast():
-        backend.max_context_len += slots_reserved()
+        leave_room(backend)
 
 
 def _size_graph_buffers(

@@ -17,8 +17,8 @@ import torch
 from sglang.srt.utils.common import ceil_align
 
 from cast_sglang.errors import HostError
-from cast_sglang.serving.host_patches.hooks import slots_reserved
 from cast_sglang.serving.row_packing import spread_rows
+from cast_sglang.serving.step_room import slots_reserved
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -30,6 +30,7 @@ __all__ = [
     "building_backend",
     "capturing_size",
     "counted_capture",
+    "drop_wrappers",
     "extend_rows",
     "keeping_buffers",
     "last_rows_only",
@@ -185,16 +186,32 @@ def building_backend(rows: int) -> Iterator[None]:
 def leave_room(backend: Any) -> None:
     """Let the buffers that are yet to be made hold what a step may write past the longest context.
 
-    SGLang ends a request before a step could write there. CAST serves it to the limit, beside
-    others that draft on.
+    They are lists and tables of slots, and the mask of verify. SGLang ends a request before a step
+    could write there. CAST serves it to the limit, beside others that draft on.
 
     Args:
-        backend: the target's, or another of its kind.
+        backend: the target's, or another of its kind; `triton`'s of the draft too.
     """
     backend = _verify_backend(backend)
     backend.max_context_len += slots_reserved()
-    backend.max_num_pages = ceil_align(backend.max_context_len, backend.page_size)
-    backend.max_num_pages //= backend.page_size
+    if hasattr(backend, "max_num_pages"):  # not of `triton`, which lists slots
+        backend.max_num_pages = ceil_align(backend.max_context_len, backend.page_size)
+        backend.max_num_pages //= backend.page_size
+
+
+def drop_wrappers(backend: Any) -> None:
+    """Free the wrappers that `trtllm_mha` inherits from `flashinfer` and never runs.
+
+    There are four, with 8 MiB each on the device and pinned, and seven where layers have a window.
+
+    Args:
+        backend: lays out one number of rows, of the target.
+    """
+    for name in (
+        *("prefill_wrapper_ragged", "prefill_wrappers_paged", "prefill_wrappers_verify"),
+        *("decode_wrappers", "indices_updater_prefill", "indices_updater_decode"),
+    ):
+        vars(backend).pop(name, None)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from cast_sglang.config import PENDING
 from cast_sglang.costs.profiles import FoundProfile, describe_error, find_profile, user_profile_path
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import MissingProfileError
-from cast_sglang.serving.launch.identity import host_identity
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -73,8 +72,13 @@ FLAGS = (
 )
 
 
-def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundProfile | None:
+def find_server_profile(
+    config: CastConfig, server_args: ServerArgs, identity: HostIdentity
+) -> FoundProfile | None:
     """Return the profile of this device and pair.
+
+    Args:
+        identity: of the server.
 
     Returns:
         None for a policy that needs none, and where the server is to make one before it serves.
@@ -85,18 +89,20 @@ def find_server_profile(config: CastConfig, server_args: ServerArgs) -> FoundPro
     if config.profile in ("none", "estimate", PENDING):
         return None
     try:
-        return _find(config, server_args, host_identity(server_args))
+        return _find(config, server_args, identity)
     except MissingProfileError:
         return None
 
 
-def announce_profile(config: CastConfig, server_args: ServerArgs) -> None:
+def announce_profile(config: CastConfig, server_args: ServerArgs, identity: HostIdentity) -> None:
     """Log which costs a launch decides by and what comes next; call it once, in the launcher.
+
+    Args:
+        identity: of the server.
 
     Raises:
         ProfileError: the named profile is bad or does not fit.
     """
-    identity = host_identity(server_args)
     is_used = config.policy != "eagle"
     if config.profile == PENDING:
         return

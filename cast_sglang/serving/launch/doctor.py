@@ -232,13 +232,18 @@ def _check_device() -> Check:
 
 def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     """Check the flags, the pair and the profile, in the order of a launch."""
-    from cast_sglang.serving.launch.cost_profile import profile_command
     from cast_sglang.serving.launch.identity import host_identity
-    from cast_sglang.serving.launch.reserve import describe_reserve, reserve_of_server
+    from cast_sglang.serving.launch.reserve import describe_reserve, read_launch, reserve_of_server
+    from cast_sglang.serving.launch.target import target_config
+
+    def memory() -> Check:
+        launch = read_launch(args, config, target, identity)
+        return Check("memory", OK, describe_reserve(reserve_of_server(args, config, launch)))
 
     try:
         args = _resolve(server_argv)
-        identity = host_identity(args)
+        target = target_config(args)
+        identity = host_identity(args, target)
     except FAILURES as error:
         message = _one_line(error)
         name = "pair" if message.startswith(f"{DRAFT_FLAG} ") else "server flags"
@@ -261,11 +266,8 @@ def _check_server(server_argv: list[str], config: CastConfig) -> list[Check]:
     return [
         Check("server flags", OK, text),
         Check("pair", OK, pair),
-        _attempt(
-            "memory",
-            lambda: Check("memory", OK, describe_reserve(reserve_of_server(args, config))),
-        ),
-        *_check_profile(config, identity, args, profile_command(args, identity)),
+        _attempt("memory", memory),
+        *_check_profile(config, identity, args, target.context_len),
     ]
 
 
@@ -292,8 +294,11 @@ def _resolve(server_argv: list[str]) -> Any:
 
 
 def _check_profile(
-    config: CastConfig, identity: HostIdentity, args: Any, command: str
+    config: CastConfig, identity: HostIdentity, args: Any, context: int
 ) -> list[Check]:
+    from cast_sglang.serving.launch.cost_profile import profile_command
+
+    command = profile_command(args, identity)
     if config.profile == "none":
         return [Check("profile", OK, f"none, and policy {config.policy} needs none")]
     if config.profile == "estimate":
@@ -308,12 +313,15 @@ def _check_profile(
     except ProfileError as error:
         return [Check("profile", FAIL, _one_line(error))]
     checks = check_profile_fit(found, command)
-    return [*checks, _attempt("profile range", lambda: _check_range(found, config, args, command))]
+    return [
+        *checks,
+        _attempt("profile range", lambda: _check_range(found, config, args, command, context)),
+    ]
 
 
-def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: str) -> Check:
-    from sglang.srt.configs.model_config import ModelConfig
-
+def _check_range(
+    found: FoundProfile, config: CastConfig, args: Any, command: str, context: int
+) -> Check:
     from cast_sglang.serving.step_room import deepest_copy, most_tokens
 
     rows, has_draft = (
@@ -323,7 +331,7 @@ def _check_range(found: FoundProfile, config: CastConfig, args: Any, command: st
     depth = max(args.speculative_num_steps, deepest_copy(config, has_draft, rows))
     limits = Limits(
         max_batch_size=args.max_running_requests,
-        max_context=ModelConfig.from_server_args(args).context_len,
+        max_context=context,
         max_verify_rows=rows,
         max_width=args.speculative_eagle_topk * has_draft,
         max_extend_rows=most_tokens(depth, rows) * has_draft,

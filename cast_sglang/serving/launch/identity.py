@@ -17,8 +17,10 @@ from cast_sglang.costs.schema import NO_DRAFT, HostIdentity, ModelIdentity
 from cast_sglang.errors import HostError
 from cast_sglang.serving.heads.registry import register_heads
 from cast_sglang.serving.launch.backends import verify_backend
+from cast_sglang.serving.launch.target import target_config
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
 __all__ = [
@@ -100,10 +102,14 @@ def architecture(hf_config: Any) -> str:
     return (getattr(hf_config, "architectures", None) or ["unknown"])[0]
 
 
-def host_identity(server_args: ServerArgs) -> HostIdentity:
-    """Describe device, pair and settings, as far as they change the time of a forward pass."""
-    from sglang.srt.configs.model_config import ModelConfig
+def host_identity(server_args: ServerArgs, target: ModelConfig | None = None) -> HostIdentity:
+    """Describe device, pair and settings, as far as they change the time of a forward pass.
 
+    Args:
+        target: config of the target, where it has been read.
+    """
+    if target is None:
+        target = target_config(server_args)
     draft = server_args.speculative_draft_model_path
     return HostIdentity(
         **device_facts(server_args.device),
@@ -111,7 +117,7 @@ def host_identity(server_args: ServerArgs) -> HostIdentity:
         draft=NO_DRAFT
         if draft is None
         else _model(draft, server_args.speculative_draft_model_revision),
-        dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
+        dtype=str(target.dtype).removeprefix("torch."),
         tp_size=server_args.tp_size,
         attention_backend=verify_backend(server_args),
         cuda_graph=captures_decode(server_args),

@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import architecture, is_eagle_config, read_draft_config
-from cast_sglang.serving.launch.target import check_target, target_config
+from cast_sglang.serving.launch.target import check_target, draft_config
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
 __all__ = ["check_pair"]
 
 
-def check_pair(server_args: ServerArgs) -> None:
+def check_pair(server_args: ServerArgs, config: ModelConfig) -> None:
     """Refuse a target that CAST cannot serve, and a draft that was not made for it.
 
     Neither model is loaded. There may be no draft.
 
+    Args:
+        config: of the target.
+
     Raises:
         HostError: names the flag and the fix.
     """
-    config = target_config(server_args)
     draft_path = server_args.speculative_draft_model_path
     if draft_path is None:
         check_target(server_args.model_path, config)
@@ -52,13 +55,5 @@ def check_pair(server_args: ServerArgs) -> None:
 
 def _has_mtp_layer(server_args: ServerArgs) -> bool:
     """Return whether SGLang will build the draft as an MTP (NextN) layer of its checkpoint."""
-    from sglang.srt.configs.model_config import ModelConfig
-
-    draft = ModelConfig.from_server_args(
-        server_args,
-        model_path=server_args.speculative_draft_model_path,
-        model_revision=server_args.speculative_draft_model_revision,
-        is_draft_model=True,
-    )
     # So SGLang names the classes of such layers, whatever the checkpoint calls itself.
-    return architecture(draft.hf_config).endswith(("NextN", "MTP"))
+    return architecture(draft_config(server_args).hf_config).endswith(("NextN", "MTP"))

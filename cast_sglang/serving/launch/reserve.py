@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cast_sglang.costs.model import CostModel
 from cast_sglang.serving.launch.arguments import verify_sizes
-from cast_sglang.serving.launch.backends import verify_backend
+from cast_sglang.serving.launch.backends import VERIFY_BACKENDS, verify_backend
 from cast_sglang.serving.launch.cost_profile import find_server_profile
 from cast_sglang.serving.launch.graph_plan import choose_sizes, most_rows
-from cast_sglang.serving.launch.identity import architecture, captures_decode
-from cast_sglang.serving.launch.target import has_latent_attention
+from cast_sglang.serving.launch.identity import captures_decode
+from cast_sglang.serving.launch.model_bytes import (
+    kv_bytes,
+    kv_splits,
+    num_layers,
+    states,
+    value_dim,
+)
+from cast_sglang.serving.launch.target import draft_config
 from cast_sglang.serving.step_room import (
     STOCK_TREE,
     Envelope,
@@ -26,16 +33,21 @@ from cast_sglang.serving.step_room import (
 )
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
     from cast_sglang.config import CastConfig
+    from cast_sglang.costs.profiles import FoundProfile
+    from cast_sglang.costs.schema import HostIdentity
 
 __all__ = [
     "Captured",
     "Item",
+    "Launch",
     "Reserve",
     "Shapes",
     "describe_reserve",
+    "read_launch",
     "reserve_of",
     "reserve_of_server",
     "shrink_envelope",
@@ -44,14 +56,13 @@ __all__ = [
 INDEX_BYTES = 8  # a cache slot in a list on a device
 TABLE_BYTES = 4  # a cache slot in the request pool's table
 FLOAT_BYTES = 4
-# Of `triton`'s decode: its partial results are kept for so many parts of a prefix (its default). Of
-# latent attention there may be one for each multiprocessor, so many on Hopper and Blackwell, which
-# rounds their 132 and 148 up, and at most one for so many tokens.
-KV_SPLITS = 8
-LATENT_KV_SPLITS, LATENT_SPLIT_TOKENS = 256, 32
 # A captured graph beside torch's memory: what SGLang counts for those of prefill
 # (`reserve_for_graph_mb`).
 GRAPH_BYTES = 8 << 20
+TRTLLM_REQUESTS = 8192  # `trtllm_mha` counts parts of so many prefixes (TRTLLM_MLA_MAX_BATCH_SIZE)
+# A wrapper of `flashinfer`: its plan, and its list of lengths. And what SGLang keeps there for each
+# token of the longest context, before each row: its slot, and a byte of the mask.
+PLAN_BYTES, PREFIX_BYTES = (8 << 20) + 32768 * 4, 5
 # SGLang leaves memory for activations and its own graphs; CAST takes no more than half of it.
 ROOM_SHARE = 0.5
 
@@ -61,7 +72,8 @@ class Captured(NamedTuple):
 
     num_graphs: float = 0.0  # in those of the target; one of the draft counts by its layers
     held_rows: int = 0  # of all graphs, whose states stay in the pool as their outputs
-    own_rows: tuple[int, ...] = ()  # rows per request of those `fa3` objects that share tables
+    own_rows: tuple[int, ...] = ()  # rows per request of the objects that share tables with another
+    num_plans: int = 0  # of `flashinfer`, each with a wrapper of its own
     most_rows: int = 0  # that can pay at any of the batch sizes
 
 
@@ -86,6 +98,8 @@ class Shapes(NamedTuple):
     captured: Captured = Captured()
     activation_bytes: int = 0  # of one row inside of a target's layer, at most
     copy_depth: int = 0  # as of `Envelope`
+    backend: str = "triton"  # of verify
+    heads: int = 0  # of the target, of all ranks
 
 
 class Item(NamedTuple):
@@ -129,13 +143,17 @@ def reserve_of(shapes: Shapes) -> Reserve:
     nodes = s.captured_requests * s.topk if s.draft_heads else 0
     rows = s.captured_requests * s.num_draft_tokens
     longest = s.context + slots  # what a step may write past the limit
-    plain = 0 if s.captured.own_rows else s.captured_requests  # `fa3` has shared tables for them
+    kind = VERIFY_BACKENDS[s.backend].rows if s.captured_requests else None
+    plain = s.captured_requests if kind == "any" else 0  # others decode by what verify has too
+    masked = rows if s.backend in ("triton", "fa3") else 0
+    wide = s.captured_requests * more_rows if kind == "batch" else 0
     items = [
         Item("slots of the cache", s.max_requests * more_slots * s.kv_bytes, is_cache=True),
         Item("table of requests", s.max_requests * more_columns * TABLE_BYTES),
         Item("states kept for plain steps", s.max_requests * s.num_draft_tokens * s.hidden_bytes),
         Item("logits of verify", s.max_requests * more_rows * s.vocab_size * FLOAT_BYTES),
-        Item("mask of captured verify", rows * (longest + s.num_draft_tokens)),
+        Item("mask of captured verify", masked * (longest + s.num_draft_tokens)),
+        Item("lists and mask of captured verify", wide * s.context * PREFIX_BYTES),
         Item("lists of captured draft layers", nodes * longest * INDEX_BYTES),
         Item(
             "partial results of captured draft layers",
@@ -144,8 +162,9 @@ def reserve_of(shapes: Shapes) -> Reserve:
         Item("lists of captured plain steps", plain * longest * INDEX_BYTES),
         Item(
             "backends of captured verify by rows",
-            sum(_own_bytes(s, rows, longest) for rows in s.captured.own_rows),
+            sum(OWN_BYTES[s.backend](s, rows, longest) for rows in s.captured.own_rows),
         ),
+        Item("plans of captured verify", s.captured.num_plans * PLAN_BYTES),
         Item("activations in graphs", s.captured_requests * more_rows * s.activation_bytes),
         Item("states in graphs", s.captured.held_rows * s.hidden_bytes),
         Item("graphs", int(s.captured.num_graphs * GRAPH_BYTES)),
@@ -154,22 +173,61 @@ def reserve_of(shapes: Shapes) -> Reserve:
     return Reserve(taken, slots, stock, s.draft_kv_bytes / s.kv_bytes, s.max_requests)
 
 
-def _own_bytes(shapes: Shapes, rows: int, longest: int) -> int:
+def _fa3_bytes(shapes: Shapes, rows: int, longest: int) -> int:
     """Return what an object of `fa3` keeps of its own for graphs of so many rows, at most.
 
-    Tables of slots and the mask are shared (`host_patches.passes.sharing_buffers`). Of its own are
-    three lists of the places of pages, the rows' table of one another, and ends of sequences.
+    Three lists of the places of pages, the rows' table of one another, and ends of sequences.
     """
     per_request = rows * rows + 3 * rows + 3 * shapes.topk + 24
     return 3 * longest * INDEX_BYTES + shapes.captured_requests * per_request * TABLE_BYTES
 
 
-def reserve_of_server(server_args: ServerArgs, config: CastConfig) -> Reserve:
+def _trtllm_bytes(shapes: Shapes, rows: int, longest: int) -> int:
+    """Return what an object of `trtllm_mha` keeps of its own for graphs of so many rows, at most.
+
+    Counters of the parts of each head's prefix, the rows' mask of one another on Hopper, ends of
+    sequences and, where layers have a window, the rows' slots.
+    """
+    requests, captured = shapes.max_requests + 1, shapes.captured_requests
+    counters = max(TRTLLM_REQUESTS, requests * rows) * shapes.heads
+    mask = requests * rows * -(-rows // 32)
+    ends = 6 * (requests + 1) + 12 * (captured + 1)
+    return (counters + mask + ends) * TABLE_BYTES + captured * rows * INDEX_BYTES
+
+
+# Of the backends of which each number of rows has an object; tables of slots and the mask are
+# shared (`host_patches.passes.sharing_buffers`).
+OWN_BYTES = {"fa3": _fa3_bytes, "trtllm_mha": _trtllm_bytes}
+
+
+class Launch(NamedTuple):
+    """What a launch has read of its models and its profile."""
+
+    target: ModelConfig
+    draft: ModelConfig | None
+    found: FoundProfile | None
+
+
+def read_launch(
+    server_args: ServerArgs, config: CastConfig, target: ModelConfig, identity: HostIdentity
+) -> Launch:
+    """Read what memory depends on, once for all envelopes that are looked at.
+
+    Args:
+        target: config of the target.
+        identity: of the server, by which its profile is found.
+    """
+    has_draft = server_args.speculative_draft_model_path is not None
+    draft = draft_config(server_args) if has_draft else None
+    return Launch(target, draft, find_server_profile(config, server_args, identity))
+
+
+def reserve_of_server(server_args: ServerArgs, config: CastConfig, launch: Launch) -> Reserve:
     """Return what a launch with these resolved arguments and settings takes."""
-    return reserve_of(_shapes_of_server(server_args, config))
+    return reserve_of(_shapes_of_server(server_args, config, launch))
 
 
-def shrink_envelope(server_args: ServerArgs, config: CastConfig) -> str | None:
+def shrink_envelope(server_args: ServerArgs, config: CastConfig, launch: Launch) -> str | None:
     """Verify no more rows than can pay at any batch size, and draft and verify what fits.
 
     A policy that promises a shape keeps it, and so do sizes that were asked for. Before there is a
@@ -182,13 +240,13 @@ def shrink_envelope(server_args: ServerArgs, config: CastConfig) -> str | None:
     if is_asked_for or not captures_decode(server_args):
         return None
     before, reasons = _envelope(server_args), ""
-    most = max(2, _shapes_of_server(server_args, config).captured.most_rows)
+    most = max(2, _shapes_of_server(server_args, config, launch).captured.most_rows)
     if most < before[2]:
         server_args.speculative_num_draft_tokens = most
         reasons = "; by the profile no more rows can pay at any batch size"
     room = _room(server_args)
-    if reserve_of_server(server_args, config).total > room:
-        _shrink_to(room, server_args, config)
+    if reserve_of_server(server_args, config, launch).total > room:
+        _shrink_to(room, server_args, config, launch)
         reasons += f"; CAST may take half of what --mem-fraction-static leaves, {_gib(room)}"
     after = _envelope(server_args)
     if after == before:
@@ -202,13 +260,13 @@ def _envelope(server_args: ServerArgs) -> tuple[int, int, int]:
     return steps, topk, server_args.speculative_num_draft_tokens
 
 
-def _shrink_to(room: int, server_args: ServerArgs, config: CastConfig) -> None:
+def _shrink_to(room: int, server_args: ServerArgs, config: CastConfig, launch: Launch) -> None:
     """Take rows off the envelope, then width, until it fits, or is SGLang's default tree."""
     for name, least in zip(
         ("speculative_num_draft_tokens", "speculative_eagle_topk"), STOCK_TREE[:0:-1], strict=True
     ):
         while getattr(server_args, name) > least:
-            if reserve_of_server(server_args, config).total <= room:
+            if reserve_of_server(server_args, config, launch).total <= room:
                 return
             setattr(server_args, name, getattr(server_args, name) - 1)
 
@@ -224,23 +282,14 @@ def _room(server_args: ServerArgs) -> int:
     return int(ROOM_SHARE * (1.0 - fraction) * capacity * 2**20)
 
 
-def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
-    from sglang.srt.configs.model_config import ModelConfig
-
-    target, draft = ModelConfig.from_server_args(server_args), None
-    if server_args.speculative_draft_model_path is not None:
-        draft = ModelConfig.from_server_args(
-            server_args,
-            model_path=server_args.speculative_draft_model_path,
-            model_revision=server_args.speculative_draft_model_revision,
-            is_draft_model=True,
-        )
+def _shapes_of_server(server_args: ServerArgs, config: CastConfig, launch: Launch) -> Shapes:
+    target, draft, _ = launch
     max_requests, tp_size = int(server_args.max_running_requests), server_args.tp_size
     batch_sizes: list[int] = []
     if captures_decode(server_args):
         given = server_args.cuda_graph_config.decode.bs or ()
         batch_sizes = sorted({size for size in given if size <= max_requests} or {max_requests})
-    draft_kv_bytes = 0 if draft is None else _kv_bytes(draft, tp_size, server_args)
+    draft_kv_bytes = 0 if draft is None else kv_bytes(draft, tp_size, server_args)
     text = target.hf_text_config
     inner = getattr(text, "intermediate_size", 0) or 0
     experts = getattr(text, "num_experts_per_tok", 0) or 0
@@ -253,18 +302,20 @@ def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
         captured_requests=max(batch_sizes, default=0),
         context=target.context_len,
         vocab_size=target.vocab_size,
-        hidden_bytes=0 if draft is None else _states(draft) * target.dtype.itemsize,
-        kv_bytes=_kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
+        hidden_bytes=0 if draft is None else states(draft) * target.dtype.itemsize,
+        kv_bytes=kv_bytes(target, tp_size, server_args) + draft_kv_bytes,
         draft_kv_bytes=draft_kv_bytes,
         draft_heads=0 if draft is None else draft.num_attention_heads // tp_size,
-        draft_head_dim=0 if draft is None else _value_dim(draft),
-        draft_kv_splits=0 if draft is None else _kv_splits(draft),
+        draft_head_dim=0 if draft is None else value_dim(draft),
+        draft_kv_splits=0 if draft is None else kv_splits(draft),
         overlaps=not server_args.disable_overlap_schedule,
         is_whole=needs_whole_trees(config),
         copy_depth=deepest_copy(
             config, draft is not None, server_args.speculative_num_draft_tokens
         ),
-        captured=_captured(server_args, config, batch_sizes, target, draft),
+        captured=_captured(server_args, config, batch_sizes, launch),
+        backend=verify_backend(server_args),
+        heads=target.num_attention_heads,
         # The residual, its norm, queries or attention and the layer's output; of the two parts of
         # its middle, and their product, each rank has a share.
         activation_bytes=(4 * target.hidden_size + 3 * inner // tp_size) * target.dtype.itemsize,
@@ -272,13 +323,10 @@ def _shapes_of_server(server_args: ServerArgs, config: CastConfig) -> Shapes:
 
 
 def _captured(
-    server_args: ServerArgs, config: CastConfig, batch_sizes: list[int], target: Any, draft: Any
+    server_args: ServerArgs, config: CastConfig, batch_sizes: list[int], launch: Launch
 ) -> Captured:
-    """Return what is captured at these batch sizes, by the profile of the launch or without one.
-
-    Args:
-        target, draft: SGLang's configs of the models; no draft is None.
-    """
+    """Return what is captured at these batch sizes, by the profile of the launch or without one."""
+    target, draft, found = launch
     envelope = _envelope(server_args)
     rows = envelope[2]
     if not batch_sizes:
@@ -288,25 +336,26 @@ def _captured(
     limits = Envelope(*envelope, copy_depth=copy_depth).limits(max_requests, target.context_len)
     if draft is None:
         limits = dataclasses.replace(limits, max_width=0, max_extend_rows=0)
-    found, most = find_server_profile(config, server_args), rows
+    most = rows
     model: CostModel | None = None
     if found is not None:
         model = CostModel(found.profile, limits, lookup=config.lookup)
         most = max(most_rows(model, limits, config, size) for size in (1, *batch_sizes))
     plan = choose_sizes(batch_sizes, limits, config, verify_sizes(config, rows), model)
-    runs_on_fa3 = verify_backend(server_args) == "fa3"
-    held, graphs = 0, 0.0
+    kind = VERIFY_BACKENDS[verify_backend(server_args)]
+    held, num_plans, graphs = 0, 0, 0.0
     for size in batch_sizes:
-        # One row of plain steps, and what SGLang has captured before; `fa3` captures that anew.
-        of_verify = {1, *plan.verify.at(size), *(() if runs_on_fa3 else (rows,))}
+        # One row of plain steps, and what SGLang has captured before, unless that is done anew.
+        of_verify = {1, *plan.verify.at(size), *(() if kind.rows == "each" else (rows,))}
         held += size * (sum(of_verify) - STOCK_TREE[2])
         graphs += len(of_verify) - 1
+        num_plans += len(of_verify) - 1 if kind.rows == "batch" else 0
         if draft is not None:
             widths = plan.widths.at(size) if plan.widths and config.graphs == "all" else ()
-            share = _num_layers(draft) / target.num_hidden_layers
+            share = num_layers(draft) / target.num_hidden_layers
             graphs += (len(widths) + len(plan.extend.at(size)) - 2) * share
-    own = {1, *plan.verify.sizes} - {rows} if runs_on_fa3 else set()
-    return Captured(max(0.0, graphs), max(0, held), tuple(sorted(own)), most)
+    own = {1, *plan.verify.sizes} - {rows} if kind.rows == "each" else set()
+    return Captured(max(0.0, graphs), max(0, held), tuple(sorted(own)), num_plans, most)
 
 
 def describe_reserve(reserve: Reserve) -> str:
@@ -323,46 +372,3 @@ def describe_reserve(reserve: Reserve) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _states(draft: Any) -> int:
-    """Return the numbers per token that the target hands to the draft."""
-    config = draft.hf_config
-    eagle = getattr(config, "eagle_config", None) or {}
-    width = getattr(config, "target_hidden_size", None) or draft.hidden_size
-    if "eagle3" not in architecture(config).lower() or not eagle.get("use_aux_hidden_state", True):
-        return int(width)  # the last layer's
-    name = "eagle_aux_hidden_state_layer_ids"
-    layers = getattr(config, name, None) or eagle.get(name)
-    return int(width) * (len(layers) if layers else 3)
-
-
-def _kv_bytes(model: Any, tp_size: int, server_args: ServerArgs) -> int:
-    """Return the bytes of keys and values that a token takes on one GPU."""
-    import torch
-
-    name = server_args.kv_cache_dtype
-    named = {"fp8_e5m2": torch.float8_e5m2, "fp8_e4m3": torch.float8_e4m3fn}
-    size = named.get(name, torch.bfloat16 if name in ("bf16", "bfloat16") else model.dtype).itemsize
-    per_layer = model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim)
-    if has_latent_attention(model):  # one row for all heads, on every GPU
-        per_layer = model.kv_lora_rank + model.qk_rope_head_dim
-    return int(_num_layers(model) * per_layer * size)
-
-
-def _num_layers(model: Any) -> int:
-    """Return the layers that are run; the config of an MTP layer names the target's too."""
-    return int((model.is_draft_model and model.num_nextn_predict_layers) or model.num_hidden_layers)
-
-
-def _value_dim(draft: Any) -> int:
-    """Return the size of what a head of `triton`'s decode attends to."""
-    return int(draft.kv_lora_rank if has_latent_attention(draft) else draft.head_dim)
-
-
-def _kv_splits(draft: Any) -> int:
-    """Return for how many parts of a prefix `triton`'s decode keeps results."""
-    if not has_latent_attention(draft):
-        return KV_SPLITS
-    splits = 1 << (draft.context_len // LATENT_SPLIT_TOKENS - 1).bit_length()
-    return max(KV_SPLITS, min(LATENT_KV_SPLITS, splits))

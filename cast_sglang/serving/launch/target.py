@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_target",
+    "draft_config",
     "has_latent_attention",
     "target_config",
     "why_chains",
@@ -23,6 +24,18 @@ def target_config(server_args: ServerArgs) -> ModelConfig:
     from sglang.srt.configs.model_config import ModelConfig
 
     return ModelConfig.from_server_args(server_args)
+
+
+def draft_config(server_args: ServerArgs) -> ModelConfig:
+    """Return SGLang's configuration of the draft, of a server that has one."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig.from_server_args(
+        server_args,
+        model_path=server_args.speculative_draft_model_path,
+        model_revision=server_args.speculative_draft_model_revision,
+        is_draft_model=True,
+    )
 
 
 def check_target(path: str, model_config: ModelConfig | Any) -> None:

@@ -10,7 +10,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from cast_sglang.errors import HostError
 from cast_sglang.serving.drafting.attention import create_tree_backend, triton_tree_backend_class
-from cast_sglang.serving.host_patches import hooks
+from cast_sglang.serving.host_patches import hooks, passes
 
 
 def test_unknown_backend_names_the_flag():
@@ -33,7 +33,7 @@ def backend(monkeypatch):
     facts |= {"static_kv_splits": True, "enable_deterministic": False, "num_draft_tokens": 8}
     table = torch.randint(1, 10_000, (6, CONTEXT + RESERVED)).to(torch.int32)
     monkeypatch.setattr(hooks, "is_cast", lambda: True)
-    monkeypatch.setattr(hooks, "slots_reserved", lambda: RESERVED)
+    monkeypatch.setattr(passes, "slots_reserved", lambda: RESERVED)
 
     def init(backend):
         vars(backend).update(facts, max_context_len=CONTEXT, req_to_token=table)

@@ -27,6 +27,9 @@ from cast_sglang.cpu.kv_pool import FusedRowKVPool
 from cast_sglang.serving.graphs.backends import PlainStepBackend, VerifyBackends
 from cast_sglang.serving.host_patches import passes as patches
 from cast_sglang.serving.host_patches.passes import sharing_buffers
+from cast_sglang.serving.launch.reserve import Captured, reserve_of
+from cast_sglang.serving.step_room import STOCK_TREE
+from tests.serving.launch.test_reserve import SHAPES
 from tests.support import dense_attention
 from tests.support.kv_pools import make_pool
 
@@ -67,7 +70,7 @@ def test_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    summary = rf"{2 * len(CASES)} passed, 1 skipped(, \d+ warnings?)? in"
+    summary = rf"{3 * len(CASES)} passed, 1 skipped(, \d+ warnings?)? in"
     assert re.search(summary, done.stdout), done.stdout[-2000:]
 
 
@@ -289,6 +292,28 @@ def test_each_number_of_rows_is_attended_to_kernel_by_kernel(served):
         torch.testing.assert_close(wanted.run(backend, batch), expected)
 
 
+def captured(backends, wanted):
+    """Make the buffers of captured passes of this size; return the static batch and its layout."""
+    rows, knows_lengths = wanted.rows, backends.shared.needs_cpu_seq_lens
+    backend = backends.at(rows)
+    with contextlib.ExitStack() as stack:
+        if backends.has_own_buffers(rows) and backend is not backends.shared:
+            stack.enter_context(sharing_buffers(backend, backends.shared))
+            backend.init_cuda_graph_state(CAPTURED, CAPTURED * rows)
+    if isinstance(backend, PlainStepBackend) and not backends.has_own_buffers(rows):
+        with patches.keeping_buffers(backend.backend):
+            backend.init_cuda_graph_state(CAPTURED, CAPTURED)
+    static = wanted.batch(knows_lengths, padding=CAPTURED - len(LENGTHS))
+    static.seq_lens.fill_(1)
+    static.req_pool_indices.fill_(0)
+    if knows_lengths:
+        static.seq_lens_cpu, static.seq_lens_sum = torch.ones(CAPTURED).long(), CAPTURED
+    static.spec_info.custom_mask = torch.ones(CAPTURED * rows * (rows + 1), dtype=torch.bool)
+    backend.init_forward_metadata_out_graph(static, in_capture=True)
+    backend.init_forward_metadata_in_graph(static)
+    return static, inner(backend).forward_metadata
+
+
 @interpreted
 @pytest.mark.parametrize("served", CASES, indirect=True)
 def test_captured_passes_of_every_number_of_rows_stand_side_by_side(served):
@@ -298,23 +323,7 @@ def test_captured_passes_of_every_number_of_rows_stand_side_by_side(served):
     backends.shared.init_cuda_graph_state(CAPTURED, CAPTURED * ROWS)
     knows_lengths = backends.shared.needs_cpu_seq_lens
     for rows in range(ROWS, 0, -1):
-        wanted, backend = Pass(runner, rows, is_tree), backends.at(rows)
-        with contextlib.ExitStack() as stack:
-            if backends.has_own_buffers(rows) and backend is not backends.shared:
-                stack.enter_context(sharing_buffers(backend, backends.shared))
-                backend.init_cuda_graph_state(CAPTURED, CAPTURED * rows)
-        if isinstance(backend, PlainStepBackend) and not backends.has_own_buffers(rows):
-            with patches.keeping_buffers(backend.backend):
-                backend.init_cuda_graph_state(CAPTURED, CAPTURED)
-        static = wanted.batch(knows_lengths, padding=CAPTURED - len(LENGTHS))
-        static.seq_lens.fill_(1)
-        static.req_pool_indices.fill_(0)
-        if knows_lengths:
-            static.seq_lens_cpu, static.seq_lens_sum = torch.ones(CAPTURED).long(), CAPTURED
-        static.spec_info.custom_mask = torch.ones(CAPTURED * rows * (rows + 1), dtype=torch.bool)
-        backend.init_forward_metadata_out_graph(static, in_capture=True)
-        backend.init_forward_metadata_in_graph(static)
-        layouts[rows] = static, inner(backend).forward_metadata
+        layouts[rows] = captured(backends, Pass(runner, rows, is_tree))
     for rows in (*range(1, ROWS + 1), 2, ROWS):
         wanted, backend = Pass(runner, rows, is_tree), backends.at(rows)
         view, (static, layout) = wanted.batch(knows_lengths, CAPTURED - len(LENGTHS)), layouts[rows]
@@ -327,3 +336,52 @@ def test_captured_passes_of_every_number_of_rows_stand_side_by_side(served):
         inner(backend).forward_metadata = layout
         backend.init_forward_metadata_in_graph(static)
         torch.testing.assert_close(wanted.run(backend, static), expected)
+
+
+def taken(backends):
+    """Return the bytes of all tensors of these objects, each memory once, their wrappers too."""
+    found, seen, parts = {}, set(), list(backends)
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor):
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
+        elif type(part).__module__.startswith(("sglang.srt.layers.attention", "tests.", "cast_")):
+            parts += vars(part).values()
+    return sum(found.values())
+
+
+@interpreted
+@pytest.mark.parametrize("served", CASES, indirect=True)
+def test_no_more_is_kept_than_is_counted(served):
+    runner, is_tree = served
+    backends, name = VerifyBackends(runner), runner.decode_attention_backend_str
+    backends.shared.init_cuda_graph_state(CAPTURED, CAPTURED * ROWS)
+    captured(backends, Pass(runner, ROWS, is_tree))
+    before = taken([backends.shared])
+    for rows in (4, 3, 1):
+        captured(backends, Pass(runner, rows, is_tree))
+    more = taken([backends.shared, *map(backends.at, (4, 3, 1))]) - before
+    shapes = SHAPES._replace(
+        backend=name,
+        captured=Captured(own_rows=(1, 3, 4)) if name == "trtllm_mha" else Captured(num_plans=3),
+        captured_requests=CAPTURED,
+        context=CONTEXT,
+        heads=HEADS,
+        max_requests=CAPTURED,
+        num_draft_tokens=STOCK_TREE[2] + ROWS,
+    )
+    counted = {item.name: item.size for item in reserve_of(shapes).items}
+    parts = ("backends of captured verify by rows", "plans of captured verify")
+    found = sum(counted.get(part, 0) for part in parts)
+    assert 0.9 * found <= more <= found
+    if name == "flashinfer":  # the lists and the mask of so many rows beyond SGLang's tree
+        lists = *backends.shared.cuda_graph_kv_indices, backends.shared.cuda_graph_custom_mask
+        assert counted["lists and mask of captured verify"] == sum(part.nbytes for part in lists)

@@ -11,7 +11,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 
 from cast_sglang.serving import step_room, weight_updates
-from cast_sglang.serving.host_patches import hooks
+from cast_sglang.serving.host_patches import hooks, passes
 from cast_sglang.serving.step_room import PLAIN_RESERVE
 from tests.support.hooks import collect_hooks, hooked
 
@@ -24,7 +24,8 @@ def algorithm(monkeypatch):
     from sglang.srt.mem_cache import allocation_sizing
 
     monkeypatch.setattr(allocation_sizing, "get_alloc_reserve_per_decode", lambda: RESERVE)
-    monkeypatch.setattr(hooks, "slots_reserved", lambda: RESERVE)
+    for module in (hooks, passes):
+        monkeypatch.setattr(module, "slots_reserved", lambda: RESERVE)
 
     def choose(name):
         spec = SimpleNamespace(speculative_algorithm=name)
@@ -132,7 +133,7 @@ def test_a_step_reserves_what_its_envelope_can_take(monkeypatch, policy, is_seri
     monkeypatch.setattr(step_room, "get_spec", lambda: spec)
     monkeypatch.setattr(step_room, "get_schedule", lambda: schedule)
     monkeypatch.setenv("CAST_POLICY", policy)
-    assert hooks.slots_reserved.__wrapped__() == slots
+    assert step_room.slots_reserved.__wrapped__() == slots
 
 
 def test_no_request_writes_into_anothers_row(algorithm):

@@ -44,7 +44,6 @@ def host(monkeypatch, tmp_path):
     """A host of a made-up device, with a cache directory of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(profiles, "profile_directories", lambda: [user_profile_path(OTHER).parent])
-    monkeypatch.setattr(module, "host_identity", lambda args: make_identity())
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(device_name="cuda"))
     return make_identity()
 
@@ -118,7 +117,7 @@ def announced(caplog, **settings):
     """Return the lines of a launch and whether each is a warning."""
     args = parse(["--model-path", "/m/t", "--speculative-draft-model-path", "/m/d"])
     with caplog.at_level(logging.INFO):
-        announce_profile(CastConfig(**settings), args)
+        announce_profile(CastConfig(**settings), args, make_identity())
     assert all(record.getMessage().startswith("CAST: ") for record in caplog.records)
     return [(record.getMessage(), record.levelname) for record in caplog.records]
 
@@ -138,9 +137,9 @@ def test_a_worker_searches_without_a_word(host, caplog):
     save_profile(make_profile(OTHER), user_profile_path(OTHER))
     args = parse(["--model-path", "/m/t"])
     with caplog.at_level(logging.INFO):
-        assert find_server_profile(CastConfig(), args) is None
+        assert find_server_profile(CastConfig(), args, host) is None
         save_profile(make_profile(make_identity(page_size=2)), user_profile_path(host))
-        assert find_server_profile(CastConfig(), args).path == user_profile_path(host)
+        assert find_server_profile(CastConfig(), args, host).path == user_profile_path(host)
     assert not caplog.records
 
 
@@ -199,7 +198,7 @@ def test_a_foreign_profile_that_was_named_stops_the_launch_with_a_command(tmp_pa
     config = CastConfig(profile=str(tmp_path / "p.json"))
     for search in (announce_profile, find_server_profile):
         with pytest.raises(ProfileError, match="profile --model-path /m/t --trust-remote-code"):
-            search(config, args)
+            search(config, args, make_identity())
 
 
 def test_estimates_name_no_seconds(tmp_path):

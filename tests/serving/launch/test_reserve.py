@@ -15,9 +15,11 @@ from cast_sglang.serving.drafting.attention import triton_tree_backend_class
 from cast_sglang.serving.drafting.backlog import Backlog
 from cast_sglang.serving.host_patches.passes import sharing_buffers
 from cast_sglang.serving.launch import reserve
+from cast_sglang.serving.launch.backends import VERIFY_BACKENDS
+from cast_sglang.serving.launch.model_bytes import KV_SPLITS
 from cast_sglang.serving.launch.reserve import (
     GRAPH_BYTES,
-    KV_SPLITS,
+    OWN_BYTES,
     Captured,
     Shapes,
     describe_reserve,
@@ -167,7 +169,8 @@ def test_an_object_of_fa3_keeps_no_more_than_is_counted(monkeypatch):
         theirs = {id(part) for part in _tensors(owner)}
         own = [part for part in _tensors(backend) if id(part) not in theirs]
         taken = sum(part.nbytes for part in own if part.data_ptr() not in _places(owner))
-        found = sizes(captured=Captured(own_rows=(rows,)))["backends of captured verify by rows"]
+        found = sizes(captured=Captured(own_rows=(rows,)), backend="fa3")
+        found = found["backends of captured verify by rows"]
         assert 0.8 * found <= taken <= found
 
 
@@ -189,9 +192,18 @@ def test_graphs_are_bounded_by_their_number_and_what_they_return():
     assert found["graphs"] == 3 * GRAPH_BYTES
     assert found["states in graphs"] == 100 * SHAPES.hidden_bytes
     assert found["activations in graphs"] == 16 * (32 - STOCK_TREE[2]) * 40
-    # `triton` decodes plain steps by a list, `fa3` by a table that others have too.
+    # `triton` decodes plain steps by a list, the others by what verify has too.
     assert found["lists of captured plain steps"] == 16 * LONGEST * torch.int64.itemsize
-    assert "lists of captured plain steps" not in sizes(captured=Captured(own_rows=(1, 4)))
+    for name in ("fa3", "flashinfer", "trtllm_mha"):
+        assert "lists of captured plain steps" not in sizes(backend=name)
+
+
+def test_every_backend_with_an_object_for_each_number_of_rows_is_counted():
+    each = {name for name, backend in VERIFY_BACKENDS.items() if backend.rows == "each"}
+    assert each == set(OWN_BYTES)
+    # Verify on `flashinfer` and `trtllm_mha` reads no mask that is made once.
+    masked = {name for name in VERIFY_BACKENDS if "mask of captured verify" in sizes(backend=name)}
+    assert masked == {"triton", "fa3"}
 
 
 @pytest.fixture
@@ -200,7 +212,9 @@ def launch(monkeypatch):
 
     def shrink(most_rows=32, memory_gib=80, fraction=0.8, **settings):
         captured = Captured(most_rows=most_rows)
-        monkeypatch.setattr(reserve, "_shapes_of_server", lambda args, config: shapes_of(args))
+        monkeypatch.setattr(
+            reserve, "_shapes_of_server", lambda args, config, launch: shapes_of(args)
+        )
         monkeypatch.setattr(reserve, "captures_decode", lambda args: True)
         monkeypatch.setattr(
             "sglang.srt.utils.common.get_device_memory_capacity", lambda device: memory_gib * 1024
@@ -220,7 +234,7 @@ def launch(monkeypatch):
             mem_fraction_static=fraction,
             device="cuda",
         )
-        said = shrink_envelope(args, CastConfig(**settings))
+        said = shrink_envelope(args, CastConfig(**settings), None)
         return (args.speculative_eagle_topk, args.speculative_num_draft_tokens), said
 
     return shrink
