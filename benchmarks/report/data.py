@@ -26,6 +26,7 @@ OTHER_KINDS = {
     "paper_gpu": "simulated GPUs of bench_gpus",
     "heads": "draft heads of bench_heads",
     "leaked": "requests under faults of soak",
+    "texts": "traces of several texts of bench_text",
 }
 OTHER_ROWS = {
     "setting": "replays of bench_sweep",
