@@ -61,5 +61,5 @@ def test_what_is_committed_can_be_reported_together(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(found) + len(lines) == len(files) and len(found) > 3 and lines
     studies = ("bench_sweep", "bench_calibration", "bench_machines", "bench_gpus", "bench_heads")
-    studies += ("of soak",)
+    studies += ("of soak", "bench_text")
     assert all(any(study in line for study in studies) for line in lines)
