@@ -49,6 +49,7 @@ def _changing(step: int) -> float:
 TEXTS: dict[str, Callable[[int], object]] = {
     "easy": lambda batch_size: 2.0,
     "hard": lambda batch_size: -1.0,
+    "random": lambda batch_size: -2.5,
     "bimodal": _bimodal,
     "changing": lambda batch_size: _changing,
 }

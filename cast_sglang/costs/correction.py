@@ -15,8 +15,8 @@ variances (a Kalman filter that keeps no covariances). So the speed of the momen
 what holds for a whole table is learned from any of its entries, and an entry departs from it as far
 as its own measurements say. What was not measured for long becomes uncertain again.
 
-What whole steps take beyond their passes is learned beside it: a part of every step, and a part of
-every layer.
+What whole steps take beyond their passes is learned beside it: a part of every step, one of every
+layer, and one of every step that drafts. So each kind of step is tied to measured ones of its kind.
 
 Source: Kalman, "A new approach to linear filtering and prediction problems" (Journal of Basic
 Engineering 82, 1960).
@@ -53,14 +53,16 @@ MAX_SURPRISE = 3.0
 # Steps after which a part that was not measured is as uncertain as at first. Four times as many
 # made no difference on the simulated machines.
 HORIZON = 2048
-# The same of the time outside of passes, in target passes: of a step and of a layer, and the noise
-# of a whole step relative to its time, which is that of its passes. A wider part of a layer took up
-# errors of passes there, and no second layer was grown any more.
-REST_DEVIATIONS = (0.2, 0.02)
+# The same of the time outside of passes, in target passes: of a step, of a layer, and what a step
+# that drafts takes more, of which no more is known; and the noise of a whole step relative to its
+# time, which is that of its passes. A wider part of a layer took up errors of passes there, and no
+# second layer was grown any more.
+REST_DEVIATIONS = (0.2, 0.02, 0.2)
 STEP_NOISE = 0.15
-# Target passes by which a step may seem shorter than its passes: the time of a step, whose verify
-# takes about one, stays above zero.
-MAX_OVERLAP = 0.5
+# A layer takes no less than its passes. A step, and one that drafts against it, may take so many
+# target passes less, where passes overlap: twice as many leave time, as its verify takes about one.
+MAX_OVERLAP = 0.25
+LEAST_REST = (-MAX_OVERLAP, 0.0, -MAX_OVERLAP)
 
 # Steps between two corrections of the costs; one takes about as long as a decision.
 REFRESH_EVERY = 16
@@ -113,8 +115,8 @@ class Residuals:
         # The speed of the moment, its variance, and the variance of the noise.
         self._moment = np.array([0.0, DRIFT**2, NOISE**2])
         num_octaves = len(self._batch_edges)
-        # Time outside of passes by octave: of a step and of each layer, and its covariance.
-        self._rest = np.zeros((num_octaves, 2))
+        # Time outside of passes by octave, and its covariance; as of `rest`.
+        self._rest = np.zeros((num_octaves, 3))
         prior = np.diag(np.square(REST_DEVIATIONS))
         self._rest_covariances = np.tile(prior, (num_octaves, 1, 1))
         self._samples = np.zeros(self._starts[3] - self._starts[2], dtype=np.int64)
@@ -185,7 +187,7 @@ class Residuals:
         for table, values in zip([*self._tables(), self._rest], loaded, strict=True):
             both = tuple(slice(min(sizes)) for sizes in zip(table.shape, values.shape, strict=True))
             table[both] = values[both]
-        np.maximum(self._rest, (-MAX_OVERLAP, 0.0), out=self._rest)
+        np.maximum(self._rest, LEAST_REST, out=self._rest)
         self._known = self._means.copy(), self._rest.copy()
 
     def _tables(self) -> list[np.ndarray]:
@@ -217,10 +219,10 @@ class Residuals:
         counts = known.take(np.arange(num_counts), mode="clip")
         return np.exp(counts.clip(-limit, limit)).astype(np.float32)
 
-    def rest(self, batch_size: int) -> tuple[float, float]:
-        """Return the time of a step beyond the table, and that of each layer, in its units."""
-        step, layer = self._known[1][self.batch_bucket(batch_size)]
-        return float(step), float(layer)
+    def rest(self, batch_size: int) -> tuple[float, float, float]:
+        """Return times beyond the table, in its units: of a step, of each layer, of drafting."""
+        step, layer, drafted = self._known[1][self.batch_bucket(batch_size)].tolist()
+        return step, layer, drafted
 
     def __iter__(self) -> Iterator[Residual]:
         """Yield the buckets that have samples."""
@@ -288,14 +290,14 @@ class CorrectedCosts:
         for name in NAMES:
             costs = getattr(raw, name)
             scaled[name] = costs * self._residuals.scales(name, batch_size, len(costs))
-        step, layer = self._residuals.rest(batch_size)
+        step, layer, drafted = self._residuals.rest(batch_size)
         # The draft's first layer comes out of draft extend; every further one is a pass of its own.
         scaled["draft"] = scaled["draft"] + np.float32(layer)
         unit = scaled["verify"][0]
         return StepCosts(
             **{name: costs / unit for name, costs in scaled.items()},
             unit_us=raw.unit_us * float(unit),
-            overhead=(raw.overhead + step + layer) / float(unit),
+            overhead=(raw.overhead + step + layer + drafted) / float(unit),
             plain_overhead=(raw.plain_overhead + step) / float(unit),
         )
 
@@ -357,30 +359,29 @@ def _learn_rest(
     """Do the work of `Residuals.record_step`.
 
     Args:
-        rest, known: [2] float64, time of a step and of a layer outside of passes; as of now, and
-            as it is part of the expected time.
-        covariance: [2, 2] float64, of `rest`.
+        rest, known: [3] float64, as of `Residuals.rest`; of now, and as in the expected time.
+        covariance: [3, 3] float64, of `rest`.
         variances: float64, of how far off each pass is everywhere.
         moment: as of `_share_out_surprise`.
     """
-    passes = expected - known[0] - known[1] * num_layers
-    surprise = measured / math.exp(moment[0]) - passes - rest[0] - rest[1] * num_layers
+    parts = np.array([1.0, num_layers, 1.0 if num_layers > 0.0 else 0.0])
+    passes = expected - (known * parts).sum()
+    surprise = measured / math.exp(moment[0]) - passes - (rest * parts).sum()
     scale = 1.0
-    for part in range(2):
+    for part in range(3):
         prior = REST_DEVIATIONS[part] ** 2
         covariance[part, part] += prior / HORIZON
         # What steps of equal layers cannot tell apart is no less certain than at first.
         scale = min(scale, prior / covariance[part, part])
     covariance *= scale
-    gain = covariance[:, 0] + covariance[:, 1] * num_layers
+    gain = (covariance * parts).sum(axis=1)
     # As long as the passes are not known, nor is what is left of the step.
     noise = STEP_NOISE**2 + variances.max() + moment[1]
-    variance = gain[0] + gain[1] * num_layers + noise * expected**2
+    variance = (gain * parts).sum() + noise * expected**2
     most = MAX_SURPRISE * math.sqrt(variance)
     rest += gain / variance * min(max(surprise, -most), most)
     covariance -= np.outer(gain, gain) / variance
-    # A layer takes no less than its passes. A step may, where passes overlap.
-    rest[0], rest[1] = max(rest[0], -MAX_OVERLAP), max(rest[1], 0.0)
+    rest[:] = np.maximum(rest, np.array(LEAST_REST))
 
 
 def _edges(limit: int, *, halves: bool) -> list[int]:

@@ -317,7 +317,12 @@ class AutoPolicy(TreePolicy):
         # Where speculation barely pays, turns of worse trees would use up what is saved for tries.
         if self.takes_turns and bucket.account == bucket.max_account:
             self._turn = bucket.turns.next()
-        return not (bucket.is_plain or self._turn is PLAIN)
+        if self.takes_turns and self._turn is None and bucket.tries_plain():
+            self._turn = PLAIN
+        if bucket.is_plain or self._turn is PLAIN:
+            bucket.since_plain = 0
+            return False
+        return True
 
     def plain_steps(self, batch_size: int) -> int:
         bucket = self._buckets.get(octave_of(batch_size))

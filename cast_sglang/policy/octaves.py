@@ -19,6 +19,11 @@ MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose. On the same machines 0.003
 # lost 8 % where hard text becomes easy, and 0.03 gained 0.4 % (0.5) in all.
 PROBE_SHARE = 0.01
+# The same the other way: share of the time of speculation that tries of plain decoding may lose.
+PLAIN_SHARE = 0.002
+# Steps from one to the next at least, so that speculation goes on where both are alike: about as
+# many as use up the account where drafts bring nothing.
+PLAIN_AFTER = 32
 
 
 def octave_of(batch_size: int) -> int:
@@ -43,6 +48,7 @@ class Octave:
     log_cut: float | None = None
     num_rows: int = MAX_VERIFY_ROWS  # of the request that had most in the last step
     turns: Turns = field(default_factory=Turns)
+    since_plain: int = 0  # steps with drafts since a plain one
 
     @property
     def price(self) -> float:
@@ -80,3 +86,14 @@ class Octave:
             self.is_plain = True
         if self.is_plain:
             self.account += PROBE_SHARE * self.plain_units
+
+    def tries_plain(self) -> bool:
+        """Count a step that drafts; return whether plain decoding is to have this one instead.
+
+        Where plain decoding is about as fast, its time must be known within a few percent, and a
+        try loses next to nothing, so tries are many; where it is far off they are few.
+        """
+        self.since_plain += 1
+        saved = self.since_plain * PLAIN_SHARE * self.time / self.steps
+        loss = self.plain_units - self.time / self.tokens
+        return self.since_plain >= PLAIN_AFTER and saved >= loss

@@ -6,10 +6,11 @@ less may take half the time. So plain decoding and the trees that SGLang serves 
 turns with the policy's own, in rounds that become rare. What they take is measured as of any other
 step, and from then on the policy knows at what time it could have them.
 
-In a round every other step is a turn. The first one, at step 16, has `TIMES` turns of each tree;
-those at step 32, 64 and so on, and later every `LONGEST` steps, have one of each tree and one of
-plain decoding. So of n steps at most 6 + 3 * log2(n / 16) + 3 * n / 1024 are turns, and each loses
-what its tree is worse. Steps count in which speculation has lost nothing against plain decoding.
+In a round every other step is a turn. The first one, at step 16, has one turn of plain decoding and
+`TIMES` of each tree; those at step 32, 64 and so on, and later every `LONGEST` steps, have one of
+each tree. So of n steps at most 7 + 2 * log2(n / 16) + 2 * n / 1024 are turns, and each loses what
+its tree is worse. Steps count in which speculation has lost nothing against plain decoding. Further
+turns of plain decoding come by what they lose (`Octave.tries_plain`).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Turns:
     def __init__(self, step: int = 0) -> None:
         self.step = 0
         self._round = FIRST  # step at which the round began or begins
-        self._order = DEFAULT_SHAPES * TIMES
+        self._order = (PLAIN, *DEFAULT_SHAPES * TIMES)
         for _ in range(step if step < LONGEST else LONGEST + step % LONGEST):
             self.next()
 
@@ -68,7 +69,7 @@ class Turns:
         place, is_between = divmod(self.step - self._round, 2)
         if place >= len(self._order):
             self._round += min(self._round, LONGEST)
-            self._order = (PLAIN, *DEFAULT_SHAPES)
+            self._order = DEFAULT_SHAPES
         elif place >= 0 and not is_between:
             return self._order[place]
         return None

@@ -15,7 +15,7 @@ from tests.support.builders import make_profile, make_table
 from tests.support.passes import LIMITS, noisy, scale, serve
 
 
-def told(ratio=1.0, rest=(0.0, 0.0)):
+def told(ratio=1.0, rest=(0.0, 0.0, 0.0)):
     """Return residuals that know this ratio of all passes, and this rest of all steps."""
     residuals = Residuals(LIMITS)
     means, rests = (part.copy() for part in residuals.values())
@@ -63,18 +63,18 @@ def test_what_scales_all_passes_alike_moves_no_price():
     assert costs.overhead == costs.plain_overhead == 0.0
 
 
-def test_the_rest_of_a_step_and_of_its_layers_is_part_of_the_costs():
-    raw, costs = corrected(told(ratio=1.25, rest=(0.2, 0.01)), overhead_us=[80.0])
+def test_the_rest_of_a_step_of_its_layers_and_of_drafting_is_part_of_the_costs():
+    raw, costs = corrected(told(ratio=1.25, rest=(0.2, 0.01, 0.3)), overhead_us=[80.0])
     assert raw.overhead > 0.0
     # The first layer comes out of draft extend; a plain step has none.
     assert costs.plain_overhead == pytest.approx((raw.overhead + 0.2) / 1.25)
-    assert costs.overhead == pytest.approx((raw.overhead + 0.2 + 0.01) / 1.25)
+    assert costs.overhead == pytest.approx((raw.overhead + 0.2 + 0.01 + 0.3) / 1.25)
     np.testing.assert_allclose(costs.draft, raw.draft + 0.01 / 1.25, rtol=1e-5)
     np.testing.assert_allclose(costs.draft_extend, raw.draft_extend, rtol=1e-5)
-    # So a step with three layers is longer by one step and three layers.
+    # So a step with three layers is longer by all of these.
     passes = cost_of(raw.verify, 8) + 2 * cost_of(raw.draft, 4) + cost_of(raw.draft_extend, 3)
     whole = 1.25 * step_units(costs, (4, 4), 8, 3)
-    assert whole == pytest.approx(1.25 * passes + raw.overhead + 0.2 + 3 * 0.01, rel=1e-5)
+    assert whole == pytest.approx(1.25 * passes + raw.overhead + 0.5 + 3 * 0.01, rel=1e-5)
     assert 1.25 * plain_units(costs) == pytest.approx(1.25 + raw.overhead + 0.2, rel=1e-5)
 
 
@@ -87,8 +87,8 @@ def test_no_time_becomes_negative():
         if step % REFRESH_EVERY == 0:
             residuals.refresh()
     raw, costs = corrected(residuals)
-    step, layer = residuals.rest(4)
-    assert step == -MAX_OVERLAP and 0.0 <= layer < 0.01
+    step, layer, drafted = residuals.rest(4)
+    assert step == -MAX_OVERLAP <= drafted < 0.0 and 0.0 <= layer < 0.01
     assert plain_units(costs) == 1.0 - MAX_OVERLAP and costs.draft.min() >= raw.draft.min()
 
 

@@ -35,7 +35,7 @@ def test_without_measurements_the_tables_hold():
     residuals.refresh()
     for name in NAMES:
         assert residuals.scales(name, 8, 32).tolist() == [1.0] * 32
-    assert residuals.rest(4) == (0.0, 0.0)
+    assert residuals.rest(4) == (0.0, 0.0, 0.0)
     assert list(residuals) == [] and residuals.suspects() == []
 
 
@@ -44,7 +44,7 @@ def test_measurements_count_from_the_next_refresh():
     version = residuals.version
     residuals.record("verify", 4, 8, 1.5)
     residuals.record_step(4, 3, 2.0, 1.0)
-    assert scale(residuals, 8) == 1.0 and residuals.rest(4) == (0.0, 0.0)
+    assert scale(residuals, 8) == 1.0 and residuals.rest(4) == (0.0, 0.0, 0.0)
     assert residuals.version == version
     residuals.refresh()
     assert scale(residuals, 8) > 1.0 and residuals.rest(4)[0] > 0.0
@@ -172,7 +172,7 @@ def test_impossible_times_are_ignored(bad):
     residuals.refresh()
     assert list(residuals) == []
     assert residuals.scales("verify", 4, 32).tolist() == [1.0] * 32
-    assert residuals.rest(4) == (0.0, 0.0)
+    assert residuals.rest(4) == (0.0, 0.0, 0.0)
     # Nor do they make what follows count for less.
     clean = Residuals(LIMITS)
     for each in (residuals, clean):
@@ -189,7 +189,7 @@ def test_reset_forgets():
     version = residuals.version
     residuals.reset()
     assert residuals.version > version
-    assert scale(residuals, 8) == 1.0 and residuals.rest(4) == (0.0, 0.0)
+    assert scale(residuals, 8) == 1.0 and residuals.rest(4) == (0.0, 0.0, 0.0)
     assert list(residuals) == []
     # What comes next counts as at first.
     for each in (residuals, fresh):
@@ -243,7 +243,7 @@ def test_ranks_that_share_a_state_agree():
     for name in NAMES:
         scales = first.scales(name, 4, 32)
         assert scales.tolist() == second.scales(name, 4, 32).tolist()
-    assert first.rest(4) == second.rest(4) != (0.0, 0.0)
+    assert first.rest(4) == second.rest(4) != (0.0, 0.0, 0.0)
     assert scale(first, 8) > 1.3
     # What a rank learns afterwards on its own moves nothing that the others know.
     record_only = scale(second, 8)
@@ -298,7 +298,7 @@ def test_what_was_learned_is_kept_but_for_the_speed_of_the_moment():
     for name in NAMES:
         assert np.allclose(kept.scales(name, 4, 32), learned.scales(name, 4, 32), rtol=1e-3)
     assert np.allclose(kept.rest(4), learned.rest(4), atol=1e-3)
-    assert learned.rest(4) != (0.0, 0.0)
+    assert learned.rest(4) != (0.0, 0.0, 0.0)
     assert not list(kept)  # no pass of this server
 
 

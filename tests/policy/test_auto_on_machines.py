@@ -60,8 +60,8 @@ def test_a_right_table_without_noise_is_served_as_well_as_it_can_be():
     policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(8, 3, 1.0)
     run = serve(policy, Machine("gpu-64", seed=None), text, 8, STEPS, Acceptance())
     assert run.rate(0, 100) > 0.95 and run.rate(400) > 0.99
-    # But for the turns of plain decoding.
-    assert run.result.is_plain.sum() <= 5
+    # But for the turns of plain decoding, which lose 0.2 % of the time.
+    assert run.result.is_plain.sum() <= 12
 
 
 def test_a_time_that_the_table_hides_is_found_by_turns():
@@ -72,3 +72,12 @@ def test_a_time_that_the_table_hides_is_found_by_turns():
         run = serve(policy, Machine("amx-quick", seed), text, 8, 400, Acceptance())
         late.append(run.rate(100))
     assert min(late) > 0.95, late
+
+
+@pytest.mark.parametrize(("machine", "ease"), [("amd-gaps", -1.0), ("gpu-gaps", -2.5)])
+def test_drafting_that_is_slow_between_its_passes_is_seen(machine, ease):
+    """By what the passes take, drafting would pay."""
+    batch_size = 8 if machine == "amd-gaps" else 32
+    policy, text = AutoPolicy(SIZES, LAYERS, extends_by_accepted=True), Text(batch_size, 3, ease)
+    run = serve(policy, Machine(machine), text, batch_size, 1000, Acceptance())
+    assert run.result.rate(500) > 0.96 * run.plain
