@@ -23,12 +23,17 @@ from cast_sglang.errors import CastError
 
 logger = logging.getLogger(__name__)
 
+_LOGPROBS = (
+    "sglang.srt.managers.scheduler_components.logprob_result_processor."
+    "SchedulerLogprobResultProcessor"
+)
 _REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 _SAMPLING_PARAMS = "sglang.srt.sampling.sampling_params.SamplingParams"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CREATE_REQ = "sglang.srt.session.session_controller.Session.create_req"
+_LAST_STATES = "sglang.srt.layers.logits_processor.LogitsProcessor._get_last_hidden_states_to_store"
 _UPDATE_FINISH_STATE = "sglang.srt.managers.schedule_batch.Req.update_finish_state"
 
 
@@ -36,7 +41,12 @@ def register() -> None:
     """Register CAST with SGLang."""
     from cast_sglang.serving import algorithm
     from cast_sglang.serving.host_patches import hooks
-    from cast_sglang.serving.host_patches.endings import end_as_plain, forget_unsaid
+    from cast_sglang.serving.host_patches.endings import (
+        drop_unsaid_logprob,
+        end_as_plain,
+        forget_unsaid,
+    )
+    from cast_sglang.serving.host_patches.hidden_states import keep_last_states
     from cast_sglang.serving.request_checks import check_count, check_request, check_sampling
 
     algorithm.register()
@@ -49,6 +59,8 @@ def register() -> None:
         (f"{_TOKENIZER_MANAGER}._create_tokenized_object", check_request, HookType.AFTER),
         (_UPDATE_FINISH_STATE, end_as_plain, HookType.AROUND),
         (_CREATE_REQ, forget_unsaid, HookType.BEFORE),
+        (f"{_LOGPROBS}.add_logprob_return_values", drop_unsaid_logprob, HookType.AFTER),
+        (_LAST_STATES, keep_last_states, HookType.AROUND),
     ):
         HookRegistry.register(target, check, kind)
     for method, hook, kind in (

@@ -34,6 +34,7 @@ from cast_sglang.serving.drafting.tools import StepTools
 from cast_sglang.serving.drafting.worker import CastDraftWorker
 from cast_sglang.serving.graphs.backends import VerifyBackends
 from cast_sglang.serving.graphs.passes import PassGraphs, capture_verify
+from cast_sglang.serving.host_patches.hidden_states import handing_out_plain_states
 from cast_sglang.serving.host_patches.hooks import building_draft_worker
 from cast_sglang.serving.host_patches.passes import packed_pass
 from cast_sglang.serving.host_patches.sampling import sampling_as_plain
@@ -96,9 +97,9 @@ class CastWorker(EAGLEWorkerV2):
         self._verify_sizes = verify_sizes(self.config, self.max_draft_tokens)
         self._envelope = Envelope.of_server(self.config)
         self._pending: deque[PendingStep] = deque()
-        self._observing = 0.0  # seconds spent on results since the last step
         self._last_done: float | None = None
-        self._num_steps, self._prefill_since_step = 0, True
+        # Seconds spent on results since the last step.
+        self._num_steps, self._prefill_since_step, self._observing = 0, True, 0.0
         self.costs.find(resolving_view(server_args), self.limits)
 
     def init_cuda_graphs(self) -> None:
@@ -213,6 +214,7 @@ class CastWorker(EAGLEWorkerV2):
             "reliability": [row._asdict() for row in rows],
         }
 
+    @handing_out_plain_states
     def forward_batch_generation(
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any
     ) -> GenerationBatchResult:
@@ -328,12 +330,10 @@ class CastWorker(EAGLEWorkerV2):
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the step's tree at the step's width."""
         rows = self.speculative_num_draft_tokens = batch.spec_info.draft_token_num
-        mean_rows, packed_rows = float(rows), None
-        num_rows = getattr(batch.spec_info, "num_rows", None)
-        if num_rows is not None:
+        topk, mean_rows, packed_rows = self.topk, float(rows), None
+        if (num_rows := getattr(batch.spec_info, "num_rows", None)) is not None:
             mean_rows = float(num_rows.mean())
             packed_rows = find_packed_rows(torch.from_numpy(num_rows), rows)
-        topk = self.topk
         if rows == 1 or getattr(batch.spec_info, "is_path", False):
             self.topk = 1  # accepted nodes stand where they belong, so nothing is to be moved
         try:

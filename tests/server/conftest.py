@@ -24,6 +24,8 @@ REQUEST_FLAGS = (
     *("--tool-call-parser", "qwen25", "--reasoning-parser", "deepseek-v3"),
 )
 
+HIDDEN_STATES = "--enable-return-hidden-states"  # needs a draft model
+
 ServerFactory = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
@@ -79,15 +81,15 @@ def start_server(
 
 @pytest.fixture(scope="session")
 def plain(start_server: ServerFactory) -> Iterator[Server]:
-    with start_server("plain", *REQUEST_FLAGS) as server:
+    with start_server("plain", *REQUEST_FLAGS, HIDDEN_STATES) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def cast(start_server: ServerFactory) -> Iterator[Server]:
     """A server that drafts on every machine: it goes by the made-up costs alone."""
-    flags = (*REQUEST_FLAGS, "--enable-metrics", "--random-seed", "1", "--cast-residuals", "off")
-    with start_server("cast", *flags) as server:
+    flags = ("--enable-metrics", "--random-seed", "1", "--cast-residuals", "off")
+    with start_server("cast", *REQUEST_FLAGS, HIDDEN_STATES, *flags) as server:
         yield server
 
 

@@ -98,9 +98,6 @@ CASES = {
         ("--enable-dp-attention",),
         flags=("--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"),
     ),
-    "hidden states": Case(
-        ("--enable-return-hidden-states",), flags=("--enable-return-hidden-states",)
-    ),
     "hidden states mode": Case(
         ("--return-hidden-states-mode",), flags=("--return-hidden-states-mode", "last")
     ),

@@ -31,6 +31,8 @@ LAWS = {
     "warm top_k": {"temperature": 1.0, "top_k": 5},
     "warm top_k and top_p": {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
     "warm min_p": {"temperature": 1.0, "min_p": 0.3},
+    "warm logit_bias": {"temperature": 1.0, "top_p": 0.9, "logit_bias": {"221": 2.0, "201": -1.0}},
+    "warm regex": {"temperature": 1.0, "regex": r"[a-z ]{10,40}\n"},
     "hot": {"temperature": 1.5},
     "hot top_p": {"temperature": 1.5, "top_p": 0.9},
     "hot min_p": {"temperature": 1.5, "min_p": 0.9},

@@ -82,6 +82,16 @@ def test_those_of_the_prompt_begin_where_they_are_asked_for(plain, cast, prompts
     assert len(ours["meta_info"]["input_token_logprobs"]) == length
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_short_answers_have_no_more_than_their_tokens(plain, cast, prompts, length):
+    fields = {**ALL, "max_new_tokens": length}
+    theirs, ours = (generate(server, prompts[:2], **fields) for server in (plain, cast))
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one["output_ids"]) == len(other["output_ids"]) == length
+        check_equal(logprobs_of(one), logprobs_of(other))
+        assert len(one["meta_info"]["output_token_logprobs"]) == length
+
+
 def test_requests_of_one_batch_get_their_own(plain, cast, prompts):
     fields = {
         "return_logprob": [True, False, True, True],

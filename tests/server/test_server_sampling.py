@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
@@ -104,10 +105,28 @@ def test_a_custom_logit_processor_sees_every_token(plain, cast, prompts):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("fields", [{}, {"stop": ["self", "("], "ignore_eos": False}], ids=str)
+def test_hidden_states_are_those_of_plain_decoding(plain, cast, prompts, fields):
+    fields = {"max_new_tokens": 20, "return_hidden_states": True, **fields}
+    asked = [f"{len(fields)} {prompt}" for prompt in prompts[:3]]
+    theirs, ours = (generate(server, asked, **fields) for server in (plain, cast))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        # Of the prompt, those of what the cache did not hold, in one block for each chunk.
+        found, expected = (
+            np.vstack([np.atleast_2d(states) for states in answer["meta_info"]["hidden_states"]])
+            for answer in (one, other)
+        )
+        count = min(len(found), len(expected))
+        assert count > len(one["output_ids"])
+        np.testing.assert_allclose(found[-count:], expected[-count:], atol=1e-4)
+    if "stop" not in fields:
+        assert ours[0]["meta_info"]["spec_verify_ct"] < len(ours[0]["output_ids"]) - 1
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"return_hidden_states": True}, "not configured to return hidden states"),
         ({"return_sampling_mask": True}, "not supported with speculative decoding"),
         ({"beam_width": 2}, "not supported with speculative decoding"),
         ({"watermark": {"key": "2a"}}, "--enable-watermark"),

@@ -167,6 +167,7 @@ def batch_of(*reqs, is_prefill=False):
         seq_lens_cpu=torch.full((len(reqs),), 128),
         spec_info=SimpleNamespace(draft_token_num=1),
         sampling_info=None,
+        return_hidden_states=False,
     )
 
 

@@ -10,7 +10,7 @@ from cast_sglang.serving.host_patches.hooks import is_cast
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-__all__ = ["end_as_plain", "forget_unsaid"]
+__all__ = ["drop_unsaid_logprob", "end_as_plain", "forget_unsaid"]
 
 
 def end_as_plain(original: Callable[..., None], req: Req, new_accepted_len: int = 1) -> None:
@@ -60,3 +60,14 @@ def forget_unsaid(session: Any, *args: Any, **kwargs: Any) -> None:
         for node in session.req_nodes.values():
             if node.req.finished_len is not None:
                 del node.req.output_ids[node.req.finished_len :]
+
+
+def drop_unsaid_logprob(result: Any, processor: Any, i: int, req: Req, *args: Any) -> None:
+    """Keep no log probability of the token that an answer of no tokens does not have.
+
+    After SGLang's `SchedulerLogprobResultProcessor.add_logprob_return_values`: with speculation a
+    prefill samples one.
+    """
+    if is_cast() and req.sampling_params.max_new_tokens == 0:
+        req.logprob.output_token_logprobs_val.clear()
+        req.logprob.output_token_logprobs_idx.clear()

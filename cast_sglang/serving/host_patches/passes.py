@@ -83,9 +83,9 @@ def packed_pass(
                 spec_info.hidden_states = spec_info.hidden_states[packed_rows]
         output = forward(forward_batch, *args, **kwargs)
         logits_output = output.logits_output
-        for name in ("next_token_logits", "hidden_states"):
+        for name in ("next_token_logits", "hidden_states", "last_hidden_states"):
             rows = getattr(logits_output, name)
-            if rows is not None:  # a server without a draft reads no hidden states
+            if rows is not None:  # hidden states are there only where something reads them
                 setattr(logits_output, name, spread_rows(rows, output_rows, num_rows))
         return output
 

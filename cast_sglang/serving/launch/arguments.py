@@ -36,10 +36,6 @@ __all__ = [
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
-_NOT_PLAIN = (
-    "the states at hand are the ones that the draft reads, not those of plain decoding; "
-    "drop the flag"
-)
 # Flags that CAST cannot run with, the value that stands for not given (None does so as well), and
 # what to do instead.
 UNSUPPORTED = {
@@ -60,8 +56,10 @@ UNSUPPORTED = {
         "it splits the batch that CAST decides for; drop the flag",
     ),
     "--speculative-draft-window-size": (None, "CAST's draft reads the whole prefix; drop the flag"),
-    "--enable-return-hidden-states": (False, _NOT_PLAIN),
-    "--return-hidden-states-mode": (None, _NOT_PLAIN),
+    "--return-hidden-states-mode": (
+        "full",
+        "verify gives those of all tokens; use --enable-return-hidden-states",
+    ),
     "--disaggregation-mode": ("null", "not supported by CAST yet; use null"),
 }
 NO_DEVICE = "no NVIDIA GPU that torch can use, and no CPU platform"
@@ -192,6 +190,11 @@ def check_flags(args: argparse.Namespace | ServerArgs) -> None:
             )
     if has_draft:
         read_draft_config(*draft, args.trust_remote_code)
+    elif args.enable_return_hidden_states:
+        raise HostError(
+            "--enable-return-hidden-states needs --speculative-draft-model-path: SGLang keeps no "
+            "states of prompts for a server without a draft model; drop the flag"
+        )
 
 
 def check_copying(config: CastConfig, server_args: ServerArgs) -> None:

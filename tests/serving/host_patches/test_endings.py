@@ -115,6 +115,15 @@ def test_no_more_tokens_are_reasoning_than_the_answer_has(fields):
     assert req.finished() and req.reasoning_tokens == 3
 
 
+@pytest.mark.parametrize(("length", "left"), [(0, []), (1, [-0.5])])
+def test_an_answer_of_no_tokens_has_no_log_probability(length, left):
+    req = request(max_new_tokens=length)
+    req.logprob = SimpleNamespace(output_token_logprobs_val=[-0.5], output_token_logprobs_idx=[3])
+    endings.drop_unsaid_logprob(None, None, 0, req, 7, [3], 7, None)
+    assert req.logprob.output_token_logprobs_val == left
+    assert len(req.logprob.output_token_logprobs_idx) == len(left)
+
+
 def test_a_session_goes_on_from_what_was_said():
     said = request(max_new_tokens=2)
     said.output_ids.extend([0, 1, 3, 4])

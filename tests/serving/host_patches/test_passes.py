@@ -8,6 +8,7 @@ from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.attention.verify_mask import VerifyMask
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_context, get_spec
 from sglang.srt.speculative import eagle_worker_common
@@ -43,7 +44,9 @@ class Runner:
         states = forward_batch.spec_info.hidden_states + forward_batch.positions[:, None]
         logits = torch.stack((forward_batch.input_ids, forward_batch.out_cache_loc), dim=1)
         return SimpleNamespace(
-            logits_output=SimpleNamespace(next_token_logits=logits, hidden_states=states)
+            logits_output=LogitsProcessorOutput(
+                next_token_logits=logits, hidden_states=states, last_hidden_states=states + 1
+            )
         )
 
 
@@ -64,7 +67,7 @@ def test_only_packed_rows_run_and_their_outputs_stand_in_their_places():
     with packed_pass(runner, packed_rows):
         output = runner.forward(packed).logits_output
     assert runner.seen[0].tolist() == [10, 13, 14] and runner.seen[1] is packed_rows
-    for name in ("next_token_logits", "hidden_states"):
+    for name in ("next_token_logits", "hidden_states", "last_hidden_states"):
         ours, theirs = getattr(output, name), getattr(everything, name)
         assert ours.shape == theirs.shape
         assert torch.equal(ours[packed_rows], theirs[packed_rows])
@@ -118,7 +121,7 @@ class LayerRunner:
         states = forward_batch.spec_info.hidden_states
         hidden, residual = self.layer(states, states + 1.0)
         return SimpleNamespace(
-            logits_output=SimpleNamespace(next_token_logits=hidden, hidden_states=residual)
+            logits_output=LogitsProcessorOutput(next_token_logits=hidden, hidden_states=residual)
         )
 
 

@@ -21,7 +21,7 @@ def flags(**given):
     names = {flag.removeprefix("--").replace("-", "_"): value for flag, value in values.items()}
     names |= {"speculative_draft_model_path": "d", "speculative_draft_model_revision": None}
     names |= {"trust_remote_code": False, "page_size": None, "speculative_eagle_topk": None}
-    names |= {"model_path": "t", "revision": "r"}
+    names |= {"model_path": "t", "revision": "r", "enable_return_hidden_states": False}
     return argparse.Namespace(**{**names, **given})
 
 
@@ -35,6 +35,15 @@ def test_what_cast_cannot_run_with_is_refused(flag):
     arguments.check_flags(flags(**{name: None}))
     with pytest.raises(HostError, match=f"^{flag} cannot be combined with"):
         arguments.check_flags(flags(**{name: OTHER_VALUES.get(flag, True)}))
+
+
+def test_hidden_states_need_a_draft(monkeypatch):
+    monkeypatch.setattr(arguments, "read_config", lambda *target: SimpleNamespace())
+    arguments.check_flags(flags(enable_return_hidden_states=True))
+    with pytest.raises(HostError, match="^--enable-return-hidden-states needs"):
+        arguments.check_flags(
+            flags(enable_return_hidden_states=True, speculative_draft_model_path=None)
+        )
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, None])
