@@ -27,6 +27,15 @@ FLAGS = (
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
 TREE += ("--speculative-num-draft-tokens", "6", "--cast-verify-sizes", "2,4,6")
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+# `flashinfer` plans by the lengths that the scheduler has on the host; these read them. The watch
+# does not know the sums and copies of these lengths as the host's own.
+OF_LENGTHS = {
+    "requests.py:mean_context",
+    "eagle_utils.py:eagle_prepare_for_verify",
+    "eagle_worker_common.py:prepare_for_draft_extend",
+    "flashinfer_backend.py:call_begin_forward",
+    "flashinfer_backend.py:fast_prefill_plan",
+}
 RUNS = [
     *(
         (backend, shape)
@@ -104,5 +113,6 @@ def test_captured_and_overlapped_greedy_tokens_equal_plain_decoding(
     # Every pass of every step was a replay, of both batch sizes.
     assert set(ran) == {f"{runner},{batch}" for runner in runners for batch in BATCHES}
     assert "DecodeCudaGraphRunner,1,1 rows" in replays.read_text()
-    # Whatever the host waits for is read through `HostReads`. `flashinfer` plans with more.
-    assert waits.read_text() == "" or backend == "flashinfer"
+    # Whatever the host waits for is read through `HostReads`.
+    places = {line.rpartition("/")[2] for line in waits.read_text().splitlines()}
+    assert places <= (OF_LENGTHS if backend == "flashinfer" else set())

@@ -255,7 +255,12 @@ class Paged:
         # The wrapper of decode names its buffers otherwise.
         for name, buffer in buffers.items():
             setattr(self, f"_{name.removesuffix('fer')}", buffer)
+        # What SGLang's own plan reads and calls, `fast_prefill_plan`.
+        self._backend, self._max_total_num_rows = backend, None
+        self.device, self._float_workspace_buffer = torch.device("cpu"), workspace
         self._int_workspace_buffer = torch.empty(WRAPPER_BYTES, dtype=torch.uint8)
+        self._pin_memory_int_workspace_buffer = None
+        self._cached_module = SimpleNamespace(plan=self._take_plan)
 
     def lay_out(self, qo_indptr, kv_indptr, kv_indices, last_page_len, page_size, mask, window=-1):
         """Take the layout of a pass."""
@@ -288,6 +293,13 @@ class Paged:
             assert len(packed) <= len(self._custom_mask_buf)
             self._custom_mask_buf[: len(packed)].copy_(packed)
             self._mask_indptr_buf.copy_(mask_indptr)
+
+    def _take_plan(self, workspace, on_device, pinned, qo_indptr, kv_indptr, lengths, rows, *rest):
+        """Check a captured pass that SGLang has laid out by what the host knows."""
+        assert self._rows == rows == int(qo_indptr[-1])
+        assert torch.equal(qo_indptr, self._qo_indptr_buf)
+        assert torch.equal(kv_indptr, self._paged_kv_indptr_buf)
+        assert torch.equal(lengths, kv_indptr.diff())
 
     def forward_return_lse(
         self,
@@ -342,6 +354,8 @@ class PagedRows(Paged):
         window_left=-1,
         **unread,
     ):
+        # It reads all of this on the host. So it may at capture, and not before each replay.
+        assert self._rows is None
         layout = qo_indptr, kv_indptr, kv_indices, last_page_len, page_size
         self.lay_out(*layout, custom_mask, window_left)
 

@@ -19,6 +19,7 @@ from cast_sglang.serving.host_patches.passes import (
     extend_rows,
     keeping_buffers,
     leave_prefix_unmasked,
+    plan_on_the_host,
     sharing_buffers,
 )
 
@@ -97,6 +98,8 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
     with counted_capture(runner, "target_verify", "verify, rows", graphs.sizes):
         graphs.capture(build, capturing_size, existing)
     leave_prefix_unmasked(backends.shared, backends.name)
+    for size in graphs.sizes.sizes:
+        plan_on_the_host(backends.at(size))
     return graphs
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ __all__ = [
     "leave_prefix_unmasked",
     "leave_room",
     "packed_pass",
+    "plan_on_the_host",
     "running_on",
     "sharing_buffers",
     "with_own_graphs",
@@ -364,6 +366,28 @@ def with_own_graphs(backend: Any) -> Any:
     own = copy.copy(_verify_backend(backend))
     own.prefill_cuda_graph_metadata, own.decode_cuda_graph_metadata = {}, {}
     return own
+
+
+def plan_on_the_host(backend: Any) -> None:
+    """Let captured verify passes of `flashinfer` be planned by the lengths that the host has.
+
+    Its own plan copies the layout of each pass from the device, and counts the cells of the mask
+    there, for which the host waits. SGLang's plan for captured passes asks the host's lengths and
+    packs the mask on the device. SGLang takes it for draft extend, and for chains where a variable
+    of the environment says so; it packs any mask.
+
+    Args:
+        backend: has captured its passes by `flashinfer`'s own plan, or runs on no such.
+    """
+    backend = _verify_backend(backend)
+    captured = getattr(backend, "prefill_cuda_graph_metadata", {})
+    if not captured or backend.dispatch_reason is not None:
+        return
+    from sglang.srt.layers.attention.flashinfer_backend import fast_prefill_plan
+
+    for wrappers in captured.values():
+        for wrapper in wrappers:
+            wrapper.begin_forward = functools.partial(fast_prefill_plan, wrapper)
 
 
 def _verify_backend(backend: Any) -> Any:

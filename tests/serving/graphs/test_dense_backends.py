@@ -311,6 +311,7 @@ def captured(backends, wanted):
     static.spec_info.custom_mask = torch.ones(CAPTURED * rows * (rows + 1), dtype=torch.bool)
     backend.init_forward_metadata_out_graph(static, in_capture=True)
     backend.init_forward_metadata_in_graph(static)
+    patches.plan_on_the_host(backend)
     return static, inner(backend).forward_metadata
 
 
