@@ -1,6 +1,6 @@
-"""A target whose drafts are chains: latent attention, as DeepSeek V3 has it.
+"""Targets whose drafts are chains: latent attention (DeepSeek V3) and gated delta nets (Qwen3.5).
 
-A tiny one with random weights and an MTP layer, on the path of a GPU (`tests/support/interpreted`):
+Tiny ones with random weights and an MTP layer, on the path of a GPU (`tests/support/interpreted`):
 kernels in Triton's interpreter, recorded graphs, overlap scheduling.
 """
 
@@ -15,12 +15,13 @@ from tests.server.test_server_chains import num_accepted
 from tests.server.test_server_interpreted import CHAIN
 from tests.support.interpreted import (
     BATCHES,
+    DELTA_RULE,
     DENSE,
     ENVIRONMENT,
     REPLAYS_FILE,
     CapturedServer,
 )
-from tests.support.tiny_targets import write_latent_target
+from tests.support.tiny_targets import write_latent_target, write_linear_target
 
 # An interpreted step takes seconds.
 pytestmark = [pytest.mark.server, pytest.mark.extended, pytest.mark.timeout(1800)]
@@ -35,22 +36,22 @@ FLAGS = (
 
 
 @pytest.mark.parametrize("backend", [TRITON, FA3], ids=["triton", "fa3"])
+@pytest.mark.parametrize("write", [write_latent_target, write_linear_target])
 def test_chains_of_captured_passes_equal_plain_decoding(
-    start_server: ServerFactory, pair, prompts, tmp_path: Path, backend
+    start_server: ServerFactory, pair, prompts, tmp_path: Path, write, backend
 ):
     """One request, then three, whose graphs are those of four, then one that is decoded plainly."""
-    target = str(write_latent_target(tmp_path / "target", Path(pair.target)))
-    replays, name = tmp_path / "replays", f"latent-{backend[1]}"
+    target = str(write(tmp_path / "target", Path(pair.target)))
+    replays, name = tmp_path / "replays", f"{write.__name__}-{backend[1]}"
     short = [prompt[:40] for prompt in prompts[:3]]
     flags = ("--model-path", target, *FLAGS)
+    environment = {**ENVIRONMENT, DELTA_RULE: "1"}
     plain = start_server(
-        *("plain", *flags, *TRITON), name=f"plain-{name}", kind=CapturedServer, **ENVIRONMENT
+        *("plain", *flags, *TRITON), name=f"plain-{name}", kind=CapturedServer, **environment
     )
     with plain:
         wanted = [generate(plain, text, max_new_tokens=NUM_TOKENS)["output_ids"] for text in short]
-    environment = {**ENVIRONMENT, REPLAYS_FILE: str(replays)}
-    if backend == FA3:
-        environment[DENSE] = "1"
+    environment |= {REPLAYS_FILE: str(replays)} | ({DENSE: "1"} if backend == FA3 else {})
     cast = start_server(
         *("cast", *flags, *backend, *CHAIN, "--speculative-draft-model-path", target),
         *("--cast-residuals", "off"),

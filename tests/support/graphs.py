@@ -83,23 +83,29 @@ class RecordedRunnerGraphs:
         self._graphs[key] = run, self._layout()
 
     def _layout(self):
-        """Return what the backend has laid out, which a graph holds and replays do not change."""
+        """Return what its backends have laid out, which a graph holds and replays do not change."""
         backend = getattr(self.runner, "attn_backend", None)
         backend = getattr(backend, "backend", backend)
         names = ("forward_metadata", "forward_metadata_spec_decode_expand")
-        return backend, {name: getattr(backend, name) for name in names if hasattr(backend, name)}
+        # Of a model with linear attention there are two.
+        return [
+            (part, name, getattr(part, name))
+            for part in getattr(backend, "attn_backend_list", None) or [backend]
+            for name in names
+            if hasattr(part, name)
+        ]
 
     def can_run(self, batch, key):
         return key in self._graphs
 
     def replay(self, key, batch):
-        forward, (backend, layout) = self._graphs[key]
-        _, before = self._layout()
-        for name, value in layout.items():
-            setattr(backend, name, value)
+        forward, layout = self._graphs[key]
+        before = self._layout()
+        for part in layout:
+            setattr(*part)
         result = forward()
-        for name, value in before.items():
-            setattr(backend, name, value)
+        for part in before:
+            setattr(*part)
         for part in self.outputs:
             part.fill_(-1)
         self.outputs.clear()

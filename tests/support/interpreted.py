@@ -21,6 +21,7 @@ from benchmarks.harness.servers import Server
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 REPLAYS_FILE = "TEST_REPLAYS_FILE"  # gets a line for each replay
 DENSE = "TEST_DENSE_BACKENDS"  # where it is set, those of `tests.support.dense_attention` are there
+DELTA_RULE = "TEST_DELTA_RULE"  # where it is set, prompts pass gated delta nets in plain torch
 BATCHES = (1, 4)  # three requests are padded to four
 
 
@@ -114,6 +115,10 @@ if __name__ == "__main__":
     from tests.support.preloaded import serve
     from tests.support.waits import WAITS_FILE, watch_steps
 
+    if DELTA_RULE in os.environ:
+        from tests.support import delta_rule
+
+        delta_rule.install()
     if DENSE in os.environ:
         from tests.support import dense_attention
 

@@ -1,6 +1,6 @@
-"""A tiny target with latent attention, with random weights and an MTP layer.
+"""Tiny targets with latent and with linear attention: random weights and an MTP layer each.
 
-It mostly answers a token with a fixed other one, which its layers talk it out of now and then
+A target mostly answers a token with a fixed other one, which its layers talk it out of now and then
 by what stands before. The MTP layer proposes the fixed one, so its drafts are accepted as often as
 not, and answers depend on every layer.
 """
@@ -53,6 +53,62 @@ def _norms(weights: _Weights, layer: str, value: float) -> None:
 
 def _first_half(size: int) -> torch.Tensor:
     return torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
+
+
+def write_linear_target(directory: Path, target: Path) -> Path:
+    """Write a Qwen3.5 text model: two gated delta nets before each layer of full attention."""
+    config = _config(target)
+    weights, layers, interval = _Weights(), 3, 3
+    key = value = HEADS * HEAD_DIM
+    weights.ends(config["vocab_size"], 0.0)  # its norms add 1
+    for number in range(layers):
+        layer = f"model.layers.{number}"
+        _norms(weights, layer, 0.0)
+        weights.mlp(f"{layer}.mlp")
+        if (number + 1) % interval == 0:
+            _gated_attention(weights, f"{layer}.self_attn")
+            continue
+        name = f"{layer}.linear_attn"
+        weights.draw(f"{name}.in_proj_qkv.weight", 2 * key + value, HIDDEN)
+        weights.draw(f"{name}.in_proj_z.weight", value, HIDDEN)
+        for part in ("in_proj_a", "in_proj_b"):
+            weights.draw(f"{name}.{part}.weight", HEADS, HIDDEN)
+        weights.draw(f"{name}.conv1d.weight", 2 * key + value, 1, 4)
+        weights.draw(f"{name}.dt_bias", HEADS, spread=1.0)
+        weights.draw(f"{name}.A_log", HEADS, spread=1.0)
+        weights.fill(f"{name}.norm.weight", HEAD_DIM, 1.0)
+        spread = 2 * ADDED * value**-0.5
+        weights.draw(f"{name}.out_proj.weight", HIDDEN, value, spread=spread)
+    weights.tensors["mtp.fc.weight"] = _first_half(HIDDEN)
+    for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        weights.fill(f"mtp.{norm}.weight", HIDDEN, 0.0)
+    _norms(weights, "mtp.layers.0", 0.0)
+    _gated_attention(weights, "mtp.layers.0.self_attn", added=0.0)
+    weights.mlp("mtp.layers.0.mlp", added=0.0)
+    changes = {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": layers,
+        "full_attention_interval": interval,
+        "linear_num_key_heads": HEADS,
+        "linear_num_value_heads": HEADS,
+        "linear_key_head_dim": HEAD_DIM,
+        "linear_value_head_dim": HEAD_DIM,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
+        "mtp_num_hidden_layers": 1,
+    }
+    return write_checkpoint(directory, weights.tensors, {**config, **changes}, target)
+
+
+def _gated_attention(weights: _Weights, name: str, *, added: float = ADDED) -> None:
+    size = HEADS * HEAD_DIM
+    weights.draw(f"{name}.q_proj.weight", 2 * size, HIDDEN)
+    for part in ("k_proj", "v_proj"):
+        weights.draw(f"{name}.{part}.weight", HEAD_DIM, HIDDEN)
+    weights.draw(f"{name}.o_proj.weight", HIDDEN, size, spread=2 * added * size**-0.5)
+    for norm in ("q_norm", "k_norm"):
+        weights.fill(f"{name}.{norm}.weight", HEAD_DIM, 0.0)
 
 
 def write_latent_target(directory: Path, target: Path) -> Path:

@@ -18,6 +18,7 @@ import torch
 from cast_sglang.serving.host_patches.passes import (
     building_backend,
     drop_wrappers,
+    full_attention,
     leave_room,
     running_on,
     with_own_graphs,
@@ -55,6 +56,8 @@ class VerifyBackends:
         self._own: dict[int, Any] = {}
         # None for a backend that runs every number of rows, plain steps too, as verify passes.
         self._kind = VERIFY_BACKENDS.get(self.name)
+        # Its layout is of one number of rows, and behind verify SGLang commits states of it.
+        self._has_linear = full_attention(self.shared) is not self.shared
         if self.lays_out_one_size:
             leave_room(self.shared)
 
@@ -65,8 +68,12 @@ class VerifyBackends:
 
     def has_own_buffers(self, rows: int) -> bool:
         """Whether captured passes of so many rows have buffers that are made for them."""
-        is_plain_on_any = rows == 1 and self._kind is not None and self._kind.rows == "any"
-        return self.lays_out_one_size or is_plain_on_any
+        is_any = self._kind is not None and self._kind.rows == "any"
+        return self.lays_out_one_size or (is_any and self._decodes(rows))
+
+    def _decodes(self, rows: int) -> bool:
+        """Return whether it is a plain step that runs as a decode pass."""
+        return rows == 1 and self._kind is not None and not self._has_linear
 
     def root_input(
         self, build: Callable[[ScheduleBatch], EagleVerifyInput], batch: ScheduleBatch
@@ -76,13 +83,13 @@ class VerifyBackends:
         Args:
             build: SGLang's builder of it, which fills a mask that a decode pass does not read.
         """
-        return build(batch) if self._kind is None else _maskless_root(batch)
+        return _maskless_root(batch) if self._decodes(1) else build(batch)
 
     def at(self, rows: int) -> Any:
         """Return the backend of verify passes over so many rows per request."""
-        is_plain = rows == 1 and self._kind is not None
+        is_plain = self._decodes(rows)
         serves_any = self._kind is None or self._kind.rows == "any"
-        if not is_plain and (rows == self._most or serves_any):
+        if not is_plain and (rows == self._most or (serves_any and not self._has_linear)):
             return self.shared
         if rows not in self._own:
             backend = self._build(rows)
@@ -92,15 +99,22 @@ class VerifyBackends:
         return self._own[rows]
 
     def _build(self, rows: int) -> Any:
-        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+        from sglang.srt.layers.attention.attention_registry import (
+            ATTENTION_BACKENDS,
+            attn_backend_wrapper,
+        )
 
         if self._kind is not None and self._kind.rows == "batch":
             return with_own_graphs(self.shared)
         with building_backend(rows):
-            backend = ATTENTION_BACKENDS[self.name](self._runner)
-        if self.lays_out_one_size:
-            leave_room(backend)
-            drop_wrappers(backend)
+            backend = full_attention(self.shared)
+            if not (self._has_linear and self._kind is not None and self._kind.rows == "any"):
+                backend = ATTENTION_BACKENDS[self.name](self._runner)
+            if self.lays_out_one_size:
+                leave_room(backend)
+                drop_wrappers(backend)
+            if self._has_linear:
+                backend = attn_backend_wrapper(self._runner, backend)
         for phase in ("prefill", "decode"):  # models with latent attention ask it for its name
             setattr(backend, f"{phase}_attention_backend_str", self.name)
         return backend

@@ -17,6 +17,7 @@ from cast_sglang.serving.host_patches.passes import (
     capturing_size,
     counted_capture,
     extend_rows,
+    full_attention,
     keeping_buffers,
     leave_prefix_unmasked,
     plan_on_the_host,
@@ -79,12 +80,13 @@ def capture_verify(runner: ModelRunner, sizes: GraphSizes, backends: VerifyBacke
     graphs = PassGraphs(GraphSizes(every))
 
     def build(size: int) -> Any:
-        backend, shared = backends.at(size), backends.shared
+        backend = backends.at(size)
+        attention, shared = full_attention(backend), full_attention(backends.shared)
         buffers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not backends.has_own_buffers(size):
-            buffers = keeping_buffers(getattr(backend, "backend", backend))
-        elif backend is not shared:
-            buffers = sharing_buffers(backend, shared)
+            buffers = keeping_buffers(getattr(attention, "backend", attention))
+        elif attention is not shared:
+            buffers = sharing_buffers(attention, shared)
         with buffers:
             return DecodeCudaGraphRunner(
                 runner, attn_backend=backend, speculative_num_draft_tokens=size

@@ -33,6 +33,7 @@ __all__ = [
     "counted_capture",
     "drop_wrappers",
     "extend_rows",
+    "full_attention",
     "keeping_buffers",
     "last_rows_only",
     "leave_prefix_unmasked",
@@ -339,8 +340,8 @@ def leave_prefix_unmasked(backend: Any, name: str) -> None:
     """Stop SGLang from filling the whole mask of captured verify passes in every step.
 
     The mask has a cell for each row and each token of the longest context, hundreds of megabytes
-    for a full batch. `triton` and `fa3` read the cells among the rows themselves, which the tree
-    builder writes one by one, and take the prefix as seen.
+    for a full batch. `triton` and `fa3` read the cells among the rows alone, which the tree builder
+    writes one by one.
 
     Args:
         backend: the target's attention backend, after its buffers were made.
@@ -355,13 +356,10 @@ def leave_prefix_unmasked(backend: Any, name: str) -> None:
 
 
 def with_own_graphs(backend: Any) -> Any:
-    """Return the backend with captured passes of its own, over the same buffers.
+    """Return the target's backend with captured passes of its own, over the buffers it has made.
 
-    `flashinfer` lays a pass out by its batch, and keeps the wrappers of a captured one by batch
-    size alone, which another number of rows at this size would replace. Each replay lays out anew.
-
-    Args:
-        backend: the target's, after its buffers were made.
+    `flashinfer` keeps the wrappers of a captured pass by batch size alone, which another number of
+    rows at this size would replace. Each replay lays out anew.
     """
     own = copy.copy(_verify_backend(backend))
     own.prefill_cuda_graph_metadata, own.decode_cuda_graph_metadata = {}, {}
@@ -371,13 +369,9 @@ def with_own_graphs(backend: Any) -> Any:
 def plan_on_the_host(backend: Any) -> None:
     """Let captured verify passes of `flashinfer` be planned by the lengths that the host has.
 
-    Its own plan copies the layout of each pass from the device, and counts the cells of the mask
-    there, for which the host waits. SGLang's plan for captured passes asks the host's lengths and
-    packs the mask on the device. SGLang takes it for draft extend, and for chains where a variable
-    of the environment says so; it packs any mask.
-
-    Args:
-        backend: has captured its passes by `flashinfer`'s own plan, or runs on no such.
+    The host waits for its own plan, which copies the layout of each pass from the device. SGLang's
+    plan for captured passes, which draft extend takes, reads the host's lengths; it packs any mask.
+    Other backends, and passes that are not captured, are left alone.
     """
     backend = _verify_backend(backend)
     captured = getattr(backend, "prefill_cuda_graph_metadata", {})
@@ -390,11 +384,16 @@ def plan_on_the_host(backend: Any) -> None:
             wrapper.begin_forward = functools.partial(fast_prefill_plan, wrapper)
 
 
+def full_attention(backend: Any) -> Any:
+    """Return the backend of full attention, of a model that has linear attention too."""
+    return getattr(backend, "full_attn_backend", backend)
+
+
 def _verify_backend(backend: Any) -> Any:
-    """Return the backend that runs verify, of one for prefill and one for decode."""
+    """Return the backend of full attention that runs verify."""
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    if isinstance(backend, HybridAttnBackend):
-        backend = backend._select_backend(ForwardMode.TARGET_VERIFY)
-    return backend
+    backend = full_attention(backend)
+    is_hybrid = isinstance(backend, HybridAttnBackend)
+    return backend._select_backend(ForwardMode.TARGET_VERIFY) if is_hybrid else backend

@@ -15,7 +15,7 @@ from cast_sglang.config import CastConfig
 from cast_sglang.cpu.names import PLATFORM_NAME
 from cast_sglang.errors import HostError
 from cast_sglang.serving.launch.identity import read_config, read_draft_config
-from cast_sglang.serving.launch.target import why_chains
+from cast_sglang.serving.launch.target import keeps_states, why_chains
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -36,6 +36,10 @@ __all__ = [
 DEFAULT_NUM_STEPS = 8
 DEFAULT_TOPK = 8
 DEFAULT_NUM_DRAFT_TOKENS = 32
+# SGLang's default chain, 3-1-4. Of targets that keep a state for each verified row, in which a row
+# takes as much memory as a request does besides (75 MB for Qwen3-Next in float32).
+DEFAULT_NUM_STATES = 4
+_REPLAYS = "states of linear attention are kept for each row that is verified; drop the flag"
 # Flags that CAST cannot run with, the value that stands for not given (None does so as well), and
 # what to do instead.
 UNSUPPORTED = {
@@ -60,6 +64,8 @@ UNSUPPORTED = {
         "full",
         "verify gives those of all tokens; use --enable-return-hidden-states",
     ),
+    "--enable-linear-replayssm": (False, _REPLAYS),
+    "--enable-linear-replayssm-spec": (False, _REPLAYS),
     "--disaggregation-mode": ("null", "not supported by CAST yet; use null"),
 }
 NO_DEVICE = "no NVIDIA GPU that torch can use, and no CPU platform"
@@ -102,10 +108,12 @@ def set_envelope(
     Raises:
         HostError: names the flag and the fix.
     """
-    steps, topk = min(DEFAULT_NUM_STEPS, depth or DEFAULT_NUM_STEPS), DEFAULT_TOPK
+    steps, topk, tokens = DEFAULT_NUM_STEPS, DEFAULT_TOPK, DEFAULT_NUM_DRAFT_TOKENS
+    if target is not None and keeps_states(target):
+        steps, tokens = DEFAULT_NUM_STATES - 1, DEFAULT_NUM_STATES
+    steps = min(steps, depth or steps)
     if server_args.speculative_draft_model_path is None:
-        tokens = server_args.speculative_num_draft_tokens or DEFAULT_NUM_DRAFT_TOKENS
-        steps, topk = max(1, tokens - 1), 1
+        steps, topk = max(1, (server_args.speculative_num_draft_tokens or tokens) - 1), 1
         if server_args.speculative_eagle_topk not in (None, topk):
             raise HostError(
                 f"--speculative-eagle-topk {server_args.speculative_eagle_topk}: without "
@@ -233,6 +241,12 @@ def set_draft(server_args: ServerArgs) -> None:
 
 
 def _has_own_draft(args: argparse.Namespace | ServerArgs) -> bool:
-    """Return whether the target's checkpoint has MTP (NextN) layers beside its own."""
+    """Return whether the target's checkpoint has MTP (NextN) layers beside its own.
+
+    Qwen3.5 counts them by another name. Qwen3-Next always has one, and its config says nothing.
+    """
     config = read_config(args.model_path, args.revision, args.trust_remote_code)
-    return bool(getattr(config, "num_nextn_predict_layers", 0))
+    text = getattr(config, "text_config", config)
+    names = "num_nextn_predict_layers", "mtp_num_hidden_layers"
+    is_said = any(getattr(each, name, 0) for each in (config, text) for name in names)
+    return is_said or getattr(config, "model_type", None) == "qwen3_next"

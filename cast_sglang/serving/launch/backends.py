@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cast_sglang.cpu.names import ATTENTION_BACKEND
 from cast_sglang.errors import HostError
-from cast_sglang.serving.launch.target import has_latent_attention, target_config
+from cast_sglang.serving.launch.target import has_latent_attention, keeps_states, target_config
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -65,8 +65,12 @@ def set_attention_backends(server_args: ServerArgs) -> None:
     verifies, prefills = tuple(VERIFY_BACKENDS), PREFILL_BACKENDS
     if is_cpu:
         verifies = prefills = _backends_of_the_cpu(server_args)
-    elif has_latent_attention(target_config(server_args)):
-        verifies, prefills = MLA_VERIFY_BACKENDS, MLA_PREFILL_BACKENDS
+    else:
+        target = target_config(server_args)
+        if has_latent_attention(target):
+            verifies, prefills = MLA_VERIFY_BACKENDS, MLA_PREFILL_BACKENDS
+        if keeps_states(target):
+            _set_linear_attention(server_args)
     flag, prefill = "--prefill-attention-backend", server_args.prefill_attention_backend
     if prefill is None:
         flag, prefill = "--attention-backend", server_args.attention_backend
@@ -117,6 +121,8 @@ def _why_not(name: str, server_args: ServerArgs) -> str | None:
     if backend.windows:
         return None
     config = target_config(server_args)
+    if backend.rows == "batch" and keeps_states(config):
+        return "the target has linear attention"
     has_window = config.sliding_window_size is not None and getattr(
         config.hf_text_config, "use_sliding_window", True
     )
@@ -125,6 +131,21 @@ def _why_not(name: str, server_args: ServerArgs) -> str | None:
     if config.has_attention_sinks:
         return "the target has attention sinks"
     return None
+
+
+def _set_linear_attention(server_args: ServerArgs) -> None:
+    """Verify on the kernels that find a row's state at any number of rows.
+
+    Raises:
+        HostError: another was asked for.
+    """
+    name = server_args.linear_attn_verify_backend
+    if name not in (None, "triton"):
+        raise HostError(
+            f"--linear-attn-verify-backend {name}: CAST verifies another number of rows in every "
+            "step, which was tried with triton alone; pass triton, or drop the flag"
+        )
+    server_args.linear_attn_verify_backend = "triton"
 
 
 def _backends_of_the_cpu(server_args: ServerArgs) -> tuple[str, ...]:

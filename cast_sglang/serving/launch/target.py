@@ -14,6 +14,7 @@ __all__ = [
     "check_target",
     "draft_config",
     "has_latent_attention",
+    "keeps_states",
     "target_config",
     "why_chains",
 ]
@@ -50,18 +51,32 @@ def check_target(path: str, model_config: ModelConfig | Any) -> None:
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
     reason = None
-    if mambaish_config(model_config) is not None:
+    if mambaish_config(model_config) is not None and not keeps_states(model_config):
         reason = (
-            "it has linear-attention layers whose states SGLang keeps for one fixed number of "
-            "verified rows, and CAST verifies another number in every step"
+            "it has linear-attention layers that are no gated delta nets: SGLang's kernels find "
+            "their states by the number of rows of a pass, which is another in every step of CAST, "
+            "or CAST has never been run with them"
         )
     elif is_deepseek_dsa(model_config.hf_config):
-        reason = "it has sparse attention (DSA), which CAST has never been run with"
+        reason = "it has sparse attention (DSA), with whose kernels CAST has never been run"
     if reason is not None:
         raise HostError(
             f"--model-path {path}: CAST does not serve this target: {reason}; use SGLang's own "
             "--speculative-algorithm EAGLE, EAGLE3 or NEXTN"
         )
+
+
+def keeps_states(model_config: ModelConfig | Any) -> bool:
+    """Return whether some layers keep a state for each verified row, and any number of them.
+
+    Of gated delta nets (Qwen3-Next, Qwen3.5): SGLang's kernel for Mamba-2 finds a state by the
+    number of rows of the pass, not of the pool, and Qwen4 keeps other states beside.
+    """
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+    from sglang.srt.configs.qwen4_exp import Qwen4ExpTextConfig
+
+    config = hybrid_gdn_config(model_config)
+    return config is not None and not isinstance(config, Qwen4ExpTextConfig)
 
 
 def has_latent_attention(model_config: ModelConfig | Any) -> bool:
@@ -73,6 +88,8 @@ def has_latent_attention(model_config: ModelConfig | Any) -> bool:
 
 def why_chains(model_config: ModelConfig | Any) -> str | None:
     """Return why drafts for a target are chains; None where they may be trees."""
+    if keeps_states(model_config):
+        return "its linear-attention layers keep a state for each verified row"
     if has_latent_attention(model_config):
         return "trees were never tried with multi-head latent attention (MLA)"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,12 @@ class SmallTree(TreePolicy):
 
     def rerank(self, scores: torch.Tensor, costs: Any) -> int:
         return 2
+
+
+class _NoCache(NamedTuple):
+    """What a step asks of the prefix cache, behind verify of layers that keep states."""
+
+    page_size: int
 
 
 class Rows:
@@ -66,11 +72,12 @@ class Rows:
 
         worker, batch_size = self._worker, len(self._reqs)
         device, model_config = worker.device, worker.target_worker.model_runner.model_config
+        allocator = worker.token_to_kv_pool_allocator
         batch = ScheduleBatch.init_new(
             self._reqs,
             worker.req_to_token_pool,
-            worker.token_to_kv_pool_allocator,
-            None,
+            allocator,
+            _NoCache(allocator.page_size),
             model_config,
             False,
             worker.speculative_algorithm,
@@ -85,6 +92,7 @@ class Rows:
         batch.req_pool_indices_cpu = torch.arange(1, batch_size + 1)
         batch.req_pool_indices = batch.req_pool_indices_cpu.to(device)
         batch.multimodal_inputs = [None] * batch_size
+        batch.mamba_lazy_spec_track_positions_cpu = [0] * batch_size
         batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, model_config.vocab_size)
         batch.spec_info = self._draft_input(batch_size)
         return batch

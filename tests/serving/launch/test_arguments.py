@@ -46,18 +46,24 @@ def test_hidden_states_need_a_draft(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, None])
-def test_a_target_with_an_mtp_layer_needs_no_draft(num_layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "has_layer"),
+    [
+        (SimpleNamespace(), False),
+        (SimpleNamespace(num_nextn_predict_layers=0), False),
+        (SimpleNamespace(num_nextn_predict_layers=1), True),
+        (SimpleNamespace(text_config=SimpleNamespace(mtp_num_hidden_layers=1)), True),
+        (SimpleNamespace(model_type="qwen3_next"), True),
+    ],
+)
+def test_a_target_with_an_mtp_layer_needs_no_draft(config, has_layer, monkeypatch):
     read = []
-    config = SimpleNamespace()
-    if num_layers is not None:
-        config.num_nextn_predict_layers = num_layers
     monkeypatch.setattr(arguments, "read_config", lambda *target: config)
     monkeypatch.setattr(arguments, "read_draft_config", lambda *draft: read.append(draft))
     args = flags(speculative_draft_model_path=None)
     arguments.check_flags(args)
     arguments.set_draft(args)
-    if not num_layers:
+    if not has_layer:
         assert args.speculative_draft_model_path is None and not read
         return
     draft = args.speculative_draft_model_path, args.speculative_draft_model_revision
@@ -97,13 +103,15 @@ def test_what_is_left_open_fits_what_is_given(given, found):
     assert envelope(*given) == found
 
 
-TREES, LATENT = "trees", "latent"
+TREES, LATENT, STATES = "trees", "latent", "states"
 
 
 @pytest.fixture
 def targets(monkeypatch):
     """Stand in for what SGLang says of a target."""
-    monkeypatch.setattr(arguments, "why_chains", {LATENT: "of latent attention"}.get)
+    monkeypatch.setattr(arguments, "keeps_states", lambda target: target == STATES)
+    reasons = {LATENT: "of latent attention", STATES: "of the states"}
+    monkeypatch.setattr(arguments, "why_chains", reasons.get)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,11 @@ def targets(monkeypatch):
         ({"page_size": 64}, (8, 1, 9)),
         ({"target": LATENT}, (8, 1, 9)),
         ({"target": LATENT, "page_size": 64}, (8, 1, 9)),
+        # Each row that may be verified has a state: SGLang's own default.
+        ({"target": STATES}, (3, 1, 4)),
+        ({"target": STATES, "steps": 5}, (5, 1, 6)),
+        ({"target": STATES, "draft": None}, (3, 1, 4)),
+        ({"target": STATES, "draft": None, "tokens": 6}, (5, 1, 6)),
         ({"target": LATENT, "draft": None}, (31, 1, 32)),
     ],
 )
@@ -129,6 +142,7 @@ def test_drafts_are_chains_where_trees_cannot_be(given, found, targets):
     [
         ({"page_size": 64}, "the cache has pages of 64"),
         ({"target": LATENT}, "of latent attention"),
+        ({"target": STATES, "page_size": 1}, "of the states"),
     ],
 )
 def test_trees_are_refused_where_drafts_are_chains(given, says, targets):

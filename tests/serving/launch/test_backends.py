@@ -8,9 +8,11 @@ import pytest
 import triton
 from sglang.srt.arg_groups import model_override_base
 from sglang.srt.arg_groups.overrides import record_foreign_defaults, resolving_view
+from sglang.srt.configs import Qwen3NextConfig
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
+from transformers import LlamaConfig
 
 from cast_sglang.config import CastConfig
 from cast_sglang.errors import HostError
@@ -25,7 +27,7 @@ from cast_sglang.serving.launch.backends import (
 def made_up(**given):
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     more = ("speculative_draft_attention_backend", "speculative_eagle_topk")
-    more += ("enable_lora", "lora_paths")
+    more += ("enable_lora", "lora_paths", "linear_attn_verify_backend")
     values = dict.fromkeys((*names, *more))
     graphs = CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig())
     values |= {"device": "cuda", "cuda_graph_config": graphs}
@@ -39,6 +41,7 @@ PLAIN_LAYERS = {
     "has_attention_sinks": False,
     "hf_text_config": SimpleNamespace(),
     "attention_arch": AttentionArch.MHA,
+    "hf_config": LlamaConfig(),
 }
 
 
@@ -157,6 +160,18 @@ def test_kernels_of_latent_attention_that_were_never_tried(backend, target):
     target.attention_arch = AttentionArch.MLA
     with pytest.raises(HostError, match=f"--decode-attention-backend {backend}.*pass triton"):
         set_attention_backends(made_up(decode_attention_backend=backend))
+
+
+@pytest.mark.parametrize(("backend", "verifies"), [("fa3", "fa3"), ("flashinfer", "triton")])
+def test_linear_attention_verifies_on_triton(backend, verifies, target):
+    target.hf_config = Qwen3NextConfig()
+    args = made_up(attention_backend=backend)
+    set_attention_backends(args)
+    assert args.linear_attn_verify_backend == "triton" and verify_backend(args) == verifies
+    with pytest.raises(HostError, match="^--linear-attn-verify-backend flashinfer.*pass triton"):
+        set_attention_backends(
+            made_up(attention_backend="fa3", linear_attn_verify_backend="flashinfer")
+        )
 
 
 def test_a_window_that_no_layer_uses_is_none(target):
