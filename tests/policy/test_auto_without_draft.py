@@ -52,8 +52,9 @@ def test_a_turn_of_another_tree_verifies_what_there_is():
     """So that the time of its rows is known, where the table says that none pays."""
     dear = costs(verify=[1.0 + 5.0 * n for n in range(8)])
     policy = AutoPolicy(SIZES, 7)
-    for _ in range(FIRST):
-        assert policy.speculate(1, dear)
+    # The first turn is that of plain decoding, and the policy's own steps lie between turns.
+    drafts = [policy.speculate(1, dear) for _ in range(FIRST + 2)]
+    assert [step + 1 for step, is_drafted in enumerate(drafts) if not is_drafted] == [FIRST]
     some, none = torch.tensor([[0.9, 0.5, 0.0]]), torch.zeros(1, 3)
     assert policy.beats_plain(some, dear) and not policy.beats_plain(none, dear)
     assert policy.rerank(some, dear) == 3  # the smallest size that holds what is there
