@@ -180,21 +180,21 @@ class RunningRequests:
         if self._reuse <= MAX_REUSE:
             rows = sum(len(req.origin_input_ids) - req.cached_tokens for req in reqs)
         tokens = sum(max(1, req.sampling_params.max_new_tokens) for req in reqs)
-        num_left_out = sum(req in self._left_out for req in reqs) if self._left_out else 0
-        self._prompts = PromptFacts(
-            prompt_rows=rows / len(reqs),
-            answer_tokens=tokens / len(reqs),
-            num_left_out=num_left_out,
-            reuse=self._reuse,
-        )
         reasons = {req: reason for req in reqs if (reason := why_plain(req)) is not None}
         asked = zip(reqs, modes_of(reqs), strict=True)
         modes = [OFF if req in reasons else mode for req, mode in asked]
         self.sampling = _sampling_needs(reqs, modes)
+        num_others = modes.count(OFF)  # get no drafts in any case
         # Verify serves those that are left out exactly as it does others.
         if self._left_out:
             asked = zip(reqs, modes, strict=True)
             modes = [OFF if req in self._left_out else mode for req, mode in asked]
+        self._prompts = PromptFacts(
+            prompt_rows=rows / len(reqs),
+            answer_tokens=tokens / len(reqs),
+            num_left_out=modes.count(OFF) - num_others,
+            reuse=self._reuse,
+        )
         differ = any(mode != THROUGHPUT for mode in modes)
         weights = np.array(mode_weights(modes)) if differ else None
         self.drawn = None

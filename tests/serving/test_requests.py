@@ -223,6 +223,10 @@ def test_a_request_whose_prompt_was_left_out_gets_no_drafts_until_it_is_prefille
     assert running.sampling.is_plain.tolist() == [False, False, True]
     running.left_out(prefill_of(short), lambda size: 0)
     assert weights(short) is None
+    # A request that never gets drafts is none that a try waits for.
+    off = Request(custom_params={"cast": "off"})
+    assert running.left_out(prefill_of(off), lambda size: 0) == 1
+    assert weights(latency, off) == [1.0, 0.0] and running.prompts(None).num_left_out == 0
 
 
 def test_prompts_are_weighed_by_the_answers_that_they_are_for(determinism):
