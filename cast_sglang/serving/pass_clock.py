@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # Steps between two timed ones on a GPU, where an event costs some microseconds of host time and a
 # pass needs two.
 GPU_EVERY = 16
+# Prefills whose times wait for a step to read them, which where answers have one token never comes.
+# The last 32 count as much as all before (`lookahead.KEEP`), so older ones would count next to
+# nothing.
+MAX_PREFILLS = 256
 
 
 class TimedPass(NamedTuple):
@@ -45,7 +49,7 @@ class PassClock:
         self._costs: StepCosts | None = None
         self._running: deque[tuple[tuple[str, int, int, float], list[tuple[Any, Any]]]] = deque()
         self._leads: list[tuple[str, tuple[Any, Any]]] = []  # of the step that runs
-        self._prefills: deque[tuple[int, Any, Any]] = deque()
+        self._prefills: deque[tuple[int, Any, Any]] = deque(maxlen=MAX_PREFILLS)
 
     def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
         """Begin a step; its passes are timed if it is its turn.

@@ -7,7 +7,7 @@ import pytest
 
 from cast_sglang.costs.limits import Limits
 from cast_sglang.costs.model import CostModel
-from cast_sglang.serving.pass_clock import PassClock
+from cast_sglang.serving.pass_clock import MAX_PREFILLS, PassClock
 from tests.support.builders import make_profile
 
 
@@ -43,6 +43,12 @@ def test_prefills_are_timed_outside_of_steps():
             time.sleep(0.002)
     assert [(rows, us >= 2000) for rows, us in clock.finished_prefills()] == [(5, True), (7, True)]
     assert list(clock.finished_prefills()) == list(clock.finished()) == []
+    # Without a step nobody asks for them.
+    for rows in range(2 * MAX_PREFILLS):
+        with clock.time_prefill(rows):
+            pass
+    kept = [rows for rows, _ in clock.finished_prefills()]
+    assert kept == list(range(MAX_PREFILLS, 2 * MAX_PREFILLS))
 
 
 def test_what_leads_to_a_pass_is_timed_with_it(costs):
