@@ -303,7 +303,7 @@ class AutoPolicy(TreePolicy):
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms. Steps
         of requests that want no drafts pay for it too. Meanwhile the draft leaves out prompts. A
         try needs them, so the account covers their passes as well, and it waits until no request
-        runs whose prompt was left out: such requests would make it look bad.
+        runs that lacks drafts for its prompt alone: such requests would make it look bad.
 
         Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """

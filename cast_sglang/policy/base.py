@@ -43,7 +43,7 @@ class Prefill(NamedTuple):
 
     units: float = 0.0  # of all passes
     answer_tokens: float = 1.0  # that a request may generate
-    num_left_out: int = 0  # requests whose prompts the draft has left out
+    num_left_out: int = 0  # requests that get no drafts only as their prompts are left out
 
 
 NO_PREFILL = Prefill()

@@ -54,7 +54,7 @@ class PromptFacts(NamedTuple):
     prompt_rows: float = 0.0  # that the draft may leave out
     answer_tokens: float = 1.0  # that a request may generate
     prompt_row_us: float | None = None  # what a row takes, as measured; None where it is not
-    num_left_out: int = 0  # requests whose prompts the draft has left out
+    num_left_out: int = 0  # requests that get no drafts only as their prompts are left out
     reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
 
 

@@ -151,7 +151,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     prompt_rows: float = 0.0  # of a prompt, that the draft may leave out; a mean
     answer_tokens: float = 1.0  # that a request may generate; a mean
     prompt_row_us: float | None = None  # what the draft takes for a row of a prompt, as measured
-    num_left_out: int = 0  # requests whose prompts the draft has left out
+    num_left_out: int = 0  # requests that get no drafts only as their prompts are left out
     reuse: float = 0.0  # share of the last prompts' tokens that were found in the cache
     passes: list[TracedPass] = []  # passes whose times became known during the step
     copy_chances: bytes = b""  # [classes] float32, `Chances.table()`; empty where none were copied
