@@ -128,6 +128,7 @@ class ServedCosts:
         if self.residuals is None:
             return False
         self.residuals.reset()
+        self.prompt_row_us, self._prefill_us, self._prefill_rows = None, 0.0, 0.0
         return True
 
     def state(self) -> dict[str, Any]:

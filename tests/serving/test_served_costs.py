@@ -75,6 +75,9 @@ def test_a_row_of_a_prompt_takes_what_the_last_prefills_took(make, residuals):
     costs.correct(REFRESH_EVERY)
     expected = (KEEP * 3000 + 5000) / (KEEP * 10 + 30)
     assert costs.prompt_row_us == (pytest.approx(expected) if residuals == "on" else None)
+    assert costs.reset() == (residuals == "on")
+    costs.correct(REFRESH_EVERY)
+    assert costs.prompt_row_us is None
 
 
 @pytest.mark.parametrize("found_by_others", [True, False])
