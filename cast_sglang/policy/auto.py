@@ -29,7 +29,7 @@ from cast_sglang.policy.base import NO_PREFILL, Costs, Prefill, TreePolicy
 from cast_sglang.policy.lookahead import KEEP, Lookahead
 from cast_sglang.policy.octaves import MAX_LOSS, Octave, octave_of
 from cast_sglang.policy.select_count import pooled, select_count, select_size, share_out, size_costs
-from cast_sglang.policy.turns import PLAIN, Shape, Turns
+from cast_sglang.policy.turns import Shape, Turns
 
 __all__ = ["LEAST_CUT", "AutoPolicy"]
 
@@ -312,16 +312,12 @@ class AutoPolicy(TreePolicy):
         bucket.pay_in(catch_up if wants_drafts else 0.0)
         if not wants_drafts:
             return False
-        if not bucket.is_plain:
-            bucket.account -= catch_up
+        if bucket.is_plain or (self.takes_turns and bucket.tries_plain()):
+            return False
+        bucket.account -= catch_up
         # Where speculation barely pays, turns of worse trees would use up what is saved for tries.
         if self.takes_turns and bucket.account == bucket.max_account:
             self._turn = bucket.turns.next()
-        if self.takes_turns and self._turn is None and bucket.tries_plain():
-            self._turn = PLAIN
-        if bucket.is_plain or self._turn is PLAIN:
-            bucket.since_plain = 0
-            return False
         return True
 
     def plain_steps(self, batch_size: int) -> int:

@@ -2,22 +2,22 @@
 
 Serving corrects the costs of what it runs. Where a table is wrong about a tree that is never run,
 nobody would find out: a coarse table hides the stairs of a machine, and then a tree of a few nodes
-less may take half the time. So plain decoding and the trees that SGLang serves by default take
-turns with the policy's own, in rounds that become rare. What they take is measured as of any other
-step, and from then on the policy knows at what time it could have them.
+less may take half the time. So the trees that SGLang serves by default take turns with the policy's
+own, in rounds that become rare. What they take is measured as of any other step, and from then on
+the policy knows at what time it could have them. Plain decoding has turns by what they lose
+(`Octave.tries_plain`).
 
-In a round every other step is a turn. The first one, at step 16, has one turn of plain decoding and
-`TIMES` of each tree; those at step 32, 64 and so on, and later every `LONGEST` steps, have one of
-each tree. So of n steps at most 7 + 2 * log2(n / 16) + 2 * n / 1024 are turns, and each loses what
-its tree is worse. Steps count in which speculation has lost nothing against plain decoding. Further
-turns of plain decoding come by what they lose (`Octave.tries_plain`).
+In a round every other step is a turn. The first one, at step 16, has `TIMES` turns of each tree;
+those at step 32, 64 and so on, and later every `LONGEST` steps, have one of each tree. So of n
+steps at most 6 + 2 * log2(n / 16) + 2 * n / 1024 are turns, and each loses what its tree is worse.
+Steps count in which speculation has lost nothing against plain decoding.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT_SHAPES", "PLAIN", "Shape", "Turns"]
+__all__ = ["DEFAULT_SHAPES", "FIRST", "Shape", "Turns"]
 
 
 class Shape(NamedTuple):
@@ -31,7 +31,6 @@ class Shape(NamedTuple):
         return f"{self.num_steps}-{self.topk}-{self.num_draft_tokens}"
 
 
-PLAIN = Shape(0, 0, 1)
 # What SGLang chooses for the architectures it knows where no shape is given: a chain for models
 # whose layers are large, a tree for the others.
 DEFAULT_SHAPES = (Shape(3, 1, 4), Shape(5, 4, 8))
@@ -59,7 +58,7 @@ class Turns:
     def __init__(self, step: int = 0) -> None:
         self.step = 0
         self._round = FIRST  # step at which the round began or begins
-        self._order = (PLAIN, *DEFAULT_SHAPES * TIMES)
+        self._order = DEFAULT_SHAPES * TIMES
         for _ in range(step if step < LONGEST else LONGEST + step % LONGEST):
             self.next()
 

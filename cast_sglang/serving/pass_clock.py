@@ -39,6 +39,10 @@ class PassClock:
 
     On the CPU by the host's clock. On a GPU by events, which are read only after the device has
     passed them, steps later.
+
+    Attributes:
+        follows_alike: the step that runs follows one of its own kind, with drafts or without, and
+            no prefill is between them.
     """
 
     def __init__(self, device: str) -> None:
@@ -46,17 +50,31 @@ class PassClock:
         self._every = 1 if self._module is None else GPU_EVERY
         self._num_steps = 0
         self._batch_size = 0
+        self._drafted: bool | None = None  # the last step; None behind a prefill
+        self.follows_alike = False
         self._costs: StepCosts | None = None
         self._running: deque[tuple[tuple[str, int, int, float], list[tuple[Any, Any]]]] = deque()
         self._leads: list[tuple[str, tuple[Any, Any]]] = []  # of the step that runs
         self._prefills: deque[tuple[int, Any, Any]] = deque(maxlen=MAX_PREFILLS)
 
-    def begin_step(self, batch_size: int, costs: StepCosts | None) -> None:
+    def follows_prefill(self) -> None:
+        """Take note of a prefill between two steps."""
+        self._drafted = None
+
+    def begin_step(self, batch_size: int, costs: StepCosts | None, drafts: bool = True) -> None:
         """Begin a step; its passes are timed if it is its turn.
+
+        The first plain step behind a step with drafts takes longer than those behind it, and says
+        nothing of plain decoding.
 
         Args:
             costs: of the step, as measured; None without a profile, and then nothing is timed.
+            drafts: the step's kind.
         """
+        self.follows_alike = drafts == self._drafted
+        if self._drafted not in (None, drafts):
+            costs = None
+        self._drafted = drafts
         self._num_steps += 1
         self._batch_size = batch_size
         self._costs = None if self._num_steps % self._every else costs

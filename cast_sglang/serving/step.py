@@ -94,7 +94,9 @@ class PendingStep(NamedTuple):
     expected_us: float | None  # by the corrected costs; None without a profile
     num_layers: int  # of its tree; 0 for a plain step
     unit_us: float  # of the table; 0 without a profile
-    follows_decode: bool  # no prefill since the step before, so their distance is a step's time
+    # It follows a step of its own kind, with drafts or without, and no prefill is between, so that
+    # their distance is what a step of the kind takes.
+    follows_alike: bool
     max_tokens: int  # that it may have brought a request
 
 

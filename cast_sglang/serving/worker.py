@@ -99,7 +99,7 @@ class CastWorker(EAGLEWorkerV2):
         self._pending: deque[PendingStep] = deque()
         self._last_done: float | None = None
         # Seconds spent on results since the last step.
-        self._num_steps, self._prefill_since_step, self._observing = 0, True, 0.0
+        self._num_steps, self._observing = 0, 0.0
         self.costs.find(resolving_view(server_args), self.limits)
 
     def init_cuda_graphs(self) -> None:
@@ -219,7 +219,7 @@ class CastWorker(EAGLEWorkerV2):
         self, batch: ScheduleBatch, *args: Any, **kwargs: Any
     ) -> GenerationBatchResult:
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
-            self._prefill_since_step = True
+            self.clock.follows_prefill()
             self.tools.backlog.forget(batch.req_pool_indices_cpu.numpy())
             self.tools.num_left_out = self._running.left_out(batch, self.tools.decider.plain_steps)
             self.cast_stats.record_left_out(self.tools.num_left_out)
@@ -255,7 +255,7 @@ class CastWorker(EAGLEWorkerV2):
         if plan.catch_up and not plan.drafts:
             with draft_tp_context(draft.parallel_layout):
                 draft.catch_up(batch)
-        self.clock.begin_step(batch_size, costs.table)
+        self.clock.begin_step(batch_size, costs.table, plan.drafts)
         try:
             with contextlib.nullcontext() if plan.drafts else self._plain_step(batch):
                 result = super().forward_batch_generation(batch, *args, **kwargs)
@@ -290,7 +290,7 @@ class CastWorker(EAGLEWorkerV2):
                 expected_us=times.expected_us,
                 num_layers=num_layers,
                 unit_us=times.unit_us,
-                follows_decode=not self._prefill_since_step,
+                follows_alike=self.clock.follows_alike,
                 max_tokens=shape.depth + 1,
             )
         )
@@ -302,7 +302,7 @@ class CastWorker(EAGLEWorkerV2):
             num_verify_rows=shape.mean_rows,
             policy_us=(policy_seconds + self._observing) * 1e6,
         )
-        self._prefill_since_step, self._observing = False, 0.0
+        self._observing = 0.0
         return result
 
     @contextlib.contextmanager
@@ -383,7 +383,7 @@ class CastWorker(EAGLEWorkerV2):
         if step.units is not None and batch_size:
             self.tools.decider.end_step(batch_size, num_drafts / batch_size, step.units)
         measured_us = None
-        if step.follows_decode and self._last_done is not None:
+        if step.follows_alike and self._last_done is not None:
             # From the end of the last step to the end of this one: right with and without overlap.
             measured_us = (now - self._last_done) * 1e6
         if step.predicted_us is not None and measured_us is not None:

@@ -141,7 +141,7 @@ class TracedStep(_Record, frozen=True, kw_only=True):
     extend_rows: float  # rows per request of draft extend
     requests: list[TracedRequest]
     predicted_us: float | None = None
-    measured_us: float | None = None  # None after a prefill, which the measurement would include
+    measured_us: float | None = None  # None behind a prefill, or a step of the other kind
     policy_us: float = 0.0
     price: float | None = None
     expected_us: float | None = None  # by the corrected tables, with catching up after plain steps

@@ -11,7 +11,7 @@ from cast_sglang.policy.acceptance import Acceptance
 from cast_sglang.policy.auto import LEAST_CUT, AutoPolicy
 from cast_sglang.policy.base import Prefill
 from cast_sglang.policy.lookahead import HALF_LIFE
-from cast_sglang.policy.octaves import PLAIN_AFTER
+from cast_sglang.policy.octaves import PLAIN_AFTER, PLAIN_STEPS
 from cast_sglang.policy.turns import DEFAULT_SHAPES, FIRST
 from tests.support.policies import costs, priced
 from tests.support.simulator import (
@@ -164,7 +164,8 @@ def test_plain_decoding_is_tried_the_more_often_the_less_that_loses():
         # A turn of plain decoding costs a share of the time, turns of trees none here.
         assert times.sum() < 1.0025 * served * 1.5 / tokens
         tries.append(2000 - sum(decisions[1000:]))
-    assert 2000 / 40 < tries[0] <= 2000 / PLAIN_AFTER and tries[0] > tries[1] > tries[2] > 0
+    most = 2000 * PLAIN_STEPS / PLAIN_AFTER
+    assert most / 3 < tries[0] <= most and tries[0] > tries[1] > tries[2] > 0
 
 
 def test_a_try_is_saved_for_with_what_the_draft_has_to_catch_up_on():
@@ -231,8 +232,9 @@ def test_a_long_prompt_before_a_short_answer_does_not_stop_speculation_for_long(
     """The next requests have other prompts."""
     step_costs = make_costs("compute", 4)
     policy = AutoPolicy(SIZES, LAYERS)
-    while policy.speculate(4, step_costs, prefill=Prefill(50.0)):
-        policy.observe(4, 2.0, 1.5)
+    while policy.plain_steps(4) == 0:
+        if policy.speculate(4, step_costs, prefill=Prefill(50.0)):
+            policy.observe(4, 2.0, 1.5)
     waits = 0
     while not policy.speculate(4, step_costs):
         waits += 1
@@ -247,8 +249,9 @@ def test_a_try_waits_for_prompts_that_the_draft_has_seen():
 
     def waits(prefill):
         policy = AutoPolicy(SIZES, LAYERS)
-        while policy.speculate(4, step_costs):
-            policy.observe(4, 0.0, 2.0)
+        while policy.plain_steps(4) == 0:
+            if policy.speculate(4, step_costs):
+                policy.observe(4, 0.0, 2.0)
         steps = policy.plain_steps(4)
         policy.speculate(4, step_costs, prefill=prefill)
         told, count = policy.plain_steps(4), 1
@@ -314,10 +317,11 @@ def grown(policy, batch_size=4, step_costs=None, topk=TOPK):
 def test_other_trees_get_their_turn():
     policy = AutoPolicy(SIZES, LAYERS)
     seen = [grown(policy) for _ in range(2 * FIRST)]
-    assert seen[FIRST - 1] == (0, (), 1)
-    assert seen[FIRST + 1] == seen[FIRST + 5] == (3, (1, 1), 4)
-    assert seen[FIRST + 3] == seen[FIRST + 7] == (5, (4, 4, 4, 4), 8)
-    own = seen[FIRST]
+    turns = seen[FIRST - 1 + PLAIN_STEPS :]
+    assert seen[FIRST - 1 : FIRST - 1 + PLAIN_STEPS] == [(0, (), 1)] * PLAIN_STEPS
+    assert turns[0] == turns[4] == (3, (1, 1), 4)
+    assert turns[2] == turns[6] == (5, (4, 4, 4, 4), 8)
+    own = turns[1]
     assert own not in ((3, (1, 1), 4), (5, (4, 4, 4, 4), 8))
 
 
@@ -332,7 +336,7 @@ def test_other_trees_get_their_turn():
 def test_a_turn_stays_within_the_envelope(sizes, layers, topk, expected):
     policy = AutoPolicy(sizes, layers)
     seen = [grown(policy, topk=topk) for _ in range(2 * FIRST)]
-    assert seen[FIRST + 1] == expected
+    assert seen[FIRST - 1 + PLAIN_STEPS] == expected
 
 
 # --- What outlives the policy ---
@@ -359,7 +363,7 @@ def test_what_drawn_requests_verify_comes_from_earlier_steps():
 def test_in_a_turn_drawn_requests_have_its_rows_and_teach_nothing():
     policy, step_costs = AutoPolicy(SIZES, LAYERS), costs(verify=[1.0] * TOKENS)
     policy.learn_settlement(1, 0.3, 12)
-    for _ in range(FIRST + 2):  # the first turn is plain decoding's
+    for _ in range(FIRST + PLAIN_STEPS):  # plain decoding comes first
         policy.speculate(1, step_costs)
     assert policy.settlement(1, step_costs, True) == (pytest.approx(0.3), DEFAULT_SHAPES[0][2])
     policy.learn_settlement(1, 0.9, 2)

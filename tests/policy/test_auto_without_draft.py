@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cast_sglang.policy.auto import AutoPolicy
+from cast_sglang.policy.octaves import PLAIN_STEPS
 from cast_sglang.policy.turns import FIRST
 from tests.support.policies import costs, priced
 
@@ -52,9 +53,9 @@ def test_a_turn_of_another_tree_verifies_what_there_is():
     """So that the time of its rows is known, where the table says that none pays."""
     dear = costs(verify=[1.0 + 5.0 * n for n in range(8)])
     policy = AutoPolicy(SIZES, 7)
-    # The first turn is that of plain decoding, and the policy's own steps lie between turns.
-    drafts = [policy.speculate(1, dear) for _ in range(FIRST + 2)]
-    assert [step + 1 for step, is_drafted in enumerate(drafts) if not is_drafted] == [FIRST]
+    # Plain decoding is tried first.
+    drafts = [policy.speculate(1, dear) for _ in range(FIRST + PLAIN_STEPS)]
+    assert drafts == [True] * (FIRST - 1) + [False] * PLAIN_STEPS + [True]
     some, none = torch.tensor([[0.9, 0.5, 0.0]]), torch.zeros(1, 3)
     assert policy.beats_plain(some, dear) and not policy.beats_plain(none, dear)
     assert policy.rerank(some, dear) == 3  # the smallest size that holds what is there

@@ -36,6 +36,18 @@ def test_passes_of_a_step_are_timed_against_the_table(costs):
     assert list(clock.finished()) == []
 
 
+def test_a_step_behind_one_of_the_other_kind_is_not_timed(costs):
+    clock, told = PassClock("cpu"), []
+    for drafts in (True, False, False, None, True, True, False):
+        if drafts is None:
+            clock.follows_prefill()
+            continue
+        clock.begin_step(2, costs, drafts)
+        told.append((is_timing(clock), clock.follows_alike))
+    yes, no = (True, True), (False, False)
+    assert told == [(True, False), no, yes, (True, False), yes, no]
+
+
 def test_prefills_are_timed_outside_of_steps():
     clock = PassClock("cpu")
     for rows in (5, 7):

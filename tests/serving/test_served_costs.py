@@ -138,7 +138,7 @@ def test_a_whole_step_tells_what_it_takes_beyond_its_passes(make):
         expected_us=1000.0,
         num_layers=0,
         unit_us=1000.0,
-        follows_decode=True,
+        follows_alike=True,
         max_tokens=1,
     )
     for _ in range(200):

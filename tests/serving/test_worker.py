@@ -99,7 +99,7 @@ def worker(monkeypatch):
     worker._verify_sizes = tuple(range(2, ROWS + 1))
     worker._envelope = Envelope(STEPS, TOPK, ROWS)
     worker._pending, worker._observing = deque(), 0.0
-    worker._num_steps, worker._prefill_since_step = 0, True
+    worker._num_steps = 0
     worker._draft_worker = DraftWorker()
     worker.tools = StepTools(
         decider=decider_of(Policy()),
@@ -226,9 +226,10 @@ def test_a_full_backlog_is_worked_off_while_decoding_is_plain(profiled, passes, 
 
 def test_a_prefill_is_no_step_and_brings_the_draft_up_to_date(worker, passes):
     worker.tools.backlog.add(np.array([1, 2]), torch.zeros(2, 4), torch.zeros(2))
-    worker._prefill_since_step = False
+    worker.clock.begin_step(1, None, drafts=False)
     worker.forward_batch_generation(batch_of(request(), is_prefill=True))
-    assert worker._prefill_since_step and missing(worker, 1) == 0 and missing(worker, 2) == 1
+    worker.clock.begin_step(1, None, drafts=False)
+    assert not worker.clock.follows_alike and missing(worker, 1) == 0 and missing(worker, 2) == 1
     assert worker.cast_stats.snapshot()["steps"] == 0 and not worker._pending
 
 
