@@ -89,8 +89,8 @@ def arguments(function, rng, batch, n):
             float(3.0 * rng.normal()),
         ),
         "_learn_rest": (
-            *(0.1 * floats(rng, 2, 2, dtype=np.float64)),
-            np.diag([0.04, 0.0004]) + 1e-4,
+            *(0.1 * floats(rng, 2, 3, dtype=np.float64)),
+            np.diag([0.04, 0.0004, 0.04]) + 1e-4,
             0.1 * floats(rng, 3, dtype=np.float64),
             np.array([0.1, 0.001, 0.02]),
             float(batch % 4),

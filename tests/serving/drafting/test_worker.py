@@ -152,7 +152,7 @@ def test_prompts_are_left_out_where_nothing_is_drafted_behind_them(monkeypatch):
 
     monkeypatch.setattr(EagleDraftWorker, "_draft_extend_for_prefill", prefill)
     worker, batch = make_worker(), batch_of([3, 5], [10, 20])
-    batch.forward_mode = SimpleNamespace(is_idle=lambda: False)
+    batch.forward_mode, batch.extend_lens = SimpleNamespace(is_idle=lambda: False), [4, 7]
 
     def prefilled(leaves_out, tokens):
         worker.tools.num_left_out = 2 * leaves_out
@@ -162,6 +162,7 @@ def test_prompts_are_left_out_where_nothing_is_drafted_behind_them(monkeypatch):
     assert prefilled(True, [1, 2]) is first and prefilled(False, [3, 4]) is first
     left_out = prefilled(True, [5, 6])
     assert calls == [[1, 2], [3, 4]]
+    assert [rows for rows, _ in worker.tools.clock.finished_prefills()] == [11, 11]
     assert left_out.bonus_tokens.tolist() == [5, 6] and left_out.num_tokens_per_req == 1
     # SGLang joins them with those of other prefills.
     for name in ("topk_p", "topk_index", "hidden_states"):
