@@ -56,6 +56,7 @@ class PassClock:
         self._running: deque[tuple[tuple[str, int, int, float], list[tuple[Any, Any]]]] = deque()
         self._leads: list[tuple[str, tuple[Any, Any]]] = []  # of the step that runs
         self._prefills: deque[tuple[int, Any, Any]] = deque(maxlen=MAX_PREFILLS)
+        self._has_prefilled = False
 
     def follows_prefill(self) -> None:
         """Take note of a prefill between two steps."""
@@ -120,12 +121,16 @@ class PassClock:
     def time_prefill(self, num_rows: int) -> Iterator[None]:
         """Time the draft's pass over prompts inside, which is part of no step.
 
+        The first one of a server compiles kernels, so it is left out.
+
         Args:
             num_rows: tokens of the prompts that it runs.
         """
         begin = self._now()
         yield
-        self._prefills.append((num_rows, begin, self._now()))
+        if self._has_prefilled:
+            self._prefills.append((num_rows, begin, self._now()))
+        self._has_prefilled = True
 
     def finished_prefills(self) -> Iterator[tuple[int, float]]:
         """Yield rows and microseconds of the draft's prefills finished since the last call."""

@@ -50,7 +50,7 @@ def test_a_step_behind_one_of_the_other_kind_is_not_timed(costs):
 
 def test_prefills_are_timed_outside_of_steps():
     clock = PassClock("cpu")
-    for rows in (5, 7):
+    for rows in (3, 5, 7):  # the first one compiles
         with clock.time_prefill(rows):
             time.sleep(0.002)
     assert [(rows, us >= 2000) for rows, us in clock.finished_prefills()] == [(5, True), (7, True)]
