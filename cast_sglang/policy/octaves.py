@@ -19,7 +19,8 @@ MAX_LOSS = 32.0
 # Share of the time of plain decoding that tries of speculation may lose. On the same machines 0.003
 # lost 8 % where hard text becomes easy, and 0.03 gained 0.4 % (0.5) in all.
 PROBE_SHARE = 0.01
-# The same the other way: share of the time of speculation that tries of plain decoding may lose.
+# The same the other way: share of the time of speculation that tries of plain decoding may lose. No
+# comparison would show so little; other values were not tried.
 PLAIN_SHARE = 0.002
 # Steps from one to the next at least, so that speculation goes on where both are alike: about as
 # many as use up the account where drafts bring nothing.
