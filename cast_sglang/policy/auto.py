@@ -302,8 +302,9 @@ class AutoPolicy(TreePolicy):
         the costs, speculation never loses more than the account held, whatever is accepted. A try
         mostly comes after 25 to 100 target passes, about a second where a pass takes 10 ms. Steps
         of requests that want no drafts pay for it too. Meanwhile the draft leaves out prompts. A
-        try needs them, so the account covers their passes as well, and it waits until no request
-        runs that lacks drafts for its prompt alone: such requests would make it look bad.
+        try needs them, so that ends when the account covers their passes as well. And a try waits
+        until no request runs that lacks drafts for its prompt alone: it would make the try look
+        bad.
 
         Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
         """

@@ -76,7 +76,7 @@ class Octave:
 
     @property
     def plain_steps(self) -> int:
-        """Plain steps until the account covers a try, without what the draft catches up on."""
+        """Plain steps until the account covers a try with its prompts; catching up is left out."""
         if not self.is_plain:
             return 0
         lacking = self.try_loss + self.prefill.units - self.account
@@ -85,8 +85,7 @@ class Octave:
     def pay_in(self, catch_up: float = 0.0) -> None:
         """Take note of a step of the policy's own choice before it runs."""
         if self.is_plain:
-            # What prompts took is in the gain of each token, so the account keeps it for the try.
-            lacks = self.account < self.try_loss + catch_up + self.prefill.units
+            lacks = self.account < self.try_loss + catch_up
             self.is_plain = lacks or self.prefill.num_left_out > 0
         elif self.account < 0.0:
             self.is_plain = True

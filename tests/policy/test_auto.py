@@ -263,7 +263,8 @@ def test_a_try_waits_for_prompts_that_the_draft_has_seen():
     assert 0 <= count - steps <= 1 and told == steps - 1
     _, told, count = waits(Prefill(4.0, answer_tokens=1e6))
     plain = plain_units(step_costs)
-    assert count == pytest.approx(steps + 4.0 / (0.01 * plain), abs=2) and 0 <= count - told <= 2
+    assert told == pytest.approx(steps + 4.0 / (0.01 * plain), abs=2)
+    assert 0 <= count - steps <= 1  # these requests have theirs
     *_, count = waits(Prefill(num_left_out=1))
     assert count == 2000
 

@@ -37,8 +37,12 @@ def test_short_requests_of_a_server_that_decodes_plainly_cost_the_draft_nothing(
     left_out = after["prompts_left_out"] - before["prompts_left_out"]
     assert 4 <= left_out <= 16
     # Tries go on: those that come meanwhile have their prompts.
-    generate(reluctant, prompts[:4], max_new_tokens=200)
-    late = counters(reluctant)
+    # A try covers what its prefill took, by far the most of it at these made-up costs.
+    for _ in range(5):
+        generate(reluctant, prompts[:4], max_new_tokens=200)
+        late = counters(reluctant)
+        if late["steps"] - late["plain_steps"] > after["steps"] - after["plain_steps"]:
+            break
     assert late["prompts_left_out"] == after["prompts_left_out"]
     assert late["steps"] - late["plain_steps"] > after["steps"] - after["plain_steps"]
 
