@@ -306,7 +306,7 @@ class AutoPolicy(TreePolicy):
         until no request runs that lacks drafts for its prompt alone: it would make the try look
         bad.
 
-        Now and then it is another tree's turn, or that of plain decoding (`turns.py`).
+        Now and then it is another tree's turn (`turns.py`), or plain decoding is tried.
         """
         bucket, self._turn = self._bucket(batch_size), None
         bucket.plain_units, bucket.prefill = self._read(costs).plain, prefill

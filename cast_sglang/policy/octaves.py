@@ -84,11 +84,9 @@ class Octave:
 
     def pay_in(self, catch_up: float = 0.0) -> None:
         """Take note of a step of the policy's own choice before it runs."""
-        if self.is_plain:
+        if self.is_plain or self.account < 0.0:
             lacks = self.account < self.try_loss + catch_up
             self.is_plain = lacks or self.prefill.num_left_out > 0
-        elif self.account < 0.0:
-            self.is_plain = True
         if self.is_plain:
             self.account += PROBE_SHARE * self.plain_units
             self.since_plain = self.plain_left = 0
